@@ -1,0 +1,49 @@
+# `make run` and `make test` do everything, on a machine with Python 3.11+ and nothing else.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+RUN_ARGS ?=
+PYTEST_ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help run up down test test-fast lint bench clean
+
+help:  ## This list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+run: $(VENV)/.run-ready  ## Train a small model through SFT, DPO and GRPO; every sync a committed, evaluated, served version
+	$(BIN)/python -m flows run $(RUN_ARGS)
+
+up: $(VENV)/.run-ready  ## Leave the whole stack running: Prefect server with UI, runner, inference server
+	$(BIN)/python -m flows up
+
+down: $(VENV)/.run-ready  ## End what `make up` started
+	$(BIN)/python -m flows down
+
+test: $(VENV)/.test-ready lint  ## Everything that CI checks
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-fast: $(VENV)/.test-ready  ## Tests without training processes and servers
+	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+
+lint: $(VENV)/.test-ready  ## Style, types, and the direction of imports
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: $(VENV)/.test-ready  ## Sizes and speeds, as ratios measured in one run
+	$(BIN)/python -m benchmarks
+
+clean:  ## Remove the environment and caches; runs/ stays
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+
+# A new environment is built when what it is built from changed. Constraints make an install repeatable.
+$(VENV)/.run-ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[train,serve,dashboard]'
+	touch $@
+
+$(VENV)/.test-ready: $(VENV)/.run-ready
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[train,serve,dashboard,dev]'
+	touch $@

@@ -1,0 +1,114 @@
+"""Small chains for tests, written through the same rooms that the trainer writes through."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from weightline.chain.commit import commit_manifest, new_commit_id, utc_now
+from weightline.chain.history import Chain
+from weightline.codec.capture import capture
+from weightline.codec.digest import format_digest, tensor_digest
+from weightline.format import keys
+from weightline.format.manifest import AssetRef, Manifest, PayloadRef, TensorState
+from weightline.format.payload import write_anchor, write_delta
+from weightline.types import Segment, TensorSpec, bits_dtype
+
+State = Mapping[str, npt.NDArray[np.uint16]]
+
+
+def segments_of(state: State, rank: int, world_size: int) -> list[Segment]:
+    """Even slices of bf16 tensors, as ranks hold them."""
+    found = []
+    for name, bits in state.items():
+        size = -(-bits.size // world_size)
+        start = min(size * rank, bits.size)
+        found.append(Segment(TensorSpec(name, "BF16", bits.shape), start, min(size, bits.size - start)))
+    return [segment for segment in found if segment.length]
+
+
+def commit_state(
+    chain: Chain,
+    new: State,
+    old: State | None = None,
+    *,
+    world_size: int = 2,
+    stage: str = "sft",
+    assets: tuple[AssetRef, ...] = (),
+    is_milestone: bool = False,
+    coding: str = "gap",
+) -> Manifest:
+    """Commit `new` as the next version: an anchor when `old` is None, else the delta from it."""
+    tip = chain.tip_version()
+    version = 0 if tip is None else tip + 1
+    commit_id = new_commit_id()
+    payloads, num_changed = [], 0
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "payload.safetensors"
+        for rank in range(world_size):
+            segments = segments_of(new, rank, world_size)
+            if old is None:
+                info = write_anchor(path, ((s, _part(new, s)) for s in segments))
+            else:
+                changes = [capture(s, _part(old, s), _part(new, s)) for s in segments]
+                info = write_delta(path, [c for c in changes if c.num_changed], coding)
+            num_changed += info.num_changed
+            key = keys.payload(version, commit_id, rank)
+            chain.store.put_file(key, path)
+            payloads.append(PayloadRef(key=key, nbytes=info.nbytes, sha256=info.sha256, rank=rank))
+    manifest = make_manifest(new, version, commit_id, tuple(payloads), is_anchor=old is None).model_copy(
+        update={"stage": stage, "assets": assets, "is_milestone": is_milestone, "coding": coding if old else "ordered"}
+        | ({"num_changed": num_changed} if old is not None else {})
+    )
+    commit_manifest(chain, manifest)
+    return manifest
+
+
+def make_manifest(
+    state: State, version: int, commit_id: str, payloads: tuple[PayloadRef, ...], *, is_anchor: bool
+) -> Manifest:
+    specs = [TensorSpec(name, "BF16", bits.shape) for name, bits in state.items()]
+    tensors = {s.name: TensorState(dtype=s.dtype, shape=s.shape, digest=_digest(state, s)) for s in specs}
+    payload_nbytes = sum(payload.nbytes for payload in payloads)
+    num_elements = sum(spec.num_elements for spec in specs)
+    return Manifest(
+        version=version, base_version=None if is_anchor else version - 1, kind="anchor" if is_anchor else "delta",
+        commit_id=commit_id, created_at=utc_now(), run_id="run-1", stage="sft", global_step=version, coding="gap",
+        world_size=2, num_changed=num_elements if is_anchor else 0, num_elements=num_elements,
+        payload_nbytes=payload_nbytes, full_nbytes=sum(spec.nbytes for spec in specs), payloads=payloads, tensors=tensors,
+    )  # fmt: skip
+
+
+def random_state(seed: int, shapes: Mapping[str, tuple[int, ...]] | None = None) -> dict[str, npt.NDArray[np.uint16]]:
+    """bf16 bits of small normal numbers."""
+    rng = np.random.default_rng(seed)
+    shapes = shapes or {"model.embed.weight": (40, 8), "model.norm.weight": (8,), "scale": (), "empty": (0, 4)}
+    return {
+        name: (rng.normal(0, 0.02, shape).astype(np.float32).reshape(shape).view(np.uint32) >> 16).astype(
+            bits_dtype("BF16")
+        )
+        for name, shape in shapes.items()
+    }
+
+
+def nudged(state: State, seed: int, density: float = 0.05) -> dict[str, npt.NDArray[np.uint16]]:
+    """The state with some elements moved by one unit in the last place, as an optimizer step does."""
+    rng = np.random.default_rng(seed)
+    moved = {}
+    for name, bits in state.items():
+        mask = rng.random(bits.shape) < density
+        moved[name] = np.where(mask, bits ^ np.uint16(1), bits).astype(bits.dtype)
+    return moved
+
+
+def _part(state: State, segment: Segment) -> npt.NDArray[np.uint16]:
+    return state[segment.tensor.name].reshape(-1)[segment.start : segment.stop]
+
+
+def _digest(state: State, spec: TensorSpec) -> str:
+    flat = state[spec.name].reshape(-1)
+    return format_digest(tensor_digest(Segment(spec, 0, flat.size), flat))

@@ -1,0 +1,250 @@
+"""Publishing from a training loop of one process: what is committed, and what happens when the bucket fails."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from weightline.chain.history import Chain
+from weightline.chain.records import GAPS, read_records
+from weightline.chain.state import read_state
+from weightline.codec.torch_ops import bits_of
+from weightline.errors import BaseMismatchError, CommitConflictError, InputError, PublishError, TransientStorageError
+from weightline.store.local import LocalStore
+from weightline.store.memory import MemoryStore
+from weightline.testing.faults import FaultStore, failing
+from weightline.trainer.session import PublishSession, PublishSettings
+from weightline.trainer.steps import PlainSteps, load_steps
+
+
+class Model(torch.nn.Module):
+    """Tied, frozen, scalar, empty and integer tensors, and a buffer that belongs to no checkpoint."""
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.embed = torch.nn.Embedding(50, 16, dtype=torch.bfloat16)
+        self.head = torch.nn.Linear(16, 50, bias=False, dtype=torch.bfloat16)
+        self.head.weight = self.embed.weight
+        self.frozen = torch.nn.Parameter(torch.randn(7, dtype=torch.float32), requires_grad=False)
+        self.scale = torch.nn.Parameter(torch.tensor(0.5, dtype=torch.bfloat16))
+        self.empty = torch.nn.Parameter(torch.zeros(0, 3, dtype=torch.bfloat16))
+        self.register_buffer("count", torch.zeros(3, dtype=torch.int64))
+        self.register_buffer("cache", torch.zeros(3), persistent=False)
+
+    def step(self, number: int) -> None:
+        with torch.no_grad():
+            generator = torch.Generator().manual_seed(number)
+            mask = torch.rand(self.embed.weight.shape, generator=generator) < 0.1
+            self.embed.weight[mask] *= -1.01
+            self.scale += 0.25
+            self.count += 1
+
+
+def _assert_version_is(chain: Chain, version: int, model: Model) -> None:
+    state = read_state(Chain(chain.store), version)
+    expected = dict(model.named_parameters()) | {"count": model.count}
+    assert set(state.bits) == set(expected)
+    for name, tensor in expected.items():
+        assert state.bits[name].tobytes() == bits_of(tensor.detach().reshape(-1)).tobytes(), name
+
+
+def _session(chain: Chain, **settings: object) -> PublishSession:
+    return PublishSession(chain, PublishSettings(**settings), PlainSteps())  # type: ignore[arg-type]
+
+
+def _train(session: PublishSession, model: Model, num_steps: int) -> None:
+    for number in range(1, num_steps + 1):
+        model.step(number)
+        session.sync(number)
+    session.flush()
+    session.close()
+
+
+def test_every_sync_is_a_version_with_the_exact_bits(tmp_path: Path) -> None:
+    chain, model = Chain(LocalStore(tmp_path)), Model()
+    session = _session(chain, stage="sft")
+    session.start(model, None, 0)
+    _assert_version_is(chain, 0, model)
+    for number in (1, 2, 3):
+        model.step(number)
+        session.sync(number, metrics={"loss": 0.5})
+        session.flush()
+        _assert_version_is(chain, number, model)
+    session.close()
+    assert [m.kind for m in chain.manifests()] == ["anchor", "delta", "delta", "delta"]
+    assert chain.manifest(2).metrics == {"loss": 0.5}
+    assert chain.manifest(0).is_milestone
+
+
+def test_nan_and_signed_zero_are_bits(tmp_path: Path) -> None:
+    chain, model = Chain(MemoryStore()), Model()
+    session = _session(chain)
+    session.start(model, None, 0)
+    with torch.no_grad():
+        model.embed.weight[0] = float("nan")
+        model.embed.weight[1] = 0.0
+        model.embed.weight[2] = torch.tensor(-0.0)
+        model.embed.weight.view(torch.int16)[0, 1] = 0x7FC1
+    session.sync(1)
+    with torch.no_grad():
+        model.embed.weight[1] = torch.tensor(-0.0)
+    session.sync(2)
+    session.flush()
+    _assert_version_is(chain, 2, model)
+    assert chain.manifest(2).num_changed == 16
+
+
+def test_a_second_process_goes_on_from_the_tip(tmp_path: Path) -> None:
+    chain, model = Chain(MemoryStore()), Model()
+    first = _session(chain, stage="sft")
+    first.start(model, None, 0)
+    _train(first, model, 2)
+    second = _session(chain, stage="dpo")
+    assert second.start(model, None, 0).action == "continue"
+    _train(second, model, 1)
+    assert [m.stage for m in chain.manifests()] == ["sft", "sft", "sft", "dpo"]
+    _assert_version_is(chain, 3, model)
+
+
+def test_other_weights_are_refused_before_training() -> None:
+    chain = Chain(MemoryStore())
+    _session(chain).start(Model(0), None, 0)
+    with pytest.raises(BaseMismatchError, match="name a new chain"):
+        _session(chain).start(Model(1), None, 0)
+    with pytest.raises(BaseMismatchError, match="another model"):
+        _session(chain).start(torch.nn.Linear(2, 2), None, 0)
+    assert chain.tip_version() == 0
+
+
+def test_resume_behind_the_tip_commits_a_revert() -> None:
+    chain, model = Chain(MemoryStore()), Model()
+    session = _session(chain)
+    session.start(model, None, 0)
+    _train(session, model, 1)
+    checkpoint = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    session = _session(chain)
+    session.start(model, None, 1)
+    _train(session, model, 2)
+    resumed = Model()
+    resumed.load_state_dict(checkpoint)
+    session = _session(chain)
+    plan = session.start(resumed, None, 1)
+    assert (plan.action, plan.reverts_to) == ("revert", 1)
+    assert (chain.tip().kind, chain.tip().version, chain.tip().reverts_to) == ("revert", 4, 1)
+    assert chain.tip().digests == chain.manifest(1).digests
+    _assert_version_is(chain, 4, resumed)
+    resumed.step(7)
+    session.sync(2)
+    session.flush()
+    _assert_version_is(chain, 5, resumed)
+
+
+def test_resume_from_a_state_that_was_never_committed_commits_the_way_to_it() -> None:
+    chain, model = Chain(MemoryStore()), Model()
+    session = _session(chain)
+    session.start(model, None, 0)
+    model.step(1)
+    session = _session(chain)
+    assert session.start(model, None, 5).action == "delta"
+    _assert_version_is(chain, 1, model)
+
+
+def test_policy_stop_raises_and_commits_nothing() -> None:
+    store = FaultStore(MemoryStore(), lambda *_: None)
+    chain, model = Chain(store), Model()
+    session = _session(chain)
+    session.start(model, None, 0)
+    store.plan = failing(verb="put_file", key_prefix="payloads/", times=1)
+    model.step(1)
+    session.sync(1)
+    with pytest.raises(PublishError, match="run again"):
+        session.flush()
+    assert chain.tip_version() == 0
+
+
+@pytest.mark.parametrize(("verb", "prefix"), [("put_file", "payloads/"), ("put_if_absent", "commits/")])
+def test_policy_skip_lets_the_next_version_span_the_gap(verb: str, prefix: str) -> None:
+    store = FaultStore(MemoryStore(), lambda *_: None)
+    chain, model = Chain(store), Model()
+    session = _session(chain, on_publish_error="skip_and_record", max_in_flight=3)
+    session.start(model, None, 0)
+    store.plan = failing(verb=verb, key_prefix=prefix, times=1)
+    _train(session, model, 6)
+    model.step(7)
+    tip = chain.tip_version()
+    assert tip is not None
+    assert 1 <= tip < 6
+    gaps = read_records(chain, GAPS)
+    assert [(g["status"], g["global_step"]) for g in gaps] == [("skipped", 1)]
+    session = _session(chain)
+    with pytest.raises(BaseMismatchError):
+        session.start(model, None, 0)
+
+
+def test_after_a_skip_the_tip_is_the_trained_state() -> None:
+    store = FaultStore(MemoryStore(), lambda *_: None)
+    chain, model = Chain(store), Model()
+    session = _session(chain, on_publish_error="skip_and_record")
+    session.start(model, None, 0)
+    store.plan = failing(verb="put_file", key_prefix="payloads/", times=1)
+    model.step(1)
+    session.sync(1)
+    session.flush()
+    model.step(2)
+    session.sync(2)
+    session.flush()
+    assert chain.tip_version() == 1
+    assert chain.tip().global_step == 2
+    _assert_version_is(chain, 1, model)
+
+
+def test_a_foreign_commit_stops_training_whatever_the_policy() -> None:
+    chain, model = Chain(MemoryStore()), Model()
+    ours = _session(chain, on_publish_error="skip_and_record")
+    ours.start(model, None, 0)
+    foreign = _session(Chain(chain.store))
+    foreign.start(model, None, 0)
+    model.step(1)
+    foreign.sync(1)
+    foreign.flush()
+    ours.sync(1)
+    with pytest.raises(CommitConflictError, match="another writer"):
+        ours.flush()
+    assert chain.tip_version() == 1
+
+
+def test_fold_spans_syncs_while_the_bucket_is_slow() -> None:
+    chain, model = Chain(MemoryStore()), Model()
+    session = _session(chain, on_backlog="fold", max_in_flight=1)
+    session.start(model, None, 0)
+    captured = []
+    for number in range(1, 20):
+        model.step(number)
+        captured.append(session.sync(number))
+    session.sync(20, is_milestone=True)
+    session.flush()
+    assert chain.tip_version() == sum(captured) + 1
+    _assert_version_is(chain, sum(captured) + 1, model)
+
+
+def test_an_unwritable_bucket_is_refused_at_the_start() -> None:
+    store = FaultStore(MemoryStore(), failing(verb="put_if_absent", key_prefix="probes/", times=1))
+    with pytest.raises(TransientStorageError):
+        _session(Chain(store)).start(Model(), None, 0)
+    assert list(store.inner.list("")) == []
+
+
+@pytest.mark.parametrize(
+    "settings", [{"sync_steps": 0}, {"max_in_flight": 0}, {"coding": "none"}, {"on_backlog": "drop"}]
+)
+def test_settings_are_checked_when_made(settings: dict[str, object]) -> None:
+    with pytest.raises(InputError):
+        PublishSettings(**settings)  # type: ignore[arg-type]
+
+
+def test_a_steps_hook_that_is_not_there_is_named() -> None:
+    with pytest.raises(InputError, match=r"nowhere\.at:all"):
+        load_steps("nowhere.at:all")

@@ -1,0 +1,110 @@
+"""A state of the weights in host memory, moved along a chain and checked at every version.
+
+Legend: N elements of a tensor, K changed ones. Bits are flat (row-major) unsigned integers.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from weightline.chain.fetch import fetch_object
+from weightline.chain.history import Chain
+from weightline.chain.plan import Hop, plan_replay
+from weightline.codec.digest import add_digests, digest_change, format_digest, parse_digest, tensor_digest
+from weightline.errors import DigestMismatchError, PayloadError
+from weightline.format.manifest import Manifest
+from weightline.format.payload import Payload, open_payload
+from weightline.types import BitsArray, Changes, Segment, TensorSpec, bits_dtype
+
+Select = Callable[[str], bool]
+
+
+@dataclass(slots=True)
+class HostState:
+    """Bits of (some of) a version's tensors, by name, with their digests. `version` is None before the first anchor."""
+
+    version: int | None = None
+    specs: dict[str, TensorSpec] = field(default_factory=dict)
+    bits: dict[str, BitsArray] = field(default_factory=dict)
+    digests: dict[str, int] = field(default_factory=dict)
+
+    def segment_bits(self, segment: Segment) -> BitsArray:
+        """A writable view of the segment's elements."""
+        return self.bits[segment.tensor.name][segment.start : segment.stop]
+
+    def apply(self, changes: Changes) -> None:
+        """Scatter the changed elements and follow the digest. Not safe to repeat."""
+        self.segment_bits(changes.segment)[changes.positions_K] = changes.new_K
+        name = changes.segment.tensor.name
+        self.digests[name] = add_digests(self.digests[name], digest_change(changes))
+
+    def allocate(self, specs: Iterable[TensorSpec]) -> None:
+        """Zeros for these tensors and no others: what an anchor fills."""
+        self.version = None
+        self.specs = {spec.name: spec for spec in specs}
+        self.bits = {name: np.zeros(spec.num_elements, bits_dtype(spec.dtype)) for name, spec in self.specs.items()}
+        self.digests = dict.fromkeys(self.specs, 0)
+
+    def place(self, segment: Segment, bits_N: BitsArray) -> None:
+        """Fill one part of a tensor that holds zeros there."""
+        self.segment_bits(segment)[:] = bits_N
+        name = segment.tensor.name
+        self.digests[name] = add_digests(self.digests[name], tensor_digest(segment, bits_N))
+
+    def check(self, manifest: Manifest, select: Select | None = None) -> None:
+        """Compare the digests of all (selected) tensors with the manifest's: DigestMismatchError names the first...
+
+        A tensor that no payload brought has digest 0, and differs.
+        """
+        for name in filter(select, manifest.tensors):
+            digest, expected = self.digests.get(name, 0), manifest.tensors[name].digest
+            if digest != parse_digest(expected):
+                raise DigestMismatchError(
+                    f"tensor {name} at version {manifest.version}: digest {format_digest(digest)}, "
+                    f"the manifest says {expected}",
+                    what=name, version=manifest.version, expected=expected, actual=format_digest(digest),
+                )  # fmt: skip
+
+
+def read_state(chain: Chain, version: int, select: Select | None = None) -> HostState:
+    """Materialize a version (or the tensors that `select` names) from the cheapest anchor. Safe to repeat."""
+    state = HostState()
+    advance_state(chain, state, version, select)
+    return state
+
+
+def advance_state(chain: Chain, state: HostState, version: int, select: Select | None = None) -> None:
+    """Move the state to `version`, checking digests after every hop. On any error the state is torn: throw it away."""
+    plan = plan_replay(chain.manifests(last=max(version, state.version or 0)), state.version, version)
+    for hop in plan.hops:
+        manifest = chain.manifest(hop.version)
+        if hop.base_version is None:
+            state.allocate(spec for name, spec in manifest.specs.items() if select is None or select(name))
+        for payload in fetch_payloads(chain, hop):
+            _apply_payload(state, payload)
+        state.version = hop.version
+        state.check(manifest, select)
+
+
+def fetch_payloads(chain: Chain, hop: Hop) -> Iterator[Payload]:
+    """The hop's payloads, fetched and sha256-checked one at a time; each file is gone when the next is asked for."""
+    for ref in hop.payloads:
+        with tempfile.TemporaryDirectory(prefix="weightline-") as folder:
+            yield open_payload(fetch_object(chain.store, ref, Path(folder) / "payload.safetensors"))
+
+
+def _apply_payload(state: HostState, payload: Payload) -> None:
+    for segment in payload.segments:
+        if state.specs.get(segment.tensor.name, segment.tensor) != segment.tensor:
+            raise PayloadError(f"the payload covers {segment.tensor}, not in the base", rule="known-tensor")
+    if payload.kind == "anchor":
+        for segment, bits_N in payload.read_anchor(lambda s: s.tensor.name in state.specs):
+            state.place(segment, bits_N)
+    else:
+        for changes in payload.read_changes(lambda s: s.tensor.name in state.specs, state.segment_bits):
+            state.apply(changes)

@@ -1,0 +1,71 @@
+"""Object keys of a chain, relative to the bucket prefix that the chain's URL names. SPEC "Keys"."""
+
+from __future__ import annotations
+
+import re
+
+from weightline.errors import InputError
+
+COMMITS = "commits/"
+SHORTCUTS = "shortcuts/"
+PAYLOADS = "payloads/"
+ASSETS = "assets/"
+RECORDS = "records/"
+REFS = "refs/"
+TIP_HINT = "hints/tip.json"
+
+_VERSION_DIGITS = 20
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+
+
+def padded(version: int) -> str:
+    """The version as it stands in keys: 20 digits, so that text order is number order."""
+    return f"{version:0{_VERSION_DIGITS}d}"
+
+
+def commit(version: int) -> str:
+    """The manifest of a version. The version exists exactly when this object does."""
+    return f"{COMMITS}{padded(version)}.json"
+
+
+def version_of_commit(key: str) -> int | None:
+    """The version that a key announces, or None for a key that is not a commit."""
+    digits = key.removeprefix(COMMITS).removesuffix(".json")
+    is_commit = key == f"{COMMITS}{digits}.json" and len(digits) == _VERSION_DIGITS and digits.isdigit()
+    return int(digits) if is_commit else None
+
+
+def shortcut(base_version: int | None, version: int) -> str:
+    """A second way to reach a version: from another base, or from nothing (an anchor)."""
+    return f"{SHORTCUTS}{padded(version)}-{'anchor' if base_version is None else padded(base_version)}.json"
+
+
+def payload(version: int, commit_id: str, rank: int) -> str:
+    """One rank's bytes of one attempt to commit a version. The commit_id makes it unique: never overwritten."""
+    return f"{PAYLOADS}{padded(version)}/{commit_id}/rank-{rank:05d}.safetensors"
+
+
+def asset(sha256: str) -> str:
+    """A small file that belongs to the model (config.json, tokenizer), by its content."""
+    return f"{ASSETS}{sha256}"
+
+
+def record(kind: str, version: int, name: str) -> str:
+    """What happened to a version after its commit: an evaluation, a refresh, an announcement."""
+    return f"{RECORDS}{checked_name(kind)}/{padded(version)}/{checked_name(name)}.json"
+
+
+def ref(name: str, number: int) -> str:
+    """The number-th move of a ref. Refs are append-only, so their history is free."""
+    return f"{REFS}{checked_name(name)}/{padded(number)}.json"
+
+
+def checked_name(name: str) -> str:
+    """The name itself, when it may stand in a key; InputError otherwise."""
+    if not _NAME.fullmatch(name):
+        raise InputError(
+            f"{name!r} cannot stand in an object key: use 1 to 128 letters, digits, '.', '_' or '-', "
+            "starting with a letter or digit",
+            name=name,
+        )
+    return name

@@ -1,0 +1,197 @@
+"""The manifest: the immutable JSON object whose existence is a version. SPEC "Manifest".
+
+Bytes become a frozen, validated `Manifest` here and nowhere else; every other room trusts it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from weightline.errors import ManifestError, UnsupportedFeatureError
+from weightline.format import keys
+from weightline.types import DTYPE_ITEMSIZE, TensorSpec
+
+FORMAT = "weightline/1"
+#: Features of the format that this release reads. A manifest that names another one is refused, never guessed at.
+KNOWN_FEATURES = frozenset[str]()
+MAX_MANIFEST_NBYTES = 256 * 1024 * 1024
+
+
+def _known_dtype(dtype: str) -> str:
+    if dtype not in DTYPE_ITEMSIZE:
+        raise ValueError(f"unknown dtype {dtype!r}")
+    return dtype
+
+
+def _key_inside_chain(key: str) -> str:
+    if key.startswith("/") or "\\" in key or any(part in ("", ".", "..") for part in key.split("/")):
+        raise ValueError(f"key {key!r} leaves the chain")
+    return key
+
+
+Count = Annotated[int, Field(ge=0)]
+Hex128 = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Key = Annotated[str, Field(min_length=1, max_length=1024), AfterValidator(_key_inside_chain)]
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class StoredObject(_Frozen):
+    """An object that a manifest refers to, with what a reader needs to check it."""
+
+    key: Key
+    nbytes: Count
+    sha256: Sha256
+
+
+class PayloadRef(StoredObject):
+    """One rank's payload."""
+
+    rank: Count
+
+
+class AssetRef(StoredObject):
+    """A small file of the model's folder: config.json, tokenizer.json, ..."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
+
+
+class TensorState(_Frozen):
+    """A tensor and the digest of its bits after this version."""
+
+    dtype: Annotated[str, AfterValidator(_known_dtype)]
+    shape: Annotated[tuple[Count, ...], Field(strict=False)]
+    digest: Hex128
+
+
+class Origin(_Frozen):
+    """The version of another chain whose state this one starts from."""
+
+    chain: str
+    version: Count
+    commit_id: Hex128
+
+
+class Manifest(_Frozen):
+    """One committed version. Field order is the order in the file."""
+
+    format: Literal["weightline/1"] = "weightline/1"
+    features: Annotated[tuple[str, ...], Field(strict=False)] = ()
+    version: Count
+    base_version: Count | None
+    """The version that this one is a delta against; None for an anchor."""
+    kind: Literal["anchor", "delta", "revert"]
+    """A revert is a delta whose resulting state equals that of `reverts_to`."""
+    reverts_to: Count | None = None
+    forked_from: Origin | None = None
+    commit_id: Hex128
+    """Random; tells a lost reply from a lost race."""
+    created_at: str
+    """UTC, ISO 8601, the writer's clock: for people, never for ordering."""
+    run_id: str
+    stage: str
+    global_step: Count
+    is_milestone: bool = False
+    """The first version, or the last of a stage: always evaluated, never skipped."""
+    coding: str
+    world_size: Annotated[int, Field(ge=1)]
+    num_changed: Count
+    num_elements: Count
+    payload_nbytes: Count
+    full_nbytes: Count
+    """Bytes of the whole state, uncoded."""
+    payloads: Annotated[tuple[PayloadRef, ...], Field(strict=False)]
+    assets: Annotated[tuple[AssetRef, ...], Field(strict=False)] = ()
+    """Empty: those of the version before."""
+    tensors: dict[str, TensorState]
+    metrics: dict[str, float] = Field(default_factory=dict)
+    """What the trainer logged at this step: loss, reward, ..."""
+    provenance: dict[str, str] = Field(default_factory=dict)
+    """Links for people: flow_run_id, host, library versions."""
+
+    @model_validator(mode="after")
+    def _base_fits_kind(self) -> Manifest:
+        if (self.kind == "anchor") != (self.base_version is None):
+            raise ValueError("an anchor has no base_version, a delta or revert has one")
+        if self.base_version is not None and self.base_version != self.version - 1:
+            raise ValueError("base_version must be version - 1")
+        if (self.kind == "revert") != (self.reverts_to is not None):
+            raise ValueError("reverts_to goes with kind revert")
+        if self.reverts_to is not None and self.reverts_to >= self.version:
+            raise ValueError("reverts_to must be an earlier version")
+        return self
+
+    @model_validator(mode="after")
+    def _counts_add_up(self) -> Manifest:
+        specs = self.specs.values()
+        if sum(spec.num_elements for spec in specs) != self.num_elements:
+            raise ValueError("num_elements is not the sum over the tensors")
+        if sum(spec.nbytes for spec in specs) != self.full_nbytes:
+            raise ValueError("full_nbytes is not the sum over the tensors")
+        if sum(payload.nbytes for payload in self.payloads) != self.payload_nbytes:
+            raise ValueError("payload_nbytes is not the sum over the payloads")
+        if self.num_changed > self.num_elements:
+            raise ValueError("num_changed exceeds num_elements")
+        return self
+
+    @property
+    def specs(self) -> dict[str, TensorSpec]:
+        """The tensors' specs, by name."""
+        return {name: TensorSpec(name, t.dtype, t.shape) for name, t in self.tensors.items()}
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """The state digest of every tensor after this version, by name."""
+        return {name: tensor.digest for name, tensor in self.tensors.items()}
+
+    @property
+    def key(self) -> str:
+        return keys.commit(self.version)
+
+    def to_bytes(self) -> bytes:
+        """Deterministic UTF-8 JSON."""
+        return self.model_dump_json(indent=1).encode()
+
+    @classmethod
+    def from_bytes(cls, raw: bytes) -> Manifest:
+        """Parse and validate. ManifestError names the broken rule; UnsupportedFeatureError says to upgrade."""
+        if len(raw) > MAX_MANIFEST_NBYTES:
+            raise ManifestError(f"a manifest of {len(raw)} bytes exceeds {MAX_MANIFEST_NBYTES}", rule="size")
+        try:
+            document = json.loads(raw)
+        except (ValueError, RecursionError) as error:
+            raise ManifestError(f"a manifest is not JSON: {error}", rule="json") from error
+        _refuse_unknown_features(document)
+        try:
+            return cls.model_validate(document)
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            field = ".".join(str(part) for part in first["loc"]) or "manifest"
+            raise ManifestError(f"manifest field {field}: {first['msg']}", rule=field) from error
+
+
+def _refuse_unknown_features(document: object) -> None:
+    """Tell 'written by a newer release' from 'broken' before the schema is applied."""
+    if not isinstance(document, Mapping):
+        raise ManifestError("a manifest is not a JSON object", rule="json")
+    written_as = document.get("format")
+    if written_as != FORMAT:
+        if isinstance(written_as, str) and written_as.startswith("weightline/"):
+            raise UnsupportedFeatureError(
+                f"this release reads {FORMAT}, not {written_as}: upgrade weightline", feature=written_as
+            )
+        raise ManifestError(f"the object is no weightline manifest (format {written_as!r})", rule="format")
+    features = document.get("features", [])
+    unknown = [f for f in features if f not in KNOWN_FEATURES] if isinstance(features, list) else []
+    if unknown:
+        raise UnsupportedFeatureError(
+            f"the manifest needs {unknown[0]!r}, which this release does not know: upgrade weightline",
+            feature=unknown[0],
+        )

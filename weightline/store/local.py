@@ -1,0 +1,148 @@
+"""A bucket in a local folder: `file:///path`. Durable: files and the directories that name them are fsynced.
+
+Objects appear whole: bytes go to a hidden staging file first, are fsynced, and then get their name by link(2), which
+fails when the name is taken (create-only), or by rename(2) (replace). obstore's LocalStore never fsyncs: hence this.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import BinaryIO
+
+from weightline.errors import NotFoundError, ObjectExistsError, StorageError, TransientStorageError
+from weightline.store.base import ObjectInfo, checked_key
+
+_STAGING = ".staging"
+_COPY_NBYTES = 8 * 1024 * 1024
+_TRANSIENT_ERRNOS = frozenset({errno.EINTR, errno.EAGAIN, errno.ESTALE, errno.ETIMEDOUT, errno.EIO, errno.EBUSY})
+
+
+class LocalStore:
+    """Implements `Store` on a folder. Safe for many processes of one host."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root.absolute()
+        self.url = self.root.as_uri()
+
+    def get(self, key: str) -> bytes:
+        with self._storage_errors(key):
+            return self._path(key).read_bytes()
+
+    def get_file(self, key: str, path: Path) -> None:
+        with self._storage_errors(key), self._path(key).open("rb") as source, path.open("wb") as target:
+            shutil.copyfileobj(source, target, _COPY_NBYTES)
+
+    def put_if_absent(self, key: str, body: bytes) -> None:
+        with self._storage_errors(key):
+            staged = self._stage(lambda file: file.write(body))
+            try:
+                self._publish(staged, self._path(key), replace=False)
+            finally:
+                staged.unlink(missing_ok=True)
+
+    def put(self, key: str, body: bytes) -> None:
+        with self._storage_errors(key):
+            self._publish(self._stage(lambda file: file.write(body)), self._path(key), replace=True)
+
+    def put_file(self, key: str, path: Path) -> None:
+        with self._storage_errors(key), path.open("rb") as source:
+            staged = self._stage(lambda file: shutil.copyfileobj(source, file, _COPY_NBYTES))
+            self._publish(staged, self._path(key), replace=True)
+
+    def head(self, key: str) -> ObjectInfo | None:
+        with self._storage_errors(key):
+            try:
+                found = self._path(key).stat()
+            except FileNotFoundError:
+                return None
+            return ObjectInfo(key, found.st_size, datetime.fromtimestamp(found.st_mtime, UTC))
+
+    def list(self, prefix: str, start_after: str = "") -> Iterator[ObjectInfo]:
+        folder = prefix.rpartition("/")[0]
+        with self._storage_errors(prefix):
+            yield from self._walk(self.root / folder, prefix, start_after)
+
+    def delete(self, key: str) -> None:
+        with self._storage_errors(key):
+            path = self._path(key)
+            path.unlink(missing_ok=True)
+            if path.parent.is_dir():
+                _fsync_directory(path.parent)
+
+    def _path(self, key: str) -> Path:
+        return self.root / checked_key(key)
+
+    def _walk(self, folder: Path, prefix: str, start_after: str) -> Iterator[ObjectInfo]:
+        try:
+            entries = sorted(os.scandir(folder), key=lambda e: e.name + "/" if e.is_dir() else e.name)
+        except FileNotFoundError:
+            return
+        for entry in entries:
+            key = Path(entry.path).relative_to(self.root).as_posix()
+            if entry.name == _STAGING:
+                continue
+            if entry.is_dir():
+                if prefix.startswith(f"{key}/") or key.startswith(prefix):
+                    yield from self._walk(Path(entry.path), prefix, start_after)
+            elif key.startswith(prefix) and key > start_after:
+                found = entry.stat()
+                yield ObjectInfo(key, found.st_size, datetime.fromtimestamp(found.st_mtime, UTC))
+
+    def _stage(self, write: Callable[[BinaryIO], object]) -> Path:
+        """A hidden, fsynced file with the bytes. A crash leaves it behind; nothing ever reads it."""
+        staging = self.root / _STAGING
+        _make_durable_directory(staging)
+        staged = staging / uuid.uuid4().hex
+        with staged.open("xb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        return staged
+
+    def _publish(self, staged: Path, target: Path, *, replace: bool) -> None:
+        _make_durable_directory(target.parent)
+        if replace:
+            staged.replace(target)
+        else:
+            try:
+                os.link(staged, target)
+            except FileExistsError as error:
+                key = target.relative_to(self.root).as_posix()
+                raise ObjectExistsError(f"{key} exists in {self.url}", key=key, url=self.url) from error
+        _fsync_directory(target.parent)
+
+    @contextmanager
+    def _storage_errors(self, key: str) -> Iterator[None]:
+        try:
+            yield
+        except FileNotFoundError as error:
+            raise NotFoundError(f"no object {key} in {self.url}", key=key) from error
+        except OSError as error:
+            cls = TransientStorageError if error.errno in _TRANSIENT_ERRNOS else StorageError
+            raise cls(
+                f"{self.url}: {error.strerror} at {key}. Is the folder writable, with room left?", key=key, url=self.url
+            ) from error
+
+
+def _make_durable_directory(folder: Path) -> None:
+    """mkdir -p whose every new entry survives a power cut."""
+    if folder.is_dir():
+        return
+    _make_durable_directory(folder.parent)
+    folder.mkdir(exist_ok=True)
+    _fsync_directory(folder.parent)
+
+
+def _fsync_directory(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

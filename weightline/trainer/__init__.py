@@ -1,0 +1,1 @@
+"""What runs on each rank: partition, baseline, publisher, callback."""

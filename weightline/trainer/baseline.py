@@ -1,0 +1,72 @@
+"""The bits that the chain will have after every capture handed out so far: one copy of the rank's own partition.
+
+A capture advances the baseline at once, so that the next one is against it. When a captured delta cannot be committed,
+the baseline is rewound by the old bits that the capture kept, newest first: it never silently differs from the chain.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+
+from weightline.codec.digest import tensor_digest
+from weightline.codec.torch_ops import bits_of, capture_tensor
+from weightline.trainer.partition import Shard
+from weightline.types import BitsArray, Changes, Segment
+
+
+class Baseline:
+    """Holds each shard's last captured elements on the device where training holds them."""
+
+    def __init__(self, shards: Iterable[Shard]) -> None:
+        """Copies the shards as they stand now."""
+        self.shards = tuple(shards)
+        self._held: dict[str, torch.Tensor] = {s.segment.tensor.name: s.read().clone() for s in self.shards}
+
+    @property
+    def nbytes(self) -> int:
+        return sum(held.nbytes for held in self._held.values())
+
+    def capture(self) -> list[Changes]:
+        """What changed since the last capture, shard by shard, and advance. Unchanged shards are left out."""
+        captured = []
+        for shard in self.shards:
+            current = shard.read()
+            changes = capture_tensor(shard.segment, self._held[shard.segment.tensor.name], current)
+            if changes.num_changed:
+                self._scatter(changes, changes.new_K)
+                captured.append(changes)
+        return captured
+
+    def rewind(self, captured: Iterable[Changes]) -> None:
+        """Undo one capture. Several are undone newest first."""
+        for changes in captured:
+            self._scatter(changes, changes.old_K)
+
+    def reset_to(self, segment: Segment, bits_N: BitsArray) -> None:
+        """Make the baseline of one shard another state: what the chain's tip holds there."""
+        held = self._held[segment.tensor.name]
+        held.view(_INTEGER[held.itemsize]).copy_(_as_tensor(bits_N))
+
+    def segments(self) -> Iterable[tuple[Segment, BitsArray]]:
+        """Each shard's baseline bits on the host, one at a time."""
+        for shard in self.shards:
+            yield shard.segment, bits_of(self._held[shard.segment.tensor.name].cpu())
+
+    def digests(self) -> dict[str, int]:
+        """This rank's contribution to each tensor's state digest."""
+        return {segment.tensor.name: tensor_digest(segment, bits_N) for segment, bits_N in self.segments()}
+
+    def _scatter(self, changes: Changes, bits_K: BitsArray) -> None:
+        held = self._held[changes.segment.tensor.name]
+        positions_K = torch.from_numpy(changes.positions_K).to(held.device)
+        held.view(_INTEGER[held.itemsize])[positions_K] = _as_tensor(bits_K).to(held.device)
+
+
+#: Signed integers of each width: torch scatters those on every device.
+_INTEGER = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def _as_tensor(bits: BitsArray) -> torch.Tensor:
+    return torch.from_numpy(bits.view(f"i{bits.itemsize}"))

@@ -1,0 +1,95 @@
+"""Which elements of which tensors this rank holds, read without any collective.
+
+ZeRO-3: `ds_tensor` is rank r's slice [r * ceil(N / W), ...) of the row-major flattened parameter, W and r those of its
+own process group; what lies past the parameter's end is uninitialised padding. Plain data parallelism and replicated
+buffers: every rank holds all, so each publishes an even slice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from weightline.codec.torch_ops import dtype_code
+from weightline.errors import InputError
+from weightline.types import Segment, TensorSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """A segment and the way to read its present elements: flat, `segment.length` long, where training holds them."""
+
+    segment: Segment
+    read: Callable[[], torch.Tensor]
+
+
+def partition_of(model: torch.nn.Module, rank: int, world_size: int) -> tuple[Shard, ...]:
+    """This rank's shards of every parameter and persistent buffer, in the model's order. Tied tensors appear once.
+
+    The shards of all ranks cover each tensor exactly once. A rank that holds nothing of a tensor has no shard of it.
+    """
+    shards = (_shard(name, tensor, rank, world_size) for name, tensor in _named_tensors(model))
+    return tuple(shard for shard in shards if shard.segment.length > 0)
+
+
+def specs_of(model: torch.nn.Module) -> dict[str, TensorSpec]:
+    """Every published tensor's full spec, the same on all ranks."""
+    return {name: _spec(name, tensor) for name, tensor in _named_tensors(model)}
+
+
+def _named_tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    for name, parameter in model.named_parameters():
+        yield _published_name(name), parameter
+    for module_name, module in model.named_modules():
+        for name, buffer in module.named_buffers(prefix=module_name, recurse=False):
+            if name.rpartition(".")[2] not in module._non_persistent_buffers_set:
+                yield _published_name(name), buffer
+
+
+def _published_name(name: str) -> str:
+    """The checkpoint's name: without what activation checkpointing and compilation put in between."""
+    return name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", "")
+
+
+def _spec(name: str, tensor: Any) -> TensorSpec:
+    is_zero3 = hasattr(tensor, "ds_tensor")
+    dtype = tensor.ds_tensor.dtype if is_zero3 else tensor.dtype
+    shape = tensor.ds_shape if is_zero3 else tensor.shape
+    return TensorSpec(name, dtype_code(dtype), tuple(shape))
+
+
+def _shard(name: str, tensor: torch.Tensor, rank: int, world_size: int) -> Shard:
+    spec = _spec(name, tensor)
+    if hasattr(tensor, "ds_tensor"):
+        return _zero3_shard(spec, tensor)
+    start, length = even_slice(spec.num_elements, rank, world_size)
+    return Shard(Segment(spec, start, length), lambda: tensor.detach().reshape(-1)[start : start + length])
+
+
+def _zero3_shard(spec: TensorSpec, parameter: Any) -> Shard:
+    partition_numel = parameter.ds_tensor.ds_numel
+    start = min(partition_numel * parameter.ds_zero_partition_rank, spec.num_elements)
+    length = min(partition_numel, spec.num_elements - start)
+
+    def read() -> torch.Tensor:
+        # Read anew at every sync: DeepSpeed may swap the tensor object. Never p.data, which is empty between gathers.
+        held = parameter.ds_tensor
+        if held.ds_numel != partition_numel or held.numel() < length:
+            raise InputError(
+                f"the ZeRO-3 partition of {spec.name} is not in memory (offloaded to NVMe?): weightline cannot read it",
+                tensor=spec.name,
+            )
+        local: torch.Tensor = held.detach().reshape(-1)[:length]
+        return local
+
+    return Shard(Segment(spec, start, length), read)
+
+
+def even_slice(num_elements: int, rank: int, world_size: int) -> tuple[int, int]:
+    """(start, length) of rank's part when `num_elements` are dealt out in equal slices, the last ones shorter."""
+    size = -(-num_elements // world_size)
+    start = min(size * rank, num_elements)
+    return start, min(size, num_elements - start)

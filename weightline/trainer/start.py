@@ -1,0 +1,94 @@
+"""Where a training process stands against its chain before its first step.
+
+Three ways in: the chain is empty (commit an anchor), the loaded weights are the tip (go on), or a resumed checkpoint is
+behind or beside the tip (commit a revert, or a delta that leads to it). Anything else is a mistake, and refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from weightline.chain.history import Chain
+from weightline.chain.state import read_state
+from weightline.codec.capture import capture
+from weightline.codec.digest import digest_to_limbs, format_digest, limbs_to_digest
+from weightline.errors import BaseMismatchError
+from weightline.trainer.baseline import Baseline
+from weightline.trainer.group import RankGroup
+from weightline.types import Changes, TensorSpec
+
+#: How much of the chain's tip one rank materializes at a time when it has to compare it with a resumed checkpoint.
+_GROUP_NBYTES = 1024**3
+
+
+@dataclass(frozen=True, slots=True)
+class StartPlan:
+    """What has to be committed before the first step. The same on every rank."""
+
+    action: Literal["anchor", "continue", "revert", "delta"]
+    tip: int | None
+    reverts_to: int | None = None
+
+
+def loaded_digests(baseline: Baseline, specs: dict[str, TensorSpec], group: RankGroup) -> dict[str, int]:
+    """The state digest of every tensor as loaded, on rank 0. Collective."""
+    own = baseline.digests()
+    limbs = torch.tensor([digest_to_limbs(own.get(name, 0)) for name in specs], dtype=torch.int64)
+    rows = group.sum_to_first(limbs).tolist()
+    return {name: limbs_to_digest(row) for name, row in zip(specs, rows, strict=True)}
+
+
+def plan_start(chain: Chain, loaded: dict[str, int], specs: dict[str, TensorSpec], *, is_resumed: bool) -> StartPlan:
+    """Decide on rank 0. BaseMismatchError when the weights are not the tip's and this is no resume. Reads only."""
+    tip_version = chain.tip_version()
+    if tip_version is None:
+        return StartPlan("anchor", None)
+    tip = chain.manifest(tip_version)
+    if tip.specs != specs:
+        name = next(iter(set(tip.specs.items()) ^ set(specs.items())))[0]
+        raise BaseMismatchError(
+            f"{chain.url} holds another model: tensor {name} is {tip.specs.get(name)} there, {specs.get(name)} here. "
+            "Name a chain of its own for this model",
+            tensor=name, version=tip_version, expected=str(tip.specs.get(name)), actual=str(specs.get(name)),
+        )  # fmt: skip
+    written = {name: format_digest(digest) for name, digest in loaded.items()}
+    if tip.digests == written:
+        return StartPlan("continue", tip_version)
+    if is_resumed:
+        earlier = next((v for v in range(tip_version - 1, -1, -1) if chain.manifest(v).digests == written), None)
+        return StartPlan("delta" if earlier is None else "revert", tip_version, earlier)
+    name = next(name for name, digest in written.items() if tip.digests[name] != digest)
+    raise BaseMismatchError(
+        f"the loaded weights are not version {tip_version} of {chain.url} (tensor {name}: digest {written[name]}, "
+        f"there {tip.digests[name]}). Start from that version (weightline pull), or name a new chain",
+        tensor=name, version=tip_version, expected=tip.digests[name], actual=written[name],
+    )  # fmt: skip
+
+
+def changes_from_tip(chain: Chain, tip: int, baseline: Baseline) -> list[Changes]:
+    """What leads from the chain's tip to this rank's baseline, by the chain alone, some tensors at a time."""
+    found = []
+    for names in _tensor_groups(baseline):
+        state = read_state(chain, tip, names.__contains__)
+        for segment, bits_N in baseline.segments():
+            if segment.tensor.name in names:
+                found.append(capture(segment, state.segment_bits(segment), bits_N))
+    return [changes for changes in found if changes.num_changed]
+
+
+def _tensor_groups(baseline: Baseline) -> Iterator[set[str]]:
+    names: set[str] = set()
+    nbytes = 0
+    for shard in baseline.shards:
+        spec = shard.segment.tensor
+        if names and nbytes + spec.nbytes > _GROUP_NBYTES:
+            yield names
+            names, nbytes = set(), 0
+        names.add(spec.name)
+        nbytes += spec.nbytes
+    if names:
+        yield names

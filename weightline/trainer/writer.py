@@ -1,0 +1,195 @@
+"""One rank's part in writing one version: gather, delta, upload, and on rank 0 the commit.
+
+Runs on the rank's background thread. Ranks meet three times a version, whatever happened to any of them: digests are
+summed, payload facts gathered, the outcome told. No rank ever holds another one's weights.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from weightline.chain.commit import commit_manifest, utc_now
+from weightline.chain.history import Chain
+from weightline.codec.digest import add_digests, digest_change, digest_to_limbs, format_digest, limbs_to_digest
+from weightline.errors import ConflictError, WeightlineError
+from weightline.format import keys
+from weightline.format.manifest import Manifest, PayloadRef, TensorState
+from weightline.format.payload import PayloadInfo, write_anchor, write_delta
+from weightline.trainer.baseline import Baseline
+from weightline.trainer.group import RankGroup
+from weightline.trainer.steps import Facts, PublishSteps, StepWork
+from weightline.trainer.sync import Outcome, PayloadPart, Sync
+from weightline.types import TensorSpec
+
+
+@dataclass(frozen=True, slots=True)
+class WriterContext:
+    """What stays the same for all versions that this process writes."""
+
+    chain: Chain
+    session_id: str
+    """Random, rank 0's: makes every attempt's object keys its own."""
+    run_id: str
+    stage: str
+    coding: str
+    specs: dict[str, TensorSpec]
+    baseline: Baseline
+    provenance: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class VersionWriter:
+    """Knows the tip that the next version builds on. `digests` counts on rank 0 only."""
+
+    context: WriterContext
+    group: RankGroup
+    steps: PublishSteps
+    tip: int | None
+    digests: dict[str, int]
+
+    def write(self, sync: Sync) -> Outcome:
+        """Collective. Publish the sync as the next version; never raises for a failing bucket, disk or encoder.
+
+        Not safe to repeat for a committed sync. A crash before the commit leaves orphaned payloads, which gc removes.
+        """
+        attempt = _Attempt(self, sync)
+        part = attempt.upload_part()
+        totals = self.group.sum_to_first(attempt.totals)
+        parts = self.group.gather_to_first(part)
+        outcome: Outcome = self.group.from_first(attempt.commit(parts, totals) if self.group.rank == 0 else None)
+        if outcome.status == "committed":
+            self.tip = outcome.version
+        return outcome
+
+
+class _Attempt:
+    """One version being written by this rank."""
+
+    def __init__(self, writer: VersionWriter, sync: Sync) -> None:
+        self.writer, self.sync, self.context = writer, sync, writer.context
+        self.version = 0 if writer.tip is None else writer.tip + 1
+        attempt = f"{self.context.session_id}/{sync.sequence}".encode()
+        self.commit_id = hashlib.blake2b(attempt, digest_size=16).hexdigest()
+        # Row per tensor: four 32-bit limbs of the digest's change, then the number of changed elements.
+        self.totals = torch.zeros((len(self.context.specs), 5), dtype=torch.int64)
+        self.info: PayloadInfo | None = None
+
+    def upload_part(self) -> PayloadPart:
+        """The three per-rank steps. A failure becomes a fact that the other ranks are told, since they are waiting."""
+        steps = self.writer.steps
+        rank = self.writer.group.rank
+        try:
+            with tempfile.TemporaryDirectory(prefix="weightline-") as folder:
+                path = Path(folder) / "payload.safetensors"
+                steps.gather_partition(self._work("gather_partition", self._gather))
+                steps.compute_delta(self._work("compute_delta", lambda: self._encode(path)))
+                if self.info is None:
+                    return PayloadPart(rank)
+                key = keys.payload(self.version, self.commit_id, rank)
+                steps.upload_payload(self._work("upload_payload", lambda: self._upload(key, path)))
+                return PayloadPart(rank, key, self.info.nbytes, self.info.sha256)
+        except (WeightlineError, OSError) as error:
+            return PayloadPart(rank, error=f"{type(error).__name__}: {error}")
+
+    def commit(self, parts: list[PayloadPart], totals: torch.Tensor) -> Outcome:
+        """Rank 0: one manifest for all ranks' payloads, or the reason why there is none."""
+        for part in parts:
+            if part.error is not None:
+                return self._failed(f"rank {part.rank}: {part.error}")
+        digests = self._digests_after(totals)
+        manifest = self._manifest(parts, digests, num_changed=int(totals[:, 4].sum()))
+        try:
+            self.writer.steps.commit_version(self._work("commit_version", lambda: self._commit(manifest)))
+        except ConflictError as error:
+            return self._failed(str(error), is_conflict=True)
+        except (WeightlineError, OSError) as error:
+            return self._failed(f"commit: {type(error).__name__}: {error}")
+        self.writer.digests = digests
+        return Outcome(self.sync.sequence, self.version, "committed")
+
+    def _failed(self, reason: str, *, is_conflict: bool = False) -> Outcome:
+        return Outcome(self.sync.sequence, self.version, "failed", reason, is_conflict)
+
+    def _work(self, name: str, run: Callable[[], Facts]) -> StepWork:
+        group = self.writer.group
+        context = self.context
+        return StepWork(name, self.version, group.rank, group.world_size, context.stage, context.chain.url, run)
+
+    def _gather(self) -> Facts:
+        """Sum up what the training thread captured from this rank's partition: counts and digest changes a tensor."""
+        row_of = {name: row for row, name in enumerate(self.context.specs)}
+        if self.sync.kind == "anchor":
+            changed = self.context.baseline.digests()
+            rows = {row_of[name]: (digest, 0) for name, digest in changed.items()}
+        else:
+            rows = {row_of[c.segment.tensor.name]: (digest_change(c), c.num_changed) for c in self.sync.changes}
+        for row, (digest, num_changed) in rows.items():
+            self.totals[row] = torch.tensor([*digest_to_limbs(digest), num_changed], dtype=torch.int64)
+        shards = self.context.baseline.shards
+        num_elements = sum(shard.segment.length for shard in shards)
+        return {"num_shards": len(shards), "num_elements": num_elements, "num_changed": int(self.totals[:, 4].sum())}
+
+    def _encode(self, path: Path) -> Facts:
+        if self.sync.kind == "anchor":
+            self.info = write_anchor(path, self.context.baseline.segments())
+        elif self.sync.changes:
+            self.info = write_delta(path, self.sync.changes, self.context.coding)
+        return {"payload_nbytes": self.info.nbytes if self.info else 0, "coding": self.context.coding}
+
+    def _upload(self, key: str, path: Path) -> Facts:
+        self.context.chain.store.put_file(key, path)
+        return {"key": key, "payload_nbytes": path.stat().st_size}
+
+    def _commit(self, manifest: Manifest) -> Facts:
+        commit_manifest(self.context.chain, manifest)
+        told = (
+            "version", "commit_id", "kind", "stage", "run_id", "global_step", "is_milestone",
+            "num_changed", "num_elements", "payload_nbytes", "full_nbytes",
+        )  # fmt: skip
+        return manifest.model_dump(include=set(told))
+
+    def _digests_after(self, totals: torch.Tensor) -> dict[str, int]:
+        before = {} if self.sync.kind == "anchor" else self.writer.digests
+        rows = zip(self.context.specs, totals[:, :4].tolist(), strict=True)
+        return {name: add_digests(before.get(name, 0), limbs_to_digest(limbs)) for name, limbs in rows}
+
+    def _manifest(self, parts: list[PayloadPart], digests: dict[str, int], num_changed: int) -> Manifest:
+        sync, context = self.sync, self.context
+        payloads = tuple(
+            PayloadRef(key=p.key, nbytes=p.nbytes, sha256=p.sha256, rank=p.rank) for p in parts if p.key is not None
+        )
+        tensors = {
+            name: TensorState(dtype=spec.dtype, shape=spec.shape, digest=format_digest(digests[name]))
+            for name, spec in context.specs.items()
+        }
+        is_anchor = sync.kind == "anchor"
+        num_elements = sum(spec.num_elements for spec in context.specs.values())
+        return Manifest(
+            version=self.version,
+            base_version=None if is_anchor else self.writer.tip,
+            kind=sync.kind,
+            reverts_to=sync.reverts_to,
+            commit_id=self.commit_id,
+            created_at=utc_now(),
+            run_id=context.run_id,
+            stage=context.stage,
+            global_step=sync.global_step,
+            is_milestone=sync.is_milestone,
+            coding="ordered" if is_anchor else context.coding,
+            world_size=self.writer.group.world_size,
+            num_changed=num_elements if is_anchor else num_changed,
+            num_elements=num_elements,
+            payload_nbytes=sum(payload.nbytes for payload in payloads),
+            full_nbytes=sum(spec.nbytes for spec in context.specs.values()),
+            payloads=payloads,
+            assets=sync.assets,
+            tensors=tensors,
+            metrics=sync.metrics,
+            provenance=context.provenance,
+        )
