@@ -12,6 +12,7 @@ import numpy.typing as npt
 from weightline.chain.commit import commit_manifest, new_commit_id, utc_now
 from weightline.chain.history import Chain
 from weightline.codec.capture import capture
+from weightline.codec.coding import coding_named
 from weightline.codec.digest import format_digest, tensor_digest
 from weightline.format import keys
 from weightline.format.manifest import AssetRef, Manifest, PayloadRef, TensorState
@@ -54,7 +55,9 @@ def commit_state(
             if old is None:
                 info = write_anchor(path, ((s, _part(new, s)) for s in segments))
             else:
-                changes = [capture(s, _part(old, s), _part(new, s)) for s in segments]
+                changes = [
+                    capture(s, _part(old, s), _part(new, s), ranked=coding_named(coding).ranked) for s in segments
+                ]
                 info = write_delta(path, [c for c in changes if c.num_changed], coding)
             num_changed += info.num_changed
             key = keys.payload(version, commit_id, rank)

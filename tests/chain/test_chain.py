@@ -14,9 +14,9 @@ from tests.chains import commit_state, make_manifest, nudged, random_state
 from weightline.chain.checkpoint import write_checkpoint
 from weightline.chain.commit import commit_manifest, new_commit_id
 from weightline.chain.history import Chain
-from weightline.chain.plan import plan_replay
 from weightline.chain.records import EVALUATIONS, read_record, read_records, write_record
 from weightline.chain.state import advance_state, read_state
+from weightline.chain.ways import plan_between
 from weightline.errors import (
     ChainEmptyError,
     CommitConflictError,
@@ -137,17 +137,20 @@ def test_a_manifest_under_a_foreign_key_is_refused(chain: Chain) -> None:
 
 def test_plan_takes_the_cheapest_way(chain: Chain) -> None:
     _grow(chain, 4)
-    manifests = chain.manifests()
-    assert [h.version for h in plan_replay(manifests, None, 2).hops] == [0, 1, 2]
-    assert [h.version for h in plan_replay(manifests, 1, 3).hops] == [2, 3]
-    assert plan_replay(manifests, 3, 3).hops == ()
+    assert [h.version for h in plan_between(chain, None, 2).hops] == [0, 1, 2]
+    assert [h.version for h in plan_between(chain, 1, 3).hops] == [2, 3]
+    assert plan_between(chain, 3, 3).hops == ()
     with pytest.raises(VersionNotFoundError):
-        plan_replay(manifests, None, 9)
+        plan_between(chain, None, 9)
 
 
-def test_plan_backwards_goes_through_an_anchor(chain: Chain) -> None:
-    _grow(chain, 4)
-    assert [h.version for h in plan_replay(chain.manifests(), 3, 1).hops] == [0, 1]
+def test_plan_backwards_walks_the_deltas_or_goes_through_an_anchor(chain: Chain) -> None:
+    states = _grow(chain, 4)
+    assert [h.target for h in plan_between(chain, 3, 1).hops] == [2, 1]
+    state = read_state(chain, 3)
+    advance_state(chain, state, 1)
+    assert all(np.array_equal(state.bits[n], b.reshape(-1)) for n, b in states[1].items())
+    assert [h.target for h in plan_between(chain, 3, 0).hops] == [0]
 
 
 def test_pull_writes_a_folder_once(chain: Chain, tmp_path: Path) -> None:

@@ -7,9 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from weightline.chain.compact import AnchorPolicy
 from weightline.chain.history import Chain
 from weightline.chain.records import GAPS, read_records
 from weightline.chain.state import read_state
+from weightline.chain.verify import verify_chain
+from weightline.chain.ways import Ways, plan_between
 from weightline.codec.torch_ops import bits_of
 from weightline.errors import BaseMismatchError, CommitConflictError, InputError, PublishError, TransientStorageError
 from weightline.store.local import LocalStore
@@ -165,6 +168,16 @@ def test_policy_stop_raises_and_commits_nothing() -> None:
     assert chain.tip_version() == 0
 
 
+@pytest.mark.parametrize("coding", ["gap", "gap-by-magnitude"])
+def test_every_coding_publishes(coding: str) -> None:
+    chain, model = Chain(MemoryStore()), Model()
+    session = _session(chain, coding=coding)
+    session.start(model, None, 0)
+    _train(session, model, 3)
+    assert [m.coding for m in chain.manifests()][1:] == [coding] * 3
+    _assert_version_is(chain, 3, model)
+
+
 @pytest.mark.parametrize(("verb", "prefix"), [("put_file", "payloads/"), ("put_if_absent", "commits/")])
 def test_policy_skip_lets_the_next_version_span_the_gap(verb: str, prefix: str) -> None:
     store = FaultStore(MemoryStore(), lambda *_: None)
@@ -228,6 +241,38 @@ def test_fold_spans_syncs_while_the_bucket_is_slow() -> None:
     session.flush()
     assert chain.tip_version() == sum(captured) + 1
     _assert_version_is(chain, sum(captured) + 1, model)
+
+
+def test_an_anchor_is_written_when_replaying_costs_more_than_it() -> None:
+    chain, model = Chain(MemoryStore()), Model()
+    session = _session(chain, anchor_policy=AnchorPolicy(delta_elements_per_second=1e4, anchor_elements_per_second=1e5))
+    session.start(model, None, 0)
+    states = []
+    for number in range(1, 13):
+        model.step(number)
+        session.sync(number)
+        states.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
+    session.flush()
+    session.close()
+    anchored = [v for v in range(13) if any(s.base_version is None for s in Ways(chain).shortcuts_into(v))]
+    assert 1 <= len(anchored) < 12
+    plan = plan_between(chain, None, 12)
+    assert plan.hops[0].version == anchored[-1]
+    assert verify_chain(Chain(chain.store)).holds
+    assert read_state(chain, anchored[0]).bits["count"].tolist() == [anchored[0]] * 3
+    _assert_version_is(chain, 12, model)
+
+
+def test_an_anchor_that_fails_costs_no_version() -> None:
+    store = FaultStore(MemoryStore(), lambda *_: None)
+    chain, model = Chain(store), Model()
+    session = _session(chain, anchor_policy=AnchorPolicy(delta_elements_per_second=1e-3))
+    session.start(model, None, 0)
+    store.plan = failing(verb="put_if_absent", key_prefix="shortcuts/", times=100)
+    _train(session, model, 4)
+    assert chain.tip_version() == 4
+    assert list(Ways(chain).shortcuts_into(4)) == []
+    _assert_version_is(chain, 4, model)
 
 
 def test_an_unwritable_bucket_is_refused_at_the_start() -> None:

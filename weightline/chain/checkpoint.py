@@ -42,7 +42,7 @@ def write_checkpoint(chain: Chain, version: int, out_dir: Path) -> None:
 
 def assets_of(chain: Chain, version: int) -> tuple[AssetRef, ...]:
     """The model's small files as of a version: those of the newest manifest up to it that names any."""
-    for candidate in range(version, -1, -1):
+    for candidate in reversed(chain.versions(last=version)):
         if assets := chain.manifest(candidate).assets:
             return assets
     return ()

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from weightline.errors import DigestMismatchError
@@ -18,24 +21,43 @@ def sha256_of(path: Path) -> str:
 
 
 def fetch_object(store: Store, wanted: StoredObject, path: Path) -> Path:
-    """Download to `path` (through a temporary name beside it) and check it. DigestMismatchError when it is not what the
-    manifest says; then nothing stands at `path`. Safe to repeat.
+    """Download to `path` (through a temporary name beside it) and check it. Safe to repeat.
+
+    DigestMismatchError when it is not what the manifest says; then nothing stands at `path`.
     """
     partial = path.with_name(f".{path.name}.partial")
     try:
         store.get_file(wanted.key, partial)
-        actual_nbytes = partial.stat().st_size
-        if actual_nbytes != wanted.nbytes:
+        actual: tuple[int, str] = (partial.stat().st_size, sha256_of(partial))
+        expected = (wanted.nbytes, wanted.sha256)
+        if actual != expected:
             raise DigestMismatchError(
-                f"{wanted.key} has {actual_nbytes} bytes, its manifest says {wanted.nbytes}",
-                what=wanted.key, expected=wanted.nbytes, actual=actual_nbytes,
-            )  # fmt: skip
-        actual = sha256_of(partial)
-        if actual != wanted.sha256:
-            raise DigestMismatchError(
-                f"{wanted.key} has sha256 {actual}, its manifest says {wanted.sha256}",
-                what=wanted.key, expected=wanted.sha256, actual=actual,
-            )  # fmt: skip
+                f"{wanted.key} has {actual[0]} bytes with sha256 {actual[1]}, its manifest says {expected[0]} bytes "
+                f"with {expected[1]}",
+                what=wanted.key,
+                expected=expected,
+                actual=actual,
+            )
         return partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+class Fetcher:
+    """Fetches each object of a chain once and keeps it, checked, in a folder of its own."""
+
+    def __init__(self, store: Store, folder: Path) -> None:
+        self._store = store
+        self._folder = folder
+
+    def fetch(self, wanted: StoredObject) -> Path:
+        """The object's local file."""
+        path = self._folder / wanted.sha256
+        return path if path.exists() else fetch_object(self._store, wanted, path)
+
+
+@contextmanager
+def fetching(store: Store) -> Iterator[Fetcher]:
+    """A fetcher for the length of one operation; its folder goes with it."""
+    with tempfile.TemporaryDirectory(prefix="weightline-") as folder:
+        yield Fetcher(store, Path(folder))

@@ -67,9 +67,12 @@ class Chain:
 
     def manifests(self, first: int = 0, last: int | None = None) -> tuple[Manifest, ...]:
         """The manifests of versions first..last (both included; the tip when last is None), oldest first."""
+        return tuple(self.manifest(version) for version in self.versions(first, last))
+
+    def versions(self, first: int = 0, last: int | None = None) -> tuple[int, ...]:
+        """The committed versions among first..last, oldest first. One listing; no manifest is read."""
         start_after = keys.commit(first - 1) if first > 0 else ""
-        committed = (v for v in self._committed(start_after) if last is None or v <= last)
-        return tuple(self.manifest(version) for version in committed)
+        return tuple(v for v in self._committed(start_after) if last is None or v <= last)
 
     def _committed(self, start_after: str) -> Iterator[int]:
         for info in self.store.list(keys.COMMITS, start_after):

@@ -3,25 +3,38 @@
 from __future__ import annotations
 
 import heapq
-from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from weightline.errors import VersionNotFoundError
-from weightline.format.manifest import Manifest, PayloadRef
+from weightline.format.manifest import PayloadRef
 
 
 @dataclass(frozen=True, slots=True)
 class Hop:
-    """One move between states: `base_version` is None where the payloads hold the full state."""
+    """One move between states. `base_version` is None where the payloads hold the full state."""
 
     base_version: int | None
     version: int
     payloads: tuple[PayloadRef, ...]
+    num_changed: int = 0
+    is_backward: bool = False
+    """Walked from `version` to `base_version`: only a coding that is blind to the base allows it."""
+    is_shortcut: bool = False
 
     @property
     def payload_nbytes(self) -> int:
         return sum(payload.nbytes for payload in self.payloads)
+
+    @property
+    def start(self) -> int | None:
+        """Where the reader stands before the hop; None: anywhere."""
+        return self.version if self.is_backward else self.base_version
+
+    @property
+    def target(self) -> int | None:
+        """Where the reader stands after the hop."""
+        return self.base_version if self.is_backward else self.version
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,52 +54,50 @@ class ReplayPlan:
         return sum(len(hop.payloads) for hop in self.hops)
 
 
-def plan_replay(manifests: Sequence[Manifest], have: int | None, want: int) -> ReplayPlan:
-    """The cheapest way (bytes, then number of hops) from state `have` (None: nothing) to version `want`.
+WaysInto = Callable[[int], Iterable[Hop]]
 
-    Shortest path over the hops that the chain offers. VersionNotFoundError when no way leads there.
+
+def plan_replay(ways_into: WaysInto, have: int | None, want: int) -> ReplayPlan:
+    """The cheapest way (bytes, then hops) from `have` (None: nothing) to `want`. VersionNotFoundError: there is none.
+
+    Dijkstra from the wanted version backwards, so that only manifests near the way are read. `ways_into(version)` gives
+    the hops whose target is that version, and raises VersionNotFoundError for one that is not in the chain.
     """
-    leaving: dict[int | None, list[Hop]] = defaultdict(list)
-    for manifest in manifests:
-        leaving[manifest.base_version].append(Hop(manifest.base_version, manifest.version, manifest.payloads))
-    # An anchor can be read from any state: it leaves from `have` as well as from nothing.
-    if have is not None:
-        leaving[have] += leaving[None]
-    return ReplayPlan(have, want, _shortest_path(leaving, have, want))
-
-
-def _shortest_path(leaving: dict[int | None, list[Hop]], have: int | None, want: int) -> tuple[Hop, ...]:
-    """Dijkstra on (bytes, hops)."""
-    queue: list[tuple[int, int, int, int | None]] = [(0, 0, 0, have)]
-    arrived_by: dict[int | None, Hop | None] = {}
-    best: dict[int | None, tuple[int, int]] = {have: (0, 0)}
-    came_by: dict[int | None, Hop | None] = {have: None}
+    queue: list[tuple[int, int, int, int]] = [(0, 0, 0, want)]
+    best: dict[int, tuple[int, int]] = {want: (0, 0)}
+    next_hop: dict[int, Hop] = {}
+    entry: tuple[tuple[int, int], Hop] | None = None
+    done: set[int] = set()
     ticket = 0
     while queue:
-        nbytes, count, _, state = heapq.heappop(queue)
-        if state in arrived_by:
+        nbytes, count, _, version = heapq.heappop(queue)
+        if version in done:
             continue
-        arrived_by[state] = came_by[state]
-        if state == want:
+        if version == have or (entry is not None and entry[0] <= (nbytes, count)):
             break
-        for hop in leaving.get(state, ()):
+        done.add(version)
+        for hop in ways_into(version):
             cost = (nbytes + hop.payload_nbytes, count + 1)
-            if hop.version not in arrived_by and cost < best.get(hop.version, (1 << 127, 0)):
+            if hop.start is None:
+                entry = min(entry or (cost, hop), (cost, hop), key=lambda found: found[0])
+            elif cost < best.get(hop.start, (1 << 127, 0)):
                 ticket += 1
-                best[hop.version], came_by[hop.version] = cost, hop
-                heapq.heappush(queue, (*cost, ticket, hop.version))
-    if want not in arrived_by:
-        raise VersionNotFoundError(f"no way leads from {have} to version {want}: it is not in the chain", version=want)
-    return _walk_back(arrived_by, have, want)
+                best[hop.start], next_hop[hop.start] = cost, hop
+                heapq.heappush(queue, (*cost, ticket, hop.start))
+    from_have = best.get(have) if have is not None else None
+    if from_have is not None and (entry is None or from_have <= entry[0]):
+        assert have is not None
+        return ReplayPlan(have, want, tuple(_follow(next_hop, have, want)))
+    if entry is None:
+        raise VersionNotFoundError(f"no way leads to version {want}: its anchor is gone", version=want)
+    first = entry[1]
+    return ReplayPlan(have, want, (first, *_follow(next_hop, first.version, want)))
 
 
-def _walk_back(arrived_by: dict[int | None, Hop | None], have: int | None, want: int) -> tuple[Hop, ...]:
-    path: list[Hop] = []
-    state: int | None = want
-    while state != have and (hop := arrived_by[state]) is not None:
-        path.append(hop)
-        # An anchor ends the walk back: whatever was before it does not matter.
-        if hop.base_version is None:
-            break
-        state = hop.base_version
-    return tuple(reversed(path))
+def _follow(next_hop: dict[int, Hop], start: int, want: int) -> Iterable[Hop]:
+    at = start
+    while at != want:
+        hop = next_hop[at]
+        yield hop
+        assert hop.target is not None
+        at = hop.target

@@ -40,10 +40,10 @@ def read_record(chain: Chain, kind: str, version: int, name: str) -> Record | No
         return None
 
 
-def read_records(chain: Chain, kind: str) -> list[Record]:
-    """Every record of a kind, by version and name."""
+def read_records(chain: Chain, kind: str, first: int = 0) -> list[Record]:
+    """Every record of a kind from version `first` on, by version and name."""
     prefix = f"{keys.RECORDS}{keys.checked_name(kind)}/"
-    return [_parse(chain.store.get(info.key)) for info in chain.store.list(prefix)]
+    return [_parse(chain.store.get(info.key)) for info in chain.store.list(prefix, f"{prefix}{keys.padded(first)}")]
 
 
 def _parse(raw: bytes) -> Record:

@@ -5,16 +5,17 @@ Legend: N elements of a tensor, K changed ones. Bits are flat (row-major) unsign
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 
-from weightline.chain.fetch import fetch_object
+from weightline.chain.fetch import Fetcher, fetching
 from weightline.chain.history import Chain
-from weightline.chain.plan import Hop, plan_replay
+from weightline.chain.plan import Hop
+from weightline.chain.ways import plan_between
+from weightline.codec.compose import taken_back
 from weightline.codec.digest import add_digests, digest_change, format_digest, parse_digest, tensor_digest
 from weightline.errors import DigestMismatchError, PayloadError
 from weightline.format.manifest import Manifest
@@ -71,40 +72,54 @@ class HostState:
                 )  # fmt: skip
 
 
-def read_state(chain: Chain, version: int, select: Select | None = None) -> HostState:
-    """Materialize a version (or the tensors that `select` names) from the cheapest anchor. Safe to repeat."""
+def read_state(chain: Chain, version: int, select: Select | None = None, fetcher: Fetcher | None = None) -> HostState:
+    """Materialize a version (or the tensors that `select` names) by the cheapest way. Safe to repeat.
+
+    Give a `fetcher` to read several groups of tensors without fetching payloads again.
+    """
     state = HostState()
-    advance_state(chain, state, version, select)
+    advance_state(chain, state, version, select, fetcher)
     return state
 
 
-def advance_state(chain: Chain, state: HostState, version: int, select: Select | None = None) -> None:
+def advance_state(
+    chain: Chain, state: HostState, version: int, select: Select | None = None, fetcher: Fetcher | None = None
+) -> None:
     """Move the state to `version`, checking digests after every hop. On any error the state is torn: throw it away."""
-    plan = plan_replay(chain.manifests(last=max(version, state.version or 0)), state.version, version)
-    for hop in plan.hops:
-        manifest = chain.manifest(hop.version)
-        if hop.base_version is None:
-            state.allocate(spec for name, spec in manifest.specs.items() if select is None or select(name))
-        for payload in fetch_payloads(chain, hop):
-            _apply_payload(state, payload)
-        state.version = hop.version
-        state.check(manifest, select)
+    plan = plan_between(chain, state.version, version)
+    with nullcontext(fetcher) if fetcher else fetching(chain.store) as source:
+        for hop in plan.hops:
+            apply_hop(chain, state, hop, source, select)
 
 
-def fetch_payloads(chain: Chain, hop: Hop) -> Iterator[Payload]:
-    """The hop's payloads, fetched and sha256-checked one at a time; each file is gone when the next is asked for."""
+def apply_hop(chain: Chain, state: HostState, hop: Hop, fetcher: Fetcher, select: Select | None = None) -> None:
+    """Move the state along one hop and check it. On any error the state is torn: throw it away."""
+    assert hop.target is not None
+    manifest = chain.manifest(hop.target)
+    if hop.base_version is None:
+        state.allocate(spec for name, spec in manifest.specs.items() if select is None or select(name))
     for ref in hop.payloads:
-        with tempfile.TemporaryDirectory(prefix="weightline-") as folder:
-            yield open_payload(fetch_object(chain.store, ref, Path(folder) / "payload.safetensors"))
+        payload = open_payload(fetcher.fetch(ref))
+        _require_known_tensors(payload, state)
+        if payload.kind == "anchor":
+            for segment, bits_N in payload.read_anchor(lambda s: s.tensor.name in state.specs):
+                state.place(segment, bits_N)
+        else:
+            for changes in read_changes(payload, hop, state.segment_bits, state.specs.__contains__):
+                state.apply(changes)
+    state.version = hop.target
+    state.check(manifest, select)
 
 
-def _apply_payload(state: HostState, payload: Payload) -> None:
+def read_changes(
+    payload: Payload, hop: Hop, bits_of: Callable[[Segment], BitsArray], select: Select | None = None
+) -> Iterator[Changes]:
+    """A delta payload's changes in the hop's direction. `bits_of` gives a segment's bits where the reader stands."""
+    for changes in payload.read_changes(lambda s: select is None or select(s.tensor.name), bits_of):
+        yield taken_back(changes) if hop.is_backward else changes
+
+
+def _require_known_tensors(payload: Payload, state: HostState) -> None:
     for segment in payload.segments:
         if state.specs.get(segment.tensor.name, segment.tensor) != segment.tensor:
             raise PayloadError(f"the payload covers {segment.tensor}, not in the base", rule="known-tensor")
-    if payload.kind == "anchor":
-        for segment, bits_N in payload.read_anchor(lambda s: s.tensor.name in state.specs):
-            state.place(segment, bits_N)
-    else:
-        for changes in payload.read_changes(lambda s: s.tensor.name in state.specs, state.segment_bits):
-            state.apply(changes)

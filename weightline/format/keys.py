@@ -12,9 +12,12 @@ PAYLOADS = "payloads/"
 ASSETS = "assets/"
 RECORDS = "records/"
 REFS = "refs/"
+HISTORY = "history/"
+PROBES = "probes/"
 TIP_HINT = "hints/tip.json"
 
 _VERSION_DIGITS = 20
+_SHORTCUT = re.compile(rf"{SHORTCUTS}(?P<version>[0-9]{{20}})-(?P<base>anchor|[0-9]{{20}})\.json")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
@@ -38,6 +41,12 @@ def version_of_commit(key: str) -> int | None:
 def shortcut(base_version: int | None, version: int) -> str:
     """A second way to reach a version: from another base, or from nothing (an anchor)."""
     return f"{SHORTCUTS}{padded(version)}-{'anchor' if base_version is None else padded(base_version)}.json"
+
+
+def ends_of_shortcut(key: str) -> tuple[int | None, int] | None:
+    """(base_version, version) of a shortcut's key, or None for another key."""
+    found = _SHORTCUT.fullmatch(key)
+    return found and (None if found["base"] == "anchor" else int(found["base"]), int(found["version"]))
 
 
 def payload(version: int, commit_id: str, rank: int) -> str:

@@ -39,11 +39,13 @@ Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Key = Annotated[str, Field(min_length=1, max_length=1024), AfterValidator(_key_inside_chain)]
 
 
-class _Frozen(BaseModel):
+class Frozen(BaseModel):
+    """Base of every wire object: unknown fields are refused, types are exact."""
+
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
-class StoredObject(_Frozen):
+class StoredObject(Frozen):
     """An object that a manifest refers to, with what a reader needs to check it."""
 
     key: Key
@@ -63,7 +65,7 @@ class AssetRef(StoredObject):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
 
 
-class TensorState(_Frozen):
+class TensorState(Frozen):
     """A tensor and the digest of its bits after this version."""
 
     dtype: Annotated[str, AfterValidator(_known_dtype)]
@@ -71,7 +73,7 @@ class TensorState(_Frozen):
     digest: Hex128
 
 
-class Origin(_Frozen):
+class Origin(Frozen):
     """The version of another chain whose state this one starts from."""
 
     chain: str
@@ -79,7 +81,7 @@ class Origin(_Frozen):
     commit_id: Hex128
 
 
-class Manifest(_Frozen):
+class Manifest(Frozen):
     """One committed version. Field order is the order in the file."""
 
     format: Literal["weightline/1"] = "weightline/1"
@@ -168,7 +170,7 @@ class Manifest(_Frozen):
             document = json.loads(raw)
         except (ValueError, RecursionError) as error:
             raise ManifestError(f"a manifest is not JSON: {error}", rule="json") from error
-        _refuse_unknown_features(document)
+        refuse_unknown_features(document)
         try:
             return cls.model_validate(document)
         except ValidationError as error:
@@ -177,7 +179,7 @@ class Manifest(_Frozen):
             raise ManifestError(f"manifest field {field}: {first['msg']}", rule=field) from error
 
 
-def _refuse_unknown_features(document: object) -> None:
+def refuse_unknown_features(document: object) -> None:
     """Tell 'written by a newer release' from 'broken' before the schema is applied."""
     if not isinstance(document, Mapping):
         raise ManifestError("a manifest is not a JSON object", rule="json")

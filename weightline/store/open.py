@@ -11,6 +11,9 @@ from weightline.store.base import Store
 from weightline.store.local import LocalStore
 from weightline.store.memory import MemoryStore
 
+#: Nothing reads what stands here; gc collects what a crash left.
+_PROBES = "probes/"
+
 
 def open_store(url: str) -> Store:
     """The store that the URL names. Nothing is read or written yet; InputError when no store has that scheme."""
@@ -31,7 +34,7 @@ def check_writable(store: Store) -> None:
 
     Safe to repeat; a crash leaves one small object under `probes/`, which nothing reads.
     """
-    key = f"probes/{uuid.uuid4().hex}"
+    key = f"{_PROBES}{uuid.uuid4().hex}"
     store.put_if_absent(key, b"weightline")
     try:
         store.put_if_absent(key, b"weightline again")

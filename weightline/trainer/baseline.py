@@ -19,9 +19,10 @@ from weightline.types import BitsArray, Changes, Segment
 class Baseline:
     """Holds each shard's last captured elements on the device where training holds them."""
 
-    def __init__(self, shards: Iterable[Shard]) -> None:
-        """Copies the shards as they stand now."""
+    def __init__(self, shards: Iterable[Shard], *, ranked: bool = False) -> None:
+        """Copies the shards as they stand now. `ranked`: what the coding needs of a capture."""
         self.shards = tuple(shards)
+        self._ranked = ranked
         self._held: dict[str, torch.Tensor] = {s.segment.tensor.name: s.read().clone() for s in self.shards}
 
     @property
@@ -33,7 +34,8 @@ class Baseline:
         captured = []
         for shard in self.shards:
             current = shard.read()
-            changes = capture_tensor(shard.segment, self._held[shard.segment.tensor.name], current)
+            held = self._held[shard.segment.tensor.name]
+            changes = capture_tensor(shard.segment, held, current, ranked=self._ranked)
             if changes.num_changed:
                 self._scatter(changes, changes.new_K)
                 captured.append(changes)

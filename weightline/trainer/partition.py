@@ -2,16 +2,20 @@
 
 ZeRO-3: `ds_tensor` is rank r's slice [r * ceil(N / W), ...) of the row-major flattened parameter, W and r those of its
 own process group; what lies past the parameter's end is uninitialised padding. Plain data parallelism and replicated
-buffers: every rank holds all, so each publishes an even slice.
+buffers: every rank holds all, so each publishes an even slice. FSDP2: a DTensor's local rows.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor import Shard as ShardPlacement
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from weightline.codec.torch_ops import dtype_code
 from weightline.errors import InputError
@@ -65,6 +69,8 @@ def _shard(name: str, tensor: torch.Tensor, rank: int, world_size: int) -> Shard
     spec = _spec(name, tensor)
     if hasattr(tensor, "ds_tensor"):
         return _zero3_shard(spec, tensor)
+    if isinstance(tensor, DTensor):
+        return _fsdp2_shard(spec, tensor)
     start, length = even_slice(spec.num_elements, rank, world_size)
     return Shard(Segment(spec, start, length), lambda: tensor.detach().reshape(-1)[start : start + length])
 
@@ -86,6 +92,26 @@ def _zero3_shard(spec: TensorSpec, parameter: Any) -> Shard:
         return local
 
     return Shard(Segment(spec, start, length), read)
+
+
+def _fsdp2_shard(spec: TensorSpec, parameter: DTensor) -> Shard:
+    """Whole rows, as `fully_shard` deals them out. Of replicas (HSDP), the first one publishes."""
+    mesh = parameter.device_mesh
+    coordinate = mesh.get_coordinate() or [0] * mesh.ndim
+    is_publisher = True
+    for axis, placement in enumerate(parameter.placements):
+        if isinstance(placement, Replicate):
+            is_publisher &= coordinate[axis] == 0
+        elif not (isinstance(placement, ShardPlacement) and placement.dim == 0):
+            raise InputError(
+                f"{spec.name} is placed as {placement} on the device mesh: weightline reads shards along dimension 0",
+                tensor=spec.name,
+            )
+    shape, offset = compute_local_shape_and_global_offset(parameter.shape, mesh, parameter.placements)
+    row = spec.num_elements // spec.shape[0] if spec.shape and spec.shape[0] else 0
+    start, length = (offset[0] * row, math.prod(shape)) if spec.shape else (0, 1)
+    # The optimizer may swap the local tensor: read it anew at every sync.
+    return Shard(Segment(spec, start, length if is_publisher else 0), lambda: parameter.to_local().detach().reshape(-1))
 
 
 def even_slice(num_elements: int, rank: int, world_size: int) -> tuple[int, int]:

@@ -14,13 +14,15 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from weightline.chain.checkpoint import assets_of
+from weightline.chain.compact import AnchorPolicy
 from weightline.chain.history import Chain
 from weightline.chain.records import GAPS, write_record
-from weightline.codec.coding import codings
+from weightline.codec.coding import coding_named, codings
 from weightline.codec.digest import parse_digest
 from weightline.errors import CommitConflictError, InputError, PublishError, StorageError, WeightlineError
 from weightline.format.manifest import AssetRef
 from weightline.store.open import check_writable
+from weightline.trainer.anchoring import LateJoiner
 from weightline.trainer.assets import upload_assets
 from weightline.trainer.baseline import Baseline
 from weightline.trainer.group import RankGroup
@@ -53,6 +55,8 @@ class PublishSettings:
     """When the bucket is slower than training: wait for it, or let the next sync span both."""
     on_publish_error: Literal["stop", "skip_and_record"] = "stop"
     """When a version cannot be committed: stop training, or go on and let the next version span the gap."""
+    anchor_policy: AnchorPolicy = field(default_factory=AnchorPolicy)
+    """When a full state is written beside a version, for those who join late."""
     timeout_seconds: float = 1800.0
     """How long a rank waits for the others before it gives up."""
     provenance: dict[str, str] = field(default_factory=dict)
@@ -85,6 +89,7 @@ class PublishSession:
         self._num_captured = 0
         self._num_settled = 0
         self._epoch = 0
+        self._wants_anchor = False
         self.last_step = -1
         """Training step of the newest capture."""
         self.num_committed = 0
@@ -98,7 +103,7 @@ class PublishSession:
         """
         shards = partition_of(model, self.group.rank, self.group.world_size)
         specs = specs_of(model)
-        self._baseline = Baseline(shards)
+        self._baseline = Baseline(shards, ranked=coding_named(self.settings.coding).ranked)
         plan: StartPlan
         loaded = loaded_digests(self._baseline, specs, self.group)
         plan, assets, session_id = self._on_first(lambda: self._open(model, processing_class, loaded, global_step))
@@ -110,7 +115,9 @@ class PublishSession:
             self.chain, session_id, settings.run_id, settings.stage, settings.coding, specs, self._baseline,
             settings.provenance,
         )  # fmt: skip
-        writer = VersionWriter(context, self._publisher_group, self.steps, plan.tip, tip_digests)
+        tip_on_first = plan.tip if self.group.rank == 0 else None
+        late_joiner = LateJoiner.of(self.chain, tip_on_first, settings.anchor_policy)
+        writer = VersionWriter(context, self._publisher_group, self.steps, plan.tip, tip_digests, late_joiner)
         self._publisher = Publisher(writer)
         self._assets = assets
         if plan.action != "continue":
@@ -142,9 +149,10 @@ class PublishSession:
         return result
 
     def _commit_start(self, plan: StartPlan, global_step: int) -> None:
-        changes = () if plan.tip is None else tuple(changes_from_tip(self.chain, plan.tip, self._baseline))
+        ranked = coding_named(self.settings.coding).ranked
+        found = [] if plan.tip is None else changes_from_tip(self.chain, plan.tip, self._baseline, ranked=ranked)
         kind: Literal["anchor", "delta", "revert"] = "anchor" if plan.action == "continue" else plan.action
-        self._submit(kind, changes, global_step, is_milestone=kind == "anchor", reverts_to=plan.reverts_to)
+        self._submit(kind, tuple(found), global_step, is_milestone=kind == "anchor", reverts_to=plan.reverts_to)
         self.flush()
 
     def sync(
@@ -191,16 +199,18 @@ class PublishSession:
     ) -> None:
         sync = Sync(
             self._num_captured, self._epoch, global_step, kind, changes, reverts_to, is_milestone, metrics or {},
-            self._assets,
+            self._assets, with_anchor=self._wants_anchor and kind == "delta",
         )  # fmt: skip
         self._assets = ()
+        self._wants_anchor = False
         self._num_captured += 1
         self._in_flight.append(sync)
         self._publisher.submit(sync)
         self.last_step = global_step
 
     def _make_room(self, *, must_capture: bool) -> bool:
-        limit = self.settings.max_in_flight
+        # An anchor is read from the baseline, which a capture would move: one under way takes all the room.
+        limit = 1 if any(sync.with_anchor for sync in self._in_flight) else self.settings.max_in_flight
         if len(self._in_flight) < limit:
             return True
         if self.settings.on_backlog == "fold" and not must_capture:
@@ -217,6 +227,8 @@ class PublishSession:
             if outcome.status == "committed":
                 self._in_flight.popleft()
                 self.num_committed += 1
+                is_under_way = any(sync.with_anchor for sync in self._in_flight)
+                self._wants_anchor = outcome.wants_anchor and not is_under_way
             elif outcome.status == "failed":
                 self._handle_failure(outcome)
 

@@ -6,12 +6,13 @@ behind or beside the tip (commit a revert, or a delta that leads to it). Anythin
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
+from weightline.chain.fetch import fetching
+from weightline.chain.groups import tensor_groups
 from weightline.chain.history import Chain
 from weightline.chain.state import read_state
 from weightline.codec.capture import capture
@@ -20,9 +21,6 @@ from weightline.errors import BaseMismatchError
 from weightline.trainer.baseline import Baseline
 from weightline.trainer.group import RankGroup
 from weightline.types import Changes, TensorSpec
-
-#: How much of the chain's tip one rank materializes at a time when it has to compare it with a resumed checkpoint.
-_GROUP_NBYTES = 1024**3
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,26 +67,13 @@ def plan_start(chain: Chain, loaded: dict[str, int], specs: dict[str, TensorSpec
     )  # fmt: skip
 
 
-def changes_from_tip(chain: Chain, tip: int, baseline: Baseline) -> list[Changes]:
+def changes_from_tip(chain: Chain, tip: int, baseline: Baseline, *, ranked: bool) -> list[Changes]:
     """What leads from the chain's tip to this rank's baseline, by the chain alone, some tensors at a time."""
     found = []
-    for names in _tensor_groups(baseline):
-        state = read_state(chain, tip, names.__contains__)
-        for segment, bits_N in baseline.segments():
-            if segment.tensor.name in names:
-                found.append(capture(segment, state.segment_bits(segment), bits_N))
+    with fetching(chain.store) as fetcher:
+        for names in tensor_groups([shard.segment.tensor for shard in baseline.shards]):
+            state = read_state(chain, tip, names.__contains__, fetcher)
+            for segment, bits_N in baseline.segments():
+                if segment.tensor.name in names:
+                    found.append(capture(segment, state.segment_bits(segment), bits_N, ranked=ranked))
     return [changes for changes in found if changes.num_changed]
-
-
-def _tensor_groups(baseline: Baseline) -> Iterator[set[str]]:
-    names: set[str] = set()
-    nbytes = 0
-    for shard in baseline.shards:
-        spec = shard.segment.tensor
-        if names and nbytes + spec.nbytes > _GROUP_NBYTES:
-            yield names
-            names, nbytes = set(), 0
-        names.add(spec.name)
-        nbytes += spec.nbytes
-    if names:
-        yield names

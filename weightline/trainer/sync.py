@@ -25,6 +25,8 @@ class Sync:
     is_milestone: bool = False
     metrics: dict[str, float] = field(default_factory=dict)
     assets: tuple[AssetRef, ...] = ()
+    with_anchor: bool = False
+    """Also write an anchor of this state. No later sync is captured until it is written."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,3 +51,5 @@ class Outcome:
     reason: str = ""
     is_conflict: bool = False
     """Another writer holds the version: trying again cannot help."""
+    wants_anchor: bool = False
+    """Late joiners would fetch more than an anchor by now: the next sync should bring one."""

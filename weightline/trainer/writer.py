@@ -7,6 +7,7 @@ summed, payload facts gathered, the outcome told. No rank ever holds another one
 from __future__ import annotations
 
 import hashlib
+import logging
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -21,11 +22,14 @@ from weightline.errors import ConflictError, WeightlineError
 from weightline.format import keys
 from weightline.format.manifest import Manifest, PayloadRef, TensorState
 from weightline.format.payload import PayloadInfo, write_anchor, write_delta
+from weightline.trainer.anchoring import LateJoiner, write_anchor_shortcut
 from weightline.trainer.baseline import Baseline
 from weightline.trainer.group import RankGroup
 from weightline.trainer.steps import Facts, PublishSteps, StepWork
 from weightline.trainer.sync import Outcome, PayloadPart, Sync
 from weightline.types import TensorSpec
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +56,7 @@ class VersionWriter:
     steps: PublishSteps
     tip: int | None
     digests: dict[str, int]
+    late_joiner: LateJoiner
 
     def write(self, sync: Sync) -> Outcome:
         """Collective. Publish the sync as the next version; never raises for a failing bucket, disk or encoder.
@@ -65,7 +70,17 @@ class VersionWriter:
         outcome: Outcome = self.group.from_first(attempt.commit(parts, totals) if self.group.rank == 0 else None)
         if outcome.status == "committed":
             self.tip = outcome.version
+            if sync.with_anchor:
+                self._write_anchor(attempt)
         return outcome
+
+    def _write_anchor(self, attempt: _Attempt) -> None:
+        context = self.context
+        reason = write_anchor_shortcut(
+            context.chain, attempt.version, attempt.commit_id, context.baseline, self.group, self.late_joiner
+        )
+        if reason is not None and self.group.rank == 0:
+            _logger.warning("version %d is committed, its anchor is not: %s", attempt.version, reason)
 
 
 class _Attempt:
@@ -111,7 +126,9 @@ class _Attempt:
         except (WeightlineError, OSError) as error:
             return self._failed(f"commit: {type(error).__name__}: {error}")
         self.writer.digests = digests
-        return Outcome(self.sync.sequence, self.version, "committed")
+        self.writer.late_joiner.saw(manifest)
+        wants_anchor = not self.sync.with_anchor and self.writer.late_joiner.wants_anchor(manifest.num_elements)
+        return Outcome(self.sync.sequence, self.version, "committed", wants_anchor=wants_anchor)
 
     def _failed(self, reason: str, *, is_conflict: bool = False) -> Outcome:
         return Outcome(self.sync.sequence, self.version, "failed", reason, is_conflict)

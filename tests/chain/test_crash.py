@@ -1,0 +1,175 @@
+"""A crash at every single store operation: the chain opens, verifies and goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.chains import commit_state, nudged, random_state
+from weightline.chain.author import commit_revert
+from weightline.chain.compact import AnchorPolicy
+from weightline.chain.compaction import plan_compaction, write_compaction
+from weightline.chain.expire import expire_before
+from weightline.chain.gc import collect, plan_gc, view_chain
+from weightline.chain.history import Chain
+from weightline.chain.refs import move_ref
+from weightline.chain.state import read_state
+from weightline.chain.verify import verify_chain
+from weightline.errors import CommitConflictError, TransientStorageError
+from weightline.store.memory import MemoryStore
+from weightline.testing.faults import FaultStore
+
+_STATES = [random_state(0, {"weight": (6, 4), "scale": ()})]
+for _seed in range(1, 4):
+    _STATES.append(nudged(_STATES[-1], _seed))
+_EXPECTED = [*_STATES, _STATES[1]]
+
+
+class CrashError(Exception):
+    """The process is gone."""
+
+
+def _commit(version: int) -> Callable[[Chain], None]:
+    def step(chain: Chain) -> None:
+        tip = chain.tip_version()
+        if tip is None or tip < version:
+            commit_state(chain, _STATES[version], _STATES[version - 1] if version else None, world_size=1)
+
+    return step
+
+
+def _revert(chain: Chain) -> None:
+    if chain.tip_version() == 3:
+        commit_revert(chain, 1)
+
+
+def _compact(chain: Chain) -> None:
+    policy = AnchorPolicy(delta_elements_per_second=1e-9)
+    write_compaction(chain, plan_compaction(chain, coding="gap", policy=policy), coding="gap")
+
+
+def _collect(chain: Chain) -> None:
+    collect(chain, plan_gc(view_chain(chain), now=datetime.now(UTC), grace=timedelta(0)))
+
+
+#: Each step may be repeated from its start after a crash in it.
+STEPS: list[Callable[[Chain], object]] = [
+    *(_commit(version) for version in range(4)),
+    lambda chain: move_ref(chain, "serving", 2),
+    _revert,
+    _compact,
+    lambda chain: expire_before(chain, 3),
+    _collect,
+]
+
+
+def _run(store: FaultStore) -> int:
+    """Run the steps until one crashes; how many went through."""
+    for number, step in enumerate(STEPS):
+        try:
+            step(Chain(store))
+        except CrashError:
+            return number
+    return len(STEPS)
+
+
+def _check_goes_on(inner: MemoryStore, num_done: int) -> None:
+    assert verify_chain(Chain(inner)).holds
+    for step in STEPS[num_done:]:
+        step(Chain(inner))
+    report = verify_chain(Chain(inner))
+    assert report.holds, report.findings
+    chain = Chain(inner)
+    assert chain.tip_version() == 4
+    for version in (2, 3, 4):
+        state = read_state(chain, version)
+        assert all(np.array_equal(state.bits[n], b.reshape(-1)) for n, b in _EXPECTED[version].items())
+
+
+def test_a_crash_before_any_store_operation_leaves_a_chain_that_goes_on() -> None:
+    whole = FaultStore(MemoryStore(), lambda *_: None)
+    assert _run(whole) == len(STEPS)
+    assert whole.num_operations > 80
+    for crash_at in range(whole.num_operations):
+        inner = MemoryStore()
+        _check_goes_on(inner, _run(FaultStore(inner, _crash_at(crash_at))))
+
+
+def test_a_crash_after_any_write_leaves_a_chain_that_goes_on() -> None:
+    whole = _CrashAfterWrite(MemoryStore(), -1)
+    assert _run(whole) == len(STEPS)
+    assert whole.num_writes > 20
+    for crash_after in range(1, whole.num_writes + 1):
+        inner = MemoryStore()
+        _check_goes_on(inner, _run(_CrashAfterWrite(inner, crash_after)))
+
+
+def _crash_at(number: int) -> Callable[[int, str, str], None]:
+    def plan(this_number: int, verb: str, key: str) -> None:
+        if this_number == number:
+            raise CrashError
+
+    return plan
+
+
+class _CrashAfterWrite(FaultStore):
+    """Dies right after its n-th write took effect, before anybody hears of it."""
+
+    def __init__(self, inner: MemoryStore, crash_after: int) -> None:
+        super().__init__(inner, lambda *_: None)
+        self._crash_after = crash_after
+        self.num_writes = 0
+
+    def put_if_absent(self, key: str, body: bytes) -> None:
+        super().put_if_absent(key, body)
+        self._written()
+
+    def put(self, key: str, body: bytes) -> None:
+        super().put(key, body)
+        self._written()
+
+    def put_file(self, key: str, path: Path) -> None:
+        super().put_file(key, path)
+        self._written()
+
+    def delete(self, key: str) -> None:
+        super().delete(key)
+        self._written()
+
+    def _written(self) -> None:
+        self.num_writes += 1
+        if self.num_writes == self._crash_after:
+            raise CrashError
+
+
+def test_a_conflict_loses_nothing_of_either_writer() -> None:
+    store = MemoryStore()
+    commit_state(Chain(store), _STATES[0])
+
+    class Slow(FaultStore):
+        """Another writer commits between our check and our put."""
+
+        def put_if_absent(self, key: str, body: bytes) -> None:
+            if key.startswith("commits/") and Chain(store).tip_version() == 0:
+                commit_state(Chain(store), _STATES[2], _STATES[0])
+            super().put_if_absent(key, body)
+
+    ours = Chain(Slow(store, lambda *_: None))
+    with pytest.raises(CommitConflictError):
+        commit_state(ours, _STATES[1], _STATES[0])
+    assert verify_chain(Chain(store)).holds
+    assert np.array_equal(read_state(Chain(store), 1).bits["weight"], _STATES[2]["weight"].reshape(-1))
+    orphans = plan_gc(view_chain(Chain(store)), now=datetime.now(UTC), grace=timedelta(hours=1)).payloads
+    assert orphans == ()
+
+
+def test_a_transient_failure_is_typed() -> None:
+    def plan(number: int, verb: str, key: str) -> None:
+        raise TransientStorageError("away", key=key)
+
+    with pytest.raises(TransientStorageError):
+        Chain(FaultStore(MemoryStore(), plan)).tip_version()

@@ -1,0 +1,33 @@
+"""FSDP2 (DTensor shards): the callback's session publishes them as it does ZeRO-3's."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from weightline.chain.history import open_chain
+from weightline.chain.state import read_state
+from weightline.chain.verify import verify_chain
+from weightline.codec.torch_ops import bits_of
+
+pytestmark = pytest.mark.slow
+
+
+def test_two_ranks_publish_their_rows(tmp_path: Path) -> None:
+    program = Path(__file__).with_name("fsdp2_ranks.py")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    url = f"file://{tmp_path}/bucket/chain"
+    run = subprocess.run(
+        [*launch, str(program), url, str(tmp_path / "end.safetensors")], capture_output=True, text=True, timeout=240
+    )
+    assert run.returncode == 0, run.stderr[-4000:]
+    chain = open_chain(url)
+    assert [m.kind for m in chain.manifests()] == ["anchor", "delta", "delta", "delta"]
+    assert verify_chain(chain).holds
+    state = read_state(chain, 3)
+    for name, tensor in load_file(tmp_path / "end.safetensors").items():
+        assert state.bits[name].tobytes() == bits_of(tensor.reshape(-1)).tobytes(), name

@@ -1,0 +1,38 @@
+"""The small files that make weights a loadable model: config, generation config, tokenizer. Stored by content."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from weightline.errors import ObjectExistsError
+from weightline.format import keys
+from weightline.format.manifest import AssetRef
+from weightline.store import Store
+
+_MAX_ASSET_NBYTES = 64 * 1024 * 1024
+#: What transformers keeps beside weights. A folder's other files (optimizer states, logs) are nobody's asset.
+_SUFFIXES = frozenset({".json", ".jinja", ".model", ".txt", ".tiktoken", ".py"})
+_FOREIGN_NAMES = frozenset({"weightline.json", "trainer_state.json", "model.safetensors.index.json"})
+
+
+def upload_files(store: Store, folder: Path) -> tuple[AssetRef, ...]:
+    """Put the folder's model files, each under the name of its content. Safe to repeat: nothing is written twice."""
+    return tuple(_upload(store, path) for path in sorted(folder.iterdir()) if _is_asset(path))
+
+
+def _is_asset(path: Path) -> bool:
+    if not path.is_file() or path.name in _FOREIGN_NAMES:
+        return False
+    return path.suffix in _SUFFIXES and path.stat().st_size <= _MAX_ASSET_NBYTES
+
+
+def _upload(store: Store, path: Path) -> AssetRef:
+    body = path.read_bytes()
+    sha256 = hashlib.sha256(body).hexdigest()
+    key = keys.asset(sha256)
+    try:
+        store.put_if_absent(key, body)
+    except ObjectExistsError:
+        pass
+    return AssetRef(key=key, nbytes=len(body), sha256=sha256, name=path.name)

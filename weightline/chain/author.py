@@ -1,0 +1,216 @@
+"""Versions written without a trainer: from a checkpoint folder, from an earlier version, or as the first of a fork.
+
+One process, a bounded group of tensors at a time; each group is a payload of its own.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from weightline.chain.assets import upload_files
+from weightline.chain.checkpoint import assets_of
+from weightline.chain.commit import commit_manifest, new_commit_id, utc_now
+from weightline.chain.fetch import fetching
+from weightline.chain.groups import GROUP_NBYTES, tensor_groups
+from weightline.chain.history import Chain
+from weightline.chain.state import read_state
+from weightline.chain.target import FileTarget, Target, VersionTarget
+from weightline.codec.capture import capture
+from weightline.codec.coding import coding_named
+from weightline.codec.digest import add_digests, digest_change, format_digest, tensor_digest
+from weightline.errors import BaseMismatchError, DigestMismatchError, InputError
+from weightline.format import keys
+from weightline.format.manifest import AssetRef, Manifest, Origin, PayloadRef, TensorState
+from weightline.format.payload import write_anchor, write_delta
+from weightline.store.open import check_writable
+from weightline.types import BitsArray, Changes, Segment, TensorSpec
+
+DEFAULT_CODING = "gap-by-magnitude"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Authorship:
+    """What a version says of where it comes from."""
+
+    stage: str
+    run_id: str = "cli"
+    global_step: int = 0
+    kind: Literal["anchor", "delta", "revert"] = "delta"
+    reverts_to: int | None = None
+    forked_from: Origin | None = None
+    is_milestone: bool = True
+    assets: tuple[AssetRef, ...] = ()
+    coding: str = DEFAULT_CODING
+    group_nbytes: int = GROUP_NBYTES
+
+
+def commit_folder(chain: Chain, folder: Path, *, stage: str = "import", coding: str = DEFAULT_CODING) -> Manifest:
+    """Commit a checkpoint folder as the chain's next version (its first: an anchor).
+
+    InputError for a folder without weights; BaseMismatchError when its tensors are not the chain's. A crash leaves
+    orphaned payloads, which gc removes. Repeating commits another, empty, version.
+    """
+    target = FileTarget(folder)
+    check_writable(chain.store)
+    assets = upload_files(chain.store, folder)
+    kind: Literal["anchor", "delta"] = "anchor" if chain.tip_version() is None else "delta"
+    return _commit(chain, target, Authorship(stage=stage, kind=kind, assets=assets, coding=coding))
+
+
+def commit_revert(chain: Chain, version: int, *, coding: str = DEFAULT_CODING) -> Manifest:
+    """Commit a version whose state equals that of `version`, made from the chain alone. History stays linear."""
+    tip, wanted = chain.tip(), chain.manifest(version)
+    if wanted.version == tip.version:
+        raise InputError(f"version {version} is the tip of {chain.url}: there is nothing to revert", version=version)
+    with fetching(chain.store) as fetcher:
+        assets = assets_of(chain, version)
+        author = Authorship(
+            stage=wanted.stage, run_id=wanted.run_id, global_step=wanted.global_step, kind="revert",
+            reverts_to=version, assets=assets, coding=coding,
+        )  # fmt: skip
+        return _commit(chain, VersionTarget(chain, version, fetcher), author)
+
+
+def commit_fork(source: Chain, version: int, new: Chain) -> Manifest:
+    """Start a new chain whose version 0 is another chain's version. InputError when `new` holds versions already."""
+    if new.tip_version() is not None:
+        raise InputError(f"{new.url} holds versions already: a fork starts an empty chain", chain=new.url)
+    wanted = source.manifest(version)
+    check_writable(new.store)
+    with fetching(source.store) as fetcher, tempfile.TemporaryDirectory(prefix="weightline-") as name:
+        for asset in assets_of(source, version):
+            fetcher.fetch(asset).replace(Path(name) / asset.name)
+        origin = Origin(chain=source.url, version=version, commit_id=wanted.commit_id)
+        author = Authorship(
+            stage=wanted.stage, run_id=wanted.run_id, global_step=wanted.global_step, kind="anchor",
+            forked_from=origin, assets=upload_files(new.store, Path(name)),
+        )  # fmt: skip
+        return _commit(new, VersionTarget(source, version, fetcher), author)
+
+
+@dataclass(slots=True)
+class _Draft:
+    """Payloads and digests gathered so far."""
+
+    version: int
+    commit_id: str = field(default_factory=new_commit_id)
+    payloads: list[PayloadRef] = field(default_factory=list)
+    digests: dict[str, int] = field(default_factory=dict)
+    num_changed: int = 0
+
+
+def _commit(chain: Chain, target: Target, author: Authorship) -> Manifest:
+    tip = None if author.kind == "anchor" else chain.tip()
+    if tip is not None:
+        _require_same_tensors(chain, tip, target)
+    draft = _Draft(0 if tip is None else tip.version + 1)
+    with tempfile.TemporaryDirectory(prefix="weightline-") as name, fetching(chain.store) as fetcher:
+        path = Path(name) / "payload.safetensors"
+        for names in tensor_groups(target.specs.values(), author.group_nbytes):
+            new = dict(_read(target, names))
+            if tip is None:
+                info = write_anchor(path, _anchor_parts(new, draft))
+            else:
+                old = read_state(chain, tip.version, names.__contains__, fetcher)
+                changes = list(_changes(new, old.bits, coding_named(author.coding).ranked))
+                _add_digests(draft, old.digests, changes)
+                if not changes:
+                    continue
+                info = write_delta(path, changes, author.coding)
+            number = len(draft.payloads)
+            key = keys.payload(draft.version, draft.commit_id, number)
+            chain.store.put_file(key, path)
+            draft.payloads.append(PayloadRef(key=key, nbytes=info.nbytes, sha256=info.sha256, rank=number))
+            draft.num_changed += info.num_changed
+    manifest = _manifest(target, draft, author, tip)
+    _check_revert(chain, manifest)
+    commit_manifest(chain, manifest)
+    return manifest
+
+
+def _read(target: Target, names: frozenset[str]) -> Iterator[tuple[TensorSpec, BitsArray]]:
+    specs = target.specs
+    bits = target.read(names)
+    yield from ((specs[name], bits[name]) for name in specs if name in names)
+
+
+def _anchor_parts(new: dict[TensorSpec, BitsArray], draft: _Draft) -> Iterator[tuple[Segment, BitsArray]]:
+    for spec, bits_N in new.items():
+        segment = Segment(spec, 0, spec.num_elements)
+        draft.digests[spec.name] = tensor_digest(segment, bits_N)
+        if segment.length:
+            yield segment, bits_N
+
+
+def _changes(new: dict[TensorSpec, BitsArray], old: dict[str, BitsArray], ranked: bool) -> Iterator[Changes]:
+    for spec, bits_N in new.items():
+        changes = capture(Segment(spec, 0, spec.num_elements), old[spec.name], bits_N, ranked=ranked)
+        if changes.num_changed:
+            yield changes
+
+
+def _add_digests(draft: _Draft, before: dict[str, int], changes: list[Changes]) -> None:
+    draft.digests |= before
+    for change in changes:
+        name = change.segment.tensor.name
+        draft.digests[name] = add_digests(draft.digests[name], digest_change(change))
+
+
+def _require_same_tensors(chain: Chain, tip: Manifest, target: Target) -> None:
+    differing = set(tip.specs.items()) ^ set(target.specs.items())
+    if differing:
+        name = min(name for name, _ in differing)
+        there, here = str(tip.specs.get(name)), str(target.specs.get(name))
+        raise BaseMismatchError(
+            f"{chain.url} holds another model: tensor {name} is {there} there, {here} here",
+            tensor=name,
+            version=tip.version,
+            expected=there,
+            actual=here,
+        )
+
+
+def _check_revert(chain: Chain, manifest: Manifest) -> None:
+    """A revert that does not lead back exactly is never committed."""
+    if manifest.reverts_to is None:
+        return
+    for name, expected in chain.manifest(manifest.reverts_to).digests.items():
+        if manifest.digests[name] != expected:
+            raise DigestMismatchError(
+                f"tensor {name} would not be that of version {manifest.reverts_to}: run weightline verify",
+                what=name, expected=expected, actual=manifest.digests[name],
+            )  # fmt: skip
+
+
+def _manifest(target: Target, draft: _Draft, author: Authorship, tip: Manifest | None) -> Manifest:
+    specs = target.specs
+    num_elements = sum(spec.num_elements for spec in specs.values())
+    return Manifest(
+        version=draft.version,
+        base_version=None if tip is None else tip.version,
+        kind=author.kind,
+        reverts_to=author.reverts_to,
+        forked_from=author.forked_from,
+        commit_id=draft.commit_id,
+        created_at=utc_now(),
+        run_id=author.run_id,
+        stage=author.stage,
+        global_step=author.global_step,
+        is_milestone=author.is_milestone,
+        coding="ordered" if tip is None else author.coding,
+        world_size=max(1, len(draft.payloads)),
+        num_changed=num_elements if tip is None else draft.num_changed,
+        num_elements=num_elements,
+        payload_nbytes=sum(payload.nbytes for payload in draft.payloads),
+        full_nbytes=sum(spec.nbytes for spec in specs.values()),
+        payloads=tuple(draft.payloads),
+        assets=author.assets,
+        tensors={
+            name: TensorState(dtype=spec.dtype, shape=spec.shape, digest=format_digest(draft.digests[name]))
+            for name, spec in specs.items()
+        },
+    )

@@ -1,0 +1,33 @@
+"""weightline commit BUCKET CHECKPOINT_DIR: any trainer's checkpoint as the next version."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from weightline.chain import open_chain
+from weightline.chain.author import DEFAULT_CODING, commit_folder
+from weightline.cli.log import summary
+from weightline.cli.output import Bucket, Json, emit, percent, size
+from weightline.format.manifest import Manifest
+
+
+def run(
+    bucket: Bucket,
+    checkpoint_dir: Annotated[Path, typer.Argument(help="Folder with *.safetensors, config and tokenizer.")],
+    stage: Annotated[str, typer.Option(help="Label of the version.")] = "import",
+    coding: Annotated[str, typer.Option(help="How the payload is coded.")] = DEFAULT_CODING,
+    as_json: Json = False,
+) -> None:
+    """Commit a checkpoint folder as the chain's next version (the first becomes an anchor)."""
+    report(commit_folder(open_chain(bucket), checkpoint_dir, stage=stage, coding=coding), as_json)
+
+
+def report(manifest: Manifest, as_json: bool) -> None:
+    """Say what was committed."""
+    changed = percent(manifest.num_changed, manifest.num_elements)
+    nbytes = f"{size(manifest.payload_nbytes)} of {size(manifest.full_nbytes)}"
+    line = f"version {manifest.version} ({manifest.kind}): {changed} changed, {nbytes}"
+    emit(summary(manifest), [line], as_json=as_json)

@@ -1,0 +1,50 @@
+"""The command line: one file a verb. Nothing here imports torch; heavy rooms are imported when their verb runs."""
+
+from __future__ import annotations
+
+import typer
+
+from weightline.cli import (
+    bench,
+    commit,
+    compact,
+    diff,
+    expire,
+    fork,
+    gc,
+    log,
+    plan,
+    plan_cluster,
+    pull,
+    revert,
+    show,
+    tag,
+    verify,
+)
+from weightline.cli.output import fail
+from weightline.errors import WeightlineError
+
+app = typer.Typer(
+    name="weightline",
+    help="Post-training in which every weight update is a commit. BUCKET is a URL that names a chain: "
+    "file:///data/bucket/my-model, or a plain path.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+for verb in (log, show, diff, pull, commit, revert, fork, tag, compact, expire, gc, verify, plan, plan_cluster):
+    app.command(name=verb.__name__.rpartition(".")[2].replace("_", "-"))(verb.run)
+app.add_typer(bench.app, name="bench")
+
+
+def main() -> None:
+    """Entry point. A WeightlineError is one line on stderr and exit code 1; wrong usage is exit code 2."""
+    try:
+        app()
+    except WeightlineError as error:
+        fail(error)
+
+
+if __name__ == "__main__":
+    main()

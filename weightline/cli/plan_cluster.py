@@ -1,0 +1,40 @@
+"""weightline plan-cluster: bytes, seconds and memory for a model and a cluster that are not at hand."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+
+from weightline.bench.cluster import Cluster, plan_cluster
+from weightline.cli.output import Json, emit, size
+
+
+def run(
+    params: Annotated[float, typer.Option(help="Parameters of the model, as in 1e12.")],
+    ranks: Annotated[int, typer.Option(help="Training ranks; each holds and publishes its part.")],
+    density: Annotated[float, typer.Option(help="Share of elements that change between two syncs.")] = 0.01,
+    itemsize: Annotated[int, typer.Option(help="Bytes of one element.")] = 2,
+    coding: Annotated[str, typer.Option(help="gap or gap-by-magnitude.")] = "gap-by-magnitude",
+    uplink_gbps: Annotated[float, typer.Option(help="Gigabits a second from one rank to the bucket.")] = 25.0,
+    downlink_gbps: Annotated[float, typer.Option(help="Gigabits a second from the bucket to one reader rank.")] = 25.0,
+    reader_ranks: Annotated[int, typer.Option(help="Ranks of one serving replica.")] = 8,
+    as_json: Json = False,
+) -> None:
+    """Compute what a sync would cost; docs/performance.md says how the model was checked."""
+    cluster = Cluster(
+        num_params=params, num_ranks=ranks, density=density, itemsize=itemsize, coding=coding,
+        uplink_gbps=uplink_gbps, downlink_gbps=downlink_gbps, num_reader_ranks=reader_ranks,
+    )  # fmt: skip
+    cost = asdict(plan_cluster(cluster))
+    lines = [f"{name:<26} {_readable(name, value)}" for name, value in cost.items()]
+    emit({"cluster": asdict(cluster), "cost": cost}, lines, as_json=as_json)
+
+
+def _readable(name: str, value: float) -> str:
+    if "nbytes" in name:
+        return size(value)
+    if name.endswith("_seconds"):
+        return f"{value:.3f} s"
+    return f"{value:.4f}"

@@ -1,0 +1,66 @@
+"""A shortcut: a second way to a version, written after its commit. SPEC "Shortcuts".
+
+From another base it is a compacted delta; from nothing it is an anchor. It announces no version: a reader that ignores
+shortcuts reaches every version all the same, only by more bytes.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Literal
+
+from pydantic import Field, ValidationError, model_validator
+
+from weightline.errors import ManifestError
+from weightline.format import keys
+from weightline.format.manifest import Count, Frozen, Hex128, PayloadRef, refuse_unknown_features
+
+
+class Shortcut(Frozen):
+    """Payloads that lead from `base_version` (None: from nothing) to `version`."""
+
+    format: Literal["weightline/1"] = "weightline/1"
+    features: Annotated[tuple[str, ...], Field(strict=False)] = ()
+    version: Count
+    base_version: Count | None
+    commit_id: Hex128
+    """Of the version's manifest: a shortcut never outlives the state that it leads to."""
+    base_commit_id: Hex128 | None
+    created_at: str
+    coding: str
+    num_changed: Count
+    payload_nbytes: Count
+    payloads: Annotated[tuple[PayloadRef, ...], Field(strict=False)]
+
+    @model_validator(mode="after")
+    def _leads_forward(self) -> Shortcut:
+        if self.base_version is not None and self.base_version >= self.version:
+            raise ValueError("base_version must be an earlier version")
+        if (self.base_version is None) != (self.base_commit_id is None):
+            raise ValueError("base_commit_id goes with base_version")
+        if sum(payload.nbytes for payload in self.payloads) != self.payload_nbytes:
+            raise ValueError("payload_nbytes is not the sum over the payloads")
+        return self
+
+    @property
+    def key(self) -> str:
+        return keys.shortcut(self.base_version, self.version)
+
+    def to_bytes(self) -> bytes:
+        """Deterministic UTF-8 JSON."""
+        return self.model_dump_json(indent=1).encode()
+
+    @classmethod
+    def from_bytes(cls, raw: bytes) -> Shortcut:
+        """Parse and validate. ManifestError names the broken rule; UnsupportedFeatureError says to upgrade."""
+        try:
+            document = json.loads(raw)
+        except (ValueError, RecursionError) as error:
+            raise ManifestError(f"a shortcut is not JSON: {error}", rule="json") from error
+        refuse_unknown_features(document)
+        try:
+            return cls.model_validate(document)
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            field = ".".join(str(part) for part in first["loc"]) or "shortcut"
+            raise ManifestError(f"shortcut field {field}: {first['msg']}", rule=field) from error
