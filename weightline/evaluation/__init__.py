@@ -1,0 +1,1 @@
+"""Scores of versions, measured by lm-evaluation-harness and recorded beside the chain. Planning them needs no torch."""

@@ -1,0 +1,67 @@
+"""Measure a version and write down what came out. Importing this is cheap; measuring imports the harness once."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from pathlib import Path
+
+from weightline.chain import Chain
+from weightline.chain.checkpoint import write_checkpoint
+from weightline.chain.records import EVALUATIONS, Record, read_record, read_records, write_record
+from weightline.evaluation.plan import Done, Evaluate, Skip, plan_evaluation
+from weightline.evaluation.task import EvaluationTask, check_task
+
+
+def evaluate_or_skip(
+    chain: Chain, version: int, task: EvaluationTask, work_dir: Path, device: str | None = None
+) -> Record:
+    """What an announcement of `version` asks for: measure it, or record that a newer version took its place.
+
+    Returns the record that stands. Safe to repeat; a crash leaves no record, and repeating it makes up for that.
+    """
+    records = (record for record in read_records(chain, EVALUATIONS) if record["name"] == task.name)
+    match plan_evaluation(chain.manifests(), records, version):
+        case Done(record=record):
+            return record
+        case Skip(newer_version=newer):
+            return write_record(chain, EVALUATIONS, version, task.name, {"status": "skipped", "newer_version": newer})
+        case Evaluate():
+            return evaluate_version(chain, version, task, work_dir, device)
+
+
+def evaluate_version(
+    chain: Chain, version: int, task: EvaluationTask, work_dir: Path, device: str | None = None
+) -> Record:
+    """Measure exactly that version and write the record: score, metrics, num_problems, seconds, and of which bits.
+
+    Returns the earlier record where there is one, without measuring. Safe to repeat. Temporary files and the data
+    cache go below `work_dir`; a crash leaves folders `evaluating-*` there. VersionNotFoundError, InputError for a task
+    that cannot be run, DigestMismatchError when the checkpoint is not the version's.
+    """
+    check_task(task)
+    manifest = chain.manifest(version)
+    earlier = read_record(chain, EVALUATIONS, version, task.name)
+    if earlier is not None:
+        return earlier
+    # Here, not above: planning and skipping must not wait seconds for torch.
+    from weightline.evaluation.checkpoint import prove_checkpoint
+    from weightline.evaluation.harness import run_harness
+
+    started = time.perf_counter()
+    work_dir.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="evaluating-", dir=work_dir) as name:
+        folder = Path(name) / "checkpoint"
+        write_checkpoint(chain, version, folder)
+        digest = prove_checkpoint(folder, manifest)
+        scores = run_harness(folder, task, work_dir / "datasets", device)
+    record: Record = {
+        "status": "done",
+        "score": scores.score,
+        "metrics": scores.metrics,
+        "num_problems": scores.num_problems,
+        "seconds": round(time.perf_counter() - started, 3),
+        "commit_id": manifest.commit_id,
+        "state_digest": digest,
+    }
+    return write_record(chain, EVALUATIONS, version, task.name, record)

@@ -1,0 +1,62 @@
+"""Which versions are evaluated: the newest wins, milestones always, and none is forgotten. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from weightline.chain.records import Record
+from weightline.errors import VersionNotFoundError
+from weightline.format.manifest import Manifest
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluate:
+    """Measure this version now."""
+
+    version: int
+
+
+@dataclass(frozen=True, slots=True)
+class Skip:
+    """Record that the version was passed over: by the time its turn came, a newer one was committed."""
+
+    version: int
+    newer_version: int
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """A record stands; there is nothing to do."""
+
+    version: int
+    record: Record
+
+
+EvaluationPlan = Evaluate | Skip | Done
+
+
+def plan_evaluation(manifests: Sequence[Manifest], records: Iterable[Record], requested: int) -> EvaluationPlan:
+    """What to do about a request to evaluate `requested`, given the chain and the records of one task.
+
+    A recorded version is done, whatever the record says. A milestone is evaluated however late it is. Any other is
+    skipped when the chain has a newer version, which is announced, and planned, by itself. VersionNotFoundError for a
+    version that is not among the manifests.
+    """
+    by_version = {manifest.version: manifest for manifest in manifests}
+    if requested not in by_version:
+        raise VersionNotFoundError(f"version {requested} is not in the chain", version=requested)
+    recorded = {record["version"]: record for record in records}
+    if requested in recorded:
+        return Done(requested, recorded[requested])
+    newest = max(by_version)
+    if by_version[requested].is_milestone or requested == newest:
+        return Evaluate(requested)
+    return Skip(requested, newest)
+
+
+def plan_unrecorded(manifests: Sequence[Manifest], records: Iterable[Record]) -> tuple[Evaluate | Skip, ...]:
+    """A plan for every version without a record, oldest first: what a run that lost its events catches up on."""
+    known = tuple(records)
+    plans = (plan_evaluation(manifests, known, manifest.version) for manifest in manifests)
+    return tuple(plan for plan in plans if not isinstance(plan, Done))

@@ -1,0 +1,66 @@
+"""What is measured: a task of lm-evaluation-harness, by name or by our own YAML with a local file of problems."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from weightline.errors import InputError
+from weightline.format.keys import checked_name
+
+#: Name of the built-in task, in records and results.
+ARITHMETIC = "arithmetic"
+
+
+@dataclass(frozen=True, slots=True)
+class EvaluationTask:
+    """One task and how to run it. Check it with `check_task` before any work.
+
+    `name` keys the records. With `problems` (JSON lines of {question, answer}) it is the built-in task on that file,
+    offline; without, it is a task that the harness finds, in `include_path` or its own collection.
+    """
+
+    name: str
+    problems: Path | None = None
+    include_path: Path | None = None
+    limit: int | None = None
+    """Problems to measure on, the first so many. None: all."""
+    batch_size: int = 64
+    max_new_tokens: int | None = None
+    """Longest answer of the built-in task; its YAML says when None."""
+
+
+def arithmetic_task(problems: Path, limit: int | None = None, batch_size: int = 256) -> EvaluationTask:
+    """Exact match of greedy answers on held-out problems, offline."""
+    return EvaluationTask(ARITHMETIC, problems=problems, limit=limit, batch_size=batch_size)
+
+
+def check_task(task: EvaluationTask) -> None:
+    """InputError for a missing or empty file of problems, a missing folder, or a number below 1. Reads little."""
+    checked_name(task.name)
+    if task.problems is not None and (not task.problems.is_file() or not task.problems.stat().st_size):
+        raise InputError(
+            f"{task.problems} holds no problems: write JSON lines of question and answer", field="problems"
+        )
+    if task.include_path is not None and not task.include_path.is_dir():
+        raise InputError(f"{task.include_path} is not a folder of task files", field="include_path")
+    for field in ("limit", "batch_size", "max_new_tokens"):
+        value = getattr(task, field)
+        if value is not None and value < 1:
+            raise InputError(f"{field} of task {task.name} is {value}: give 1 or more", field=field)
+
+
+def harness_config(task: EvaluationTask, cache_dir: Path) -> dict[str, Any]:
+    """The built-in task's configuration as the harness takes it, reading `task.problems` by way of `cache_dir`."""
+    config: dict[str, Any] = yaml.safe_load(
+        files("weightline.evaluation").joinpath("tasks/arithmetic.yaml").read_text()
+    )
+    config["task"] = task.name
+    config["dataset_kwargs"] = {"data_files": {"test": str(task.problems)}, "cache_dir": str(cache_dir)}
+    if task.max_new_tokens is not None:
+        config["generation_kwargs"]["max_gen_toks"] = task.max_new_tokens
+    return config

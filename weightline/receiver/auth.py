@@ -1,0 +1,56 @@
+"""The token that opens the refresh route: from WEIGHTLINE_TOKEN, or a file of mode 0600 in the state folder."""
+
+from __future__ import annotations
+
+import hmac
+import os
+import secrets
+from pathlib import Path
+
+from weightline.errors import InputError
+
+TOKEN_VARIABLE = "WEIGHTLINE_TOKEN"  # noqa: S105 - the name of a variable
+TOKEN_FILE = "token"  # noqa: S105 - the name of a file
+
+
+def load_token(state_dir: Path) -> str:
+    """The environment's token, or the state folder's, made at first use with mode 0600. Safe to repeat.
+
+    InputError for an empty one, and for a file that others may read.
+    """
+    given = os.environ.get(TOKEN_VARIABLE)
+    if given is not None:
+        return _checked(given, f"the environment variable {TOKEN_VARIABLE}")
+    path = state_dir / TOKEN_FILE
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    except FileExistsError:
+        return read_token(path)
+    with os.fdopen(descriptor, "w") as file:
+        file.write(secrets.token_urlsafe(32))
+    return read_token(path)
+
+
+def read_token(path: Path) -> str:
+    """The token in a file. InputError where there is none, or where group or others have any access to it."""
+    try:
+        mode = path.stat().st_mode
+        token = path.read_text()
+    except OSError as error:
+        raise InputError(f"no token can be read from {path}: {error.strerror}", field="token") from error
+    if mode & 0o077:
+        raise InputError(f"{path} is open to others (mode {mode & 0o777:o}): chmod 600 it", field="token")
+    return _checked(token, str(path))
+
+
+def is_authorized(header: str | None, token: str) -> bool:
+    """Whether an Authorization header carries the token. Takes the same time wherever they differ."""
+    scheme, _, given = (header or "").partition(" ")
+    is_equal = hmac.compare_digest(given.strip().encode(), token.encode())
+    return is_equal and scheme.lower() == "bearer"
+
+
+def _checked(token: str, source: str) -> str:
+    if not token.strip() or not token.isascii():
+        raise InputError(f"{source} holds no token: give one of ASCII characters", field="token")
+    return token.strip()

@@ -1,0 +1,45 @@
+"""Changes of whole tensors: joined over ranks, composed over versions. Pure.
+
+Legend: K changed elements of a tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from weightline.types import Changes, Segment, TensorSpec
+
+
+def whole(tensor: TensorSpec) -> Segment:
+    """The segment that covers the tensor."""
+    return Segment(tensor, 0, tensor.num_elements)
+
+
+def join_parts(parts: Sequence[Changes]) -> Changes:
+    """One Changes of the whole tensor from those of its disjoint segments, which all start from the same state."""
+    ordered = sorted(parts, key=lambda part: part.segment.start)
+    return Changes(
+        whole(ordered[0].segment.tensor),
+        np.concatenate([part.positions_K + part.segment.start for part in ordered]),
+        np.concatenate([part.old_K for part in ordered]),
+        np.concatenate([part.new_K for part in ordered]),
+    )
+
+
+def compose(first: Changes, second: Changes) -> Changes:
+    """The changes from the state before `first` to the state after `second`, both of the same whole tensor.
+
+    Elements that come back to where they were drop out.
+    """
+    positions_K = np.union1d(first.positions_K, second.positions_K)
+    old_K = np.empty(positions_K.size, first.old_K.dtype)
+    new_K = np.empty_like(old_K)
+    at_first = np.searchsorted(positions_K, first.positions_K)
+    at_second = np.searchsorted(positions_K, second.positions_K)
+    # In this order: where both touch an element, the first knows the old bits and the second the new ones.
+    old_K[at_second], old_K[at_first] = second.old_K, first.old_K
+    new_K[at_first], new_K[at_second] = first.new_K, second.new_K
+    is_changed = old_K != new_K
+    return Changes(first.segment, positions_K[is_changed], old_K[is_changed], new_K[is_changed])

@@ -1,0 +1,70 @@
+"""A torch model's weights as flat bits, written in place: same storage before and after, on any device, for any dtype.
+
+Legend: N elements of a tensor, K changed ones.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from weightline.codec.torch_ops import dtype_code
+from weightline.errors import ApplyError
+from weightline.types import BitsArray, Changes, PositionArray, TensorSpec, bits_dtype
+
+_SIGNED = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_SIGNED_NUMPY = {1: np.int8, 2: np.int16, 4: np.int32, 8: np.int64}
+
+
+class LiveWeights:
+    """The parameters and persistent buffers of a model, by their checkpoint names. A tied tensor has several names.
+
+    ApplyError for a model whose tensors cannot be written in place: not contiguous, not materialized.
+    """
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self._flat: dict[str, torch.Tensor] = {}
+        self.specs: dict[str, TensorSpec] = {}
+        for name, tensor in model.state_dict(keep_vars=True).items():
+            self._flat[name] = _flat_bits(name, tensor)
+            self.specs[name] = TensorSpec(name, dtype_code(tensor.dtype), tuple(tensor.shape))
+
+    def read_bits(self, name: str) -> BitsArray:
+        """All N bits of a tensor: a view of it on a CPU, a copy from elsewhere."""
+        return self._to_host(name, self._flat[name])
+
+    def read_elements(self, name: str, positions_K: PositionArray) -> BitsArray:
+        """The K bits at the positions, a copy."""
+        return self._to_host(name, self._flat[name][self._on_device(name, positions_K)])
+
+    def scatter(self, changes: Changes) -> None:
+        """Write the new bits of one whole-tensor Changes. Safe to repeat; writes nothing where it raises ApplyError."""
+        spec = changes.segment.tensor
+        if self.specs.get(spec.name) != spec or changes.segment.length != spec.num_elements:
+            raise ApplyError(f"changes of {spec} do not fit {self.specs.get(spec.name)}", tensor=spec.name)
+        if not changes.num_changed:
+            return
+        # torch bounds-checks an index on a CPU, but only asserts in a kernel elsewhere, which poisons the device.
+        if changes.positions_K[0] < 0 or changes.positions_K[-1] >= spec.num_elements:
+            raise ApplyError(f"changes of {spec.name} reach beyond its {spec.num_elements} elements", tensor=spec.name)
+        new_K = self._on_device(spec.name, changes.new_K.view(_SIGNED_NUMPY[spec.itemsize]))
+        try:
+            self._flat[spec.name].index_copy_(0, self._on_device(spec.name, changes.positions_K), new_K)
+        except RuntimeError as error:
+            raise ApplyError(f"{spec.name} could not be written: {error}", tensor=spec.name) from error
+
+    def _on_device(self, name: str, array: np.ndarray[tuple[int], np.dtype[np.signedinteger]]) -> torch.Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array)).to(self._flat[name].device)
+
+    def _to_host(self, name: str, bits: torch.Tensor) -> BitsArray:
+        array: BitsArray = bits.cpu().numpy().view(bits_dtype(self.specs[name].dtype))
+        return array
+
+
+def _flat_bits(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor's own storage as a flat tensor of signed integers of the same width."""
+    if tensor.is_meta:
+        raise ApplyError(f"{name} has no data (offloaded?): it cannot be written in place", tensor=name)
+    if not tensor.is_contiguous():
+        raise ApplyError(f"{name} is not contiguous: it cannot be written in place", tensor=name)
+    return tensor.detach().view(-1).view(_SIGNED[tensor.element_size()])
