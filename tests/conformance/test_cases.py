@@ -1,0 +1,92 @@
+"""The conformance cases: expected bytes, bits, digests, or the rule that a payload breaks.
+
+The coded table inside a payload depends on the zlib build (SPEC.md section Payload), so writers are held to the chunks
+and to what the table says; readers are held to the bytes as they stand.
+"""
+
+from __future__ import annotations
+
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.conformance.cases import bits_of, load, segment_of
+from weightline.codec.capture import capture
+from weightline.codec.coding import codings
+from weightline.codec.digest import format_digest, tensor_digest
+from weightline.errors import CorruptError, UnsupportedFeatureError
+from weightline.format.envelope import read_envelope
+from weightline.format.payload import open_payload, write_anchor, write_delta
+from weightline.types import BitsArray, Segment
+
+DELTAS, ANCHORS, DIGESTS, REFUSED = (load(topic) for topic in ("deltas", "anchors", "digests", "refused"))
+
+
+def name_of(case: dict[str, Any]) -> str:
+    return " ".join(str(case[key]) for key in ("coding", "case", "name") if key in case)
+
+
+def contents(path: Path) -> tuple[bytes, bytes, dict[str, str]]:
+    """(chunks, inflated table, metadata) of a payload."""
+    raw = path.read_bytes()
+    with path.open("rb") as file:
+        envelope = read_envelope(file, len(raw))
+    table = zlib.decompress(raw[envelope.table_start :], -15)
+    return raw[envelope.chunks_start : envelope.table_start], table, dict(envelope.metadata)
+
+
+def test_the_corpus_is_not_empty() -> None:
+    assert {case["coding"] for case in DELTAS} == set(codings())
+    assert len(DELTAS) >= 50
+    assert len(ANCHORS) >= 25
+    assert len(DIGESTS) >= 25
+    assert len(REFUSED) >= 30
+
+
+@pytest.mark.parametrize("case", DELTAS, ids=name_of)
+def test_deltas(tmp_path: Path, case: dict[str, Any]) -> None:
+    (tmp_path / "given").write_bytes(bytes.fromhex(case["payload"]))
+    segments = {segment_of(entry): entry for entry in case["segments"]}
+    read = open_payload(tmp_path / "given").read_changes(None, lambda segment: bits_of(segments[segment], "old"))
+    for changes, (segment, entry) in zip(read, segments.items(), strict=True):
+        assert changes.segment == segment
+        state_N = bits_of(entry, "old").copy()
+        state_N[changes.positions_K] = changes.new_K
+        assert state_N.tobytes().hex() == entry["new"]
+    captured = [capture(s, bits_of(e, "old"), bits_of(e, "new"), ranked=True) for s, e in segments.items()]
+    write_delta(tmp_path / "written", captured, case["coding"])
+    assert contents(tmp_path / "written") == contents(tmp_path / "given")
+
+
+@pytest.mark.parametrize("case", ANCHORS, ids=name_of)
+def test_anchors(tmp_path: Path, case: dict[str, Any]) -> None:
+    (tmp_path / "given").write_bytes(bytes.fromhex(case["payload"]))
+    states = [(segment_of(entry), bits_of(entry, "bits")) for entry in case["segments"]]
+    for (segment, bits_N), (read_segment, read_N) in zip(
+        states, open_payload(tmp_path / "given").read_anchor(None), strict=True
+    ):
+        assert read_segment == segment
+        assert np.array_equal(read_N, bits_N)
+    write_anchor(tmp_path / "written", states)
+    assert contents(tmp_path / "written") == contents(tmp_path / "given")
+
+
+@pytest.mark.parametrize("case", DIGESTS, ids=name_of)
+def test_digests(case: dict[str, Any]) -> None:
+    assert format_digest(tensor_digest(segment_of(case), bits_of(case, "bits"))) == case["digest"]
+
+
+@pytest.mark.parametrize("case", REFUSED, ids=name_of)
+def test_refused(tmp_path: Path, case: dict[str, Any]) -> None:
+    (tmp_path / "given").write_bytes(bytes.fromhex(case["payload"]))
+    with pytest.raises((CorruptError, UnsupportedFeatureError)) as caught:
+        list(open_payload(tmp_path / "given").read_changes(None, _zeros))
+    assert caught.value.kind == case["error"]
+    assert caught.value.facts.get("rule") == case.get("rule")
+
+
+def _zeros(segment: Segment) -> BitsArray:
+    return np.zeros(segment.length, f"<u{segment.tensor.itemsize}")

@@ -1,0 +1,138 @@
+"""Capture: compare the bits of two states of a segment and keep what differs.
+
+Legend: N elements of the segment, W the same memory as 64-bit words, K changed elements, C magnitude classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from weightline.codec.classes import NUM_CLASSES, class_field
+from weightline.codec.pieces import TILE, RankedChanges
+from weightline.errors import InputError
+from weightline.types import BitsArray, Changes, Segment, bits_dtype
+
+Array = npt.NDArray[Any]
+
+Kernel = Callable[..., tuple[np.uint64, np.uint64]]
+
+#: Room for changed elements that lets every kernel go on by a step.
+_MIN_ROOM = 1 << 13
+#: Room reserved at the start: one element in 2**4. Memory that is never written to costs nothing.
+_EXPECTED_SHIFT = 4
+_LANES = 4
+
+
+def capture(segment: Segment, old_N: BitsArray, new_N: BitsArray, *, ranked: bool = False) -> Changes:
+    """The elements of `segment` whose bits differ between `old_N` and `new_N`; RankedChanges when `ranked`.
+
+    Bits are compared, not values: NaN equals itself, -0.0 differs from +0.0. Neither array is written to. Pure, safe to
+    repeat, safe in threads. Raises InputError when an array does not have the segment's length and width.
+    """
+    collector = _Collector(segment, check_bits(segment, old_N), check_bits(segment, new_N), ranked)
+    for start in range(0, segment.length, TILE):
+        collector.scan_tile(start, min(start + TILE, segment.length))
+    return collector.changes()
+
+
+def capture_into(segment: Segment, baseline_N: BitsArray, current_N: BitsArray, *, ranked: bool = False) -> Changes:
+    """`capture`, then advance `baseline_N` in place to `current_N`, touching only what changed.
+
+    Not atomic: after a crash in between, `baseline_N` may hold some of the new bits. To go back, put
+    old_K at positions_K.
+    """
+    changes = capture(segment, baseline_N, current_N, ranked=ranked)
+    baseline_N[changes.positions_K] = changes.new_K
+    return changes
+
+
+def rank_changes(changes: Changes, base_N: BitsArray) -> RankedChanges:
+    """Changes that were captured without ranks (or composed), ranked within the base that they start from.
+
+    Raises InputError when `base_N` does not have the segment's length and width, or does not hold the old bits.
+    """
+    if not np.array_equal(check_bits(changes.segment, base_N)[changes.positions_K], changes.old_K):
+        raise InputError("the changes do not start from these bits", tensor=changes.segment.tensor.name)
+    new_N = base_N.copy()
+    new_N[changes.positions_K] = changes.new_K
+    ranked = capture(changes.segment, base_N, new_N, ranked=True)
+    if not isinstance(ranked, RankedChanges) or ranked.num_changed != changes.num_changed:
+        raise InputError("some old bits equal the new ones", tensor=changes.segment.tensor.name)
+    return ranked
+
+
+def check_bits(segment: Segment, bits_N: BitsArray) -> BitsArray:
+    """`bits_N` itself, when it is flat and has the segment's length and width; InputError otherwise."""
+    expected = bits_dtype(segment.tensor.dtype)
+    if bits_N.ndim != 1 or bits_N.size != segment.length or bits_N.dtype != expected:
+        raise InputError(
+            f"segment of {segment.tensor.name!r} needs a flat {expected} array of {segment.length} elements, "
+            f"not {bits_N.dtype} of shape {bits_N.shape}",
+            tensor=segment.tensor.name,
+        )
+    return bits_N
+
+
+class _Collector:
+    """Runs the kernels over tiles; they write straight into the result, which grows as needed."""
+
+    def __init__(self, segment: Segment, old_N: BitsArray, new_N: BitsArray, ranked: bool) -> None:
+        self._segment = segment
+        self._states = np.ascontiguousarray(old_N), np.ascontiguousarray(new_N)
+        self._ranked = ranked
+        self._found = 0
+        capacity = max(_MIN_ROOM, segment.length >> _EXPECTED_SHIFT)
+        dtypes = (np.dtype(np.int64), old_N.dtype, old_N.dtype, np.dtype(np.uint32))
+        self._columns: list[Array] = [np.empty(capacity, dtype) for dtype in dtypes[: 4 if ranked else 3]]
+
+    def scan_tile(self, start: int, stop: int) -> None:
+        """Collect what differs in the elements [start, stop); `start` is a multiple of TILE."""
+        from weightline.codec.kernels import scan
+
+        shift, mask = class_field(self._segment.tensor.dtype)
+        words_stop = stop - stop % _LANES if self._states[0].itemsize == 2 else start
+        words = [state[: words_stop - words_stop % _LANES].view(np.uint64) for state in self._states]
+        word_range = (start // _LANES, words_stop // _LANES)
+        if self._ranked and mask:
+            counts_LC = np.zeros((_LANES, NUM_CLASSES), np.uint32)
+            by_word = scan.collect_ranked_f16 if self._segment.tensor.dtype == "F16" else scan.collect_ranked_bf16
+            self._run(by_word, words, *word_range, counts_LC)
+            counts_C = counts_LC.sum(axis=0, dtype=np.uint32)
+            self._run(scan.collect_ranked, self._states, words_stop, stop, counts_C, np.uint64(shift), np.uint64(mask))
+        else:
+            before = self._found
+            self._run(scan.collect_16, words, *word_range)
+            self._run(scan.collect, self._states, words_stop, stop)
+            self._rank_single_class(before, start)
+
+    def _rank_single_class(self, before: int, start: int) -> None:
+        """Where all elements are of one class, the rank of an element is its position in the tile."""
+        if self._ranked:
+            self._columns[3][before : self._found] = self._columns[0][before : self._found] - start
+
+    def _run(self, kernel: Kernel, states: Sequence[Array], at: int, stop: int, *ranking: Array | np.uint64) -> None:
+        columns = slice(4 if ranking else 3)
+        while at < stop:
+            room = [column[self._found :] for column in self._columns[columns]]
+            found, reached = kernel(*states, np.uint64(at), np.uint64(stop), *room, *ranking)
+            self._found, at = self._found + int(found), int(reached)
+            if at < stop:
+                capacity = 2 * self._columns[0].size + _MIN_ROOM
+                self._columns = [_grown(column, self._found, capacity) for column in self._columns]
+
+    def changes(self) -> Changes:
+        """Everything found so far."""
+        columns = [column[: self._found] for column in self._columns]
+        if not self._ranked:
+            return Changes(self._segment, columns[0], columns[1], columns[2])
+        return RankedChanges(self._segment, columns[0], columns[1], columns[2], columns[3])
+
+
+def _grown(column: Array, used: int, capacity: int) -> Array:
+    grown = np.empty(capacity, column.dtype)
+    grown[:used] = column[:used]
+    return grown

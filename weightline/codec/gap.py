@@ -1,0 +1,89 @@
+"""The coding `gap`: distances between changed elements, blind to the base. The fast one.
+
+The pieces of a chunk are laid end to end; a gap is the number of unchanged elements before a changed one.
+
+    positions stream = level, then one geometric stream of one run: the gaps
+
+Legend: K changed elements of the chunk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from weightline.codec.coding import ChunkBase, Streams
+from weightline.codec.geometric import Counts, Numbers, decode_runs, encode_runs, start_levels
+from weightline.codec.grouped import group_changes
+from weightline.codec.pieces import RankedChanges
+from weightline.codec.steps import apply_steps
+from weightline.codec.stepstream import decode_steps, encode_steps
+from weightline.codec.varint import NumberReader, put_numbers
+from weightline.errors import PayloadError
+from weightline.types import Changes, Segment
+
+#: The class field that puts all elements into class 0.
+_ONE_CLASS = (0, 0)
+
+
+class GapCoding:
+    """Gaps and steps in adaptive geometric coding, in the order of the positions."""
+
+    name = "gap"
+    ranked = False
+
+    def encode(self, pieces: Sequence[Changes]) -> Streams:
+        grouped = group_changes([_rank_by_position(piece) for piece in pieces], _ONE_CLASS, joined=True)
+        return _encode_positions(grouped.gaps_K), encode_steps(grouped.sizes_K, grouped.negative_K)
+
+    def decode(
+        self, streams: Streams, pieces: Sequence[Segment], num_changed: int, base: ChunkBase
+    ) -> Iterator[Changes]:
+        dtype = pieces[0].tensor.dtype
+        starts = _starts(pieces)
+        at_K = _decode_positions(streams[0], num_changed, int(starts[-1]))
+        steps_K = decode_steps(streams[1], num_changed, dtype)
+        bounds = np.searchsorted(at_K, starts)
+        for number, piece in enumerate(pieces):
+            if not base.wanted[number]:
+                continue
+            low, high = bounds[number : number + 2]
+            positions_K = at_K[low:high] - starts[number]
+            old_K = base.bits(number)[positions_K]
+            yield Changes(piece, positions_K, old_K, apply_steps(old_K, steps_K[low:high], dtype))
+
+
+def _starts(pieces: Sequence[Segment]) -> Counts:
+    """Where each piece starts in the chunk, and where the last one ends."""
+    return np.cumsum([0] + [piece.length for piece in pieces])
+
+
+def _rank_by_position(piece: Changes) -> RankedChanges:
+    """With one class for all, an element's rank is its position."""
+    ranks_K = piece.positions_K.astype(np.uint32)
+    return RankedChanges(piece.segment, piece.positions_K, piece.old_K, piece.new_K, ranks_K)
+
+
+def _encode_positions(gaps_K: Numbers) -> bytes:
+    if not gaps_K.size:
+        return b""
+    counts_R = np.array([gaps_K.size], np.int64)
+    levels_R = start_levels(gaps_K, counts_R)
+    head = bytearray()
+    put_numbers(head, int(levels_R[0]))
+    return bytes(head) + encode_runs(gaps_K, counts_R, levels_R)
+
+
+def _decode_positions(stream: bytes, num_changed: int, num_elements: int) -> Counts:
+    """Strictly increasing positions below `num_elements`."""
+    if not num_changed:
+        if stream:
+            raise PayloadError("a stream of no positions has bytes", rule="stream-length")
+        return np.zeros(0, np.int64)
+    reader = NumberReader(stream, "position-head")
+    levels_R = np.array([reader.number()], np.int64)
+    gaps_K = decode_runs(reader.rest(), np.array([num_changed], np.int64), levels_R)
+    if int(gaps_K.max()) >= num_elements or int(gaps_K.sum()) + num_changed > num_elements:
+        raise PayloadError("a position lies beyond its chunk", rule="position-range")
+    return np.cumsum(gaps_K.astype(np.int64) + 1) - 1

@@ -1,0 +1,162 @@
+"""Adaptive geometric coding: a range coder for non-negative integers whose mean drifts. SPEC.md section Codings.
+
+The numbers of unchanged elements between changed ones follow a geometric distribution, whose only parameter is its
+mean. So no table is sent and none is learned: coder and decoder keep a running mean and take the probabilities from it.
+
+A value v is coded under the mean's level as a token and raw bits: v >> shift falls into a bucket (the token, by range
+coding), what is left is as good as random. Levels are quarter octaves of the mean.
+
+Legend: K values, R runs (each with a mean of its own to start from), L levels, T tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from weightline.codec.varint import NumberReader, put_numbers
+from weightline.errors import PayloadError
+
+Numbers = npt.NDArray[np.unsignedinteger[Any]]
+Counts = npt.NDArray[np.int64]
+
+#: Fraction bits of the running mean.
+FRACTION_BITS = 16
+#: The mean moves by 1 / 2**RATE_BITS of the distance to each value.
+RATE_BITS = 6
+#: Values enter the mean as at most CLIP * (mean + 1), so that one outlier does not spoil the next hundred.
+CLIP = 8
+#: ... and as at most this.
+MAX_MEAN = 1 << 40
+#: Probabilities are multiples of 2**-PROBABILITY_BITS.
+PROBABILITY_BITS = 16
+_TOTAL = 1 << PROBABILITY_BITS
+
+_LOWEST_OCTAVE = -11
+_NUM_LEVELS = 4 * 51
+_FIRST_SHIFTED_OCTAVE = 3
+_NUM_PLAIN_ROWS = 4 * (_FIRST_SHIFTED_OCTAVE - _LOWEST_OCTAVE)
+
+#: Buckets: 0 .. 15 one by one, two an octave up to 64, one an octave above.
+BUCKET_STARTS = (*range(16), 16, 24, 32, 48, *(1 << octave for octave in range(6, 63)))
+BUCKET_BITS = (*(0,) * 16, 3, 3, 4, 4, *range(6, 63))
+NUM_TOKENS = len(BUCKET_STARTS)
+
+
+@dataclass(frozen=True, slots=True)
+class Tables:
+    """Constants of the format, as arrays for the kernels.
+
+    bounds_L: level i holds the means from bounds[i] on (FRACTION_BITS of fraction); one more as a fence.
+    shifts_L, rows_L: by level, how many low bits are raw, and the row of probabilities.
+    cumulative: row x (token + 1), in units of 2**-PROBABILITY_BITS.
+    """
+
+    bounds_L: npt.NDArray[np.int64]
+    shifts_L: Numbers
+    rows_L: Numbers
+    cumulative: Numbers
+    starts_T: Numbers
+    bits_T: Numbers
+    #: Not a constant of the format: row x (probability >> 8), the first token that can be meant; a decoder's short cut.
+    guesses: Numbers
+
+
+@cache
+def tables() -> Tables:
+    """The constants. Only IEEE additions, multiplications and divisions: the same on every host."""
+    levels = [divmod(level, 4) for level in range(_NUM_LEVELS)]
+    octaves = [octave + _LOWEST_OCTAVE for octave, _ in levels]
+    bounds = [
+        (4 + quarter) << (octave + FRACTION_BITS - 2) for octave, (_, quarter) in zip(octaves, levels, strict=True)
+    ]
+    plain_rows = [
+        _row((4.5 + quarter) / 4.0 * 2.0**octave) for octave, (_, quarter) in zip(octaves, levels, strict=True)
+    ]
+    shifted_rows = [_row(4.0 + quarter) for quarter in range(4)]
+    cumulative = np.array(plain_rows[:_NUM_PLAIN_ROWS] + shifted_rows, np.uint64)
+    return Tables(
+        np.array([0, *bounds[1:], 1 << 62], np.int64),
+        np.array([max(octave - _FIRST_SHIFTED_OCTAVE + 1, 0) for octave in octaves], np.uint64),
+        np.array([n if n < _NUM_PLAIN_ROWS else _NUM_PLAIN_ROWS + n % 4 for n in range(_NUM_LEVELS)], np.uint64),
+        cumulative,
+        np.array(BUCKET_STARTS, np.uint64),
+        np.array(BUCKET_BITS, np.uint64),
+        np.array([np.searchsorted(row, np.arange(0, _TOTAL, 256), side="right") - 1 for row in cumulative], np.uint64),
+    )
+
+
+def _row(mean: float) -> list[int]:
+    """Cumulative widths of the tokens for a geometric distribution of this mean; no width is zero."""
+    ratio = mean / (1.0 + mean)
+    tails = [1.0]
+    for _ in range(16):
+        tails.append(tails[-1] * ratio)
+    tails += [tails[16] * tails[8], tails[16] * tails[16]]
+    tails += [tails[18] * tails[16], tails[18] * tails[18]]
+    while len(tails) < NUM_TOKENS:
+        tails.append(tails[-1] * tails[-1])
+    tails.append(0.0)
+    widths = [1 + int((_TOTAL - NUM_TOKENS) * (tails[t] - tails[t + 1])) for t in range(NUM_TOKENS)]
+    widths[0] += _TOTAL - sum(widths)
+    return [sum(widths[:t]) for t in range(NUM_TOKENS + 1)]
+
+
+def level_of(mean: float) -> int:
+    """The level that holds a mean: the writer's choice of where a run starts."""
+    bounds_L = tables().bounds_L
+    scaled = min(int(mean * (1 << FRACTION_BITS)), MAX_MEAN << FRACTION_BITS)
+    return int(np.searchsorted(bounds_L[:-1], scaled, side="right")) - 1
+
+
+def start_levels(values_K: Numbers, counts_R: Counts) -> Counts:
+    """A good level to start each run from: that of the mean of its first values, outliers clipped."""
+    from weightline.codec.kernels import geometric as kernel
+
+    means_R = np.zeros(counts_R.size, np.int64)
+    kernel.start_means(values_K, counts_R, means_R)
+    return np.searchsorted(tables().bounds_L[:-1], means_R, side="right") - 1
+
+
+def encode_runs(values_K: Numbers, counts_R: Counts, levels_R: Counts) -> bytes:
+    """Code `values_K` (each below 2**63), cut into runs of `counts_R` values that start at the means of `levels_R`.
+
+    The stream is the number of token words, these words, then the words of the raw bits; 32-bit, little-endian.
+    """
+    from weightline.codec.kernels import geometric as kernel
+
+    t = tables()
+    words, raws = np.empty(values_K.size + 2, np.uint32), np.empty(2 * values_K.size + 2, np.uint32)
+    num_words, num_raws = kernel.encode_runs(
+        values_K, counts_R, t.bounds_L[levels_R],
+        t.bounds_L, t.shifts_L, t.rows_L, t.cumulative, t.starts_T, t.bits_T, words, raws,
+    )  # fmt: skip
+    head = bytearray()
+    put_numbers(head, int(num_words))
+    return bytes(head) + words[:num_words].astype("<u4").tobytes() + raws[:num_raws].astype("<u4").tobytes()
+
+
+def decode_runs(stream: bytes, counts_R: Counts, levels_R: Counts) -> npt.NDArray[np.uint64]:
+    """The values of a stream; PayloadError unless every word is used and none missing. The counts bound the memory."""
+    from weightline.codec.kernels import geometric as kernel
+
+    if (levels_R < 0).any() or (levels_R >= _NUM_LEVELS).any():
+        raise PayloadError("a run starts from an unknown level", rule="stream-level")
+    reader = NumberReader(stream, "stream-length")
+    words = np.frombuffer(reader.take(4 * reader.number()), "<u4").astype(np.uint32)
+    raws = np.frombuffer(reader.rest_of_words(), "<u4").astype(np.uint32)
+    values_K = np.empty(int(counts_R.sum()), np.uint64)
+    t = tables()
+    used = kernel.decode_runs(
+        words, raws, counts_R, t.bounds_L[levels_R],
+        t.bounds_L, t.shifts_L, t.rows_L, t.cumulative, t.guesses, t.starts_T, t.bits_T, values_K,
+    )  # fmt: skip
+    if tuple(map(int, used)) != (words.size, raws.size):
+        raise PayloadError(f"a stream of {words.size} + {raws.size} words decodes from {used}", rule="stream-length")
+    if values_K.size and int(values_K.max()) >> 63:
+        raise PayloadError("a value has more than 63 bits", rule="value-range")
+    return values_K

@@ -1,0 +1,197 @@
+"""The loops of adaptive geometric coding. What they compute is stated in weightline/codec/geometric.py and SPEC.md.
+
+Range coder: `low` and `span` are 64-bit; the span stays at 2**32 or above, and a 32-bit word leaves at the top whenever
+it would not. A carry out of `low` goes into the words already written. Raw bits go to their own stream, lowest first.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from weightline.codec.kernels import jit
+
+Array = npt.NDArray[Any]
+State = tuple[np.uint64, np.uint64, np.uint64]
+
+_WORD = np.uint64(32)
+_TOP = np.uint64(1 << 32)
+_LOW_WORD = np.uint64((1 << 32) - 1)
+_FULL = np.uint64((1 << 64) - 1)
+_ZERO = np.uint64(0)
+_ONE = np.uint64(1)
+_PROBABILITY_BITS = np.uint64(16)
+_LAST_PROBABILITY = np.uint64((1 << 16) - 1)
+_GUESS_BITS = np.uint64(8)
+_PLAIN = np.uint64(16)
+_FRACTION_BITS = 16
+_RATE_BITS = 6
+_CLIP = 8
+_MAX_MEAN = 1 << 40
+#: Values that a writer looks at to choose where a run starts.
+_SAMPLE = 512
+_SAMPLE_SHIFT = 10
+_MAX_TYPICAL_BITS = 36
+
+
+@jit
+def _next_mean(mean: Any, value: np.uint64) -> Any:
+    """The running mean after a value."""
+    limit = min((mean >> _FRACTION_BITS) * _CLIP + _CLIP, _MAX_MEAN)
+    seen = limit if value > np.uint64(limit) else np.int64(value)
+    return mean + (((seen << _FRACTION_BITS) - mean) >> _RATE_BITS)
+
+
+@jit
+def start_means(values_K: Array, counts_R: Array, means_R: Array) -> None:
+    """A mean to start each run from, in the running mean's units: of its first values, clipped at a typical one."""
+    first = 0
+    for run in range(counts_R.size):
+        stop = first + min(counts_R[run], _SAMPLE)
+        num_bits = 0
+        for k in range(first, stop):
+            value = np.uint64(values_K[k])
+            while value:
+                num_bits += 1
+                value >>= _ONE
+        typical_bits = min(num_bits // max(stop - first, 1), _MAX_TYPICAL_BITS)
+        total = np.int64(0)
+        for k in range(first, stop):
+            total += np.int64(min(np.uint64(values_K[k]), np.uint64(_CLIP << typical_bits)))
+        means_R[run] = min((total << _SAMPLE_SHIFT) // max(stop - first, 1), _MAX_MEAN << _SAMPLE_SHIFT)
+        means_R[run] <<= _FRACTION_BITS - _SAMPLE_SHIFT
+        first += counts_R[run]
+
+
+@jit
+def _level(bounds_L: Array, level: np.uint64, mean: Any) -> np.uint64:
+    """The level of a mean, looked for from the last one on: a mean moves slowly."""
+    while mean >= bounds_L[level + _ONE]:
+        level += _ONE
+    while mean < bounds_L[level]:
+        level -= _ONE
+    return level
+
+
+@jit
+def _put(words: Array, state: State, start: np.uint64, width: np.uint64, bits: np.uint64) -> State:
+    """Narrow (low, span) to [start, start + width) of 2**bits parts; the third number counts the words written."""
+    low, span, at = state
+    part = span >> bits
+    add = part * start
+    low += add
+    if low < add:
+        back = at - _ONE
+        while words[back] == _LOW_WORD:
+            words[back] = 0
+            back -= _ONE
+        words[back] += np.uint32(1)
+    span = part * width
+    if span < _TOP:
+        words[at] = np.uint32(low >> _WORD)
+        return low << _WORD, span << _WORD, at + _ONE
+    return low, span, at
+
+
+@jit
+def _put_raw(raws: Array, state: State, value: np.uint64, bits: np.uint64) -> State:
+    """Append `bits` (at most 32) raw bits; the state is (bits not yet written, how many, words written)."""
+    held, fill, at = state
+    held |= value << fill
+    fill += bits
+    if fill >= _WORD:
+        raws[at] = np.uint32(held & _LOW_WORD)
+        return held >> _WORD, fill - _WORD, at + _ONE
+    return held, fill, at
+
+
+@jit
+def encode_runs(
+    values_K: Array, counts_R: Array, means_R: Array,
+    bounds_L: Array, shifts_L: Array, rows_L: Array, cumulative: Array, starts_T: Array, bits_T: Array,
+    words: Array, raws: Array,
+) -> tuple[np.uint64, np.uint64]:  # fmt: skip
+    """Write the words of the tokens and those of the raw bits; return how many of each."""
+    state, raw_state = (_ZERO, _FULL, _ZERO), (_ZERO, _ZERO, _ZERO)
+    k, level = _ZERO, _ZERO
+    for run in range(counts_R.size):
+        mean = means_R[run]
+        for _ in range(counts_R[run]):
+            level = _level(bounds_L, level, mean)
+            shift, row, value = shifts_L[level], rows_L[level], np.uint64(values_K[k])
+            scaled = value >> shift
+            token = min(scaled, _PLAIN)
+            while token >= _PLAIN and token + _ONE < starts_T.size and scaled >= starts_T[token + _ONE]:
+                token += _ONE
+            start = cumulative[row, token]
+            state = _put(words, state, start, cumulative[row, token + _ONE] - start, _PROBABILITY_BITS)
+            raw, num_raw = value - (starts_T[token] << shift), bits_T[token] + shift
+            if num_raw > _WORD:
+                raw_state = _put_raw(raws, raw_state, raw & _LOW_WORD, _WORD)
+                raw, num_raw = raw >> _WORD, num_raw - _WORD
+            raw_state = _put_raw(raws, raw_state, raw, num_raw)
+            mean = _next_mean(mean, value)
+            k += _ONE
+    # Round low up to whole words: any number in [low, low + span) will do, and the span holds one of those.
+    state = _put(words, (state[0], _ONE, state[2]), _LOW_WORD, _ONE, _ZERO)
+    raw_state = _put_raw(raws, raw_state, _ZERO, _WORD - _ONE)
+    return state[2], raw_state[2]
+
+
+@jit
+def _next_word(words: Array, at: np.uint64) -> np.uint64:
+    """A word; beyond the end they read as zero."""
+    return np.uint64(words[at]) if at < words.size else _ZERO
+
+
+@jit
+def _get_raw(raws: Array, state: State, bits: np.uint64) -> tuple[np.uint64, State]:
+    """The next `bits` (at most 32) raw bits."""
+    held, fill, at = state
+    if fill < bits:
+        held |= _next_word(raws, at) << fill
+        fill += _WORD
+        at += _ONE
+    return held & ((_ONE << bits) - _ONE), (held >> bits, fill - bits, at)
+
+
+@jit
+def decode_runs(
+    words: Array, raws: Array, counts_R: Array, means_R: Array,
+    bounds_L: Array, shifts_L: Array, rows_L: Array, cumulative: Array, guesses: Array, starts_T: Array, bits_T: Array,
+    values_K: Array,
+) -> tuple[np.uint64, np.uint64]:  # fmt: skip
+    """Fill in the values; return how many words of tokens and of raw bits the stream must have."""
+    code = _next_word(words, _ZERO) << _WORD | _next_word(words, _ONE)
+    span, at, raw_state = _FULL, np.uint64(2), (_ZERO, _ZERO, _ZERO)
+    k, level = _ZERO, _ZERO
+    for run in range(counts_R.size):
+        mean = means_R[run]
+        for _ in range(counts_R[run]):
+            level = _level(bounds_L, level, mean)
+            shift, row = shifts_L[level], rows_L[level]
+            part = span >> _PROBABILITY_BITS
+            place = min(code // part, _LAST_PROBABILITY)
+            token = guesses[row, place >> _GUESS_BITS]
+            while place >= cumulative[row, token + _ONE]:
+                token += _ONE
+            code -= part * cumulative[row, token]
+            span = part * (cumulative[row, token + _ONE] - cumulative[row, token])
+            if span < _TOP:
+                code = code << _WORD | _next_word(words, at)
+                span <<= _WORD
+                at += _ONE
+            num_raw, raw = bits_T[token] + shift, _ZERO
+            if num_raw > _WORD:
+                raw, raw_state = _get_raw(raws, raw_state, _WORD)
+                high, raw_state = _get_raw(raws, raw_state, num_raw - _WORD)
+                raw |= high << _WORD
+            else:
+                raw, raw_state = _get_raw(raws, raw_state, num_raw)
+            value = (starts_T[token] << shift) + raw
+            values_K[k] = value
+            mean = _next_mean(mean, value)
+            k += _ONE
+    return at - _ONE, raw_state[2]

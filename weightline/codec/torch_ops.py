@@ -1,0 +1,122 @@
+"""The codec on torch tensors: the only file of this room that imports torch.
+
+Comparison and ranking run where the tensors are; only what changed moves to the host.
+
+Legend: N elements of a segment, K changed elements, C classes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from weightline.codec.capture import capture
+from weightline.codec.classes import NUM_CLASSES, class_field
+from weightline.codec.pieces import TILE, RankedChanges
+from weightline.errors import InputError
+from weightline.types import BitsArray, Changes, Segment, bits_dtype
+
+_DTYPE_CODES: dict[torch.dtype, str] = {
+    torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8",
+    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
+    torch.uint16: "U16", torch.int16: "I16", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.uint32: "U32", torch.int32: "I32", torch.float32: "F32",
+    torch.uint64: "U64", torch.int64: "I64", torch.float64: "F64",
+}  # fmt: skip
+_SIGNED = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def dtype_code(dtype: torch.dtype) -> str:
+    """The safetensors code of a torch dtype. Raises InputError for a dtype that cannot be coded."""
+    if dtype not in _DTYPE_CODES:
+        raise InputError(
+            f"tensors of {dtype} cannot be coded; known: {sorted(_DTYPE_CODES.values())}", dtype=str(dtype)
+        )
+    return _DTYPE_CODES[dtype]
+
+
+def bits_of(tensor: torch.Tensor) -> BitsArray:
+    """The bits of a contiguous CPU tensor, flat, without a copy: writing to the array writes to the tensor.
+
+    Raises InputError for a tensor that is not on the CPU, not contiguous, or of a dtype that cannot be coded.
+    """
+    if tensor.device.type != "cpu" or not tensor.is_contiguous():
+        raise InputError(
+            "bits_of needs a contiguous tensor on the CPU: .cpu().contiguous() first", device=str(tensor.device)
+        )
+    flat = tensor.detach().view(-1).view(_SIGNED[tensor.element_size()])
+    array: BitsArray = flat.numpy().view(bits_dtype(dtype_code(tensor.dtype)))
+    return array
+
+
+def capture_tensor(segment: Segment, old: torch.Tensor, new: torch.Tensor, *, ranked: bool = False) -> Changes:
+    """`weightline.codec.capture.capture` on tensors, on their device.
+
+    On the CPU the kernels of `capture` do it, on the tensors' own memory; on other devices torch does, tile by tile, so
+    that scratch memory is bounded, and only the changed elements move to the host. Pure, safe to repeat.
+    Raises InputError when a tensor does not have the segment's number of elements and dtype.
+    """
+    old_N, new_N = flat_bits(segment, old), flat_bits(segment, new)
+    if old_N.device.type == "cpu":
+        return capture(segment, _as_array(segment, old_N), _as_array(segment, new_N), ranked=ranked)
+    return capture_on_device(segment, old_N, new_N, ranked=ranked)
+
+
+def capture_on_device(segment: Segment, old_N: torch.Tensor, new_N: torch.Tensor, *, ranked: bool) -> Changes:
+    """`capture_tensor` by torch alone, for tensors that `flat_bits` gave."""
+    field = class_field(segment.tensor.dtype) if ranked else None
+    tiles = [_capture_tile(old_N, new_N, start, field) for start in range(0, segment.length, TILE)]
+    width = bits_dtype(segment.tensor.dtype)
+    positions_K = _join([tile[0] for tile in tiles], np.dtype(np.int64))
+    old_K, new_K = (_join([tile[n].view(width) for tile in tiles], width) for n in (1, 2))
+    if not ranked:
+        return Changes(segment, positions_K, old_K, new_K)
+    ranks_K = _join([tile[3].astype(np.uint32) for tile in tiles], np.dtype(np.uint32))
+    return RankedChanges(segment, positions_K, old_K, new_K, ranks_K)
+
+
+def flat_bits(segment: Segment, tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor's bits as a flat tensor of signed integers, without a copy where it is contiguous. InputError."""
+    if tensor.numel() != segment.length or dtype_code(tensor.dtype) != segment.tensor.dtype:
+        raise InputError(
+            f"segment of {segment.tensor.name!r} needs {segment.length} elements of {segment.tensor.dtype}, "
+            f"not {tensor.numel()} of {tensor.dtype}",
+            tensor=segment.tensor.name,
+        )
+    return tensor.detach().reshape(-1).view(_SIGNED[tensor.element_size()])
+
+
+def _as_array(segment: Segment, bits_N: torch.Tensor) -> BitsArray:
+    return bits_N.numpy().view(bits_dtype(segment.tensor.dtype))
+
+
+def _capture_tile(
+    old_N: torch.Tensor, new_N: torch.Tensor, start: int, field: tuple[int, int] | None
+) -> tuple[npt.NDArray[Any], ...]:
+    """Positions, old and new bits (signed) of the tile at `start`; with a class field also ranks."""
+    old, new = old_N[start : start + TILE], new_N[start : start + TILE]
+    at_K = torch.nonzero(old != new).flatten()
+    found = [at_K + start, old[at_K], new[at_K]]
+    if field is not None:
+        found.append(_rank(old, at_K, field))
+    return tuple(tensor.cpu().numpy() for tensor in found)
+
+
+def _rank(old: torch.Tensor, at_K: torch.Tensor, field: tuple[int, int]) -> torch.Tensor:
+    """Ranks of the elements `at_K` within their classes: one stable sort by class."""
+    shift, mask = field
+    # Shifting a signed integer drags its sign along; the mask cuts that off: every class field lies below the sign.
+    kinds = ((old >> shift) & mask).to(torch.uint8)
+    counts_C = torch.bincount(kinds.int(), minlength=NUM_CLASSES)
+    order = torch.sort(kinds, stable=True).indices
+    place = torch.empty_like(order)
+    place[order] = torch.arange(order.numel(), device=order.device)
+    starts_C = torch.cumsum(counts_C, 0) - counts_C
+    return place[at_K] - starts_C[kinds[at_K].long()]
+
+
+def _join(parts: list[npt.NDArray[Any]], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
+    return np.concatenate([np.zeros(0, dtype), *parts])

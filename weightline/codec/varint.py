@@ -1,0 +1,52 @@
+"""Unsigned LEB128 numbers: seven bits a byte, low bits first, the top bit says that more follow."""
+
+from __future__ import annotations
+
+from weightline.errors import PayloadError
+
+
+def put_numbers(out: bytearray, *values: int) -> None:
+    """Append each value (not negative)."""
+    for value in values:
+        rest = value
+        while rest >= 128:
+            out.append(rest & 127 | 128)
+            rest >>= 7
+        out.append(rest)
+
+
+class NumberReader:
+    """A cursor over bytes that nobody vouches for: every read is checked, PayloadError(rule) when it fails."""
+
+    def __init__(self, raw: bytes, rule: str) -> None:
+        self._raw = raw
+        self._at = 0
+        self._rule = rule
+
+    def number(self) -> int:
+        """The next number, below 2**63."""
+        value = 0
+        for shift in range(0, 63, 7):
+            byte = self.take(1)[0]
+            value |= (byte & 127) << shift
+            if byte < 128:
+                return value
+        raise PayloadError("a number has more than 63 bits", rule=self._rule)
+
+    def take(self, count: int) -> bytes:
+        """The next `count` bytes."""
+        if count > len(self._raw) - self._at:
+            raise PayloadError(f"cut off: {count} bytes wanted at {self._at} of {len(self._raw)}", rule=self._rule)
+        self._at += count
+        return self._raw[self._at - count : self._at]
+
+    def rest(self) -> bytes:
+        """All bytes that are left."""
+        return self.take(len(self._raw) - self._at)
+
+    def rest_of_words(self) -> bytes:
+        """All bytes that are left, a multiple of four."""
+        rest = self.rest()
+        if len(rest) % 4:
+            raise PayloadError(f"{len(rest)} bytes are no whole number of words", rule=self._rule)
+        return rest

@@ -1,0 +1,89 @@
+"""The outside of a payload: a safetensors file of two byte tensors, `chunks` and `table`, written in one pass.
+
+The header has a fixed length and is written twice: blank at the start, then, when the sizes are known, for good. A file
+whose writing was cut off therefore starts with spaces and is refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from weightline.errors import InputError, PayloadError
+
+#: With the eight bytes of its length, 256: room for payloads of any size.
+_HEADER_NBYTES = 248
+_MAX_HEADER_NBYTES = 1 << 16
+
+
+@dataclass(frozen=True, slots=True)
+class Envelope:
+    """Where things lie in a payload file: offsets from the start of the file, and the header's metadata."""
+
+    metadata: Mapping[str, str]
+    chunks_start: int
+    table_start: int
+    nbytes: int
+
+
+def reserve_header(file: BinaryIO) -> None:
+    """Leave room for the header at the start of an empty file."""
+    file.write(b" " * (8 + _HEADER_NBYTES))
+
+
+def write_header(file: BinaryIO, metadata: Mapping[str, str], chunks_nbytes: int, table_nbytes: int) -> None:
+    """Fill the reserved room. Raises InputError when sizes beyond 10**14 bytes do not fit."""
+    end = chunks_nbytes + table_nbytes
+    entries = {
+        "__metadata__": dict(metadata),
+        "chunks": {"dtype": "U8", "shape": [chunks_nbytes], "data_offsets": [0, chunks_nbytes]},
+        "table": {"dtype": "U8", "shape": [table_nbytes], "data_offsets": [chunks_nbytes, end]},
+    }
+    header = json.dumps(entries, separators=(",", ":")).encode().ljust(_HEADER_NBYTES)
+    if len(header) > _HEADER_NBYTES:
+        raise InputError(f"a payload of {end} bytes is larger than its header can say", nbytes=end)
+    file.seek(0)
+    file.write(len(header).to_bytes(8, "little") + header)
+
+
+def read_envelope(file: BinaryIO, nbytes: int) -> Envelope:
+    """Parse and check the header of a payload of `nbytes`. Raises PayloadError naming the broken rule."""
+    header_nbytes = int.from_bytes(file.read(8), "little")
+    if nbytes < 8 or header_nbytes > min(_MAX_HEADER_NBYTES, nbytes - 8):
+        raise PayloadError(f"header of {header_nbytes} bytes in a file of {nbytes}", rule="header-length")
+    try:
+        entries = json.loads(file.read(header_nbytes).decode(), object_pairs_hook=_without_duplicates)
+        metadata = {str(key): str(value) for key, value in entries.pop("__metadata__").items()}
+        spans = {name: (entry["dtype"], *entry["shape"], *entry["data_offsets"]) for name, entry in entries.items()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise PayloadError(f"the header is not that of a payload: {error}", rule="header-json") from error
+    data_nbytes = nbytes - 8 - header_nbytes
+    chunks_nbytes = spans.get("chunks", ("", -1))[1]
+    expected = {
+        "chunks": ("U8", chunks_nbytes, 0, chunks_nbytes),
+        "table": ("U8", data_nbytes - chunks_nbytes, chunks_nbytes, data_nbytes) if _is_size(chunks_nbytes) else None,
+    }
+    if spans != expected or chunks_nbytes > data_nbytes:
+        raise PayloadError("the header's entries do not cover the file", rule="header-entries")
+    start = 8 + header_nbytes
+    return Envelope(metadata, start, start + chunks_nbytes, nbytes)
+
+
+def _without_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    if len(dict(pairs)) != len(pairs):
+        raise ValueError("a key stands twice")
+    return dict(pairs)
+
+
+def _is_size(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def sha256_of(path: Path) -> str:
+    """Hex sha256 of a file, read in blocks."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

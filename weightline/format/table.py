@@ -1,0 +1,149 @@
+"""The table of a payload: which segments it covers and which chunks hold them. Varints, then raw deflate.
+
+    table   = deflate( num_segments segment* num_chunks chunk* )
+    segment = shared suffix_nbytes suffix dtype ndim dim* is_whole [start length]
+    chunk   = dtype num_elements num_changed positions_nbytes steps_nbytes
+
+Numbers are unsigned LEB128. `shared` is how many bytes of the previous name this one starts with; dtype is an index
+into DTYPES. A chunk covers the next num_elements elements of the line of its dtype: all its segments laid end to end.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from weightline.codec.varint import NumberReader, put_numbers
+from weightline.errors import PayloadError
+from weightline.types import Segment, TensorSpec
+
+#: The order is part of the format: append only.
+DTYPES = (
+    "BOOL",
+    "U8",
+    "I8",
+    "F8_E4M3",
+    "F8_E5M2",
+    "U16",
+    "I16",
+    "F16",
+    "BF16",
+    "U32",
+    "I32",
+    "F32",
+    "U64",
+    "I64",
+    "F64",
+)
+
+#: What a reader accepts: bytes of an inflated table, segments, chunks.
+MAX_TABLE_NBYTES = 1 << 23
+MAX_SEGMENTS = 1 << 18
+MAX_CHUNKS = 1 << 18
+_MAX_NDIM = 32
+MAX_NAME_NBYTES = 1 << 16
+_MAX_ELEMENTS = 1 << 56
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkEntry:
+    """One chunk: a run of its dtype's line and the bytes of its two streams (an anchor's chunk has only the first)."""
+
+    dtype: str
+    num_elements: int
+    num_changed: int
+    stream_nbytes: tuple[int, int]
+
+
+def pack_table(segments: Sequence[Segment], chunks: Sequence[ChunkEntry]) -> bytes:
+    """The table's bytes."""
+    out = bytearray()
+    put_numbers(out, len(segments))
+    previous = b""
+    for segment in segments:
+        name = segment.tensor.name.encode()
+        shared = _shared_prefix(previous, name)
+        put_numbers(out, shared, len(name) - shared)
+        out += name[shared:]
+        put_numbers(out, DTYPES.index(segment.tensor.dtype), len(segment.tensor.shape), *segment.tensor.shape)
+        is_whole = segment.start == 0 and segment.length == segment.tensor.num_elements
+        put_numbers(out, *((1,) if is_whole else (0, segment.start, segment.length)))
+        previous = name
+    put_numbers(out, len(chunks))
+    for chunk in chunks:
+        put_numbers(out, DTYPES.index(chunk.dtype), chunk.num_elements, chunk.num_changed, *chunk.stream_nbytes)
+    deflate = zlib.compressobj(9, zlib.DEFLATED, -15)
+    return deflate.compress(bytes(out)) + deflate.flush()
+
+
+def unpack_table(stream: bytes) -> tuple[tuple[Segment, ...], tuple[ChunkEntry, ...]]:
+    """Segments and chunks of a table. Inflates at most MAX_TABLE_NBYTES. Raises PayloadError."""
+    inflate = zlib.decompressobj(-15)
+    try:
+        raw = inflate.decompress(stream, MAX_TABLE_NBYTES)
+    except zlib.error as error:
+        raise PayloadError(f"the table does not inflate: {error}", rule="table-deflate") from error
+    if not inflate.eof or inflate.unused_data:
+        raise PayloadError("the table is cut off, too large, or followed by more", rule="table-deflate")
+    reader = NumberReader(raw, "table-number")
+    segments: list[Segment] = []
+    name = b""
+    for _ in range(_count(reader, MAX_SEGMENTS)):
+        name = _name(reader, name)
+        segments.append(_read_segment(reader, name))
+    chunks = tuple(_read_chunk(reader) for _ in range(_count(reader, MAX_CHUNKS)))
+    if reader.rest():
+        raise PayloadError("the table has trailing bytes", rule="table-trailing")
+    return tuple(segments), chunks
+
+
+def _count(reader: NumberReader, limit: int) -> int:
+    count = reader.number()
+    if count > limit:
+        raise PayloadError(f"the table claims {count} entries; at most {limit} are read", rule="table-count")
+    return count
+
+
+def _read_segment(reader: NumberReader, name: bytes) -> Segment:
+    try:
+        text = name.decode()
+    except UnicodeDecodeError as error:
+        raise PayloadError("a tensor's name is not UTF-8", rule="table-name") from error
+    dtype = _dtype(reader)
+    ndim = reader.number()
+    if ndim > _MAX_NDIM:
+        raise PayloadError(f"{text!r} has {ndim} dimensions", rule="table-shape")
+    tensor = TensorSpec(text, dtype, tuple(reader.number() for _ in range(ndim)))
+    if tensor.num_elements > _MAX_ELEMENTS:
+        raise PayloadError(f"{text!r} has {tensor.num_elements} elements", rule="table-shape")
+    flag = reader.number()
+    if flag > 1:
+        raise PayloadError(f"{text!r} has flag {flag}", rule="table-flag")
+    start, length = (0, tensor.num_elements) if flag else (reader.number(), reader.number())
+    if start + length > tensor.num_elements:
+        raise PayloadError(f"a segment of {text!r} ends beyond it", rule="segment-range")
+    return Segment(tensor, start, length)
+
+
+def _read_chunk(reader: NumberReader) -> ChunkEntry:
+    return ChunkEntry(_dtype(reader), reader.number(), reader.number(), (reader.number(), reader.number()))
+
+
+def _name(reader: NumberReader, previous: bytes) -> bytes:
+    shared, count = reader.number(), reader.number()
+    if shared > len(previous) or count > MAX_NAME_NBYTES:
+        raise PayloadError("a name shares more than there is, or is too long", rule="table-name")
+    return previous[:shared] + reader.take(count)
+
+
+def _dtype(reader: NumberReader) -> str:
+    code = reader.number()
+    if code >= len(DTYPES):
+        raise PayloadError(f"unknown dtype code {code}", rule="table-dtype")
+    return DTYPES[code]
+
+
+def _shared_prefix(a: bytes, b: bytes) -> int:
+    limit = min(len(a), len(b))
+    return next((at for at in range(limit) if a[at] != b[at]), limit)
