@@ -1,0 +1,95 @@
+"""The tiny model and its tokenizer, and computing in fp32 with bf16 weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from weightline.errors import RecipeError
+from weightline.stages.float32_compute import compute_in_float32
+from weightline.stages.model import VOCAB_SIZE, build_tiny_model, materialize_model
+from weightline.stages.recipe import ModelConfig, TinyModelConfig
+
+TINY = TinyModelConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, head_dim=16,
+                       num_key_value_heads=1)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return materialize_model(ModelConfig(tiny=TINY), tmp_path_factory.mktemp("model"), seed=1)
+
+
+def bits(path: Path) -> dict[str, bytes]:
+    return {name: tensor.view(torch.int16).numpy().tobytes() for name, tensor in load_file(path).items()}
+
+
+def test_the_folder_is_bf16_and_one_seed_gives_the_same_bits(folder: Path, tmp_path: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
+    assert "lm_head.weight" not in tensors  # tied
+    same = materialize_model(ModelConfig(tiny=TINY), tmp_path / "same", seed=1)
+    other = materialize_model(ModelConfig(tiny=TINY), tmp_path / "other", seed=2)
+    assert bits(same / "model.safetensors") == bits(folder / "model.safetensors")
+    assert bits(other / "model.safetensors") != bits(folder / "model.safetensors")
+
+
+def test_a_folder_as_the_recipes_model_gives_the_same_bits(folder: Path, tmp_path: Path) -> None:
+    copy = materialize_model(ModelConfig(path=str(folder)), tmp_path / "copy", seed=9)
+    assert bits(copy / "model.safetensors") == bits(folder / "model.safetensors")
+    assert AutoTokenizer.from_pretrained(copy)("1+1=")["input_ids"] == [49, 43, 49, 61]
+
+
+def test_a_folder_that_is_no_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"model\.path"):
+        materialize_model(ModelConfig(path=str(tmp_path)), tmp_path / "out", seed=0)
+
+
+def test_the_tokenizer_is_the_bytes(folder: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    text = "12+34=46\n \t caf\u00e9 \U0001f600 a  b"
+    ids = tokenizer(text)["input_ids"]
+    assert ids == list(text.encode())
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.decode([*ids, tokenizer.eos_token_id], skip_special_tokens=True) == text
+    assert (tokenizer.eos_token_id, tokenizer.pad_token_id, len(tokenizer)) == (256, 257, VOCAB_SIZE)
+    padded = tokenizer(["1", "123"], padding=True)
+    assert padded["input_ids"][0].count(257) == 2
+
+
+def test_the_model_knows_where_a_text_ends(folder: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert model.dtype == torch.bfloat16
+    assert (model.config.eos_token_id, model.config.pad_token_id) == (256, 257)
+    assert model.generation_config.eos_token_id == 256
+
+
+def test_building_leaves_the_random_state_alone() -> None:
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    build_tiny_model(TINY, seed=0)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_float32_compute_equals_a_float32_model_bit_for_bit() -> None:
+    ids = torch.tensor([list(b"12+34=")])
+    stored = build_tiny_model(TINY, seed=0)
+    widened = build_tiny_model(TINY, seed=0).float()
+    names = [name for name, _ in stored.named_parameters()]
+    assert compute_in_float32(stored)
+    assert compute_in_float32(stored)  # safe to repeat
+    assert [name for name, _ in stored.named_parameters()] == names
+    assert {parameter.dtype for parameter in stored.parameters()} == {torch.bfloat16}
+    assert torch.equal(stored(ids).logits, widened(ids).logits)
+    stored(ids).logits.sum().backward()
+    assert {parameter.grad.dtype for parameter in stored.parameters() if parameter.grad is not None} == {torch.bfloat16}
+
+
+def test_float32_compute_leaves_unknown_modules_alone() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.LayerNorm(2)).bfloat16()
+    assert not compute_in_float32(model)
+    assert type(model[0]) is torch.nn.Linear

@@ -1,0 +1,65 @@
+"""Which checkpoint a stage resumes from. A checkpoint counts only when every rank has said that its part is whole.
+
+The trainer writes checkpoint-N/ in place, rank by rank. A rank that is killed meanwhile leaves a folder that looks
+like a checkpoint. So each rank marks the folder last, and a folder without all the marks is as good as none.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from weightline.errors import InputError
+from weightline.stages.job import StageJob
+
+_MARK = re.compile(r"rank-(\d+)-of-(\d+)\.whole")
+
+
+@dataclass(frozen=True, slots=True)
+class ResumePlan:
+    """What a stage starts from, and which leftovers of an earlier process must go first."""
+
+    checkpoint: Path | None
+    global_step: int
+    stale: tuple[Path, ...]
+
+
+def checkpoint_step(folder: Path) -> int:
+    """checkpoint-120 -> 120."""
+    return int(folder.name.rpartition("-")[2])
+
+
+def mark_whole(folder: Path, rank: int, world_size: int) -> None:
+    """Say that this rank's part of the checkpoint is written. Called last. Safe to repeat."""
+    (folder / f"rank-{rank}-of-{world_size}.whole").touch()
+
+
+def plan_resume(job: StageJob, world_size: int) -> ResumePlan:
+    """Take the newest whole checkpoint. Every rank comes to the same plan: the stale folders are never chosen.
+
+    Raises InputError when the newest whole checkpoint was written by another number of ranks: ZeRO-3 partitions the
+    optimizer state over exactly as many ranks as wrote it.
+    """
+    folders = sorted(job.output_dir.glob("checkpoint-*"), key=checkpoint_step)
+    if not job.resume:
+        leftovers = (job.done_path, job.final_model_dir, job.metrics_path)
+        return ResumePlan(None, 0, (*folders, *(path for path in leftovers if path.exists())))
+    whole = [folder for folder in folders if _world_size_of(folder) is not None]
+    if not whole:
+        return ResumePlan(None, 0, tuple(folders))
+    newest = whole[-1]
+    if _world_size_of(newest) != world_size:
+        num_ranks = _world_size_of(newest)
+        message = f"{newest} was written by {num_ranks} ranks and {world_size} are running: run with num_processes"
+        raise InputError(f"{message} {num_ranks}, or start the stage afresh", checkpoint=str(newest), ranks=num_ranks)
+    stale = tuple(folder for folder in folders if folder not in whole)
+    return ResumePlan(newest, checkpoint_step(newest), stale)
+
+
+def _world_size_of(folder: Path) -> int | None:
+    marks = [match for path in folder.iterdir() if (match := _MARK.fullmatch(path.name))]
+    for world_size in {int(match[2]) for match in marks}:
+        if {int(match[1]) for match in marks if int(match[2]) == world_size} == set(range(world_size)):
+            return world_size
+    return None

@@ -1,0 +1,161 @@
+"""What the three rank programs share: arguments, callbacks, resume, and the order in which a stage ends.
+
+A stage ends in this order: last checkpoint, final weights in model/, done.json. A crash before done.json leaves a
+stage that goes on from its last whole checkpoint; with done.json there is nothing left to do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import time
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from weightline.stages.checkpoints import ResumePlan, mark_whole, plan_resume
+from weightline.stages.float32_compute import compute_in_float32
+from weightline.stages.job import StageJob, StageResult, write_atomically
+
+Args = TypeVar("Args", bound=TrainingArguments)
+
+
+def start_rank() -> StageJob:
+    """Read the job from the command line and set this process up. The first thing that a rank program does."""
+    parser = argparse.ArgumentParser(description="One rank of a training stage; started by accelerate launch.")
+    parser.add_argument("--job", required=True, type=Path, help="job file (weightline.stages.job.StageJob)")
+    job = StageJob.load(parser.parse_args().job)
+    if job.device == "cpu":
+        _use_one_core_without_compiler()
+    return job
+
+
+def _use_one_core_without_compiler() -> None:
+    """Ranks share the cores instead of competing; gloo is used as it is.
+
+    DeepSpeed would compile a shared-memory all-reduce when the process group starts, and fail without a C++ compiler.
+    """
+    import deepspeed.ops
+
+    torch.set_num_threads(1)
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def training_args(config_class: type[Args], job: StageJob) -> Args:
+    """The stage's TRL configuration: what the job says, then the recipe's `trainer_args`, over TRL's defaults."""
+    stage = job.stage
+    passed: dict[str, Any] = {
+        "logging_steps": 1,
+        "report_to": [],
+        "disable_tqdm": True,
+        "save_total_limit": 2,
+        "dataloader_pin_memory": job.device == "cuda",
+        **stage.trainer_args,
+    }
+    return config_class(
+        **passed | {"model_init_kwargs": {"dtype": "bfloat16"} | passed.get("model_init_kwargs", {})},
+        output_dir=str(job.output_dir),
+        max_steps=stage.max_steps,
+        learning_rate=stage.learning_rate,
+        per_device_train_batch_size=stage.per_device_batch_size,
+        save_strategy="steps",
+        save_steps=stage.save_steps,
+        seed=job.seed,
+        data_seed=job.seed,
+        bf16=True,
+        use_cpu=job.device == "cpu",
+    )
+
+
+def run_stage(trainer: Trainer, job: StageJob) -> None:
+    """Train, save the last weights, and mark the stage as done. Safe to repeat; see the module's docstring."""
+    if job.resume and job.done_path.exists():
+        return
+    args = trainer.args
+    plan = plan_resume(job, args.world_size)
+    if args.process_index == 0:
+        _remove(plan.stale)
+    if job.device == "cpu":
+        for model in (trainer.model, getattr(trainer, "ref_model", None)):
+            if model is not None:
+                compute_in_float32(model)
+    _add_callbacks(trainer, job)
+    started = time.monotonic()
+    trainer.train(resume_from_checkpoint=str(plan.checkpoint) if plan.checkpoint else None)
+    train_seconds = time.monotonic() - started
+    trainer.save_model(str(job.final_model_dir))
+    trainer.accelerator.wait_for_everyone()
+    if args.process_index == 0:
+        write_atomically(job.done_path, _result(trainer, job, plan, train_seconds).model_dump_json(indent=1))
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.end_training()
+
+
+def _add_callbacks(trainer: Trainer, job: StageJob) -> None:
+    """The checkpoint mark comes last: it vouches for what the other callbacks add to a checkpoint."""
+    if job.chain_url is not None:
+        from weightline.trainer.callback import WeightlineCallback
+
+        options = {"stage": job.stage.kind, "run_id": job.run_id, "sync_steps": job.stage.sync_steps}
+        trainer.add_callback(WeightlineCallback(job.chain_url, **options, steps_hook=job.steps_hook))
+    trainer.add_callback(MetricsCallback(job.metrics_path))
+    trainer.add_callback(WholeCheckpointCallback())
+
+
+class MetricsCallback(TrainerCallback):
+    """Rank 0 appends every logged step to a JSON-lines file: step, and what TRL logs (loss, reward, ...)."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Drop what a killed process logged after the checkpoint that this one starts from."""
+        if not state.is_world_process_zero:
+            return
+        lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
+        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= state.global_step]
+        write_atomically(self.path, "".join(line + "\n" for line in kept))
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **_: Any,
+    ) -> None:
+        if state.is_world_process_zero and logs:
+            numbers = {"step": state.global_step} | {name: float(value) for name, value in logs.items()}
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(numbers) + "\n")
+
+
+class WholeCheckpointCallback(TrainerCallback):
+    """Each rank marks a checkpoint when its part is written (weightline.stages.checkpoints)."""
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
+        mark_whole(folder, args.process_index, args.world_size)
+
+
+def _remove(paths: tuple[Path, ...]) -> None:
+    for path in paths:
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _result(trainer: Trainer, job: StageJob, plan: ResumePlan, train_seconds: float) -> StageResult:
+    numbers = [entry for entry in trainer.state.log_history if "loss" in entry]
+    return StageResult(
+        kind=job.stage.kind,
+        run_id=job.run_id,
+        global_step=trainer.state.global_step,
+        resumed_from_step=plan.global_step,
+        train_seconds=train_seconds,
+        metrics={name: float(value) for name, value in (numbers[-1] if numbers else {}).items()},
+    )

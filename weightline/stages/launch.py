@@ -1,0 +1,53 @@
+"""The command line and environment that start one stage under accelerate. Pure: nothing is started here.
+
+The accelerate and DeepSpeed configurations are the files of infra/accelerate, one copy of each: found in the
+repository that this package was installed from, or in the wheel, which carries the same files beside this module.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from weightline.errors import InputError
+from weightline.stages.job import StageJob
+from weightline.stages.preflight import is_local_path
+from weightline.stages.recipe import StageKind
+
+DEEPSPEED_CONFIG = "ds_zero3.json"
+_HERE = Path(__file__).resolve().parent
+_CONFIG_FOLDERS = (_HERE.parents[1] / "infra" / "accelerate", _HERE / "accelerate")
+
+
+def accelerate_config(name: str) -> Path:
+    """Absolute path of a file of infra/accelerate. Raises InputError when the installation lacks it."""
+    for folder in _CONFIG_FOLDERS:
+        if (folder / name).is_file():
+            return folder / name
+    looked = ", ".join(str(folder) for folder in _CONFIG_FOLDERS)
+    raise InputError(f"no {name} in {looked}: install weightline from its repository or wheel", name=name)
+
+
+def launch_argv(job_path: str | Path, kind: StageKind, num_processes: int, device: str = "cpu") -> list[str]:
+    """`accelerate launch` of weightline.stages.<kind> on this machine, with this interpreter and a free port."""
+    config = accelerate_config("zero3_cpu.yaml" if device == "cpu" else "zero3_gpu.yaml")
+    options = {
+        "--config_file": str(config),
+        "--deepspeed_config_file": str(accelerate_config(DEEPSPEED_CONFIG)),
+        "--num_processes": str(num_processes),
+        "--main_process_port": "0",
+    }
+    flags = [text for option in options.items() for text in option]
+    program = ["-m", f"weightline.stages.{kind}", "--job", str(job_path)]
+    return [sys.executable, "-m", "accelerate.commands.launch", *flags, *program]
+
+
+def launch_environment(job: StageJob, base: Mapping[str, str]) -> dict[str, str]:
+    """`base` (usually os.environ) with what the ranks need. The person's own settings of the same names win."""
+    wanted = {"TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
+    if job.device == "cpu":
+        wanted |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    if job.stage.dataset.is_arithmetic or is_local_path(job.stage.dataset.path):
+        wanted |= {"HF_HUB_OFFLINE": "1"}
+    return wanted | dict(base)

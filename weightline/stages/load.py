@@ -1,0 +1,86 @@
+"""Recipe files: YAML to a frozen `Recipe`, every complaint as one `RecipeError` that names the field and the remedy."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from weightline.errors import RecipeError
+from weightline.stages.recipe import Recipe
+
+
+def load_recipe(path: str | Path) -> Recipe:
+    """Read and validate a recipe file.
+
+    Raises RecipeError (facts: `field`, `remedy`) for a file that cannot be read, is not YAML, or breaks a rule.
+    """
+    path = Path(path)
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise recipe_error("recipe", f"{path} cannot be read: {error}", "give the path of a recipe file") from error
+    except yaml.YAMLError as error:
+        raise recipe_error("recipe", f"{path} is not YAML: {error}", "correct the syntax at that place") from error
+    if not isinstance(raw, Mapping):
+        raise recipe_error("recipe", f"{path} holds no fields", "start from deployments/recipes/arithmetic.yaml")
+    return parse_recipe(raw)
+
+
+def parse_recipe(raw: Mapping[str, Any]) -> Recipe:
+    """Validate a recipe that is already a mapping. Raises RecipeError for the first field that is wrong."""
+    try:
+        return Recipe.model_validate(dict(raw))
+    except ValidationError as error:
+        first, *others = error.errors(include_url=False)
+        raise _explain(first, len(others)) from error
+
+
+def recipe_error(field: str, problem: str, remedy: str) -> RecipeError:
+    """A RecipeError whose text is `field: problem. remedy.`"""
+    return RecipeError(f"{field}: {problem}. Remedy: {remedy}.", field=field, remedy=remedy)
+
+
+def dotted(location: tuple[int | str, ...]) -> str:
+    """("stages", 0, "max_steps") -> "stages[0].max_steps"."""
+    text = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location)
+    return text.removeprefix(".") or "recipe"
+
+
+def _explain(details: ErrorDetails, num_others: int) -> RecipeError:
+    location = details["loc"]
+    problem = details["msg"].removeprefix("Value error, ")
+    if details["type"] == "extra_forbidden":
+        problem, remedy = "unknown field", _suggest(str(location[-1]), _fields_at(location[:-1]))
+    elif details["type"] == "missing":
+        problem, remedy = "missing", "add this field"
+    else:
+        remedy = f"correct the value ({details['input']!r:.80})"
+    if num_others:
+        remedy += f" ({num_others} more to correct after this one)"
+    return recipe_error(dotted(location), problem, remedy)
+
+
+def _suggest(unknown: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(unknown, known, n=1)
+    return f"did you mean `{close[0]}`?" if close else f"remove it; known fields: {', '.join(known)}"
+
+
+def _fields_at(location: tuple[int | str, ...]) -> list[str]:
+    """Names of the fields of the model that `location` leads to, walking the annotations of Recipe."""
+    model: type[BaseModel] = Recipe
+    for part in location:
+        if isinstance(part, str):
+            model = _model_in(model.model_fields[part].annotation) or model
+    return list(model.model_fields)
+
+
+def _model_in(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((model for part in get_args(annotation) if (model := _model_in(part))), None)

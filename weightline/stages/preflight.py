@@ -1,0 +1,153 @@
+"""Cheap checks of a recipe against this machine, before anything is trained or written. Free of torch."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from weightline.errors import LaunchError
+from weightline.stages.load import recipe_error
+from weightline.stages.recipe import DatasetConfig, ModelConfig, Recipe, StageConfig
+from weightline.stages.trainer_args import OWNED_ARGS, trainer_field_names
+
+#: Columns that TRL reads, by kind of stage: one of these sets must be there.
+REQUIRED_COLUMNS: dict[str, tuple[frozenset[str], ...]] = {
+    "sft": (frozenset({"prompt", "completion"}), frozenset({"text"}), frozenset({"messages"})),
+    "dpo": (frozenset({"chosen", "rejected"}),),
+    "grpo": (frozenset({"prompt"}),),
+}
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+_DATA_SUFFIXES = frozenset({".jsonl", ".json", ".parquet", ".csv"})
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where the ranks of a run compute."""
+
+    device: Literal["cpu", "cuda"]
+    num_processes: int
+
+
+def check_recipe(recipe: Recipe, num_cuda_devices: int | None = None) -> Placement:
+    """Raise RecipeError, naming field and remedy, for what this machine cannot run; otherwise say where it runs.
+
+    Reads a few files and starts nothing, except, where a GPU driver is present, one short process that counts GPUs
+    (unless `num_cuda_devices` says how many there are). Safe to repeat.
+    """
+    _check_model(recipe.model)
+    for index, stage in enumerate(recipe.stages):
+        _check_trainer_args(stage, f"stages[{index}].trainer_args")
+        _check_dataset(stage.dataset, stage.kind, f"stages[{index}].dataset")
+    include_path = recipe.evaluation.include_path
+    if include_path is not None and not Path(include_path).expanduser().is_dir():
+        raise recipe_error("evaluation.include_path", f"no folder {include_path}", "give a folder of task YAML files")
+    placement = plan_placement(recipe, count_cuda_devices() if num_cuda_devices is None else num_cuda_devices)
+    for index, stage in enumerate(recipe.stages):
+        _check_generation_batch(stage, placement.num_processes, f"stages[{index}]")
+    return placement
+
+
+def plan_placement(recipe: Recipe, num_cuda_devices: int, num_cores: int | None = None) -> Placement:
+    """Choose the device and the number of ranks. Raises RecipeError for more ranks than can be started."""
+    wanted = recipe.num_processes
+    if recipe.device == "cuda" and num_cuda_devices < (wanted or 1):
+        problem = f"{wanted or 1} ranks need as many GPUs, {num_cuda_devices} are visible"
+        raise recipe_error("num_processes", problem, "lower it, make more GPUs visible, or set `device: cpu`")
+    if recipe.device != "cpu" and num_cuda_devices >= (wanted or 1):
+        return Placement("cuda", wanted or num_cuda_devices)
+    limit = max_cpu_ranks(num_cores or len(os.sched_getaffinity(0)))
+    if (wanted or 2) > limit:
+        raise recipe_error("num_processes", f"{wanted} ranks, but this machine can start {limit}", f"at most {limit}")
+    return Placement("cpu", wanted or 2)
+
+
+def max_cpu_ranks(num_cores: int) -> int:
+    """Two ranks a core, never fewer than two: more would only wait for each other in every collective."""
+    return max(2, 2 * num_cores)
+
+
+def count_cuda_devices() -> int:
+    """GPUs that torch can use here. 0 at once where there is no driver; else a short process asks torch."""
+    if not any(Path(node).exists() for node in ("/dev/nvidiactl", "/dev/dxg", "/proc/driver/nvidia/version")):
+        return 0
+    argv = [sys.executable, "-c", "import torch; print(torch.cuda.device_count())"]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=120, check=False)
+    if done.returncode:
+        tail = done.stderr[-2000:]
+        raise LaunchError(f"torch cannot be imported: {tail}", argv=argv, returncode=done.returncode, tail=tail)
+    return int(done.stdout.split()[-1])
+
+
+def is_local_path(path: str) -> bool:
+    """Whether a recipe's `path` means this machine's disk rather than a Hub id."""
+    return path.startswith(("/", ".", "~")) or Path(path).exists() or not _HUB_ID.fullmatch(path)
+
+
+def _check_model(model: ModelConfig) -> None:
+    if model.path is None or not is_local_path(model.path):
+        return
+    folder = Path(model.path).expanduser()
+    if not folder.is_dir():
+        remedy = "give an existing folder, a Hub id such as Qwen/Qwen3-0.6B, or `model.tiny`"
+        raise recipe_error("model.path", f"no folder {folder}", remedy)
+    for pattern, what in (("config.json", "config.json"), ("*.safetensors", "weights"), ("tokenizer*", "tokenizer")):
+        if not any(folder.glob(pattern)):
+            remedy = "save model and tokenizer there with save_pretrained"
+            raise recipe_error("model.path", f"{folder} has no {what} ({pattern})", remedy)
+
+
+def _check_trainer_args(stage: StageConfig, field: str) -> None:
+    known = trainer_field_names(stage.kind)
+    for name in stage.trainer_args:
+        if name in OWNED_ARGS:
+            raise recipe_error(f"{field}.{name}", "this is set by the stage", f"use instead: {OWNED_ARGS[name]}")
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            remedy = f"did you mean `{close[0]}`?" if close else "remove it"
+            raise recipe_error(f"{field}.{name}", f"{stage.kind.upper()}Config of TRL has no such field", remedy)
+
+
+def _check_dataset(dataset: DatasetConfig, kind: str, field: str) -> None:
+    if dataset.is_arithmetic or not is_local_path(dataset.path):
+        return
+    path = Path(dataset.path).expanduser()
+    if not path.exists():
+        remedy = "give an existing one, a Hub id or `arithmetic`"
+        raise recipe_error(f"{field}.path", f"no file or folder {path}", remedy)
+    files = sorted(file for file in path.rglob("*") if file.suffix in _DATA_SUFFIXES) if path.is_dir() else [path]
+    if not any(file.stat().st_size for file in files):
+        raise recipe_error(f"{field}.path", f"{path} is empty", "give a dataset with at least one example")
+    for file in files:
+        if file.suffix == ".jsonl":
+            _check_first_line(file, kind, field)
+
+
+def _check_first_line(file: Path, kind: str, field: str) -> None:
+    with file.open(encoding="utf-8") as lines:
+        first = next((line for line in lines if line.strip()), None)
+    if first is None:
+        raise recipe_error(f"{field}.path", f"{file} is empty", "give a dataset with at least one example")
+    try:
+        columns = set(json.loads(first))
+    except (ValueError, TypeError) as error:
+        problem = f"the first line of {file} is not a JSON object: {error}"
+        raise recipe_error(f"{field}.path", problem, "write one JSON object a line") from error
+    if not any(required <= columns for required in REQUIRED_COLUMNS[kind]):
+        wanted = " or ".join("+".join(sorted(required)) for required in REQUIRED_COLUMNS[kind])
+        raise recipe_error(f"{field}.path", f"{file} has columns {sorted(columns)}", f"{kind} needs {wanted}")
+
+
+def _check_generation_batch(stage: StageConfig, num_processes: int, field: str) -> None:
+    num_generations = stage.trainer_args.get("num_generations", 8)
+    steps = stage.trainer_args.get("steps_per_generation", stage.trainer_args.get("gradient_accumulation_steps", 1))
+    batch_size = stage.per_device_batch_size * num_processes * steps
+    if stage.kind == "grpo" and batch_size % num_generations:
+        problem = f"{batch_size} completions a batch are no multiple of num_generations {num_generations}"
+        raise recipe_error(f"{field}.per_device_batch_size", problem, f"a multiple of {num_generations}")

@@ -1,0 +1,180 @@
+"""A recipe: which model goes through which stages, on what data, and how it is measured.
+
+Written by a person as YAML, parsed once into frozen objects. Free of torch, so that a flow or a command line can read
+a recipe in milliseconds. `weightline.stages.preflight` checks a parsed recipe against the machine.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+StageKind = Literal["sft", "dpo", "grpo"]
+
+#: The dataset path that means the built-in data of `weightline.stages.arithmetic`.
+ARITHMETIC = "arithmetic"
+
+
+class FrozenModel(BaseModel):
+    """Base of every configuration: unknown fields are refused, values do not change after parsing."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class TinyModelConfig(FrozenModel):
+    """Sizes of the built-in Qwen3 with a byte-level tokenizer, made from nothing in a second."""
+
+    hidden_size: int = Field(default=128, ge=8, multiple_of=2)
+    """Width of the residual stream."""
+    intermediate_size: int = Field(default=256, ge=8)
+    """Width of the gated MLP."""
+    num_hidden_layers: int = Field(default=3, ge=1)
+    """Transformer blocks."""
+    num_attention_heads: int = Field(default=4, ge=1)
+    """Query heads."""
+    num_key_value_heads: int = Field(default=4, ge=1)
+    """Key and value heads; divides `num_attention_heads`."""
+    head_dim: int = Field(default=32, ge=2, multiple_of=2)
+    """Width of one head."""
+    max_position_embeddings: int = Field(default=128, ge=16)
+    """Longest sequence in tokens (bytes)."""
+    rope_theta: float = Field(default=10_000.0, gt=0)
+    """Base of the rotary position frequencies."""
+    initializer_range: float = Field(default=0.02, gt=0)
+    """Standard deviation of the initial weights."""
+
+    @model_validator(mode="after")
+    def key_value_heads_divide_the_query_heads(self) -> Self:
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError("num_key_value_heads must divide num_attention_heads")
+        return self
+
+
+class ModelConfig(FrozenModel):
+    """The model that the first stage starts from: exactly one of `path` and `tiny`."""
+
+    path: str | None = Field(default=None, min_length=1)
+    """A local folder (config.json, *.safetensors, tokenizer) or a Hub id."""
+    revision: str | None = None
+    """Branch, tag or commit on the Hub."""
+    tiny: TinyModelConfig | None = None
+    """Build the small Qwen3 instead of loading a model."""
+
+    @model_validator(mode="after")
+    def exactly_one_of_path_and_tiny(self) -> Self:
+        if (self.path is None) == (self.tiny is None):
+            raise ValueError("give exactly one of `path` (a folder or a Hub id) and `tiny` (sizes of the built-in)")
+        return self
+
+
+class DatasetConfig(FrozenModel):
+    """The examples of one stage, in TRL's formats: prompt+completion, prompt+chosen+rejected, or prompt."""
+
+    path: str = Field(default=ARITHMETIC, min_length=1)
+    """`arithmetic` (built in), a local .jsonl/.json/.parquet/.csv file or folder, or a Hub id."""
+    name: str | None = None
+    """Configuration (subset) of a Hub dataset."""
+    split: str = "train"
+    """Split of a Hub or local dataset."""
+    num_examples: int | None = Field(default=None, ge=1)
+    """Use this many examples: how many to generate, or the first so many of a dataset. None: all that there are."""
+
+    @property
+    def is_arithmetic(self) -> bool:
+        return self.path == ARITHMETIC
+
+
+class ArithmeticConfig(FrozenModel):
+    """The built-in task: every problem belongs either to training or to the held-out set, never to both."""
+
+    max_operand: int = Field(default=99, ge=9, le=9999)
+    """Operands are 0..max_operand."""
+    num_heldout: int = Field(default=400, ge=1)
+    """Problems kept for evaluation, drawn from all problems before any training data is made."""
+    lost_carry_rate: float = Field(default=0.35, ge=0, le=1)
+    """How often the supervised data forget to carry the ten: what preferences and rewards are there to correct."""
+    seed: int = Field(default=0, ge=0)
+    """Draws the held-out problems. Separate from `Recipe.seed`, so that runs with different seeds are comparable."""
+
+
+class StageConfig(FrozenModel):
+    """One training stage: SFT, DPO or GRPO by TRL on DeepSpeed ZeRO-3."""
+
+    kind: StageKind
+    """Which trainer: sft, dpo or grpo."""
+    dataset: DatasetConfig = DatasetConfig()
+    """What it learns from."""
+    max_steps: int = Field(ge=1)
+    """Optimizer steps."""
+    learning_rate: float = Field(gt=0)
+    """Peak learning rate."""
+    per_device_batch_size: int = Field(default=8, ge=1)
+    """Examples per rank and micro-batch; for GRPO completions, in groups of `num_generations`."""
+    sync_steps: int = Field(default=10, ge=1)
+    """Commit a version every so many optimizer steps. Taken from the recipe when absent."""
+    save_steps: int = Field(default=50, ge=1)
+    """Write a checkpoint to resume from every so many optimizer steps."""
+    reward: str | None = Field(default=None, pattern=r"^[\w.]+:\w+$")
+    """GRPO only: `module:function` of a TRL reward function. The arithmetic data bring their own."""
+    trainer_args: dict[str, Any] = {}
+    """Further fields of TRL's SFTConfig, DPOConfig or GRPOConfig, passed through by name."""
+
+    @model_validator(mode="after")
+    def reward_belongs_to_grpo(self) -> Self:
+        if self.reward is not None and self.kind != "grpo":
+            raise ValueError("`reward` is for grpo only")
+        if self.kind == "grpo" and self.reward is None and not self.dataset.is_arithmetic:
+            raise ValueError("grpo on your own dataset needs `reward: module:function`")
+        return self
+
+
+class EvaluationConfig(FrozenModel):
+    """What lm-evaluation-harness measures on each version."""
+
+    task: str = ARITHMETIC
+    """`arithmetic` (held-out problems of the built-in data) or the name of a task that the harness finds."""
+    include_path: str | None = None
+    """Folder with further task YAML files."""
+    limit: int | None = Field(default=200, ge=1)
+    """Problems per evaluation. None: all."""
+    batch_size: int = Field(default=64, ge=1)
+    """Prompts generated together."""
+
+
+class Recipe(FrozenModel):
+    """Everything that decides a run except where its bucket is."""
+
+    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")]
+    """Short name; part of the chain's name."""
+    seed: int = Field(default=0, ge=0, le=2**31 - 1)
+    """Model initialization, data order and sampling."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """`auto` takes GPUs where there are enough for the ranks, else the CPU."""
+    num_processes: int | None = Field(default=None, ge=1)
+    """Ranks: ZeRO-3 partitions the model over them. None: one a visible GPU, or two on the CPU."""
+    sync_steps: int = Field(default=10, ge=1)
+    """Default of `stages[].sync_steps`."""
+    model: ModelConfig
+    """Where training starts."""
+    arithmetic: ArithmeticConfig = ArithmeticConfig()
+    """The built-in data, used by stages and evaluation that say `arithmetic`."""
+    stages: tuple[StageConfig, ...] = Field(min_length=1)
+    """Stages in order; each starts from the last version of the one before."""
+    evaluation: EvaluationConfig = EvaluationConfig()
+    """How versions are measured."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def stages_inherit_sync_steps(cls, raw: Any) -> Any:
+        if not isinstance(raw, dict) or "sync_steps" not in raw or not isinstance(raw.get("stages"), list | tuple):
+            return raw
+        default = {"sync_steps": raw["sync_steps"]}
+        return raw | {"stages": [default | stage if isinstance(stage, dict) else stage for stage in raw["stages"]]}
+
+    @model_validator(mode="after")
+    def each_kind_once(self) -> Self:
+        kinds = [stage.kind for stage in self.stages]
+        if len(set(kinds)) != len(kinds):
+            raise ValueError("each kind of stage may occur once; name further runs with a recipe of their own")
+        return self
