@@ -1,0 +1,65 @@
+"""`python -m flows run | up | down`: a whole pipeline on this machine; a stack that stays; its end."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from tasks.local_run import bring_down, bring_up, run_pipeline
+from tasks.stack import DEFAULT_PORT
+from weightline.errors import WeightlineError
+
+app = typer.Typer(help=__doc__, add_completion=False, no_args_is_help=True)
+# Without a terminal (a log, a pipe) lines are for reading later: let them be long.
+console = Console(width=None if sys.stdout.isatty() else 160)
+
+DEFAULT_RECIPE = Path("deployments/recipes/arithmetic.yaml")
+RunsDir = Annotated[Path, typer.Option(help="Folder of all runs and of the stack.")]
+Port = Annotated[int, typer.Option(help="Port of the Prefect server; another one if it is taken.")]
+
+
+@app.command()
+def run(
+    recipe: Annotated[Path | None, typer.Option(help=f"Recipe to train; {DEFAULT_RECIPE} for a new run.")] = None,
+    runs_dir: RunsDir = Path("runs"),
+    resume: Annotated[str | None, typer.Option(help="Id of a run to go on with.")] = None,
+    port: Port = DEFAULT_PORT,
+) -> None:
+    """Train a recipe's stages, evaluate and serve every version, and sum up."""
+    chosen = recipe if resume or recipe else DEFAULT_RECIPE
+    run_pipeline(chosen, runs_dir, resume, Path.cwd(), console, port)
+
+
+@app.command()
+def up(runs_dir: RunsDir = Path("runs"), port: Port = DEFAULT_PORT) -> None:
+    """Start Prefect, the runner and the deployments, and leave them running."""
+    console.print(f"up: {bring_up(runs_dir, Path.cwd(), console, port)}", highlight=False)
+
+
+@app.command()
+def down(runs_dir: RunsDir = Path("runs")) -> None:
+    """End what `up` started."""
+    console.print("down" if bring_down(runs_dir) else "nothing was up")
+
+
+def main() -> int:
+    """The command line. 0: done; 1: failed, with one message; 130: interrupted."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        app(standalone_mode=False)
+    except WeightlineError as error:
+        Console(stderr=True).print(f"error: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
+        return 1
+    except (KeyboardInterrupt, typer.Abort):
+        Console(stderr=True).print("interrupted: everything was ended", style="red")
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

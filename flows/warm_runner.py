@@ -1,0 +1,178 @@
+"""A worker of the work pool that keeps its processes warm: `python -m flows.warm_runner [LANE...]`.
+
+Prefect's own worker starts a process a flow run: 5 to 15 s of CPU for importing torch and the evaluation harness, on
+the two cores that train. This one starts a process a lane (tasks.lanes) and hands it one flow run after another. To the
+server it is a worker like any other: it takes scheduled runs from the pool's queues, claims each by proposing Pending
+(the server lets one claimant win), sends heartbeats, cancels on request, and marks a run whose process died as Crashed.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import select
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+from uuid import UUID
+
+import httpx
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.exceptions import Abort, ObjectNotFound, Pause
+from prefect.states import Cancelled, Crashed, Pending
+from prefect.types._datetime import now
+from prefect.utilities.engine import propose_state_sync
+
+from tasks.lanes import WORK_POOL, WaitingRun, choose_runs, lanes_named
+from tasks.warm_worker import Ending, WarmWorker
+
+logger = logging.getLogger("weightline.runner")
+
+POLL_SECONDS = 0.5
+_CANCEL_POLL_SECONDS = 2.0
+_HEARTBEAT_SECONDS = 30.0
+_AWAY_SECONDS = 2.0
+
+
+class WarmRunner:
+    """Polls the pool for its lanes. `run` returns when `stop` was called."""
+
+    def __init__(self, client: SyncPrefectClient, workers: list[WarmWorker], pool: str = WORK_POOL) -> None:
+        self._client = client
+        self._workers = workers
+        self._pool = pool
+        self._name = f"warm {'+'.join(worker.lane.name for worker in workers)} {socket.gethostname()} {os.getpid()}"
+        self._queue_names: dict[UUID, str] = {}
+        self._endings: list[Ending] = []
+        self._next: dict[str, float] = {}
+        self._is_stopping = False
+
+    def stop(self) -> None:
+        """Ask `run` to return. May be called from a signal handler."""
+        self._is_stopping = True
+
+    def run(self) -> None:
+        """Serve the lanes. A server that is away is asked again every two seconds; runs under way go on meanwhile."""
+        while not self._is_stopping:
+            try:
+                self.turn()
+            except (httpx.HTTPError, ObjectNotFound) as error:
+                logger.warning("the server is away or has no pool %s: %r", self._pool, error)
+                time.sleep(_AWAY_SECONDS)
+            self._wait(POLL_SECONDS)
+
+    def turn(self) -> None:
+        """One look at everything: what ended, what is to be cancelled, what may start."""
+        self._endings += [ending for worker in self._workers if (ending := worker.poll())]
+        while self._endings:
+            self._report(self._endings[0])
+            del self._endings[0]
+        if self._is_due("heartbeat", _HEARTBEAT_SECONDS):
+            self._client.send_worker_heartbeat(self._pool, self._name, heartbeat_interval_seconds=_HEARTBEAT_SECONDS)
+        if self._is_due("cancel", _CANCEL_POLL_SECONDS):
+            self._cancel_on_request()
+        self._start_runs()
+
+    def close(self) -> None:
+        """End all processes; runs under way are marked as crashed."""
+        for worker in self._workers:
+            flow_run_id = worker.flow_run_id
+            worker.close()
+            if flow_run_id is not None:
+                self._mark_unfinished(UUID(flow_run_id), "The runner was stopped")
+
+    def _start_runs(self) -> None:
+        idle = [worker for worker in self._workers if worker.is_idle]
+        if not idle:
+            return
+        chosen = choose_runs([worker.lane for worker in idle], self._waiting_runs(idle))
+        for worker in idle:
+            run = chosen.get(worker.lane.name)
+            if run is not None and self._claim(UUID(run.flow_run_id)):
+                worker.give(run.flow_run_id)
+
+    def _waiting_runs(self, idle: list[WarmWorker]) -> list[WaitingRun]:
+        queues = [queue for worker in idle for queue in worker.lane.queues]
+        found = self._client.get_scheduled_flow_runs_for_work_pool(self._pool, queues, scheduled_before=now("UTC"))
+        waiting = []
+        for response in found:
+            run, queue = response.flow_run, self._queue_name(response.work_queue_id)
+            due_at = run.next_scheduled_start_time
+            waiting.append(WaitingRun(str(run.id), queue, due_at.timestamp() if due_at else 0.0))
+        return waiting
+
+    def _queue_name(self, queue_id: UUID) -> str:
+        if queue_id not in self._queue_names:
+            self._queue_names |= {q.id: q.name for q in self._client.read_work_queues(work_pool_name=self._pool)}
+        return self._queue_names.get(queue_id, "")
+
+    def _claim(self, flow_run_id: UUID) -> bool:
+        """Whether the run is ours. Another worker may have been faster, or a person may have cancelled it."""
+        try:
+            return propose_state_sync(self._client, Pending(), flow_run_id).is_pending()
+        except (Abort, Pause, ObjectNotFound):
+            return False
+
+    def _report(self, ending: Ending) -> None:
+        flow_run_id = UUID(ending.flow_run_id)
+        if ending.how == "died":
+            logger.error("the process of flow run %s died with exit code %s", flow_run_id, ending.returncode)
+        message = "Its process returned without a final state" if ending.how == "returned" else (
+            f"Its process died with exit code {ending.returncode}"
+        )  # fmt: skip
+        self._mark_unfinished(flow_run_id, message)
+
+    def _mark_unfinished(self, flow_run_id: UUID, message: str) -> None:
+        """Mark the run as crashed unless its own process has brought it to an end."""
+        try:
+            state = self._client.read_flow_run(flow_run_id).state
+            if state is not None and (state.is_pending() or state.is_running()):
+                propose_state_sync(self._client, Crashed(message=message), flow_run_id)
+        except (Abort, Pause, ObjectNotFound):
+            return
+
+    def _cancel_on_request(self) -> None:
+        for worker in self._workers:
+            worker.observe()
+            if worker.flow_run_id is None:
+                continue
+            flow_run_id = UUID(worker.flow_run_id)
+            state = self._client.read_flow_run(flow_run_id).state
+            if state is not None and (state.is_cancelling() or state.is_cancelled()):
+                logger.info("cancelling flow run %s", flow_run_id)
+                worker.end_run()
+                self._client.set_flow_run_state(flow_run_id, Cancelled(message="Cancelled on request"), force=True)
+
+    def _is_due(self, what: str, interval_seconds: float) -> bool:
+        if time.monotonic() < self._next.get(what, 0.0):
+            return False
+        self._next[what] = time.monotonic() + interval_seconds
+        return True
+
+    def _wait(self, seconds: float) -> None:
+        """Until a run ends, at most so long."""
+        fds = [worker.reply_fd for worker in self._workers if worker.flow_run_id and worker.reply_fd is not None]
+        select.select(fds, [], [], seconds)
+
+
+def main(argv: list[str]) -> None:
+    """Serve the lanes named, or all, until SIGTERM or Ctrl-C. WEIGHTLINE_LOG_DIR takes a log file a lane."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    log_dir = os.environ.get("WEIGHTLINE_LOG_DIR")
+    logs = {lane.name: Path(log_dir) / f"lane-{lane.name}.log" if log_dir else None for lane in lanes_named(argv)}
+    workers = [WarmWorker(lane, logs[lane.name]) for lane in lanes_named(argv)]
+    with get_client(sync_client=True) as client:
+        runner = WarmRunner(client, workers)
+        signal.signal(signal.SIGTERM, lambda *_: runner.stop())
+        signal.signal(signal.SIGINT, lambda *_: runner.stop())
+        try:
+            runner.run()
+        finally:
+            runner.close()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,67 @@
+"""Making a Prefect server know our flows: the work pool, its queues, the deployments of deployments/prefect.yaml."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.actions import WorkPoolCreate
+from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterState, FlowRunFilterStateType
+from prefect.client.schemas.objects import StateType
+from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
+from prefect.states import Cancelled
+
+from tasks.lanes import LANES, WORK_POOL
+from weightline.errors import InputError, LaunchError
+
+PREFECT_FILE = Path("deployments/prefect.yaml")
+
+
+def deploy_all(root: Path) -> None:
+    """Prepare a server that has just come up: pool, queues, deployments from the repository at `root`. Safe to repeat.
+
+    InputError when there is no deployments/prefect.yaml; LaunchError with Prefect's own words when it refuses.
+    """
+    if not (root / PREFECT_FILE).is_file():
+        raise InputError(f"{root} has no {PREFECT_FILE}: run from the repository's root", path=str(root))
+    with get_client(sync_client=True) as client:
+        create_queues(client)
+        end_stale_runs(client)
+    argv = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all", "--prefect-file", str(PREFECT_FILE)]
+    done = subprocess.run(argv, cwd=root, capture_output=True, text=True, check=False)
+    if done.returncode:
+        tail = (done.stdout + done.stderr).splitlines()[-20:]
+        told = "\n    ".join(["Prefect refused the deployments:", *tail])
+        raise LaunchError(told, argv=argv, returncode=done.returncode, tail=tail)
+
+
+def create_queues(client: SyncPrefectClient) -> None:
+    """The pool, and every lane's queues with room for one run each. Safe to repeat."""
+    try:
+        client.create_work_pool(WorkPoolCreate(name=WORK_POOL, type="process"))
+    except ObjectAlreadyExists:
+        pass
+    for queue in (queue for lane in LANES for queue in lane.queues):
+        try:
+            found = client.read_work_queue_by_name(queue, work_pool_name=WORK_POOL)
+        except ObjectNotFound:
+            found = client.create_work_queue(queue, work_pool_name=WORK_POOL)
+        if found.concurrency_limit != 1:
+            client.update_work_queue(found.id, concurrency_limit=1)
+
+
+def end_stale_runs(client: SyncPrefectClient) -> int:
+    """Cancel what an earlier stack on the same database left behind: it would be started now, for chains of the past.
+
+    Only for a server that is ours alone and has just come up. Returns how many. Safe to repeat.
+    """
+    unfinished = [StateType.SCHEDULED, StateType.PENDING, StateType.RUNNING, StateType.CANCELLING, StateType.PAUSED]
+    states = FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=unfinished)))
+    num_ended = 0
+    while found := client.read_flow_runs(flow_run_filter=states, limit=100):
+        for run in found:
+            client.set_flow_run_state(run.id, Cancelled(message="The stack that would run this was ended"), force=True)
+        num_ended += len(found)
+    return num_ended

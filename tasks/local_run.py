@@ -1,0 +1,170 @@
+"""A whole pipeline on one machine, from nothing to a summary, and the end of everything that was started for it.
+
+Imports no Prefect before the stack's environment is entered.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+from uuid import UUID
+
+from rich.console import Console
+
+from tasks.run_folder import Run, prepare_run, runs_dir_of
+from tasks.screen import RunScreen
+from tasks.stack import DEFAULT_PORT, Stack, StackFolder, free_port, running_stack
+from tasks.summary import stage_lines, versions_table, write_summary
+from tasks.watch import RunProgress, RunWatch
+from weightline.errors import LaunchError
+
+if TYPE_CHECKING:
+    from tasks.trigger import RunState
+
+_LOOK_SECONDS = 1.0
+_STATE_SECONDS = 2.0
+#: After training: when nothing has moved for so long, the events are taken for lost; and when it is given up.
+_CATCH_UP_SECONDS = 20.0
+_MAX_CATCH_UPS = 3
+_GIVE_UP_SECONDS = 240.0
+
+
+def run_pipeline(
+    recipe: Path | None, runs_dir: Path, run_id: str | None, root: Path, console: Console, port: int = DEFAULT_PORT
+) -> Run:
+    """Train, evaluate and serve a recipe's versions under a local stack, then print and write what came of it.
+
+    Uses a stack that is up in `runs_dir`; else starts one and ends it. RecipeError or InputError before anything is
+    started; LaunchError with the failing rank's last lines when the run fails, or when versions stay without a word on
+    their evaluation or serving. Whatever happens, no process of ours is left.
+    """
+    started = time.monotonic()
+    run = prepare_run(recipe, runs_dir, run_id)
+    console.print(f"run {run.run_id}: {run.placement.num_processes} ranks on {run.placement.device}", highlight=False)
+    console.print(f"chain {run.chain_url}", highlight=False, soft_wrap=True)
+    with _stack(runs_dir_of(runs_dir), root, console, port) as stack:
+        _train(run, stack, console)
+        rows = RunWatch(run).look().rows
+        summary = write_summary(run, rows, stack.ui_url, time.monotonic() - started)
+        console.print(versions_table(rows, f"{run.run_id} in {summary['seconds']:.0f} s"))
+        for line in stage_lines(summary):
+            console.print(line, highlight=False, soft_wrap=True)
+        console.print(f"Prefect UI: {stack.ui_url} (make up shows it again)", highlight=False)
+        console.print(f"summary: {run.summary_path}", highlight=False, soft_wrap=True)
+    return run
+
+
+def bring_up(runs_dir: Path, root: Path, console: Console, port: int = DEFAULT_PORT) -> str:
+    """Start a stack that stays, and return its UI's URL; the one that is up already if there is one. Safe to repeat."""
+    folder = StackFolder.under(runs_dir_of(runs_dir))
+    found = running_stack(folder)
+    if found is not None:
+        return found.ui_url
+    bring_down(runs_dir)
+    stack = Stack(folder, free_port(port), dies_with_parent=False)
+    try:
+        _start(stack, root, console)
+    except BaseException:
+        stack.end()
+        raise
+    return stack.ui_url
+
+
+def bring_down(runs_dir: Path) -> bool:
+    """End the stack of this folder, whole or not. False when there was none. Safe to repeat."""
+    folder = StackFolder.under(runs_dir_of(runs_dir))
+    was_there = folder.facts_path.exists()
+    Stack(folder, DEFAULT_PORT).end()
+    return was_there
+
+
+@contextmanager
+def _stack(runs_dir: Path, root: Path, console: Console, port: int) -> Iterator[Stack]:
+    """The stack that is up, left as it is; or one of our own, ended at the end."""
+    folder = StackFolder.under(runs_dir)
+    found = running_stack(folder)
+    if found is not None:
+        console.print(f"using the stack that is up at {found.ui_url}", highlight=False)
+        stack = Stack(folder, int(found.api_url.rsplit(":", 1)[1].split("/")[0]))
+        stack.enter()
+        yield stack
+        return
+    bring_down(runs_dir)
+    stack = Stack(folder, free_port(port))
+    try:
+        _start(stack, root, console)
+        yield stack
+    finally:
+        stack.end()
+
+
+def _start(stack: Stack, root: Path, console: Console) -> None:
+    with console.status("starting the Prefect server"):
+        stack.enter()
+        stack.start_server()
+        stack.start_runner()
+    with console.status("deploying the flows"):
+        from tasks.deploy import deploy_all
+
+        deploy_all(root)
+    console.print(f"Prefect UI: {stack.ui_url}", highlight=False)
+
+
+def _train(run: Run, stack: Stack, console: Console) -> None:
+    """Start the flow run, show it while it goes, and see every version evaluated and offered to serving."""
+    from tasks.trigger import start_training
+
+    flow_run_id = start_training(run)
+    console.print(f"flow run: {stack.ui_url}/runs/flow-run/{flow_run_id}", highlight=False, soft_wrap=True)
+    with RunScreen(console, run) as screen:
+        watch = RunWatch(run)
+        _watch_training(flow_run_id, stack, watch, screen)
+        _watch_settling(run, stack, watch, screen)
+
+
+def _watch_training(flow_run_id: UUID, stack: Stack, watch: RunWatch, screen: RunScreen) -> None:
+    from tasks.trigger import read_run_state
+
+    next_state_at = 0.0
+    state: RunState | None = None
+    while state is None or not state.is_final:
+        screen.show(watch.look())
+        for name in stack.keep_up():
+            screen.say(f"the {name} had died and was started again")
+        if time.monotonic() >= next_state_at:
+            state = read_run_state(flow_run_id)
+            next_state_at = time.monotonic() + _STATE_SECONDS
+        time.sleep(_LOOK_SECONDS)
+    if not state.is_completed:
+        told = state.message.removeprefix("Flow run encountered an exception: ")
+        raise LaunchError(f"the run ended {state.kind.lower()}: {told}", state=state.kind)
+
+
+def _watch_settling(run: Run, stack: Stack, watch: RunWatch, screen: RunScreen) -> None:
+    """Wait for evaluation and serving. Events can be lost: what does not move is started from the bucket."""
+    from tasks.trigger import start_reconcile
+
+    deadline = time.monotonic() + _GIVE_UP_SECONDS
+    moment = watch.look()
+    moved_at, num_catch_ups = time.monotonic(), 0
+    while moment.unsettled:
+        if time.monotonic() > deadline:
+            names = ", ".join(f"v{version}" for version in moment.unsettled)
+            raise LaunchError(f"{names} were not evaluated or not offered to serving: see {stack.folder.log_dir}")
+        time.sleep(_LOOK_SECONDS)
+        stack.keep_up()
+        before, moment = moment, watch.look()
+        screen.show(moment)
+        if _has_moved(before, moment):
+            moved_at = time.monotonic()
+        elif time.monotonic() - moved_at > _CATCH_UP_SECONDS and num_catch_ups < _MAX_CATCH_UPS:
+            start_reconcile(run)
+            moved_at, num_catch_ups = time.monotonic(), num_catch_ups + 1
+    screen.show(moment)
+
+
+def _has_moved(before: RunProgress, after: RunProgress) -> bool:
+    return (before.num_evaluated, before.num_served) != (after.num_evaluated, after.num_served)

@@ -1,0 +1,96 @@
+"""What ranks print, made useful: which rank said it, how much of it a log takes, and why a stage failed. Pure.
+
+torchrun, asked to tee, begins each line of rank N with "[defaultN]:".
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+_RANK_PREFIX = re.compile(r"^\[default(\d+)\]:(?:\[rank\d+\]: ?)?")
+_ROOT_CAUSE = re.compile(
+    r"Root Cause \(first observed failure\):.*?rank\s*: (\d+).*?exitcode\s*: (-?\d+)([^\n]*)", re.DOTALL
+)
+_SIGNAL = re.compile(r"\((SIG[A-Z]+)\)")
+#: Progress bars, which overwrite one line of a terminal.
+_PROGRESS_BAR = re.compile(r"\d+%\|")
+MAX_TAIL_LINES = 25
+
+
+@dataclass(frozen=True, slots=True)
+class RankLine:
+    """One line. `rank` is None for the launcher's own."""
+
+    rank: int | None
+    text: str
+
+    @property
+    def labelled(self) -> str:
+        return self.text if self.rank is None else f"[rank {self.rank}] {self.text}"
+
+
+def parse_line(raw: str) -> RankLine:
+    """ "[default1]:loading" -> rank 1, "loading"."""
+    line = raw.rstrip("\r\n")
+    found = _RANK_PREFIX.match(line)
+    return RankLine(int(found[1]), line[found.end() :]) if found else RankLine(None, line)
+
+
+@dataclass(slots=True)
+class LineGate:
+    """Lets `burst` lines pass at once and `lines_per_second` after that. Repeats and progress bars never pass."""
+
+    lines_per_second: float = 5.0
+    burst: float = 50.0
+    num_held_back: int = 0
+    _allowance: float = field(init=False)
+    _last_seconds: float | None = field(init=False, default=None)
+    _last_text: str = field(init=False, default="")
+
+    def __post_init__(self) -> None:
+        self._allowance = self.burst
+
+    def passes(self, line: RankLine, now_seconds: float) -> bool:
+        """Whether to show the line. `now_seconds` never decreases."""
+        if not line.text.strip() or line.text == self._last_text or _PROGRESS_BAR.search(line.text):
+            return False
+        self._last_text = line.text
+        elapsed = 0.0 if self._last_seconds is None else now_seconds - self._last_seconds
+        self._last_seconds = now_seconds
+        self._allowance = min(self.burst, self._allowance + elapsed * self.lines_per_second)
+        if self._allowance < 1:
+            self.num_held_back += 1
+            return False
+        self._allowance -= 1
+        return True
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Why the ranks ended. `tail` holds the last lines of the rank that failed first, or of whoever spoke last."""
+
+    rank: int | None
+    cause: str
+    tail: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return "\n".join([f"{self.cause}. Its last lines:", *(f"    {line}" for line in self.tail)])
+
+
+def explain_failure(lines: Sequence[RankLine], returncode: int) -> Failure:
+    """Find the rank that failed first and what it said last. `lines`: the newest lines, oldest first."""
+    found = _ROOT_CAUSE.search("\n".join(line.text for line in lines if line.rank is None))
+    if found is None:
+        return Failure(None, f"the launcher ended with exit code {returncode}", _last(lines, is_labelled=True))
+    rank, exitcode = int(found[1]), int(found[2])
+    signal = _SIGNAL.search(found[3])
+    how = f"was ended by {signal[1]}" if signal else f"ended with exit code {exitcode}"
+    return Failure(rank, f"rank {rank} {how}", _last(line for line in lines if line.rank == rank))
+
+
+def _last(lines: Iterable[RankLine], *, is_labelled: bool = False) -> tuple[str, ...]:
+    told = [line for line in lines if line.text.strip() and not _PROGRESS_BAR.search(line.text)]
+    texts = (line.labelled if is_labelled else line.text for line in told[-MAX_TAIL_LINES:])
+    return tuple(texts) or ("(it said nothing)",)

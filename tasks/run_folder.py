@@ -1,0 +1,146 @@
+"""One run of a recipe: its id, its folder, its chain. What a flow needs to find everything again from the id alone.
+
+runs/<id>/recipe.json           the recipe as it was resolved; a resumed run reads it, never another one
+runs/<id>/model/                what the first stage starts from
+runs/<id>/stages/<kind>/        checkpoints, metrics.jsonl, model/, done.json (weightline.stages.job), rank logs
+runs/<id>/bucket/<chain>/       the chain, unless another bucket was named
+runs/<id>/summary.json          the end of `python -m flows run`
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from weightline.chain import Chain, open_chain
+from weightline.chain.records import write_record
+from weightline.errors import InputError, NotFoundError
+from weightline.format.keys import checked_name
+from weightline.stages.job import StageJob, write_atomically
+from weightline.stages.load import load_recipe, parse_recipe
+from weightline.stages.preflight import Placement, check_recipe
+from weightline.stages.recipe import Recipe, StageConfig
+from weightline.store import open_store
+from weightline.store.open import check_writable
+
+#: Records of runs: which recipe made the versions that bear the run's id. Consumers find the evaluation's task there.
+RUNS = "runs"
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A run that passed every check. `folder` and `chain_url` are absolute."""
+
+    run_id: str
+    folder: Path
+    chain_url: str
+    recipe: Recipe
+    placement: Placement
+
+    @property
+    def start_model_dir(self) -> Path:
+        return self.folder / "model"
+
+    @property
+    def summary_path(self) -> Path:
+        return self.folder / "summary.json"
+
+    def stage_dir(self, kind: str) -> Path:
+        """Where a stage keeps everything; `StageJob.output_dir`."""
+        return self.folder / "stages" / kind
+
+    def equality_path(self, kind: str) -> Path:
+        """Says which version was proved bit-equal to the stage's model/."""
+        return self.stage_dir(kind) / "equality.json"
+
+    def stage(self, kind: str) -> StageConfig:
+        """The recipe's stage of this kind. InputError when it has none."""
+        for stage in self.recipe.stages:
+            if stage.kind == kind:
+                return stage
+        raise InputError(f"run {self.run_id} has no stage {kind!r}", field="kind")
+
+    def job(self, kind: str) -> StageJob:
+        """What the ranks of a stage are told: to start from the stage before, or from the start model."""
+        stage = self.stage(kind)
+        index = self.recipe.stages.index(stage)
+        before = self.stage_dir(self.recipe.stages[index - 1].kind) / "model" if index else self.start_model_dir
+        return StageJob(
+            stage=stage,
+            arithmetic=self.recipe.arithmetic,
+            model_dir=before,
+            output_dir=self.stage_dir(kind),
+            run_id=self.run_id,
+            seed=self.recipe.seed,
+            device=self.placement.device,
+            chain_url=self.chain_url,
+        )
+
+    def open_chain(self) -> Chain:
+        return open_chain(self.chain_url)
+
+
+def new_run_id(recipe_name: str, at: datetime | None = None) -> str:
+    """ "arithmetic" -> "arithmetic-20261124-065012": sorts by time, may stand in keys and URLs."""
+    return f"{recipe_name}-{(at or datetime.now(UTC)):%Y%m%d-%H%M%S}"
+
+
+def prepare_run(
+    recipe_path: str | Path | None, runs_dir: str | Path, run_id: str | None = None, chain_url: str | None = None
+) -> Run:
+    """Check everything that can be checked before anything is trained, then write the run's folder and record.
+
+    A `run_id` that has a folder is resumed: with its own recipe; another recipe is refused. Safe to repeat. RecipeError
+    names the field and the remedy, InputError or StorageError the bucket that cannot be written.
+    """
+    stored = runs_dir_of(runs_dir) / run_id / "recipe.json" if run_id else None
+    if stored is not None and stored.exists():
+        run = open_run(stored.parent)
+        _require_same_recipe(run, recipe_path)
+        return run
+    if recipe_path is None:
+        raise NotFoundError(f"there is no run {run_id} in {runs_dir}: name one that is there, or a recipe", key=run_id)
+    recipe = load_recipe(recipe_path)
+    placement = check_recipe(recipe)
+    run_id = checked_name(run_id or new_run_id(recipe.name))
+    folder = runs_dir_of(runs_dir) / run_id
+    url = chain_url or (folder / "bucket" / run_id).as_uri()
+    check_writable(open_store(url))
+    run = Run(run_id, folder, url, recipe, placement)
+    _write(run)
+    return run
+
+
+def open_run(folder: str | Path) -> Run:
+    """The run in a folder that `prepare_run` wrote. InputError when it is none; RecipeError as in `prepare_run`."""
+    folder = Path(folder).absolute()
+    try:
+        facts = json.loads((folder / "recipe.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{folder} is no folder of a run: {error}", path=str(folder)) from error
+    recipe = parse_recipe(facts["recipe"])
+    return Run(facts["run_id"], folder, facts["chain"], recipe, check_recipe(recipe))
+
+
+def runs_dir_of(runs_dir: str | Path) -> Path:
+    """The folder of all runs, absolute."""
+    return Path(runs_dir).expanduser().absolute()
+
+
+def _require_same_recipe(run: Run, recipe_path: str | Path | None) -> None:
+    if recipe_path is not None and load_recipe(recipe_path) != run.recipe:
+        raise InputError(
+            f"run {run.run_id} was started with another recipe than {recipe_path}: resume it without naming one, or "
+            "start a new run",
+            field="recipe",
+        )
+
+
+def _write(run: Run) -> None:
+    facts = {"run_id": run.run_id, "chain": run.chain_url, "recipe": run.recipe.model_dump(mode="json")}
+    chain = run.open_chain()
+    tip = chain.tip_version()
+    write_record(chain, RUNS, 0 if tip is None else tip + 1, run.run_id, {"status": "done", "recipe": facts["recipe"]})
+    write_atomically(run.folder / "recipe.json", json.dumps(facts, indent=1))

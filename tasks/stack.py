@@ -1,0 +1,197 @@
+"""A local stack: Prefect server with UI (SQLite), deployments, a warm runner. Importing this module imports no Prefect.
+
+Prefect reads its settings from the environment when it is imported, so `Stack.enter` comes before any such import.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import httpx
+
+from tasks.processes import start_process
+from tasks.replicas import REPLICAS_DIR_VARIABLE
+from tasks.stack_registry import StackFacts, StackProcess, read_facts, write_facts
+from weightline.errors import InputError, LaunchError
+
+DEFAULT_PORT = 4200
+_HOST = "127.0.0.1"
+_SERVER_START_SECONDS = 120.0
+_MAX_RESTARTS = 5
+
+
+@dataclass(frozen=True, slots=True)
+class StackFolder:
+    """Where a stack keeps its things: `<runs>/.stack`. Prefect's database stays there, and shows earlier runs too."""
+
+    root: Path
+
+    @classmethod
+    def under(cls, runs_dir: Path) -> StackFolder:
+        return cls(runs_dir / ".stack")
+
+    @property
+    def facts_path(self) -> Path:
+        return self.root / "processes.json"
+
+    @property
+    def log_dir(self) -> Path:
+        return self.root / "logs"
+
+    @property
+    def prefect_home(self) -> Path:
+        return self.root / "prefect"
+
+    @property
+    def replicas_dir(self) -> Path:
+        return self.root / "replicas"
+
+
+def stack_environment(folder: StackFolder, port: int, base: Mapping[str, str]) -> dict[str, str]:
+    """`base` with what all processes of a stack share. Nothing of it leaves the machine. Pure."""
+    no_proxy = ",".join(part for part in (base.get("NO_PROXY", base.get("no_proxy", "")), _HOST, "localhost") if part)
+    return {
+        **base,
+        "PREFECT_HOME": str(folder.prefect_home),
+        "PREFECT_API_URL": f"http://{_HOST}:{port}/api",
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "DO_NOT_TRACK": "1",
+        "PREFECT_CLOUD_ENABLE_ORCHESTRATION_TELEMETRY": "false",
+        "PREFECT_TELEMETRY_ENABLE_RESOURCE_METRICS": "false",
+        "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
+        "PREFECT_SERVER_EPHEMERAL_ENABLED": "false",
+        "PREFECT_SERVER_REGISTER_BLOCKS_ON_START": "false",
+        "PREFECT_SERVER_SERVICES_DB_VACUUM_ENABLED": "events,flow_runs",
+        # Both rewrite flow runs every five seconds, and SQLite lets one writer at a time: measured as the cause of most
+        # "database is locked", and of events that were acted on 20 s late. A run that waits is no news here.
+        "PREFECT_SERVER_SERVICES_LATE_RUNS_ENABLED": "false",
+        "PREFECT_SERVER_SERVICES_PAUSE_EXPIRATIONS_ENABLED": "false",
+        "PREFECT_SERVER_LOGGING_LEVEL": "WARNING",
+        # 2 + 4 + ... + 64 s: a flow outlives two minutes without its server.
+        "PREFECT_CLIENT_MAX_RETRIES": "6",
+        "NO_PROXY": no_proxy,
+        "no_proxy": no_proxy,
+        "WEIGHTLINE_LOG_DIR": str(folder.log_dir),
+        REPLICAS_DIR_VARIABLE: str(folder.replicas_dir),
+        "PYTHONUNBUFFERED": "1",
+    }
+
+
+def free_port(preferred: int) -> int:
+    """The preferred port of the loopback interface if it is free, else one that is."""
+    for port in (preferred, 0):
+        with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as listener:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                listener.bind((_HOST, port))
+            except OSError:
+                continue
+            return int(listener.getsockname()[1])
+    raise InputError(f"no port of {_HOST} is free", field="port")
+
+
+@dataclass(slots=True)
+class Stack:
+    """The stack of a folder. `start`, then `keep_up` now and then, then `end`. Not shared between processes."""
+
+    folder: StackFolder
+    port: int
+    dies_with_parent: bool = True
+    _env: dict[str, str] = field(init=False)
+    _started: dict[str, subprocess.Popen[bytes]] = field(init=False, default_factory=dict)
+    _num_restarts: int = field(init=False, default=0)
+
+    def __post_init__(self) -> None:
+        self._env = stack_environment(self.folder, self.port, os.environ)
+
+    @property
+    def api_url(self) -> str:
+        return self._env["PREFECT_API_URL"]
+
+    @property
+    def ui_url(self) -> str:
+        return self.api_url.removesuffix("/api")
+
+    def enter(self) -> None:
+        """Make this process one of the stack's. Before Prefect is imported."""
+        os.environ.update(self._env)
+
+    def start_server(self) -> None:
+        """Start the Prefect server and wait until it is healthy. LaunchError with its last lines when it does not come.
+
+        A second start on the same folder finds the database of the first and takes half the time.
+        """
+        for path in (self.folder.log_dir, self.folder.prefect_home, self.folder.replicas_dir):
+            path.mkdir(parents=True, exist_ok=True)
+        argv = [sys.executable, "-m", "prefect", "server", "start", "--host", _HOST, "--port", str(self.port)]
+        self._start("server", argv)
+        self._wait_until_healthy()
+
+    def start_runner(self) -> None:
+        """Start the warm runner. It waits for the work pool by itself."""
+        self._start("runner", [sys.executable, "-m", "flows.warm_runner"])
+
+    def keep_up(self) -> list[str]:
+        """Start again what has died; its name. LaunchError when that has happened too often."""
+        dead = [name for name, process in self._started.items() if process.poll() is not None]
+        for name in dead:
+            self._num_restarts += 1
+            if self._num_restarts > _MAX_RESTARTS:
+                raise LaunchError(f"the {name} died again and again: see {self._log_path(name)}", name=name)
+            (self.start_server if name == "server" else self.start_runner)()
+        return dead
+
+    def end(self) -> None:
+        """End everything that was started: the runner first, so that it can still report. Safe to repeat."""
+        facts = read_facts(self.folder.facts_path)
+        if facts is not None:
+            facts.end()
+        for process in self._started.values():
+            process.wait()
+        self._started.clear()
+        self.folder.facts_path.unlink(missing_ok=True)
+
+    def _start(self, name: str, argv: list[str]) -> None:
+        with self._log_path(name).open("ab") as log:
+            self._started[name] = start_process(
+                argv, env=self._env, stdout=log, stderr=subprocess.STDOUT, dies_with_parent=self.dies_with_parent
+            )
+        alive = {n: StackProcess.of(n, p.pid) for n, p in self._started.items() if p.poll() is None}
+        write_facts(self.folder.facts_path, StackFacts(self.api_url, self.ui_url, tuple(alive.values())))
+
+    def _wait_until_healthy(self) -> None:
+        deadline = time.monotonic() + _SERVER_START_SECONDS
+        while time.monotonic() < deadline:
+            returncode = self._started["server"].poll()
+            if returncode is not None:
+                tail = self._log_path("server").read_text(errors="replace").splitlines()[-15:]
+                told = "\n    ".join([f"the Prefect server ended with exit code {returncode}. Its last lines:", *tail])
+                raise LaunchError(told, returncode=returncode, tail=tail)
+            if is_healthy(self.api_url):
+                return
+            time.sleep(0.2)
+        raise LaunchError(f"the Prefect server did not come up: see {self._log_path('server')}", name="server")
+
+    def _log_path(self, name: str) -> Path:
+        return self.folder.log_dir / f"{name}.log"
+
+
+def is_healthy(api_url: str) -> bool:
+    """Whether a Prefect server answers there."""
+    try:
+        return httpx.get(f"{api_url}/health", timeout=2.0, trust_env=False).is_success
+    except httpx.HTTPError:
+        return False
+
+
+def running_stack(folder: StackFolder) -> StackFacts | None:
+    """The stack that somebody else keeps up in this folder, if it is whole and answers."""
+    facts = read_facts(folder.facts_path)
+    return facts if facts is not None and facts.is_up and is_healthy(facts.api_url) else None

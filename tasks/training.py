@@ -1,0 +1,111 @@
+"""The tasks of training: prepare a run, make the start model, run a stage's ranks, prove what came out."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from prefect import get_run_logger, task
+from prefect.cache_policies import NO_CACHE
+from prefect.settings import PREFECT_API_URL
+
+from tasks.bit_equality import differing_tensors
+from tasks.launch import run_ranks, with_rank_logs
+from tasks.metrics import MetricsFollower
+from tasks.progress import ProgressBoard
+from tasks.rank_context import STEPS, rank_environment, write_rank_context
+from tasks.run_folder import Run, prepare_run
+from weightline.chain import Chain
+from weightline.errors import DigestMismatchError, InputError
+from weightline.format.manifest import Manifest
+from weightline.stages.job import StageJob, StageResult, write_atomically
+from weightline.stages.launch import launch_argv, launch_environment
+
+
+@task(task_run_name="check recipe and bucket", cache_policy=NO_CACHE, persist_result=False)
+def open_or_prepare_run(recipe: str | None, runs_dir: str, run_id: str | None, chain: str | None) -> Run:
+    """See tasks.run_folder.prepare_run."""
+    return prepare_run(recipe, runs_dir, run_id, chain)
+
+
+@task(task_run_name="make start model", cache_policy=NO_CACHE, persist_result=False)
+def make_start_model(run: Run) -> Path:
+    """The folder that the first stage starts from. Safe to repeat: a finished folder is left as it is."""
+    from weightline.stages.model import materialize_model
+
+    marker = run.start_model_dir / ".complete"
+    if not marker.exists():
+        materialize_model(run.recipe.model, run.start_model_dir, run.recipe.seed)
+        marker.touch()
+    return run.start_model_dir
+
+
+@task(task_run_name="ranks of {job.stage.kind}", cache_policy=NO_CACHE, persist_result=False)
+def run_stage_ranks(run: Run, job: StageJob) -> None:
+    """Run accelerate launch to its end: lines to the flow run's log, progress to an artifact, steps as task runs.
+
+    LaunchError carries the failing rank's last lines. Repeating it resumes from the stage's last checkpoint.
+    """
+    logger = get_run_logger()
+    kind = job.stage.kind
+    job.output_dir.mkdir(parents=True, exist_ok=True)
+    job_path = job.output_dir / "job.json"
+    job.model_copy(update={"steps_hook": STEPS}).save(job_path)
+    context_path = job.output_dir / "flow_run.json"
+    write_rank_context(context_path)
+    argv = launch_argv(job_path, kind, run.placement.num_processes, run.placement.device)
+    # What libraries will change in their next release is no news to whoever reads a run's log.
+    own = launch_environment(job, {"PYTHONWARNINGS": "ignore::FutureWarning", **os.environ})
+    env = rank_environment(context_path, PREFECT_API_URL.value(), own)
+    metrics = MetricsFollower(job.metrics_path)
+    with ProgressBoard(f"{run.run_id}-{kind}", f"{kind} of {run.run_id}: optimizer steps") as board:
+
+        def tick() -> None:
+            metrics.refresh()
+            board.report(metrics.step, job.stage.max_steps)
+
+        log_path = job.output_dir / "ranks.log"
+        run_ranks(with_rank_logs(argv, job.output_dir / "rank-logs"), env, log_path, logger.info, tick)
+
+
+@task(task_run_name="compare {job.stage.kind} with the chain", cache_policy=NO_CACHE, persist_result=False)
+def prove_equality(run: Run, job: StageJob) -> dict[str, Any]:
+    """Replay the stage's last version from the bucket and compare every bit with what the trainer saved.
+
+    DigestMismatchError names the tensors that differ.
+    """
+    chain = run.open_chain()
+    manifest = last_version(chain.manifests(), job.stage.kind, run.run_id)
+    if manifest is None:
+        raise InputError(f"{chain.url} has no version of stage {job.stage.kind} of run {run.run_id}")
+    different = differing_tensors(chain, manifest.version, job.final_model_dir)
+    if different:
+        raise DigestMismatchError(
+            f"version {manifest.version} of {chain.url} is not what the trainer saved in {job.final_model_dir}: "
+            f"{', '.join(different)}",
+            what=different[0], expected=str(job.final_model_dir), actual=f"version {manifest.version}",
+        )  # fmt: skip
+    get_run_logger().info(
+        "version %d, replayed from the bucket, is bit-equal to what trainer.save_model wrote: %d tensors, %d elements",
+        manifest.version, len(manifest.tensors), manifest.num_elements,
+    )  # fmt: skip
+    proof = {"version": manifest.version, "commit_id": manifest.commit_id, "is_bit_equal": True}
+    write_atomically(run.equality_path(job.stage.kind), json.dumps(proof))
+    return proof
+
+
+def last_version(manifests: Sequence[Manifest], stage: str, run_id: str) -> Manifest | None:
+    """The newest version that this stage of this run committed. Pure."""
+    return next((m for m in reversed(manifests) if m.stage == stage and m.run_id == run_id), None)
+
+
+def finished_version(job: StageJob, chain: Chain) -> Manifest | None:
+    """The stage's last version when the stage is finished: its marker stands, and the chain has what it vouches for."""
+    result = StageResult.load(job)
+    manifest = last_version(chain.manifests(), job.stage.kind, job.run_id)
+    if result is None or manifest is None or not manifest.is_milestone:
+        return None
+    return manifest if manifest.global_step == result.global_step else None

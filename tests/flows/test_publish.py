@@ -1,0 +1,232 @@
+"""Publish steps under Prefect: recorded where a server is there, and never in the way where none is."""
+
+from __future__ import annotations
+
+import contextvars
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+from prefect import flow
+from prefect.client.orchestration import SyncPrefectClient
+from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
+from prefect.events import Event
+from prefect.runtime import flow_run as current
+
+from tasks.outbox import EventOutbox
+from tasks.publish import OnceOnly, RecordedSteps, describe, event_id, is_recorded, prefect_steps
+from tasks.rank_context import RANK_CONTEXT_VARIABLE, STEPS, rank_environment, write_rank_context
+from tests.flows.conftest import ROOT
+from weightline.errors import StorageError
+from weightline.trainer.steps import Facts, PlainSteps, StepWork
+
+#: Nothing listens on the discard port.
+DEAD_API = "http://127.0.0.1:9/api"
+
+
+def _run_rank(context_path: Path, api_url: str, *, rank: int = 0, world_size: int = 1) -> dict[str, Any]:
+    env = rank_environment(context_path, api_url, {**os.environ, "PYTHONPATH": str(ROOT)}) | {"WEIGHTLINE_STEPS": STEPS}
+    argv = [sys.executable, "-m", "tests.flows.rank_program", "3", str(rank), str(world_size)]
+    done = subprocess.run(argv, env=env, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    told: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return told
+
+
+def _assert_each_ran_once(told: dict[str, Any], num_names: int = 4) -> None:
+    ran = {label: runs for label, runs in told.items() if label not in ("steps", "seconds")}
+    assert len(ran) == 3 * num_names
+    assert all(len(runs) == 1 for runs in ran.values())
+
+
+@pytest.mark.slow
+def test_steps_are_task_runs_of_the_stage_and_the_commit_is_an_event(
+    client: SyncPrefectClient, tmp_path: Path, server: str
+) -> None:
+    @flow(name="toy-stage")
+    def stage() -> str:
+        write_rank_context(tmp_path / "flow_run.json")
+        _assert_each_ran_once(_run_rank(tmp_path / "flow_run.json", server, world_size=2))
+        _assert_each_ran_once(_run_rank(tmp_path / "flow_run.json", server, rank=1, world_size=2), num_names=3)
+        return str(current.id)
+
+    of_stage = FlowRunFilter(id=FlowRunFilterId(any_=[stage()]))
+    runs = _wait_for(lambda: client.read_task_runs(flow_run_filter=of_stage), lambda found: len(found) >= 21)
+
+    expected = {f"commit v{version}" for version in range(3)}
+    for name in ("gather partition", "compute delta", "upload payload"):
+        expected |= {f"{name} v{version} r{rank}" for version in range(3) for rank in range(2)}
+    assert {run.name for run in runs} == expected
+    runs = _wait_for(
+        lambda: client.read_task_runs(flow_run_filter=of_stage),
+        lambda found: all(run.state and run.state.is_completed() for run in found),
+    )
+    assert {run.state.message for run in runs if run.state} == {"5 changed (5.00 %)"}
+
+    committed = _wait_for(lambda: _events(client, "weightline.delta.committed"), lambda found: len(found) >= 3)
+    assert {event["payload"]["version"] for event in committed} == {0, 1, 2}
+    newest = next(event for event in committed if event["payload"]["version"] == 2)
+    assert newest["resource"]["prefect.resource.id"] == "weightline.chain.toy.2"
+    assert newest["payload"]["chain"] == "memory://toy"
+    assert newest["id"] == str(event_id("memory://toy", f"{2:032x}"))
+
+
+@pytest.mark.slow
+def test_a_server_that_is_away_costs_a_step_nothing(server: str, tmp_path: Path) -> None:
+    @flow(name="toy-stage")
+    def stage() -> None:
+        write_rank_context(tmp_path / "flow_run.json")
+
+    stage()
+    told = _run_rank(tmp_path / "flow_run.json", DEAD_API)
+    assert told["steps"] == "RecordedSteps"
+    _assert_each_ran_once(told)
+    assert max(told["seconds"]) < 0.5
+
+
+def test_without_a_server_or_a_flow_run_the_steps_are_plain(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(RANK_CONTEXT_VARIABLE, raising=False)
+    assert isinstance(prefect_steps(), PlainSteps)
+    assert rank_environment(Path("x"), None, {"A": "1"}) == {"A": "1"}
+
+
+def test_a_step_runs_once_when_prefect_breaks_before_it() -> None:
+    ran: list[int] = []
+    steps = RecordedSteps(_BrokenContext(RuntimeError("prefect broke")), max_recorded_ranks=8)  # type: ignore[arg-type]
+    assert steps.upload_payload(_work(lambda: _note(ran))) == {"ran": 1}
+    assert ran == [1]
+
+
+def test_a_step_runs_once_when_prefect_breaks_after_it() -> None:
+    ran: list[int] = []
+    context = _BrokenContext(RuntimeError("prefect broke"), runs_first=True)
+    steps = RecordedSteps(context, max_recorded_ranks=8)  # type: ignore[arg-type]
+    assert steps.upload_payload(_work(lambda: _note(ran))) == {"ran": 1}
+    assert ran == [1]
+
+
+def test_the_steps_own_error_is_the_one_that_is_raised() -> None:
+    def fail() -> Facts:
+        raise StorageError("the bucket is full", url="memory://x")
+
+    context = _BrokenContext(RuntimeError("prefect broke"), runs_first=True)
+    steps = RecordedSteps(context, max_recorded_ranks=8)  # type: ignore[arg-type]
+    with pytest.raises(StorageError, match="the bucket is full"):
+        steps.upload_payload(_work(fail))
+
+
+def test_a_step_refuses_to_run_twice() -> None:
+    step = OnceOnly(lambda: {"ran": 1})
+    assert step() == {"ran": 1}
+    with pytest.raises(RuntimeError, match="twice"):
+        step()
+    assert step.outcome() == {"ran": 1}
+
+
+def test_every_rank_of_a_small_job_is_recorded_and_rank_0_of_a_large_one() -> None:
+    assert [rank for rank in range(8) if is_recorded(rank, 8, 8)] == list(range(8))
+    assert [rank for rank in range(9) if is_recorded(rank, 9, 8)] == [0]
+
+
+def test_a_rank_that_is_not_recorded_runs_plainly() -> None:
+    ran: list[int] = []
+    steps = RecordedSteps(_BrokenContext(AssertionError("must not be asked")), max_recorded_ranks=1)  # type: ignore[arg-type]
+    assert steps.compute_delta(_work(lambda: _note(ran), rank=1)) == {"ran": 1}
+
+
+def test_what_a_step_did_is_told_in_words() -> None:
+    facts = {"num_changed": 62_113, "num_elements": 400_000, "payload_nbytes": 51_234}
+    assert describe(facts) == "62,113 changed (15.53 %), 51.2 kB"
+    assert describe({"key": "payloads/x"}) == "done"
+
+
+def test_events_wait_for_a_server_that_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tasks.outbox._RETRY_SECONDS", 0.1)
+    received: list[dict[str, Any]] = []
+    placeholder = ThreadingHTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler)
+    port = placeholder.server_address[1]
+    placeholder.server_close()
+    outbox = EventOutbox(f"http://127.0.0.1:{port}/api")
+    for number in range(3):
+        outbox.put(("event", _event(number)))
+    time.sleep(0.3)
+    assert outbox.num_waiting == 3
+
+    with ThreadingHTTPServer(("127.0.0.1", port), _receiver(received)) as returned:
+        threading.Thread(target=returned.serve_forever, daemon=True).start()
+        _wait_for(lambda: received, lambda found: len(found) >= 3)
+        returned.shutdown()
+    assert [event["payload"]["number"] for event in received] == [0, 1, 2]
+    outbox.close()
+    assert outbox.num_waiting == 0
+
+
+def test_closing_the_outbox_never_waits_long_for_a_server_that_hangs() -> None:
+    hangs = ThreadingHTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler)  # accepts, and never answers
+    outbox = EventOutbox(f"http://127.0.0.1:{hangs.server_address[1]}/api")
+    outbox.put(("event", _event(0)))
+    started = time.monotonic()
+    outbox.close()
+    assert time.monotonic() - started < 4
+    hangs.server_close()
+
+
+class _BrokenContext:
+    """A context whose `run` breaks before or after the task function ran."""
+
+    def __init__(self, error: Exception, *, runs_first: bool = False) -> None:
+        self._error, self._runs_first = error, runs_first
+
+    def run(self, task: Any, *, step: OnceOnly, **_: Any) -> None:
+        if self._runs_first:
+            contextvars.copy_context().run(step)
+        raise self._error
+
+
+def _work(run: Callable[[], Facts], rank: int = 0) -> StepWork:
+    return StepWork("upload_payload", 3, rank, 2, "sft", "memory://toy", run)
+
+
+def _note(ran: list[int]) -> Facts:
+    ran.append(1)
+    return {"ran": len(ran)}
+
+
+def _event(number: int) -> Event:
+    return Event(event="toy", resource={"prefect.resource.id": f"toy.{number}"}, payload={"number": number})
+
+
+def _receiver(received: list[dict[str, Any]]) -> type[BaseHTTPRequestHandler]:
+    class Receiver(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            received.extend(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            self.send_response(204)
+            self.end_headers()
+
+        def log_message(self, *_: Any) -> None:
+            return
+
+    return Receiver
+
+
+def _events(client: SyncPrefectClient, name: str) -> list[dict[str, Any]]:
+    found = client.request("POST", "/events/filter", json={"filter": {"event": {"name": [name]}}})
+    events: list[dict[str, Any]] = found.json()["events"]
+    return [event for event in events if event["payload"]["chain"] == "memory://toy"]
+
+
+def _wait_for(read: Callable[[], Any], is_enough: Callable[[Any], bool], seconds: float = 30.0) -> Any:
+    deadline = time.monotonic() + seconds
+    while not is_enough(found := read()):
+        assert time.monotonic() < deadline, f"still {found}"
+        time.sleep(0.1)
+    return found

@@ -1,0 +1,137 @@
+"""The warm runner as a worker of a pool: one process runs run after run, and no end of a run goes unnoticed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from uuid import UUID
+
+import psutil
+import pytest
+from prefect.client.orchestration import SyncPrefectClient
+from prefect.client.schemas.actions import WorkPoolCreate
+from prefect.client.schemas.objects import State
+from prefect.exceptions import ObjectAlreadyExists
+from prefect.flows import Flow
+from prefect.states import Cancelling
+
+from flows.warm_runner import WarmRunner
+from tasks.lanes import LANES, Lane, WaitingRun, choose_runs, lanes_named
+from tasks.warm_worker import WarmWorker
+from tests.flows import toy_flows
+from weightline.errors import InputError
+
+POOL = "toy-pool"
+
+
+@pytest.fixture
+def start(client: SyncPrefectClient) -> Callable[..., UUID]:
+    """Deploys a toy flow to the pool's queue `toy` and starts a run of it."""
+    try:
+        client.create_work_pool(WorkPoolCreate(name=POOL, type="process"))
+        client.create_work_queue("toy", work_pool_name=POOL)
+    except ObjectAlreadyExists:
+        pass
+
+    def start_flow(flow: Flow, **parameters: str) -> UUID:
+        deployment_id = client.create_deployment(
+            flow_id=client.create_flow_from_name(flow.name),
+            name="toy",
+            entrypoint=f"{toy_flows.__name__}.{flow.fn.__name__}",
+            work_pool_name=POOL,
+            work_queue_name="toy",
+            parameter_openapi_schema={},
+        )
+        return client.create_flow_run_from_deployment(deployment_id, parameters=parameters).id
+
+    return start_flow
+
+
+@pytest.fixture
+def run_until(client: SyncPrefectClient, tmp_path: Path, server_environment: None) -> Iterator[Callable[..., None]]:
+    """Turns a runner of one lane until something holds."""
+    worker = WarmWorker(Lane("toy", ("toy",)), tmp_path / "lane.log")
+    runner = WarmRunner(client, [worker], POOL)
+
+    def turn_until(is_reached: Callable[[], bool], seconds: float = 60.0) -> None:
+        deadline = time.monotonic() + seconds
+        while not is_reached():
+            assert time.monotonic() < deadline, (tmp_path / "lane.log").read_text()
+            runner.turn()
+            time.sleep(0.1)
+
+    yield turn_until
+    runner.close()
+
+
+def _state(client: SyncPrefectClient, flow_run_id: UUID) -> State:
+    state = client.read_flow_run(flow_run_id).state
+    assert state is not None
+    return state
+
+
+@pytest.mark.slow
+def test_runs_share_a_process_until_one_dies_and_every_end_is_told(
+    client: SyncPrefectClient, start: Callable[..., UUID], run_until: Callable[..., None], tmp_path: Path
+) -> None:
+    told = tmp_path / "told"
+    first, failing, second = (
+        start(toy_flows.tell, path=str(told)),
+        start(toy_flows.fail),
+        start(toy_flows.tell, path=str(told)),
+    )
+    runs = [first, failing, second]
+    run_until(lambda: all(_state(client, run).is_final() for run in runs))
+    assert _state(client, first).is_completed()
+    assert _state(client, second).is_completed()
+    failed = _state(client, failing)
+    assert failed.is_failed()
+    assert "the toy broke" in (failed.message or "")
+    pids = told.read_text().split()
+    assert len(pids) == 2
+    assert len(set(pids)) == 1
+
+    dying = start(toy_flows.die)
+    run_until(lambda: _state(client, dying).is_final())
+    crashed = _state(client, dying)
+    assert crashed.is_crashed()
+    assert "exit code 7" in (crashed.message or "")
+
+    third = start(toy_flows.tell, path=str(told))
+    run_until(lambda: _state(client, third).is_final())
+    assert _state(client, third).is_completed()
+    assert told.read_text().split()[-1] != pids[0]
+
+
+@pytest.mark.slow
+def test_cancelling_a_run_ends_all_its_processes(
+    client: SyncPrefectClient, start: Callable[..., UUID], run_until: Callable[..., None], tmp_path: Path
+) -> None:
+    told = tmp_path / "pid"
+    hanging = start(toy_flows.hang, path=str(told))
+    run_until(lambda: told.exists() and bool(told.read_text()))
+    child = psutil.Process(int(told.read_text()))
+    client.set_flow_run_state(hanging, Cancelling())
+    run_until(lambda: _state(client, hanging).is_final())
+    assert _state(client, hanging).is_cancelled()
+    assert not child.is_running() or child.status() == psutil.STATUS_ZOMBIE
+
+
+def test_every_idle_lane_takes_the_run_that_waited_longest_in_its_queues() -> None:
+    first, second = Lane("first", ("a", "b")), Lane("second", ("c",))
+    waiting = [
+        WaitingRun("late", "a", 30.0), WaitingRun("early", "b", 10.0), WaitingRun("other", "c", 20.0),
+        WaitingRun("nobody's", "d", 1.0),
+    ]  # fmt: skip
+    chosen = choose_runs([first, second], waiting)
+    assert {lane: run.flow_run_id for lane, run in chosen.items()} == {"first": "early", "second": "other"}
+    assert choose_runs([], waiting) == {}
+    assert choose_runs([second], waiting[:2]) == {}
+
+
+def test_lanes_go_by_name() -> None:
+    assert lanes_named([]) == LANES
+    assert [lane.name for lane in lanes_named(["serving"])] == ["serving"]
+    with pytest.raises(InputError, match="no lane is called 'typo'"):
+        lanes_named(["typo"])

@@ -1,0 +1,37 @@
+"""Flows that the warm runner's tests let it run."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import time
+from pathlib import Path
+
+from prefect import flow
+
+
+@flow(name="toy-tell")
+def tell(path: str) -> None:
+    """Say which process ran this."""
+    with Path(path).open("a") as file:
+        file.write(f"{os.getpid()}\n")
+
+
+@flow(name="toy-fail")
+def fail() -> None:
+    """End badly, as flows do."""
+    raise ValueError("the toy broke")
+
+
+@flow(name="toy-die")
+def die() -> None:
+    """Take the process along."""
+    os._exit(7)
+
+
+@flow(name="toy-hang")
+def hang(path: str) -> None:
+    """Start a process in a session of its own, and wait for good."""
+    child = subprocess.Popen(["sleep", "300"], start_new_session=True)
+    Path(path).write_text(str(child.pid))
+    time.sleep(300)

@@ -1,0 +1,17 @@
+"""The rows of a chain as its bucket shows them now. Reads only."""
+
+from __future__ import annotations
+
+from weightline.chain import Chain
+from weightline.chain.records import EVALUATIONS, REFRESHES, read_records
+from weightline.lineage.rows import LineageRow, lineage_rows
+
+
+def read_lineage(chain: Chain, max_versions: int | None = None) -> tuple[LineageRow, ...]:
+    """Rows of the chain's newest versions (all for None), oldest first. Manifests are read once."""
+    tip = chain.tip_version()
+    if tip is None:
+        return ()
+    first = 0 if max_versions is None else max(0, tip - max_versions + 1)
+    manifests = chain.manifests(first, tip)
+    return lineage_rows(manifests, read_records(chain, EVALUATIONS, first), read_records(chain, REFRESHES, first))

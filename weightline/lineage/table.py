@@ -1,0 +1,77 @@
+"""The rows as a table: for a Markdown page, for a terminal, and for summary.json. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from weightline.lineage.graph import MAX_NODES, mermaid_graph
+from weightline.lineage.rows import LineageRow
+from weightline.lineage.text import escape_markdown, format_nbytes, format_percent, format_time
+
+COLUMNS = ("version", "stage", "step", "kind", "changed", "bytes", "to full", "score", "served (UTC)")
+
+
+def cells(row: LineageRow) -> tuple[str, ...]:
+    """The row as text, one a column of COLUMNS. Unescaped."""
+    score = row.evaluation if row.score is None else f"{row.score:.3f}"
+    served = format_time(row.served_at) if row.served_at else row.serving
+    return (
+        f"v{row.version}" + (" *" if row.is_milestone else ""),
+        row.stage,
+        str(row.global_step),
+        row.kind,
+        format_percent(row.changed_fraction),
+        format_nbytes(row.payload_nbytes),
+        format_percent(row.ratio_to_full),
+        score,
+        served,
+    )
+
+
+def markdown_table(rows: Sequence[LineageRow]) -> str:
+    """A Markdown table, newest version first. Names from manifests are escaped."""
+    lines = ["| " + " | ".join(COLUMNS) + " |", "|" + " --- |" * len(COLUMNS)]
+    lines += ["| " + " | ".join(escape_markdown(cell) for cell in cells(row)) + " |" for row in reversed(rows)]
+    return "\n".join(lines)
+
+
+def lineage_markdown(chain_url: str, rows: Sequence[LineageRow], max_versions: int = MAX_NODES) -> str:
+    """The page of a chain: graph and table of its newest versions. `rows` may leave out older versions.
+
+    Its size is bounded by `max_versions`, whatever the length of the chain.
+    """
+    name = f"Chain {escape_markdown_url(chain_url)}"
+    if not rows:
+        return f"{name} holds no version yet.\n"
+    shown = rows[-max_versions:]
+    intro = f"{name}: newest {len(shown)} of {shown[-1].version + 1} versions. `*`: a milestone, always evaluated."
+    return f"{intro}\n\n```mermaid\n{mermaid_graph(shown, max_versions)}\n```\n\n{markdown_table(shown)}\n"
+
+
+def escape_markdown_url(url: str) -> str:
+    """A URL as inline code: shown, never a link, and unable to leave the code."""
+    return "`" + " ".join(url.replace("`", "'").split()) + "`"
+
+
+def summary_rows(rows: Sequence[LineageRow]) -> list[dict[str, Any]]:
+    """What summary.json says of each version, oldest first."""
+    return [
+        {
+            "version": row.version,
+            "stage": row.stage,
+            "kind": row.kind,
+            "global_step": row.global_step,
+            "is_milestone": row.is_milestone,
+            "num_changed": row.num_changed,
+            "num_elements": row.num_elements,
+            "payload_nbytes": row.payload_nbytes,
+            "full_nbytes": row.full_nbytes,
+            "evaluation": row.evaluation,
+            "score": row.score,
+            "serving": row.serving,
+            "served_at": row.served_at,
+            "pause_seconds": row.pause_seconds,
+        }
+        for row in rows
+    ]
