@@ -15,9 +15,10 @@ from tests.chains import commit_state, nudged, random_state
 from weightline.chain.author import commit_fork, commit_revert
 from weightline.chain.compact import AnchorPolicy
 from weightline.chain.compaction import plan_compaction, write_compaction
-from weightline.chain.expire import expire_before, oldest_kept
+from weightline.chain.expire import expire_before
 from weightline.chain.gc import collect, plan_gc, view_chain
 from weightline.chain.history import Chain
+from weightline.chain.horizon import oldest_kept
 from weightline.chain.refs import current_refs, move_ref
 from weightline.chain.state import HostState, advance_state, read_state
 from weightline.chain.verify import verify_chain
@@ -25,7 +26,7 @@ from weightline.chain.ways import plan_between
 from weightline.store.memory import MemoryStore
 
 SHAPES = {"model.embed.weight": (30, 4), "model.norm.weight": (4,), "scale": (), "empty": (0, 4)}
-SMALL_GROUP = 1 << 30
+SMALL_GROUP = 100
 State = dict[str, np.ndarray]
 
 

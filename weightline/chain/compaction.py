@@ -16,6 +16,7 @@ from weightline.chain.compact import AnchorPolicy, interpolate_direct, plan_comp
 from weightline.chain.fetch import Fetcher, fetching
 from weightline.chain.groups import GROUP_NBYTES, tensor_groups
 from weightline.chain.history import Chain
+from weightline.chain.horizon import oldest_kept
 from weightline.chain.state import HostState, advance_state, read_state
 from weightline.chain.ways import Ways, plan_between
 from weightline.codec.capture import capture
@@ -46,8 +47,8 @@ def plan_compaction(
 ) -> CompactionPlan:
     """Look at the chain and decide. Reads payloads; writes nothing."""
     tip = chain.tip()
-    manifests = chain.manifests()
-    first = manifests[0].version
+    first = oldest_kept(chain)
+    manifests = chain.manifests(first)
     late_joiner = plan_between(chain, None, tip.version)
     writes_anchor = (policy or AnchorPolicy()).wants_anchor(late_joiner.hops, tip.num_elements)
     if first == tip.version:

@@ -11,8 +11,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
-from weightline.chain.expire import oldest_kept
 from weightline.chain.history import Chain
+from weightline.chain.horizon import oldest_kept
 from weightline.chain.refs import current_refs
 from weightline.chain.ways import Ways, plan_between
 from weightline.errors import NotFoundError

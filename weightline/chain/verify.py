@@ -9,10 +9,10 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from weightline.chain.expire import oldest_kept
 from weightline.chain.fetch import Fetcher, fetching
 from weightline.chain.groups import GROUP_NBYTES, tensor_groups
 from weightline.chain.history import Chain
+from weightline.chain.horizon import oldest_kept
 from weightline.chain.plan import Hop
 from weightline.chain.records import EVALUATIONS, REFRESHES, read_records
 from weightline.chain.refs import current_refs

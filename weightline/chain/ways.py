@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 
 from weightline.chain.history import Chain
+from weightline.chain.horizon import oldest_kept
 from weightline.chain.plan import Hop, ReplayPlan, plan_replay
 from weightline.errors import ManifestError, NotFoundError
 from weightline.format import keys
@@ -22,6 +23,7 @@ class Ways:
     def __init__(self, chain: Chain, *, backward_below: int | None = None) -> None:
         """backward_below: also offer deltas walked backwards, into versions below this one."""
         self._chain = chain
+        self._horizon = oldest_kept(chain)
         self._backward_below = backward_below
         self._shortcut_keys: dict[int, list[str]] = defaultdict(list)
         for info in chain.store.list(keys.SHORTCUTS):
@@ -29,12 +31,14 @@ class Ways:
                 self._shortcut_keys[ends[1]].append(info.key)
 
     def __call__(self, version: int) -> Iterator[Hop]:
+        if self._is_gone(version):
+            return
         manifest = self._chain.manifest(version)
         yield hop_of(manifest)
         for shortcut in self.shortcuts_into(version):
             if shortcut.commit_id == manifest.commit_id and self._base_stands(shortcut):
                 yield hop_of_shortcut(shortcut)
-        if self._backward_below is not None and version < self._backward_below:
+        if self._backward_below is not None and version < self._backward_below and not self._is_gone(version + 1):
             above = self._chain.manifest(version + 1)
             if above.base_version == version and above.coding in REVERSIBLE_CODINGS:
                 yield Hop(version, above.version, above.payloads, above.num_changed, is_backward=True)
@@ -50,14 +54,17 @@ class Ways:
                 raise ManifestError(f"{key} holds the shortcut {shortcut.key}", rule="shortcut-is-key")
             yield shortcut
 
+    def _is_gone(self, version: int) -> bool:
+        """Behind the horizon, ask the bucket and not the cache: gc may have been there. Payloads go after manifests."""
+        return version < self._horizon and self._chain.store.head(keys.commit(version)) is None
+
     def _base_stands(self, shortcut: Shortcut) -> bool:
         """A base that is expired or replaced makes the shortcut useless, never wrong."""
         if shortcut.base_version is None:
             return True
-        try:
-            return self._chain.manifest(shortcut.base_version).commit_id == shortcut.base_commit_id
-        except NotFoundError:
+        if self._is_gone(shortcut.base_version):
             return False
+        return self._chain.manifest(shortcut.base_version).commit_id == shortcut.base_commit_id
 
 
 def hop_of(manifest: Manifest) -> Hop:

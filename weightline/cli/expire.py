@@ -7,7 +7,8 @@ from typing import Annotated
 import typer
 
 from weightline.chain import open_chain
-from weightline.chain.expire import expire_before, oldest_kept
+from weightline.chain.expire import expire_before
+from weightline.chain.horizon import oldest_kept
 from weightline.chain.refs import resolve
 from weightline.cli.output import Bucket, Json, emit
 
