@@ -82,7 +82,8 @@ def make_manifest(
         version=version, base_version=None if is_anchor else version - 1, kind="anchor" if is_anchor else "delta",
         commit_id=commit_id, created_at=utc_now(), run_id="run-1", stage="sft", global_step=version, coding="gap",
         world_size=2, num_changed=num_elements if is_anchor else 0, num_elements=num_elements,
-        payload_nbytes=payload_nbytes, full_nbytes=sum(spec.nbytes for spec in specs), payloads=payloads, tensors=tensors,
+        payload_nbytes=payload_nbytes, full_nbytes=sum(spec.nbytes for spec in specs), payloads=payloads,
+        tensors=tensors,
     )  # fmt: skip
 
 
