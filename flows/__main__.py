@@ -18,6 +18,7 @@ app = typer.Typer(help=__doc__, add_completion=False, no_args_is_help=True)
 # Without a terminal (a log, a pipe) lines are for reading later: let them be long.
 console = Console(width=None if sys.stdout.isatty() else 160)
 
+INTERRUPTED = 130
 DEFAULT_RECIPE = Path("deployments/recipes/arithmetic.yaml")
 RunsDir = Annotated[Path, typer.Option(help="Folder of all runs and of the stack.")]
 Port = Annotated[int, typer.Option(help="Port of the Prefect server; another one if it is taken.")]
@@ -48,16 +49,18 @@ def down(runs_dir: RunsDir = Path("runs")) -> None:
 
 
 def main() -> int:
-    """The command line. 0: done; 1: failed, with one message; 130: interrupted."""
+    """The command line. 0: done; 1: failed, with one message; 2: wrong usage; 130: interrupted."""
+    errors = Console(stderr=True)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        app(standalone_mode=False)
+        app()
     except WeightlineError as error:
-        Console(stderr=True).print(f"error: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
+        errors.print(f"error: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
         return 1
-    except (KeyboardInterrupt, typer.Abort):
-        Console(stderr=True).print("interrupted: everything was ended", style="red")
-        return 130
+    except SystemExit as end:
+        if end.code == INTERRUPTED:
+            errors.print("interrupted: everything was ended", style="red")
+        return int(end.code or 0)
     return 0
 
 

@@ -77,8 +77,8 @@ def start_missing(chain: str, missing: Missing) -> None:
 
 def newest_chain(runs_dir: str | Path) -> str | None:
     """The chain of the run that was started last, or None. Folders that are no runs are passed over."""
-    recipes = sorted(runs_dir_of(runs_dir).glob("*/recipe.json"), key=lambda path: path.stat().st_mtime)
-    for path in reversed(recipes):
+    runs = sorted(runs_dir_of(runs_dir).glob("*/run.json"), key=lambda path: path.stat().st_mtime)
+    for path in reversed(runs):
         try:
             return open_run(path.parent).chain_url
         except WeightlineError:

@@ -52,10 +52,12 @@ def ensure_replica(chain_url: str, folder: Path) -> ReplicaAddress:
     state_dir.mkdir(parents=True, exist_ok=True)
     token = load_token(state_dir)
     process = _running.get(chain_url)
-    if process is None or process.poll() is not None:
+    url = read_address(state_dir) if process is not None and process.poll() is None else None
+    if url is None or not _answers(url, timeout_seconds=30.0):
         end_replicas()
-        process = _running[chain_url] = _start(chain_url, state_dir)
-    return ReplicaAddress(_wait_for_url(process, state_dir), token)
+        _running[chain_url] = _start(chain_url, state_dir)
+        url = _wait_for_url(_running[chain_url], state_dir)
+    return ReplicaAddress(url, token)
 
 
 def end_replicas() -> None:
@@ -92,15 +94,15 @@ def _wait_for_url(process: subprocess.Popen[bytes], state_dir: Path) -> str:
             message = f"the inference server ended with exit code {process.returncode}. Its last lines:"
             raise LaunchError("\n    ".join([message, *tail]), returncode=process.returncode, tail=tail)
         url = read_address(state_dir)
-        if url is not None and _answers(url):
+        if url is not None and _answers(url, timeout_seconds=2.0):
             return url
         time.sleep(0.1)
     raise LaunchError(f"the inference server did not come up in {_START_SECONDS:.0f} s: see {state_dir / _LOG}")
 
 
-def _answers(url: str) -> bool:
+def _answers(url: str, timeout_seconds: float) -> bool:
     try:
-        client.status(url, timeout_seconds=2.0)
+        client.status(url, timeout_seconds=timeout_seconds)
     except ApplyError:
         return False
     return True

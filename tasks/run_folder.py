@@ -9,24 +9,34 @@ runs/<id>/summary.json          the end of `python -m flows run`
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+
+from pydantic import ValidationError
 
 from weightline.chain import Chain, open_chain
 from weightline.chain.records import write_record
 from weightline.errors import InputError, NotFoundError
 from weightline.format.keys import checked_name
 from weightline.stages.job import StageJob, write_atomically
-from weightline.stages.load import load_recipe, parse_recipe
+from weightline.stages.load import load_recipe
 from weightline.stages.preflight import Placement, check_recipe
-from weightline.stages.recipe import Recipe, StageConfig
+from weightline.stages.recipe import FrozenModel, Recipe, StageConfig
 from weightline.store import open_store
 from weightline.store.open import check_writable
 
 #: Records of runs: which recipe made the versions that bear the run's id. Consumers find the evaluation's task there.
 RUNS = "runs"
+_RUN_FILE = "run.json"
+
+
+class _RunFile(FrozenModel):
+    """What is written down about a run."""
+
+    run_id: str
+    chain: str
+    recipe: Recipe
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,9 +105,8 @@ def prepare_run(
     A `run_id` that has a folder is resumed: with its own recipe; another recipe is refused. Safe to repeat. RecipeError
     names the field and the remedy, InputError or StorageError the bucket that cannot be written.
     """
-    stored = runs_dir_of(runs_dir) / run_id / "recipe.json" if run_id else None
-    if stored is not None and stored.exists():
-        run = open_run(stored.parent)
+    if run_id is not None and (runs_dir_of(runs_dir) / run_id / _RUN_FILE).exists():
+        run = open_run(runs_dir_of(runs_dir) / run_id)
         _require_same_recipe(run, recipe_path)
         return run
     if recipe_path is None:
@@ -117,11 +126,10 @@ def open_run(folder: str | Path) -> Run:
     """The run in a folder that `prepare_run` wrote. InputError when it is none; RecipeError as in `prepare_run`."""
     folder = Path(folder).absolute()
     try:
-        facts = json.loads((folder / "recipe.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        written = _RunFile.model_validate_json((folder / _RUN_FILE).read_bytes())
+    except (OSError, ValidationError) as error:
         raise InputError(f"{folder} is no folder of a run: {error}", path=str(folder)) from error
-    recipe = parse_recipe(facts["recipe"])
-    return Run(facts["run_id"], folder, facts["chain"], recipe, check_recipe(recipe))
+    return Run(written.run_id, folder, written.chain, written.recipe, check_recipe(written.recipe))
 
 
 def runs_dir_of(runs_dir: str | Path) -> Path:
@@ -139,8 +147,9 @@ def _require_same_recipe(run: Run, recipe_path: str | Path | None) -> None:
 
 
 def _write(run: Run) -> None:
-    facts = {"run_id": run.run_id, "chain": run.chain_url, "recipe": run.recipe.model_dump(mode="json")}
     chain = run.open_chain()
     tip = chain.tip_version()
-    write_record(chain, RUNS, 0 if tip is None else tip + 1, run.run_id, {"status": "done", "recipe": facts["recipe"]})
-    write_atomically(run.folder / "recipe.json", json.dumps(facts, indent=1))
+    record = {"status": "done", "recipe": run.recipe.model_dump(mode="json")}
+    write_record(chain, RUNS, 0 if tip is None else tip + 1, run.run_id, record)
+    written = _RunFile(run_id=run.run_id, chain=run.chain_url, recipe=run.recipe)
+    write_atomically(run.folder / _RUN_FILE, written.model_dump_json(indent=1))

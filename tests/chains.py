@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from weightline.chain.commit import commit_manifest, new_commit_id, utc_now
 from weightline.chain.history import Chain
+from weightline.codec.anchor import ANCHOR_CODING
 from weightline.codec.capture import capture
 from weightline.codec.coding import coding_named
 from weightline.codec.digest import format_digest, tensor_digest
@@ -64,7 +65,12 @@ def commit_state(
             chain.store.put_file(key, path)
             payloads.append(PayloadRef(key=key, nbytes=info.nbytes, sha256=info.sha256, rank=rank))
     manifest = make_manifest(new, version, commit_id, tuple(payloads), is_anchor=old is None).model_copy(
-        update={"stage": stage, "assets": assets, "is_milestone": is_milestone, "coding": coding if old else "ordered"}
+        update={
+            "stage": stage,
+            "assets": assets,
+            "is_milestone": is_milestone,
+            "coding": coding if old else ANCHOR_CODING,
+        }
         | ({"num_changed": num_changed} if old is not None else {})
     )
     commit_manifest(chain, manifest)

@@ -16,7 +16,10 @@ MODULES = sorted(
 
 
 def test_no_module_of_the_codec_imports_numba_or_torch() -> None:
-    imports = "; ".join(f"import {name}" for name in (*MODULES, "weightline.format.payload", "weightline.format.bench"))
+    imports = "; ".join(
+        f"import {name}"
+        for name in (*MODULES, "weightline.format.payload", "weightline.bench.codings", "weightline.bench.peers")
+    )
     script = f"import sys; {imports}; print([name for name in ('numba', 'torch', 'zstandard') if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -26,14 +26,14 @@ def write_pairs(path: Path, states: Iterable[Pair], coding: str, **options: int)
     return write_delta(path, (capture(*pair, ranked=True) for pair in states), coding, **options)
 
 
-def read_all(payload: Payload, states: Iterable[Pair]) -> Iterator[Changes]:
+def read_all(payload: Payload, states: Iterable[Pair], **options: int) -> Iterator[Changes]:
     old = {segment: old_N for segment, old_N, _ in states}
-    return payload.read_changes(None, old.__getitem__)
+    return payload.read_changes(None, old.__getitem__, **options)
 
 
-def assert_exact(payload: Payload, states: list[Pair]) -> None:
+def assert_exact(payload: Payload, states: list[Pair], **options: int) -> None:
     """Applying the payload to the old bits gives the new ones, and it says of each change where it started."""
-    for (segment, old_N, new_N), changes in zip(states, read_all(payload, states), strict=True):
+    for (segment, old_N, new_N), changes in zip(states, read_all(payload, states, **options), strict=True):
         assert changes.segment == segment
         assert np.array_equal(old_N[changes.positions_K], changes.old_K)
         applied_N = old_N.copy()
@@ -164,8 +164,16 @@ def test_segments_of_several_tiles_and_chunks(tmp_path: Path, coding: str, dtype
     payload = open_payload(tmp_path / "p")
     assert len(payload._lines[dtype]) >= 2
     assert_exact(payload, states)
+    assert_exact(payload, states, num_threads=3)
     [last] = payload.read_changes(lambda segment: segment.tensor.name == "last", lambda _: small_N)
     assert last.num_changed == 100
+
+
+def test_anchors_are_read_on_threads(tmp_path: Path) -> None:
+    bits_N = np.arange(2 * TILE + 5, dtype=np.uint32).astype(np.uint8)
+    write_anchor(tmp_path / "p", [(whole("w", "U8", bits_N.size), bits_N)], num_threads=3)
+    [(_, read_N)] = open_payload(tmp_path / "p").read_anchor(None, num_threads=3)
+    assert np.array_equal(read_N, bits_N)
 
 
 def test_more_pieces_than_a_chunk_may_have(tmp_path: Path) -> None:

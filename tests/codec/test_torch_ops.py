@@ -68,6 +68,8 @@ def test_wrong_tensors_are_refused() -> None:
     for bad in (torch.zeros(5, dtype=torch.bfloat16), torch.zeros(6, dtype=torch.float16)):
         with pytest.raises(InputError, match=r"layer\.weight"):
             capture_tensor(segment, good, bad)
+    with pytest.raises(InputError, match="one device"):
+        capture_tensor(segment, good, torch.zeros(6, dtype=torch.bfloat16, device="meta"))
     with pytest.raises(InputError, match="contiguous"):
         bits_of(torch.zeros(4, 4).t())
     with pytest.raises(InputError, match="complex64"):

@@ -1,4 +1,4 @@
-"""deployments/prefect.yaml deployed for real: a committed version starts its consumers, and a lost event is made good."""
+"""deployments/prefect.yaml deployed for real: a commit starts its consumers, and a lost event is made good."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from prefect.client.orchestration import SyncPrefectClient
+from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.filters import (
     DeploymentFilter,
     DeploymentFilterName,
@@ -32,12 +32,14 @@ CONSUMERS = ("evaluate-version", "refresh-serving")
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture
-def deployed(client: SyncPrefectClient, server_environment: None) -> Iterator[SyncPrefectClient]:
+@pytest.fixture(scope="module")
+def deployed(server: str) -> Iterator[SyncPrefectClient]:
     """Everything of prefect.yaml is there; no worker is."""
-    deploy_all(ROOT)
-    yield client
-    EventsWorker.drain_all()
+    with pytest.MonkeyPatch.context() as patch, get_client(sync_client=True) as client:
+        patch.setenv("PREFECT_API_URL", server)
+        deploy_all(ROOT)
+        yield client
+        EventsWorker.drain_all()
 
 
 def _runs(client: SyncPrefectClient, deployment: str, chain: str) -> list[FlowRun]:

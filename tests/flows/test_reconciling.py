@@ -49,5 +49,5 @@ def test_a_crashed_run_is_started_again_in_the_next_window() -> None:
 def test_a_folder_without_runs_has_no_chain(tmp_path: Path) -> None:
     assert newest_chain(tmp_path) is None
     (tmp_path / "no-run").mkdir()
-    (tmp_path / "no-run" / "recipe.json").write_text("{}")
+    (tmp_path / "no-run" / "run.json").write_text("{}")
     assert newest_chain(tmp_path) is None

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
+from weightline.bench.timing import best_of
 from weightline.codec.capture import capture
 from weightline.codec.coding import coding_named, codings
-from weightline.codec.timing import best_of
 from weightline.format.payload import open_payload, write_delta
 from weightline.types import BitsArray, Changes, Segment, TensorSpec
 

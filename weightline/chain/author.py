@@ -19,6 +19,7 @@ from weightline.chain.groups import GROUP_NBYTES, tensor_groups
 from weightline.chain.history import Chain
 from weightline.chain.state import read_state
 from weightline.chain.target import FileTarget, Target, VersionTarget
+from weightline.codec.anchor import ANCHOR_CODING
 from weightline.codec.capture import capture
 from weightline.codec.coding import coding_named
 from weightline.codec.digest import add_digests, digest_change, format_digest, tensor_digest
@@ -201,7 +202,7 @@ def _manifest(target: Target, draft: _Draft, author: Authorship, tip: Manifest |
         stage=author.stage,
         global_step=author.global_step,
         is_milestone=author.is_milestone,
-        coding="ordered" if tip is None else author.coding,
+        coding=ANCHOR_CODING if tip is None else author.coding,
         world_size=max(1, len(draft.payloads)),
         num_changed=num_elements if tip is None else draft.num_changed,
         num_elements=num_elements,

@@ -19,6 +19,7 @@ from weightline.chain.history import Chain
 from weightline.chain.horizon import oldest_kept
 from weightline.chain.state import HostState, advance_state, read_state
 from weightline.chain.ways import Ways, plan_between
+from weightline.codec.anchor import ANCHOR_CODING
 from weightline.codec.capture import capture
 from weightline.codec.coding import coding_named
 from weightline.errors import ObjectExistsError
@@ -79,7 +80,7 @@ def write_compaction(
                     drafts[base].add(chain, path, lambda p, c=changes: write_delta(p, c, coding))  # type: ignore[misc]
     written = [draft.finish(chain, base, coding) for base, draft in drafts.items()]
     if anchor is not None:
-        written.append(anchor.finish(chain, None, "ordered"))
+        written.append(anchor.finish(chain, None, ANCHOR_CODING))
     return written
 
 

@@ -9,6 +9,7 @@ from weightline.chain.compaction import CompactionPlan, write_compaction
 from weightline.chain.history import Chain
 from weightline.chain.horizon import move_horizon, oldest_kept
 from weightline.chain.ways import Ways
+from weightline.codec.anchor import ANCHOR_CODING
 
 
 def expire_before(chain: Chain, version: int) -> int:
@@ -21,6 +22,6 @@ def expire_before(chain: Chain, version: int) -> int:
     if version <= horizon:
         return horizon
     if not any(hop.base_version is None for hop in Ways(chain)(version)):
-        write_compaction(chain, CompactionPlan(version, (), {}, writes_anchor=True), coding="ordered")
+        write_compaction(chain, CompactionPlan(version, (), {}, writes_anchor=True), coding=ANCHOR_CODING)
     move_horizon(chain, version)
     return version

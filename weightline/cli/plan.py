@@ -34,9 +34,14 @@ def run(
         "num_objects": found.num_objects, "hops": hops,
     }  # fmt: skip
     rows = [
-        ("nothing" if hop["from"] is None else hop["from"], hop["to"], hop["num_objects"], size(hop["payload_nbytes"]),
-         "backward" if hop["is_backward"] else "shortcut" if hop["is_shortcut"] else "")
-        for hop in hops
-    ]  # fmt: skip
+        (
+            "nothing" if hop.start is None else hop.start,
+            hop.target,
+            len(hop.payloads),
+            size(hop.payload_nbytes),
+            "backward" if hop.is_backward else "shortcut" if hop.is_shortcut else "",
+        )
+        for hop in found.hops
+    ]
     total = f"{len(hops)} hops, {found.num_objects} objects, {size(found.payload_nbytes)}"
     emit(document, [*table(("from", "to", "objects", "bytes", ""), rows), total], as_json=as_json)

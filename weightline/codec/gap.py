@@ -13,18 +13,14 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from weightline.codec.chunknumbers import flatten_changes
 from weightline.codec.coding import ChunkBase, Streams
 from weightline.codec.geometric import Counts, Numbers, decode_runs, encode_runs, start_levels
-from weightline.codec.grouped import group_changes
-from weightline.codec.pieces import RankedChanges
 from weightline.codec.steps import apply_steps
 from weightline.codec.stepstream import decode_steps, encode_steps
 from weightline.codec.varint import NumberReader, put_numbers
 from weightline.errors import PayloadError
 from weightline.types import Changes, Segment
-
-#: The class field that puts all elements into class 0.
-_ONE_CLASS = (0, 0)
 
 
 class GapCoding:
@@ -34,8 +30,8 @@ class GapCoding:
     ranked = False
 
     def encode(self, pieces: Sequence[Changes]) -> Streams:
-        grouped = group_changes([_rank_by_position(piece) for piece in pieces], _ONE_CLASS, joined=True)
-        return _encode_positions(grouped.gaps_K), encode_steps(grouped.sizes_K, grouped.negative_K)
+        numbers = flatten_changes(pieces)
+        return _encode_positions(numbers.gaps_K), encode_steps(numbers.sizes_K, numbers.negative_K)
 
     def decode(
         self, streams: Streams, pieces: Sequence[Segment], num_changed: int, base: ChunkBase
@@ -57,12 +53,6 @@ class GapCoding:
 def _starts(pieces: Sequence[Segment]) -> Counts:
     """Where each piece starts in the chunk, and where the last one ends."""
     return np.cumsum([0] + [piece.length for piece in pieces])
-
-
-def _rank_by_position(piece: Changes) -> RankedChanges:
-    """With one class for all, an element's rank is its position."""
-    ranks_K = piece.positions_K.astype(np.uint32)
-    return RankedChanges(piece.segment, piece.positions_K, piece.old_K, piece.new_K, ranks_K)
 
 
 def _encode_positions(gaps_K: Numbers) -> bytes:

@@ -18,11 +18,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from weightline.codec.chunknumbers import group_changes
 from weightline.codec.classcounts import ClassCounts, pack_class_counts, unpack_class_counts
 from weightline.codec.classes import class_field
 from weightline.codec.coding import ChunkBase, Streams
 from weightline.codec.geometric import Counts
-from weightline.codec.grouped import group_changes
 from weightline.codec.pieces import RankedChanges
 from weightline.codec.steps import apply_steps
 from weightline.codec.stepstream import decode_steps, encode_steps
@@ -40,9 +40,8 @@ class MagnitudeCoding:
 
     def encode(self, pieces: Sequence[Changes]) -> Streams:
         field = class_field(pieces[0].segment.tensor.dtype)
-        grouped = group_changes([_require_ranks(piece) for piece in pieces], field, joined=False)
-        positions = pack_class_counts(grouped.counts_PC, grouped.gaps_K)
-        return positions, encode_steps(grouped.sizes_K, grouped.negative_K)
+        counts_PC, numbers = group_changes([_require_ranks(piece) for piece in pieces], field)
+        return pack_class_counts(counts_PC, numbers.gaps_K), encode_steps(numbers.sizes_K, numbers.negative_K)
 
     def decode(
         self, streams: Streams, pieces: Sequence[Segment], num_changed: int, base: ChunkBase

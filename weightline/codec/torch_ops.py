@@ -57,8 +57,10 @@ def capture_tensor(segment: Segment, old: torch.Tensor, new: torch.Tensor, *, ra
 
     On the CPU the kernels of `capture` do it, on the tensors' own memory; on other devices torch does, tile by tile, so
     that scratch memory is bounded, and only the changed elements move to the host. Pure, safe to repeat.
-    Raises InputError when a tensor does not have the segment's number of elements and dtype.
+    Raises InputError when a tensor does not have the segment's number of elements and dtype, or when they lie apart.
     """
+    if old.device != new.device:
+        raise InputError(f"states must lie on one device, not on {old.device} and {new.device}", device=str(new.device))
     old_N, new_N = flat_bits(segment, old), flat_bits(segment, new)
     if old_N.device.type == "cpu":
         return capture(segment, _as_array(segment, old_N), _as_array(segment, new_N), ranked=ranked)

@@ -196,23 +196,26 @@ class Payload:
     num_changed: int
     _lines: Mapping[str, tuple[PlacedChunk, ...]]
 
-    def read_changes(self, select: Select | None, base: Base) -> Iterator[Changes]:
+    def read_changes(self, select: Select | None, base: Base, *, num_threads: int = 1) -> Iterator[Changes]:
         """The changes of every selected segment (None: all of them), one Changes a segment, in the table's order.
 
-        `base` gives a segment's bits before this delta; it is called once for a selected segment that is not empty.
-        Raises PayloadError; what was yielded before is sound.
+        `base` gives a segment's bits before this delta; only selected segments that are not empty are asked for (on
+        worker threads, ahead of what is yielded, when there are several). Whoever applies changes while iterating may
+        write to segments that were yielded. Raises PayloadError; what was yielded before is sound.
         """
         self._require("delta")
         coding = coding_named(self.coding)
         with self.path.open("rb") as file:
             bases = _Bases(self.segments, select or _everything, base)
-            lines = {dtype: _delta_pieces(file, chunks, coding, bases) for dtype, chunks in self._lines.items()}
+            lines = {
+                dtype: _delta_pieces(file, chunks, coding, bases, num_threads) for dtype, chunks in self._lines.items()
+            }
             for segment, is_wanted in zip(self.segments, bases.wanted, strict=True):
                 if is_wanted:
                     pieces = lines.get(segment.tensor.dtype, iter(()))
                     yield _join_changes(segment, list(islice(pieces, num_tiles(segment))))
 
-    def read_anchor(self, select: Select | None) -> Iterator[tuple[Segment, BitsArray]]:
+    def read_anchor(self, select: Select | None, *, num_threads: int = 1) -> Iterator[tuple[Segment, BitsArray]]:
         """The bits of every selected segment (None: all of them), in the table's order. Raises PayloadError."""
         self._require("anchor")
         with self.path.open("rb") as file:
@@ -220,7 +223,7 @@ class Payload:
             for segment in self.segments:
                 chunks = list(islice(lines.get(segment.tensor.dtype, iter(())), num_tiles(segment)))
                 if (select or _everything)(segment):
-                    yield segment, _join_tiles(file, segment, chunks)
+                    yield segment, _join_tiles(file, segment, chunks, num_threads)
 
     def _require(self, kind: str) -> None:
         if self.kind != kind:
@@ -278,19 +281,24 @@ class _Bases:
     def _bits(self, chunk: PlacedChunk, number: int) -> BitsArray:
         owner, piece = chunk.owners[number], chunk.pieces[number]
         segment = self._segments[owner]
-        if self._last is None or self._last[0] != owner:
-            self._last = (owner, check_bits(segment, self._base(segment)))
+        held = self._last
+        if held is None or held[0] != owner:
+            held = self._last = (owner, np.ascontiguousarray(check_bits(segment, self._base(segment))))
         at = piece.start - segment.start
-        return self._last[1][at : at + piece.length]
+        return held[1][at : at + piece.length]
 
 
 def _delta_pieces(
-    file: BinaryIO, chunks: Sequence[PlacedChunk], coding: DeltaCoding, bases: _Bases
+    file: BinaryIO, chunks: Sequence[PlacedChunk], coding: DeltaCoding, bases: _Bases, num_threads: int
 ) -> Iterator[Changes]:
-    for chunk in chunks:
-        base = bases.of_chunk(chunk)
-        if any(base.wanted):
-            yield from coding.decode(_read_streams(file, chunk), chunk.pieces, chunk.entry.num_changed, base)
+    wanted = ((chunk, _read_streams(file, chunk)) for chunk in chunks if any(bases.of_chunk(chunk).wanted))
+
+    def decode(item: tuple[PlacedChunk, tuple[bytes, bytes]]) -> list[Changes]:
+        chunk, streams = item
+        return list(coding.decode(streams, chunk.pieces, chunk.entry.num_changed, bases.of_chunk(chunk)))
+
+    for pieces in ordered_map(decode, wanted, num_threads):
+        yield from pieces
 
 
 def _read_streams(file: BinaryIO, chunk: PlacedChunk) -> tuple[bytes, bytes]:
@@ -310,12 +318,17 @@ def _join_changes(segment: Segment, pieces: list[Changes]) -> Changes:
     )
 
 
-def _join_tiles(file: BinaryIO, segment: Segment, chunks: list[PlacedChunk]) -> BitsArray:
+def _join_tiles(file: BinaryIO, segment: Segment, chunks: list[PlacedChunk], num_threads: int) -> BitsArray:
     bits_N = np.empty(segment.length, bits_dtype(segment.tensor.dtype))
-    for chunk in chunks:
-        tile = chunk.pieces[0]
+
+    def decode(item: tuple[Segment, bytes]) -> None:
+        tile, stream = item
         at = tile.start - segment.start
-        bits_N[at : at + tile.length] = decode_anchor(_read_streams(file, chunk)[0], tile.length, tile.tensor.dtype)
+        bits_N[at : at + tile.length] = decode_anchor(stream, tile.length, tile.tensor.dtype)
+
+    streams = ((chunk.pieces[0], _read_streams(file, chunk)[0]) for chunk in chunks)
+    for _ in ordered_map(decode, streams, num_threads):
+        pass
     return bits_N
 
 

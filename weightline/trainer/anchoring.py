@@ -14,6 +14,7 @@ from weightline.chain.compact import AnchorPolicy
 from weightline.chain.history import Chain
 from weightline.chain.plan import Hop
 from weightline.chain.ways import hop_of, hop_of_shortcut, plan_between
+from weightline.codec.anchor import ANCHOR_CODING
 from weightline.errors import ObjectExistsError, WeightlineError
 from weightline.format import keys
 from weightline.format.manifest import Manifest, PayloadRef
@@ -84,7 +85,7 @@ def _put_shortcut(chain: Chain, version: int, parts: list[PayloadPart], late_joi
             commit_id=manifest.commit_id,
             base_commit_id=None,
             created_at=utc_now(),
-            coding="ordered",
+            coding=ANCHOR_CODING,
             num_changed=manifest.num_elements,
             payload_nbytes=sum(payload.nbytes for payload in payloads),
             payloads=payloads,

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 
 import torch
 
+from weightline.codec.capture import capture
 from weightline.codec.digest import tensor_digest
 from weightline.codec.torch_ops import bits_of, capture_tensor
 from weightline.trainer.partition import Shard
@@ -35,7 +36,7 @@ class Baseline:
         for shard in self.shards:
             current = shard.read()
             held = self._held[shard.segment.tensor.name]
-            changes = capture_tensor(shard.segment, held, current, ranked=self._ranked)
+            changes = _capture(shard.segment, held, current, ranked=self._ranked)
             if changes.num_changed:
                 self._scatter(changes, changes.new_K)
                 captured.append(changes)
@@ -68,6 +69,13 @@ class Baseline:
 
 #: Signed integers of each width: torch scatters those on every device.
 _INTEGER = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def _capture(segment: Segment, held: torch.Tensor, current: torch.Tensor, *, ranked: bool) -> Changes:
+    """Compare where the tensors are: compiled loops on the host, torch on a device."""
+    if held.device.type == current.device.type == "cpu":
+        return capture(segment, bits_of(held), bits_of(current.contiguous()), ranked=ranked)
+    return capture_tensor(segment, held.to(current.device), current, ranked=ranked)
 
 
 def _as_tensor(bits: BitsArray) -> torch.Tensor:

@@ -47,7 +47,7 @@ class PublishSettings:
     """Optimizer steps between two versions."""
     steps_hook: str | None = None
     """`module:function` that makes the `PublishSteps`; None looks at WEIGHTLINE_STEPS, and else just runs them."""
-    coding: str = "gap"
+    coding: str = "gap-by-magnitude"
     """How payloads are coded."""
     max_in_flight: int = 2
     """Syncs that may be captured and not settled. Bounds host memory."""

@@ -17,6 +17,7 @@ import torch
 
 from weightline.chain.commit import commit_manifest, utc_now
 from weightline.chain.history import Chain
+from weightline.codec.anchor import ANCHOR_CODING
 from weightline.codec.digest import add_digests, digest_change, digest_to_limbs, format_digest, limbs_to_digest
 from weightline.errors import ConflictError, WeightlineError
 from weightline.format import keys
@@ -198,7 +199,7 @@ class _Attempt:
             stage=context.stage,
             global_step=sync.global_step,
             is_milestone=sync.is_milestone,
-            coding="ordered" if is_anchor else context.coding,
+            coding=ANCHOR_CODING if is_anchor else context.coding,
             world_size=self.writer.group.world_size,
             num_changed=num_elements if is_anchor else num_changed,
             num_elements=num_elements,

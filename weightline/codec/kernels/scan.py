@@ -24,6 +24,7 @@ Progress = tuple[Any, Any]
 #: Words compared before the differing ones are looked at: the list of them stays in the first-level cache.
 _BLOCK = np.uint64(2048)
 _LANES = np.uint64(4)
+_LANE_BITS = np.uint64(16)
 _LANE = np.uint64(0xFFFF)
 _TWO_LANES = np.uint64(0xFFFFFFFF)
 _THREE_LANES = np.uint64(0xFFFFFFFFFFFF)
@@ -77,7 +78,7 @@ def collect_16(
             old, new = old_W[word], new_W[word]
             while difference != 0:
                 lane = _first_lane(difference)
-                shift = lane * np.uint64(16)
+                shift = lane * _LANE_BITS
                 positions_K[found] = word * _LANES + lane
                 old_K[found], new_K[found] = np.uint16(old >> shift), np.uint16(new >> shift)
                 found += _ONE
@@ -104,42 +105,61 @@ def collect_ranked(
     return found, stop
 
 
-def _collect_ranked_16(shift: int, mask: int) -> Callable[..., Progress]:
+@jit
+def _count_lanes(
+    counts_0: Array,
+    counts_1: Array,
+    counts_2: Array,
+    counts_3: Array,
+    bits: np.uint64,
+    shift: np.uint64,
+    mask: np.uint64,
+) -> None:
+    """Count the classes of a word's elements; each lane for itself, so that the four increments overlap."""
+    counts_0[(bits >> shift) & mask] += np.uint32(1)
+    counts_1[(bits >> (shift + _LANE_BITS)) & mask] += np.uint32(1)
+    counts_2[(bits >> (shift + _LANE_BITS * np.uint64(2))) & mask] += np.uint32(1)
+    counts_3[(bits >> (shift + _LANE_BITS * np.uint64(3))) & mask] += np.uint32(1)
+
+
+def _collect_ranked_16(shift_bits: int, mask_bits: int) -> Callable[..., Progress]:
     """`collect_ranked` for 16-bit elements, four to a word; a kernel for each class field: its constants fold in."""
-    shift_0, shift_1, shift_2, shift_3 = (np.uint64(shift + 16 * lane) for lane in range(4))
-    field = np.uint64(mask)
+    shift, mask = np.uint64(shift_bits), np.uint64(mask_bits)
+    shift_1, shift_2 = shift + _LANE_BITS, shift + _LANE_BITS * np.uint64(2)
 
     @jit
     def collect_ranked_16(
         old_W: Array, new_W: Array, first: np.uint64, stop: np.uint64, positions_K: Array, old_K: Array, new_K: Array,
         ranks_K: Array, counts_LC: Array,
     ) -> Progress:  # fmt: skip
-        # Each lane counts for itself, so that the four increments of a word overlap.
         counts_0, counts_1, counts_2, counts_3 = counts_LC[0], counts_LC[1], counts_LC[2], counts_LC[3]
-        found, size = _ZERO, np.uint64(positions_K.size)
-        for word in range(first, stop):
+        found, word, size = _ZERO, first, np.uint64(positions_K.size)
+        while word < stop:
             old, new = old_W[word], new_W[word]
-            if old != new:
-                if found + _LANES > size:
-                    return found, word
-                difference = old ^ new
-                while difference != 0:
-                    lane = _first_lane(difference)
-                    shift = lane * np.uint64(16)
-                    kind = (old >> (shift + shift_0)) & field
-                    rank = np.uint64(counts_0[kind] + counts_1[kind] + counts_2[kind] + counts_3[kind])
-                    rank += np.uint64(lane > 0) & np.uint64(((old >> shift_0) & field) == kind)
-                    rank += np.uint64(lane > 1) & np.uint64(((old >> shift_1) & field) == kind)
-                    rank += np.uint64(lane > 2) & np.uint64(((old >> shift_2) & field) == kind)
-                    positions_K[found] = word * _LANES + lane
-                    old_K[found], new_K[found] = np.uint16(old >> shift), np.uint16(new >> shift)
-                    ranks_K[found] = np.uint32(rank)
-                    found += _ONE
-                    difference &= ~(_LANE << shift)
-            counts_0[(old >> shift_0) & field] += np.uint32(1)
-            counts_1[(old >> shift_1) & field] += np.uint32(1)
-            counts_2[(old >> shift_2) & field] += np.uint32(1)
-            counts_3[(old >> shift_3) & field] += np.uint32(1)
+            while old == new:
+                _count_lanes(counts_0, counts_1, counts_2, counts_3, old, shift, mask)
+                word += _ONE
+                if word == stop:
+                    return found, stop
+                old, new = old_W[word], new_W[word]
+            if found + _LANES > size:
+                return found, word
+            difference = old ^ new
+            while difference != 0:
+                lane = _first_lane(difference)
+                place = lane * _LANE_BITS
+                kind = (old >> (place + shift)) & mask
+                rank = np.uint64(counts_0[kind] + counts_1[kind] + counts_2[kind] + counts_3[kind])
+                rank += np.uint64(lane > 0) & np.uint64(((old >> shift) & mask) == kind)
+                rank += np.uint64(lane > 1) & np.uint64(((old >> shift_1) & mask) == kind)
+                rank += np.uint64(lane > 2) & np.uint64(((old >> shift_2) & mask) == kind)
+                positions_K[found] = word * _LANES + lane
+                old_K[found], new_K[found] = np.uint16(old >> place), np.uint16(new >> place)
+                ranks_K[found] = np.uint32(rank)
+                found += _ONE
+                difference &= ~(_LANE << place)
+            _count_lanes(counts_0, counts_1, counts_2, counts_3, old, shift, mask)
+            word += _ONE
         return found, stop
 
     return collect_ranked_16

@@ -2,10 +2,10 @@
 
 Everything that a system codes is decoded again, so that the bytes are known to be enough.
 
-- trl: positions as int32, new values as they are; not compressed (TRL #5417).
+- TRL: positions as int32, new values as they are; not compressed (TRL #5417).
 - slime: every byte of a tensor XOR its old byte, zstd level 1 a tensor (slime #1806; SkyRL #1935, stitch).
-- nemo-rl: gaps of 16 bits (32 where one does not fit), new bits XOR old ones, zstd level 1 a bucket (NeMo-RL #2444).
-- pulse: gaps of 32 bits, differences of the bit patterns, zstd level 1 over all tensors (arXiv 2602.03839).
+- NeMo-RL: gaps of 16 bits (32 where one does not fit), new bits XOR old ones, zstd level 1 a bucket (NeMo-RL #2444).
+- PULSE: gaps of 32 bits, differences of the bit patterns, zstd level 1 over all tensors (arXiv 2602.03839).
 
 Legend: N elements of a tensor, K changed elements of all tensors of one width.
 """
@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from weightline.codec.timing import best_of
+from weightline.bench.timing import best_of
 from weightline.types import BitsArray, TensorSpec
 
 Array = npt.NDArray[Any]
@@ -34,7 +34,8 @@ class PeerLayout:
     `encode(old, new)` compares as well; `decode(stream, old)` gives the new bits.
     """
 
-    name: str
+    system: str
+    layout: str
     encode: Callable[[BitsArray, BitsArray], bytes]
     decode: Callable[[bytes, BitsArray], BitsArray]
     joins_tensors: bool
@@ -44,6 +45,7 @@ class PeerLayout:
 class PeerResult:
     """One layout on one pair of states. Times include the comparison; one thread, the best of the repeats."""
 
+    system: str
     layout: str
     num_changed: int
     num_elements: int
@@ -63,10 +65,10 @@ def bench_peers(pairs: Iterable[Pair], repeats: int = 1) -> list[PeerResult]:
 def peer_layouts() -> tuple[PeerLayout, ...]:
     """The layouts, in the order of the module's list."""
     return (
-        PeerLayout("trl", _encode_trl, _decode_trl, joins_tensors=False),
-        PeerLayout("slime", _encode_slime, _decode_slime, joins_tensors=False),
-        PeerLayout("nemo-rl", _encode_nemo_rl, _decode_nemo_rl, joins_tensors=True),
-        PeerLayout("pulse", _encode_pulse, _decode_pulse, joins_tensors=True),
+        PeerLayout("TRL", "int32 + values", _encode_trl, _decode_trl, joins_tensors=False),
+        PeerLayout("slime", "dense XOR, zstd-1", _encode_slime, _decode_slime, joins_tensors=False),
+        PeerLayout("NeMo-RL", "16-bit gaps + XOR, zstd-1", _encode_nemo_rl, _decode_nemo_rl, joins_tensors=True),
+        PeerLayout("PULSE", "32-bit gaps + differences, zstd-1", _encode_pulse, _decode_pulse, joins_tensors=True),
     )
 
 
@@ -79,8 +81,8 @@ def _bench(layout: PeerLayout, pairs: Sequence[Pair], repeats: int) -> PeerResul
     num_changed = sum(int(np.count_nonzero(old_N != new_N)) for old_N, new_N in states)
     nbytes = sum(len(stream) for stream in streams)
     return PeerResult(
-        layout.name, num_changed, sum(old_N.size for old_N, _ in states), nbytes, nbytes / max(num_changed, 1),
-        encode_seconds, decode_seconds, exact,
+        layout.system, layout.layout, num_changed, sum(old_N.size for old_N, _ in states),
+        nbytes, nbytes / max(num_changed, 1), encode_seconds, decode_seconds, exact,
     )  # fmt: skip
 
 

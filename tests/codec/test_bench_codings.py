@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from tests.codec.states import RUNS, changed, random_bits, real_pairs
+from weightline.bench.codings import bench_codings
+from weightline.bench.peers import bench_peers, peer_layouts
 from weightline.codec.coding import codings
-from weightline.codec.peers import bench_peers, peer_layouts
-from weightline.format.bench import bench_codings
 from weightline.types import TensorSpec
 
 
@@ -45,5 +45,5 @@ def test_peers_take_any_width_and_wide_gaps() -> None:
         new_N[[0, 150_000, 199_999]] ^= 1
         for state_N in (new_N, old_N, changed(rng, old_N, 0.2)):
             results = bench_peers([(TensorSpec("w", dtype, (200_000,)), old_N, state_N)])
-            assert [result.layout for result in results] == [layout.name for layout in peer_layouts()]
+            assert [result.system for result in results] == [layout.system for layout in peer_layouts()]
             assert all(result.exact for result in results)

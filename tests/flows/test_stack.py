@@ -1,0 +1,107 @@
+"""A local stack: what its processes share, that it comes up, stays up, and goes without a trace."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tasks.stack import StackFolder, free_port, is_healthy, running_stack, stack_environment
+from tasks.stack_registry import read_facts
+from tests.flows.conftest import ROOT
+
+
+def test_nothing_of_a_stack_leaves_the_machine(tmp_path: Path) -> None:
+    env = stack_environment(StackFolder(tmp_path), 4321, {"PATH": "/bin", "NO_PROXY": "example.com"})
+    assert env["PREFECT_API_URL"] == "http://127.0.0.1:4321/api"
+    assert env["PREFECT_SERVER_ANALYTICS_ENABLED"] == "false"
+    assert env["DO_NOT_TRACK"] == "1"
+    assert env["PREFECT_HOME"].startswith(str(tmp_path))
+    assert env["NO_PROXY"] == env["no_proxy"] == "example.com,127.0.0.1,localhost"
+    assert env["PATH"] == "/bin"
+
+
+def test_a_taken_port_is_passed_over() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert free_port(port) != port
+    assert free_port(port) == port
+
+
+def test_no_stack_is_running_where_none_was_started(tmp_path: Path) -> None:
+    assert running_stack(StackFolder(tmp_path)) is None
+    assert not is_healthy("http://127.0.0.1:9/api")
+
+
+def _flows(*argv: str, runs_dir: Path) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "flows", *argv, "--runs-dir", str(runs_dir)],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_up_leaves_a_stack_and_down_ends_all_of_it(tmp_path: Path) -> None:
+    up = _flows("up", "--port", "0", runs_dir=tmp_path)
+    out, err = up.communicate(timeout=180)
+    assert up.returncode == 0, err
+    folder = StackFolder.under(tmp_path)
+    facts = running_stack(folder)
+    assert facts is not None
+    assert facts.ui_url in out
+    assert {process.name for process in facts.processes} == {"server", "runner"}
+    members = [child for p in facts.processes for child in psutil.Process(p.pid).children(recursive=True)]
+
+    again = _flows("up", runs_dir=tmp_path)
+    assert facts.ui_url in again.communicate(timeout=60)[0]
+    assert read_facts(folder.facts_path) == facts
+
+    down = _flows("down", runs_dir=tmp_path)
+    assert down.communicate(timeout=60)[0] == "down\n"
+    assert not any(process.is_alive() for process in facts.processes)
+    assert not any(member.is_running() and member.status() != psutil.STATUS_ZOMBIE for member in members)
+    assert not folder.facts_path.exists()
+    assert _flows("down", runs_dir=tmp_path).communicate(timeout=60)[0] == "nothing was up\n"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_a_run_that_is_interrupted_leaves_no_process(tmp_path: Path, how: signal.Signals) -> None:
+    run = _flows("run", "--port", "0", runs_dir=tmp_path)
+    folder = StackFolder.under(tmp_path)
+    deadline = time.monotonic() + 120
+    while (facts := read_facts(folder.facts_path)) is None or len(facts.processes) < 2:
+        assert time.monotonic() < deadline
+        assert run.poll() is None, run.communicate()
+        time.sleep(0.1)
+    members = [child for p in facts.processes for child in psutil.Process(p.pid).children(recursive=True)]
+    os.kill(run.pid, how)
+    _, err = run.communicate(timeout=60)
+    assert run.returncode == (130 if how is signal.SIGINT else -how)
+    if how is signal.SIGINT:
+        assert err.strip().splitlines()[-1] == "interrupted: everything was ended"
+    deadline = time.monotonic() + 20
+    while any(p.is_alive() for p in facts.processes) or any(m.is_running() for m in members):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def test_a_wrong_recipe_is_one_clear_error_before_anything_is_started(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("name: toy\nmodel: {tiny: {}}\nstages: [{kind: sft, max_step: 3, learning_rate: 1.0e-3}]\n")
+    run = _flows("run", "--recipe", str(recipe), runs_dir=tmp_path / "runs")
+    out, err = run.communicate(timeout=60)
+    assert run.returncode == 1
+    assert out == ""
+    assert err.startswith("error: stages[0].max_step")
+    assert len(err.strip().splitlines()) == 1
+    assert not (tmp_path / "runs").exists()

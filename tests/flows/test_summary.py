@@ -1,0 +1,98 @@
+"""What a run came to, for programs and for people; and how far it is while it goes."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from tasks.run_folder import Run, prepare_run
+from tasks.screen import RunScreen
+from tasks.summary import stage_lines, versions_table, write_summary
+from tasks.watch import RunWatch
+from tests.chains import commit_state, nudged, random_state
+from tests.flows.recipes import write_recipe
+from weightline.chain.records import EVALUATIONS, REFRESHES, write_record
+from weightline.lineage.read import read_lineage
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    """Two versions: one evaluated and passed over, one served and not evaluated yet."""
+    run = prepare_run(write_recipe(tmp_path), tmp_path / "runs", "run-1")
+    chain = run.open_chain()
+    state = random_state(0)
+    commit_state(chain, state, is_milestone=True)
+    commit_state(chain, nudged(state, 1), state, is_milestone=True)
+    write_record(chain, EVALUATIONS, 0, "arithmetic", {"status": "done", "score": 0.25})
+    write_record(chain, REFRESHES, 0, "replica-0", {"status": "skipped", "newer_version": 1})
+    write_record(chain, REFRESHES, 1, "replica-0", {"status": "done", "served_at": "2026-01-02T03:04:05Z"})
+    run.stage_dir("sft").mkdir(parents=True)
+    (run.stage_dir("sft") / "metrics.jsonl").write_text('{"step": 3, "loss": 1.5}\n')
+    return run
+
+
+def _text(console: Console) -> str:
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+def test_the_summary_says_what_the_issue_promises(run: Run) -> None:
+    run.equality_path("sft").write_text(json.dumps({"version": 1, "is_bit_equal": True}))
+    write_summary(run, read_lineage(run.open_chain()), "http://127.0.0.1:4200", 12.34)
+    summary = json.loads(run.summary_path.read_text())
+    first, second = summary["versions"]
+    assert (first["version"], first["stage"], first["kind"], first["score"]) == (0, "sft", "anchor", 0.25)
+    assert (second["score"], second["served_at"]) == (None, "2026-01-02T03:04:05Z")
+    assert (summary["start_score"], summary["seconds"]) == (0.25, 12.3)
+    assert summary["stages"]["sft"]["is_bit_equal"] is True
+    assert summary["stages"]["sft"]["last_version"] == 1
+    assert summary["stages"]["dpo"]["is_bit_equal"] is False
+    told = stage_lines(summary)
+    assert told[0] == "start: score 0.250"
+    assert "version 1, replayed from the bucket, is bit-equal to what trainer.save_model wrote" in told[1]
+    assert "NOT proved equal" in told[2]
+
+
+def test_the_table_fits_a_narrow_terminal(run: Run) -> None:
+    console = Console(file=io.StringIO(), width=100)
+    console.print(versions_table(read_lineage(run.open_chain()), "run-1"))
+    lines = _text(console).splitlines()
+    assert any(line.split()[:3] == ["v1", "*", "sft"] and line.endswith(("03:04:05", "03:04:05  ")) for line in lines)
+    assert max(len(line.rstrip()) for line in lines) <= 100
+
+
+def test_progress_is_read_from_the_folder_and_the_bucket(run: Run) -> None:
+    watch = RunWatch(run)
+    moment = watch.look()
+    assert (moment.num_versions, moment.num_evaluated, moment.num_served) == (2, 1, 2)
+    assert moment.unsettled == (1,)
+    assert moment.newest_score == 0.25
+    sft, dpo = moment.stages
+    assert (sft.step, sft.max_steps, sft.headline) == (3, 4, "loss 1.500")
+    assert (dpo.step, dpo.headline) == (0, "")
+    write_record(run.open_chain(), EVALUATIONS, 1, "arithmetic", {"status": "done", "score": 0.75})
+    assert watch.look().unsettled == ()
+
+
+def test_without_a_terminal_a_run_tells_lines(run: Run) -> None:
+    console = Console(file=io.StringIO(), width=200)
+    moment = RunWatch(run).look()
+    with RunScreen(console, run) as screen:
+        screen.show(moment)
+        screen.show(moment)
+    assert _text(console).splitlines() == ["sft 3/4 loss 1.500; 2 versions, 1 evaluated, 2 served"]
+
+
+def test_on_a_terminal_a_run_shows_bars(run: Run) -> None:
+    console = Console(file=io.StringIO(), width=120, force_terminal=True)
+    with RunScreen(console, run) as screen:
+        screen.show(RunWatch(run).look())
+        screen.say("a [bracketed] word")
+    shown = _text(console)
+    assert "3/4" in shown
+    assert "served 2, score 0.250" in shown
+    assert "a [bracketed] word" in shown

@@ -1,0 +1,83 @@
+"""The changes of a chunk as the numbers that are coded: gaps, and steps as |step| - 1 with a sign.
+
+Legend: K changed elements of the chunk, P pieces, C classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from weightline.codec.classes import NUM_CLASSES
+from weightline.codec.geometric import Counts, Numbers
+from weightline.codec.pieces import RankedChanges
+from weightline.types import DTYPE_ITEMSIZE, FLOAT_DTYPES, Changes
+
+
+@dataclass(frozen=True, slots=True)
+class CodedNumbers:
+    """What the streams of a chunk are made of.
+
+    gaps_K: unchanged elements before each changed one. A step s is kept as sizes_K = |s| - 1 and negative_K.
+    """
+
+    gaps_K: Numbers
+    sizes_K: Numbers
+    negative_K: npt.NDArray[np.bool_]
+
+
+def flatten_changes(pieces: Sequence[Changes]) -> CodedNumbers:
+    """Adjacent pieces of one dtype laid end to end: gaps and steps by position. Pure."""
+    from weightline.codec.kernels import grouping
+
+    dtype = pieces[0].segment.tensor.dtype
+    numbers = _allocate(sum(piece.num_changed for piece in pieces), dtype)
+    first, last = 0, -1
+    for piece in pieces:
+        part = slice(first, first + piece.num_changed)
+        last = grouping.flatten(
+            piece.positions_K, piece.old_K, piece.new_K, *_ordering(dtype),
+            numbers.gaps_K[part], numbers.sizes_K[part], numbers.negative_K[part], last,
+        ) - piece.segment.length  # fmt: skip
+        first = part.stop
+    return numbers
+
+
+def group_changes(pieces: Sequence[RankedChanges], field: tuple[int, int]) -> tuple[Counts, CodedNumbers]:
+    """(counts_PC, numbers): pieces of one dtype, class after class, in each piece after piece, by position. Pure.
+
+    counts_PC: changed elements of each class in each piece, by the class field (shift, mask) that they are ranked by.
+    Gaps are counted among the elements of a class, from the start of each piece.
+    """
+    from weightline.codec.kernels import grouping
+
+    dtype = pieces[0].segment.tensor.dtype
+    shift, mask = (np.uint64(number) for number in field)
+    counts_PC = np.zeros((len(pieces), NUM_CLASSES), np.int64)
+    for piece, counts_C in zip(pieces, counts_PC, strict=True):
+        grouping.count_classes(piece.old_K, shift, mask, counts_C)
+    totals_C = counts_PC.sum(axis=0)
+    numbers = _allocate(int(totals_C.sum()), dtype)
+    next_C = (np.cumsum(totals_C) - totals_C).astype(np.uint64)
+    for piece in pieces:
+        grouping.group(
+            piece.old_K, piece.new_K, piece.ranks_K, shift, mask, *_ordering(dtype),
+            next_C, np.zeros(NUM_CLASSES, np.uint64), numbers.gaps_K, numbers.sizes_K, numbers.negative_K,
+        )  # fmt: skip
+    return counts_PC, numbers
+
+
+def _allocate(num_changed: int, dtype: str) -> CodedNumbers:
+    sizes_dtype = np.uint64 if DTYPE_ITEMSIZE[dtype] == 8 else np.uint32
+    return CodedNumbers(
+        np.empty(num_changed, np.uint32), np.empty(num_changed, sizes_dtype), np.empty(num_changed, np.bool_)
+    )
+
+
+def _ordering(dtype: str) -> tuple[np.uint64, np.uint64]:
+    """(sign bit of a float, zero for others; bits of 64 that an element does not have): what the kernels need."""
+    width = 8 * DTYPE_ITEMSIZE[dtype]
+    return np.uint64(1 << (width - 1) if dtype in FLOAT_DTYPES else 0), np.uint64(64 - width)
