@@ -25,7 +25,7 @@ class Lane:
 
 LANES = (
     Lane("training", ("training",), preload=("flows.post_training",), is_fresh=True),
-    Lane("evaluation", ("evaluation",), preload=("flows.version_eval", "weightline.evaluation.evaluate")),
+    Lane("evaluation", ("evaluation",), preload=("flows.version_eval", "weightline.evaluation.harness")),
     Lane("serving", ("serving", "upkeep"), preload=("flows.serving_refresh", "flows.reconcile")),
 )
 

@@ -37,7 +37,9 @@ def parse_recipe(raw: Mapping[str, Any]) -> Recipe:
     try:
         return Recipe.model_validate(dict(raw))
     except ValidationError as error:
-        first, *others = error.errors(include_url=False)
+        # A misspelt name makes an unknown field and a missing one: the unknown one, with its suggestion, explains both.
+        found = sorted(error.errors(include_url=False), key=lambda details: details["type"] != "extra_forbidden")
+        first, *others = found
         raise _explain(first, len(others)) from error
 
 
