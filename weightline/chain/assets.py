@@ -14,6 +14,8 @@ _MAX_ASSET_NBYTES = 64 * 1024 * 1024
 #: What transformers keeps beside weights. A folder's other files (optimizer states, logs) are nobody's asset.
 _SUFFIXES = frozenset({".json", ".jinja", ".model", ".txt", ".tiktoken", ".py"})
 _FOREIGN_NAMES = frozenset({"weightline.json", "trainer_state.json", "model.safetensors.index.json"})
+#: The file that makes a folder an adapter's (peft).
+ADAPTER_CONFIG = "adapter_config.json"
 
 
 def upload_files(store: Store, folder: Path) -> tuple[AssetRef, ...]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from weightline.chain.adapter import base_of_folder, require_base
 from weightline.chain.assets import upload_files
 from weightline.chain.checkpoint import assets_of
 from weightline.chain.commit import commit_manifest, new_commit_id, utc_now
@@ -25,7 +26,7 @@ from weightline.codec.coding import coding_named
 from weightline.codec.digest import add_digests, digest_change, format_digest, tensor_digest
 from weightline.errors import BaseMismatchError, DigestMismatchError, InputError
 from weightline.format import keys
-from weightline.format.manifest import AssetRef, Manifest, Origin, PayloadRef, TensorState
+from weightline.format.manifest import AdapterBase, AssetRef, Manifest, Origin, PayloadRef, TensorState
 from weightline.format.payload import write_anchor, write_delta
 from weightline.store.open import check_writable
 from weightline.types import BitsArray, Changes, Segment, TensorSpec
@@ -43,6 +44,7 @@ class Authorship:
     kind: Literal["anchor", "delta", "revert"] = "delta"
     reverts_to: int | None = None
     forked_from: Origin | None = None
+    base_model: AdapterBase | None = None
     is_milestone: bool = True
     assets: tuple[AssetRef, ...] = ()
     coding: str = DEFAULT_CODING
@@ -52,14 +54,19 @@ class Authorship:
 def commit_folder(chain: Chain, folder: Path, *, stage: str = "import", coding: str = DEFAULT_CODING) -> Manifest:
     """Commit a checkpoint folder as the chain's next version (its first: an anchor).
 
-    InputError for a folder without weights; BaseMismatchError when its tensors are not the chain's. A crash leaves
+    InputError for a folder without weights; BaseMismatchError when its tensors are not the chain's. An adapter's folder
+    (peft) brings its base model's digest when that is a folder too; another one is a BaseMismatchError. A crash leaves
     orphaned payloads, which gc removes. Repeating commits another, empty, version.
     """
     target = FileTarget(folder)
     check_writable(chain.store)
+    tip = chain.tip_version()
+    recorded = None if tip is None else chain.manifest(tip).base_model
+    base_model = require_base(recorded, base_of_folder(folder), chain_url=chain.url)
     assets = upload_files(chain.store, folder)
-    kind: Literal["anchor", "delta"] = "anchor" if chain.tip_version() is None else "delta"
-    return _commit(chain, target, Authorship(stage=stage, kind=kind, assets=assets, coding=coding))
+    kind: Literal["anchor", "delta"] = "anchor" if tip is None else "delta"
+    author = Authorship(stage=stage, kind=kind, assets=assets, base_model=base_model, coding=coding)
+    return _commit(chain, target, author)
 
 
 def commit_revert(chain: Chain, version: int, *, coding: str = DEFAULT_CODING) -> Manifest:
@@ -71,7 +78,7 @@ def commit_revert(chain: Chain, version: int, *, coding: str = DEFAULT_CODING) -
         assets = assets_of(chain, version)
         author = Authorship(
             stage=wanted.stage, run_id=wanted.run_id, global_step=wanted.global_step, kind="revert",
-            reverts_to=version, assets=assets, coding=coding,
+            reverts_to=version, base_model=tip.base_model, assets=assets, coding=coding,
         )  # fmt: skip
         return _commit(chain, VersionTarget(chain, version, fetcher), author)
 
@@ -88,7 +95,7 @@ def commit_fork(source: Chain, version: int, new: Chain) -> Manifest:
         origin = Origin(chain=source.url, version=version, commit_id=wanted.commit_id)
         author = Authorship(
             stage=wanted.stage, run_id=wanted.run_id, global_step=wanted.global_step, kind="anchor",
-            forked_from=origin, assets=upload_files(new.store, Path(name)),
+            forked_from=origin, base_model=wanted.base_model, assets=upload_files(new.store, Path(name)),
         )  # fmt: skip
         return _commit(new, VersionTarget(source, version, fetcher), author)
 
@@ -196,6 +203,7 @@ def _manifest(target: Target, draft: _Draft, author: Authorship, tip: Manifest |
         kind=author.kind,
         reverts_to=author.reverts_to,
         forked_from=author.forked_from,
+        base_model=author.base_model,
         commit_id=draft.commit_id,
         created_at=utc_now(),
         run_id=author.run_id,

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import safetensors
 
+from weightline.chain.assets import ADAPTER_CONFIG
 from weightline.chain.fetch import fetch_object
 from weightline.chain.history import Chain
 from weightline.chain.state import HostState, read_state
@@ -34,9 +35,13 @@ def write_checkpoint(chain: Chain, version: int, out_dir: Path) -> None:
     if out_dir.exists() and any(out_dir.iterdir()):
         raise InputError(f"{out_dir} is not empty: name a new folder", path=str(out_dir))
     out_dir.mkdir(parents=True, exist_ok=True)
-    for asset in assets_of(chain, version):
+    assets = assets_of(chain, version)
+    for asset in assets:
         fetch_object(chain.store, asset, out_dir / asset.name)
-    write_weights(read_state(chain, version), out_dir)
+    if any(asset.name == ADAPTER_CONFIG for asset in assets):
+        write_adapter_weights(read_state(chain, version), out_dir)
+    else:
+        write_weights(read_state(chain, version), out_dir)
     marker.write_text(json.dumps(wanted))
 
 
@@ -62,6 +67,11 @@ def write_weights(state: HostState, out_dir: Path) -> None:
     total_size = sum(spec.nbytes for spec in state.specs.values())
     index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
     (out_dir / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+
+
+def write_adapter_weights(state: HostState, out_dir: Path) -> None:
+    """adapter_model.safetensors: peft reads one file, whatever its size."""
+    _write_shard(state, list(state.specs), out_dir / "adapter_model.safetensors")
 
 
 def _shards(state: HostState) -> Iterator[list[str]]:

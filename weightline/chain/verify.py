@@ -106,6 +106,10 @@ def _history_findings(chain: Chain, manifests: list[Manifest]) -> Iterator[Findi
     for commit_id, count in Counter(m.commit_id for m in manifests).items():
         if count > 1:
             yield Finding("commit-id", commit_id, f"stands in {count} manifests")
+    bases = [m.base_model for m in manifests if m.base_model is not None]
+    for manifest in manifests:
+        if bases and manifest.base_model not in (None, bases[0]):
+            yield Finding("base-model", manifest.key, "is an adapter of another base model than the chain's")
     for manifest in manifests:
         earlier = None if manifest.reverts_to is None else by_version.get(manifest.reverts_to)
         if earlier is not None and earlier.digests != manifest.digests:

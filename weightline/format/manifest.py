@@ -5,7 +5,9 @@ Bytes become a frozen, validated `Manifest` here and nowhere else; every other r
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
 from collections.abc import Mapping
 from typing import Annotated, Literal
 
@@ -31,6 +33,10 @@ def _key_inside_chain(key: str) -> str:
     if key.startswith("/") or "\\" in key or any(part in ("", ".", "..") for part in key.split("/")):
         raise ValueError(f"key {key!r} leaves the chain")
     return key
+
+
+def _finite_only(metrics: dict[str, float]) -> dict[str, float]:
+    return {name: value for name, value in metrics.items() if math.isfinite(value)}
 
 
 Count = Annotated[int, Field(ge=0)]
@@ -81,6 +87,23 @@ class Origin(Frozen):
     commit_id: Hex128
 
 
+class AdapterBase(Frozen):
+    """The frozen model that an adapter's versions belong to. Told by its bits, not by its name."""
+
+    name_or_path: str
+    """What the writer called it: for people."""
+    digest: Sha256
+    """One hash over the state digests of its tensors; SPEC "Adapters"."""
+    num_elements: Count
+
+    @classmethod
+    def of(cls, name_or_path: str, digests: Mapping[str, str], num_elements: int) -> AdapterBase:
+        """From the state digest of each of the base's tensors, by the names of its own checkpoint."""
+        text = json.dumps(sorted(digests.items()), separators=(",", ":"))
+        digest = hashlib.sha256(text.encode()).hexdigest()
+        return cls(name_or_path=name_or_path, digest=digest, num_elements=num_elements)
+
+
 class Manifest(Frozen):
     """One committed version. Field order is the order in the file."""
 
@@ -93,6 +116,8 @@ class Manifest(Frozen):
     """A revert is a delta whose resulting state equals that of `reverts_to`."""
     reverts_to: Count | None = None
     forked_from: Origin | None = None
+    base_model: AdapterBase | None = None
+    """Set when the tensors are an adapter's: the model that they belong to. The same in all later versions."""
     commit_id: Hex128
     """Random; tells a lost reply from a lost race."""
     created_at: str
@@ -113,8 +138,8 @@ class Manifest(Frozen):
     assets: Annotated[tuple[AssetRef, ...], Field(strict=False)] = ()
     """Empty: those of the version before."""
     tensors: dict[str, TensorState]
-    metrics: dict[str, float] = Field(default_factory=dict)
-    """What the trainer logged at this step: loss, reward, ..."""
+    metrics: Annotated[dict[str, float], AfterValidator(_finite_only)] = Field(default_factory=dict)
+    """What the trainer logged at this step: loss, reward, ... JSON has no NaN: what is not finite is left out."""
     provenance: dict[str, str] = Field(default_factory=dict)
     """Links for people: flow_run_id, host, library versions."""
 
@@ -191,7 +216,8 @@ def refuse_unknown_features(document: object) -> None:
             )
         raise ManifestError(f"the object is no weightline manifest (format {written_as!r})", rule="format")
     features = document.get("features", [])
-    unknown = [f for f in features if f not in KNOWN_FEATURES] if isinstance(features, list) else []
+    names = [name for name in features if isinstance(name, str)] if isinstance(features, list) else []
+    unknown = [name for name in names if name not in KNOWN_FEATURES]
     if unknown:
         raise UnsupportedFeatureError(
             f"the manifest needs {unknown[0]!r}, which this release does not know: upgrade weightline",

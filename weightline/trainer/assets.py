@@ -10,13 +10,17 @@ from typing import Any
 from weightline.chain.assets import upload_files
 from weightline.format.manifest import AssetRef
 from weightline.store import Store
+from weightline.trainer.adapter import is_peft_model, save_adapter_config
 
 
 def upload_assets(store: Store, model: Any, processing_class: Any = None) -> tuple[AssetRef, ...]:
-    """Put config, generation config and tokenizer into the chain. Safe to repeat."""
+    """Put config, generation config and tokenizer into the chain; of an adapter, its config. Safe to repeat."""
     with tempfile.TemporaryDirectory(prefix="weightline-assets-") as folder:
-        parts: tuple[Any, ...] = (_config_of(model), getattr(model, "generation_config", None), processing_class)
-        for part in parts:
+        parts: tuple[Any, ...] = (_config_of(model), getattr(model, "generation_config", None))
+        if is_peft_model(model):
+            parts = ()
+            save_adapter_config(model, Path(folder))
+        for part in (*parts, processing_class):
             if hasattr(part, "save_pretrained"):
                 part.save_pretrained(folder)
         return upload_files(store, Path(folder))

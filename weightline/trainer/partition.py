@@ -8,7 +8,7 @@ buffers: every rank holds all, so each publishes an even slice. FSDP2: a DTensor
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +17,8 @@ from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor import Shard as ShardPlacement
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from weightline.codec.torch_ops import dtype_code
 from weightline.errors import InputError
+from weightline.trainer.naming import Published, published_tensors, spec_of
 from weightline.types import Segment, TensorSpec
 
 
@@ -35,44 +35,35 @@ def partition_of(model: torch.nn.Module, rank: int, world_size: int) -> tuple[Sh
 
     The shards of all ranks cover each tensor exactly once. A rank that holds nothing of a tensor has no shard of it.
     """
-    shards = (_shard(name, tensor, rank, world_size) for name, tensor in _named_tensors(model))
+    return shards_of(published_tensors(model), rank, world_size)
+
+
+def shards_of(tensors: Iterable[Published], rank: int, world_size: int) -> tuple[Shard, ...]:
+    """This rank's shards of these tensors, in their order. A held tensor that is cut up is dealt out as a whole."""
+    shards = (_cut(_shard(published, rank, world_size), published) for published in tensors)
     return tuple(shard for shard in shards if shard.segment.length > 0)
 
 
-def specs_of(model: torch.nn.Module) -> dict[str, TensorSpec]:
-    """Every published tensor's full spec, the same on all ranks."""
-    return {name: _spec(name, tensor) for name, tensor in _named_tensors(model)}
-
-
-def _named_tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    for name, parameter in model.named_parameters():
-        yield _published_name(name), parameter
-    for module_name, module in model.named_modules():
-        for name, buffer in module.named_buffers(prefix=module_name, recurse=False):
-            if name.rpartition(".")[2] not in module._non_persistent_buffers_set:
-                yield _published_name(name), buffer
-
-
-def _published_name(name: str) -> str:
-    """The checkpoint's name: without what activation checkpointing and compilation put in between."""
-    return name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", "")
-
-
-def _spec(name: str, tensor: Any) -> TensorSpec:
-    is_zero3 = hasattr(tensor, "ds_tensor")
-    dtype = tensor.ds_tensor.dtype if is_zero3 else tensor.dtype
-    shape = tensor.ds_shape if is_zero3 else tensor.shape
-    return TensorSpec(name, dtype_code(dtype), tuple(shape))
-
-
-def _shard(name: str, tensor: torch.Tensor, rank: int, world_size: int) -> Shard:
-    spec = _spec(name, tensor)
-    if hasattr(tensor, "ds_tensor"):
-        return _zero3_shard(spec, tensor)
-    if isinstance(tensor, DTensor):
-        return _fsdp2_shard(spec, tensor)
+def _shard(published: Published, rank: int, world_size: int) -> Shard:
+    """The part of the held tensor that this rank publishes."""
+    held = published.held
+    spec = spec_of(published.spec.name, held)
+    if hasattr(held, "ds_tensor"):
+        return _zero3_shard(spec, held)
+    if isinstance(held, DTensor):
+        return _fsdp2_shard(spec, held)
     start, length = even_slice(spec.num_elements, rank, world_size)
-    return Shard(Segment(spec, start, length), lambda: tensor.detach().reshape(-1)[start : start + length])
+    return Shard(Segment(spec, start, length), lambda: held.detach().reshape(-1)[start : start + length])
+
+
+def _cut(shard: Shard, published: Published) -> Shard:
+    """What of a held tensor's shard lies in a published one."""
+    spec, offset, held = published.spec, published.offset, shard.segment
+    start, stop = max(held.start, offset), min(held.stop, offset + spec.num_elements)
+    if stop <= start:
+        return Shard(Segment(spec, 0, 0), shard.read)
+    first, last = start - held.start, stop - held.start
+    return Shard(Segment(spec, start - offset, stop - start), lambda: shard.read()[first:last])
 
 
 def _zero3_shard(spec: TensorSpec, parameter: Any) -> Shard:

@@ -13,26 +13,30 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from weightline.chain.adapter import require_base
 from weightline.chain.checkpoint import assets_of
 from weightline.chain.compact import AnchorPolicy
 from weightline.chain.history import Chain
 from weightline.chain.records import GAPS, write_record
 from weightline.codec.coding import coding_named, codings
-from weightline.codec.digest import parse_digest
+from weightline.codec.digest import parse_digest, tensor_digest
+from weightline.codec.torch_ops import bits_of
 from weightline.errors import CommitConflictError, InputError, PublishError, StorageError, WeightlineError
-from weightline.format.manifest import AssetRef
+from weightline.format.manifest import AdapterBase, AssetRef
 from weightline.store.open import check_writable
+from weightline.trainer.adapter import AdapterParts, adapter_names, adapter_parts, base_model_of, is_peft_model
 from weightline.trainer.anchoring import LateJoiner
 from weightline.trainer.assets import upload_assets
 from weightline.trainer.baseline import Baseline
 from weightline.trainer.group import RankGroup
-from weightline.trainer.partition import partition_of, specs_of
+from weightline.trainer.naming import Published, published_tensors
+from weightline.trainer.partition import shards_of
 from weightline.trainer.publisher import Publisher
-from weightline.trainer.start import StartPlan, changes_from_tip, loaded_digests, plan_start
+from weightline.trainer.start import StartPlan, changes_from_tip, plan_start, summed_digests
 from weightline.trainer.steps import PublishSteps
 from weightline.trainer.sync import Outcome, Sync
 from weightline.trainer.writer import VersionWriter, WriterContext
-from weightline.types import Changes
+from weightline.types import Changes, TensorSpec
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,19 +105,22 @@ class PublishSession:
 
         BaseMismatchError, StorageError: on every rank, before anything is trained.
         """
-        shards = partition_of(model, self.group.rank, self.group.world_size)
-        specs = specs_of(model)
+        tensors, base_model = self._published(model)
+        shards = shards_of(tensors, self.group.rank, self.group.world_size)
+        specs = {published.spec.name: published.spec for published in tensors}
         self._baseline = Baseline(shards, ranked=coding_named(self.settings.coding).ranked)
         plan: StartPlan
-        loaded = loaded_digests(self._baseline, specs, self.group)
-        plan, assets, session_id = self._on_first(lambda: self._open(model, processing_class, loaded, global_step))
+        loaded = summed_digests(self._baseline.digests(), specs, self.group)
+        plan, base_model, assets, session_id = self._on_first(
+            lambda: self._open(model, processing_class, base_model, specs, loaded, global_step)
+        )
         tip_digests: dict[str, int] = {}
         if plan.tip is not None and self.group.rank == 0:
             tip_digests = {n: parse_digest(d) for n, d in self.chain.manifest(plan.tip).digests.items()}
         settings = self.settings
         context = WriterContext(
             self.chain, session_id, settings.run_id, settings.stage, settings.coding, specs, self._baseline,
-            settings.provenance,
+            settings.provenance, base_model,
         )  # fmt: skip
         tip_on_first = plan.tip if self.group.rank == 0 else None
         late_joiner = LateJoiner.of(self.chain, tip_on_first, settings.anchor_policy)
@@ -125,15 +132,37 @@ class PublishSession:
         self.last_step = global_step
         return plan
 
-    def _open(self, model: Any, processing_class: Any, loaded: dict[str, int], global_step: int) -> Any:
-        """Rank 0: the bucket takes writes, the plan, the model's files."""
+    def _published(self, model: Any) -> tuple[tuple[Published, ...], AdapterBase | None]:
+        """What the chain holds of the model: all of it, or an adapter and on rank 0 the base that it belongs to."""
+        if not is_peft_model(model):
+            return published_tensors(model), None
+        parts: AdapterParts = adapter_parts(model, self._on_first(lambda: adapter_names(model)))
+        own = {}
+        for shard in shards_of(parts.base, self.group.rank, self.group.world_size):
+            bits_N = bits_of(shard.read().cpu().contiguous())
+            own[shard.segment.tensor.name] = tensor_digest(shard.segment, bits_N)
+        digests = summed_digests(own, (published.spec.name for published in parts.base), self.group)
+        return parts.adapter, base_model_of(model, parts, digests)
+
+    def _open(
+        self,
+        model: Any,
+        processing_class: Any,
+        base_model: AdapterBase | None,
+        specs: dict[str, TensorSpec],
+        loaded: dict[str, int],
+        global_step: int,
+    ) -> tuple[StartPlan, AdapterBase | None, tuple[AssetRef, ...], str]:
+        """Rank 0: the bucket takes writes, the base, the plan, the model's files."""
         check_writable(self.chain.store)
-        specs = specs_of(model)
+        tip = self.chain.tip_version()
+        recorded = None if tip is None else self.chain.manifest(tip).base_model
+        base_model = require_base(recorded, base_model, chain_url=self.chain.url)
         plan = plan_start(self.chain, loaded, specs, is_resumed=global_step > 0)
         assets = upload_assets(self.chain.store, model, processing_class)
         if plan.tip is not None and assets == assets_of(self.chain, plan.tip):
             assets = ()
-        return plan, assets, secrets.token_hex(16)
+        return plan, base_model, assets, secrets.token_hex(16)
 
     def _on_first(self, decide: Callable[[], Any]) -> Any:
         """Run on rank 0, raise or return the same everywhere: no rank may be left waiting in a collective."""

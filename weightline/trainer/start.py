@@ -6,6 +6,7 @@ behind or beside the tip (commit a revert, or a delta that leads to it). Anythin
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -32,12 +33,12 @@ class StartPlan:
     reverts_to: int | None = None
 
 
-def loaded_digests(baseline: Baseline, specs: dict[str, TensorSpec], group: RankGroup) -> dict[str, int]:
-    """The state digest of every tensor as loaded, on rank 0. Collective."""
-    own = baseline.digests()
-    limbs = torch.tensor([digest_to_limbs(own.get(name, 0)) for name in specs], dtype=torch.int64)
+def summed_digests(own: dict[str, int], names: Iterable[str], group: RankGroup) -> dict[str, int]:
+    """The state digest of every tensor of that name, on rank 0, from every rank's contributions. Collective."""
+    names = tuple(names)
+    limbs = torch.tensor([digest_to_limbs(own.get(name, 0)) for name in names], dtype=torch.int64).reshape(-1, 4)
     rows = group.sum_to_first(limbs).tolist()
-    return {name: limbs_to_digest(row) for name, row in zip(specs, rows, strict=True)}
+    return {name: limbs_to_digest(row) for name, row in zip(names, rows, strict=True)}
 
 
 def plan_start(chain: Chain, loaded: dict[str, int], specs: dict[str, TensorSpec], *, is_resumed: bool) -> StartPlan:

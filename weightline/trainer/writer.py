@@ -21,7 +21,7 @@ from weightline.codec.anchor import ANCHOR_CODING
 from weightline.codec.digest import add_digests, digest_change, digest_to_limbs, format_digest, limbs_to_digest
 from weightline.errors import ConflictError, WeightlineError
 from weightline.format import keys
-from weightline.format.manifest import Manifest, PayloadRef, TensorState
+from weightline.format.manifest import AdapterBase, Manifest, PayloadRef, TensorState
 from weightline.format.payload import PayloadInfo, write_anchor, write_delta
 from weightline.trainer.anchoring import LateJoiner, write_anchor_shortcut
 from weightline.trainer.baseline import Baseline
@@ -46,6 +46,8 @@ class WriterContext:
     specs: dict[str, TensorSpec]
     baseline: Baseline
     provenance: dict[str, str] = field(default_factory=dict)
+    base_model: AdapterBase | None = None
+    """What an adapter belongs to; counts on rank 0 only."""
 
 
 @dataclass(slots=True)
@@ -193,6 +195,7 @@ class _Attempt:
             base_version=None if is_anchor else self.writer.tip,
             kind=sync.kind,
             reverts_to=sync.reverts_to,
+            base_model=context.base_model,
             commit_id=self.commit_id,
             created_at=utc_now(),
             run_id=context.run_id,

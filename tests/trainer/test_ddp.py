@@ -1,0 +1,39 @@
+"""Plain data parallelism: every rank holds all weights, and publishes an even slice of each."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from weightline.chain.history import open_chain
+from weightline.chain.state import read_state
+from weightline.chain.verify import verify_chain
+from weightline.codec.torch_ops import bits_of
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.mark.parametrize("coding", ["gap", "gap-by-magnitude"])
+def test_two_ranks_publish_their_slices(coding: str, tmp_path: Path) -> None:
+    program = Path(__file__).with_name("ddp_ranks.py")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    url = f"file://{tmp_path}/bucket/chain"
+    run = subprocess.run(
+        [*launch, str(program), url, coding, str(tmp_path)], capture_output=True, text=True, timeout=240
+    )
+    assert run.returncode == 0, run.stderr[-4000:]
+    chain = open_chain(url)
+    manifests = chain.manifests()
+    assert [m.kind for m in manifests] == ["anchor", "delta", "delta", "delta"]
+    assert [m.coding for m in manifests[1:]] == [coding] * 3
+    # Both ranks wrote a part of every version.
+    assert [sorted(payload.rank for payload in m.payloads) for m in manifests] == [[0, 1]] * 4
+    assert verify_chain(chain).holds
+    state = read_state(chain, 3)
+    for rank in range(2):
+        for name, tensor in load_file(tmp_path / f"end-{rank}.safetensors").items():
+            assert state.bits[name].tobytes() == bits_of(tensor.reshape(-1)).tobytes(), name

@@ -1,0 +1,148 @@
+"""An adapter and its base model, as peft tells them apart: the chain holds the adapter, its manifests name the base.
+
+What belongs to the adapter, and under which name, is what peft's own `save_pretrained` would write. The base is told by
+its bits: one hash over its tensors' digests, under the names of the base model's own checkpoint, so that it is the same
+hash whatever adapter sits on it and however ranks partition it.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from weightline.chain.assets import ADAPTER_CONFIG
+from weightline.codec.digest import format_digest
+from weightline.errors import InputError
+from weightline.format.manifest import AdapterBase
+from weightline.trainer.naming import Published, as_saved, spec_of, without_wrappers
+
+#: What peft puts between a wrapped module's name and its tensors.
+_WRAPPERS = frozenset({"base_layer", "original_module", "token_adapter"})
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterParts:
+    """The two halves of a PeftModel."""
+
+    adapter: tuple[Published, ...]
+    base: tuple[Published, ...]
+    """Frozen, as the base model's own checkpoint has them."""
+
+
+def is_peft_model(model: Any) -> bool:
+    """Whether peft wrapped the model. InputError for adapters that were added without a PeftModel around them."""
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise InputError(
+            "the adapter was added with model.add_adapter: wrap the model with peft.get_peft_model instead"
+        )
+    peft = sys.modules.get("peft")
+    return peft is not None and isinstance(model, peft.PeftModel)
+
+
+def adapter_names(model: Any) -> dict[str, str]:
+    """Name in adapter_model.safetensors -> name in the model, of the active adapter. Reads no weights.
+
+    Asks peft, which may look the base model's config up: rank 0 asks, and tells the others. InputError for an adapter
+    whose saved tensors are computed, not held.
+    """
+    from peft import get_peft_model_state_dict
+
+    name = _active_adapter(model)
+    held = _held_tensors(model)
+    name_of: dict[int, str] = {}
+    for internal, tensor in held.items():
+        name_of.setdefault(id(tensor), internal)
+    with _peft_unwarned():
+        saved = get_peft_model_state_dict(model, state_dict=dict(held), adapter_name=name)
+    computed = next((published for published, tensor in saved.items() if id(tensor) not in name_of), None)
+    if computed is not None:
+        raise InputError(
+            f"peft computes {computed} when it saves a {type(model.peft_config[name]).__name__}: weightline publishes "
+            "adapters whose saved tensors are held as they are",
+            tensor=computed,
+        )
+    return {without_wrappers(published): name_of[id(tensor)] for published, tensor in saved.items()}
+
+
+def adapter_parts(model: Any, names: Mapping[str, str]) -> AdapterParts:
+    """The adapter under its published names, and the frozen rest. InputError when something else is being trained."""
+    held = _held_tensors(model)
+    adapter = tuple(Published(spec_of(name, held[internal]), held[internal]) for name, internal in names.items())
+    in_adapter = {id(held[internal]) for internal in names.values()}
+    base: dict[str, torch.Tensor] = {}
+    seen: set[int] = set()
+    for internal, tensor in held.items():
+        if _belongs_to_an_adapter(model, internal) or id(tensor) in seen:
+            continue
+        seen.add(id(tensor))
+        if not tensor.requires_grad:
+            base[_base_name(internal)] = tensor
+        elif id(tensor) not in in_adapter:
+            raise InputError(
+                f"{internal} is trained, but peft does not save it with the adapter: freeze it, or name it in "
+                "modules_to_save",
+                tensor=internal,
+            )
+    return AdapterParts(adapter, as_saved(model.get_base_model(), base))
+
+
+def base_model_of(model: Any, parts: AdapterParts, digests: Mapping[str, int]) -> AdapterBase:
+    """What manifests say of the base model. `digests`: the state digest of each of its tensors."""
+    return AdapterBase.of(
+        model.peft_config[_active_adapter(model)].base_model_name_or_path or "",
+        {name: format_digest(digest) for name, digest in digests.items()},
+        sum(published.spec.num_elements for published in parts.base),
+    )
+
+
+def save_adapter_config(model: Any, folder: Path) -> None:
+    """Write adapter_config.json as peft's save_pretrained does, without reading weights."""
+    name = _active_adapter(model)
+    empty = {internal: torch.empty(0) for internal in _held_tensors(model)}
+    with tempfile.TemporaryDirectory(prefix="weightline-adapter-") as scratch, _peft_unwarned():
+        model.save_pretrained(scratch, state_dict=empty, selected_adapters=[name])
+        found = next(Path(scratch).rglob(ADAPTER_CONFIG))
+        (folder / ADAPTER_CONFIG).write_bytes(found.read_bytes())
+
+
+@contextmanager
+def _peft_unwarned() -> Iterator[None]:
+    """What peft warns of when it saves, it says when the trainer saves."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        yield
+
+
+def _active_adapter(model: Any) -> str:
+    active: list[str] = list(model.active_adapters)
+    if len(active) != 1 or model.peft_config[active[0]].is_prompt_learning:
+        raise InputError(
+            f"the active adapters are {active}: weightline publishes one adapter that is no soft prompt",
+            adapters=active,
+        )
+    return active[0]
+
+
+def _held_tensors(model: Any) -> dict[str, torch.Tensor]:
+    """The very tensors that training holds, partitioned or not, by the names of the model's state dict."""
+    state = model.state_dict(keep_vars=True)
+    return {name: tensor for name, tensor in state.items() if isinstance(tensor, torch.Tensor)}
+
+
+def _belongs_to_an_adapter(model: Any, internal: str) -> bool:
+    """peft puts the adapter's name among the parts of its tensors' names, and of nothing else's."""
+    return not set(model.peft_config).isdisjoint(internal.split("."))
+
+
+def _base_name(internal: str) -> str:
+    """The name in the base model before peft wrapped it and its modules."""
+    name = without_wrappers(internal).removeprefix("base_model.model.")
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)

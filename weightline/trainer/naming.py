@@ -1,0 +1,119 @@
+"""What a checkpoint calls the tensors that training holds, and how it cuts them.
+
+transformers holds a mixture's experts as one tensor and writes one tensor an expert and projection; other models are
+merely renamed. The chain has the checkpoint's names and shapes, so that a version is what `save_pretrained` writes,
+whatever engine reads it. Nothing is copied for that: each tensor of the checkpoint is a range of one that is held.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
+
+from weightline.codec.torch_ops import dtype_code
+from weightline.errors import InputError
+from weightline.types import TensorSpec
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Published:
+    """A tensor of the checkpoint: `spec.num_elements` elements from `offset` on of one that training holds."""
+
+    spec: TensorSpec
+    held: torch.Tensor
+    """Whole, a ZeRO-3 parameter, or a DTensor."""
+    offset: int = 0
+
+
+def published_tensors(model: torch.nn.Module) -> tuple[Published, ...]:
+    """Every parameter and persistent buffer as the model's checkpoint has it, in the model's order. Tied ones once.
+
+    InputError for a model whose `save_pretrained` computes what it writes. Reads no weights; the same on all ranks.
+    """
+    return as_saved(model, dict(_named_tensors(model)))
+
+
+def as_saved(model: torch.nn.Module, held: Mapping[str, torch.Tensor]) -> tuple[Published, ...]:
+    """The tensors of a model, by the names that it has for them, as its `save_pretrained` would write them."""
+    if not isinstance(model, PreTrainedModel):
+        return tuple(Published(spec_of(name, tensor), tensor) for name, tensor in held.items())
+    stand_ins = {name: _stand_in(spec_of(name, tensor)) for name, tensor in held.items()}
+    order = {_storage(stand_in): (rank, name) for rank, (name, stand_in) in enumerate(stand_ins.items())}
+    with _WithoutCopies():
+        saved: dict[str, torch.Tensor] = revert_weight_conversion(model, dict(stand_ins))
+    found = []
+    for name, part in saved.items():
+        rank, source = order.get(_storage(part), (-1, ""))
+        if rank < 0 or not part.is_contiguous():
+            raise InputError(
+                f"save_pretrained of {type(model).__name__} computes {name} from what training holds: weightline "
+                "publishes models whose checkpoint is cut from the held tensors, not rearranged",
+                tensor=name,
+            )
+        spec = TensorSpec(name, dtype_code(part.dtype), tuple(part.shape))
+        offset = int(part.storage_offset())
+        found.append((rank, offset, Published(spec, held[source], offset)))
+    return tuple(published for _, _, published in sorted(found, key=lambda row: row[:2]))
+
+
+def spec_of(name: str, tensor: Any) -> TensorSpec:
+    """The full tensor's spec, however it is partitioned."""
+    is_zero3 = hasattr(tensor, "ds_tensor")
+    dtype = tensor.ds_tensor.dtype if is_zero3 else tensor.dtype
+    shape = tensor.ds_shape if is_zero3 else tensor.shape
+    return TensorSpec(name, dtype_code(dtype), tuple(shape))
+
+
+def without_wrappers(name: str) -> str:
+    """The checkpoint's name: without what activation checkpointing and compilation put in between."""
+    return name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", "")
+
+
+def _named_tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    for name, parameter in model.named_parameters():
+        yield without_wrappers(name), parameter
+    for module_name, module in model.named_modules():
+        for name, buffer in module.named_buffers(prefix=module_name, recurse=False):
+            if name.rpartition(".")[2] not in module._non_persistent_buffers_set:
+                yield without_wrappers(name), buffer
+
+
+def _stand_in(spec: TensorSpec) -> torch.Tensor:
+    """A tensor of that shape and dtype without memory: views of it show where they begin."""
+    return torch.empty(spec.shape, dtype=_TORCH_DTYPE[spec.dtype], device="meta")
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    """Tells storages apart, also those without memory."""
+    return int(tensor.untyped_storage()._cdata)
+
+
+class _WithoutCopies(TorchFunctionMode):
+    """transformers' conversions, with `contiguous` and `clone` left out: what they cut stays a view."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        if func in (torch.Tensor.contiguous, torch.Tensor.clone):
+            return args[0]
+        return func(*args, **(kwargs or {}))
+
+
+_TORCH_DTYPE = {
+    dtype_code(dtype): dtype
+    for dtype in (
+        torch.bool, torch.uint8, torch.int8, torch.float8_e4m3fn, torch.float8_e5m2, torch.uint16, torch.int16,
+        torch.float16, torch.bfloat16, torch.uint32, torch.int32, torch.float32, torch.uint64, torch.int64,
+        torch.float64,
+    )
+}  # fmt: skip
