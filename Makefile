@@ -4,9 +4,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN_ARGS ?=
 PYTEST_ARGS ?=
+FUZZ_SECONDS ?= 60
 
 .DEFAULT_GOAL := help
-.PHONY: help run up down test test-fast lint bench clean
+.PHONY: help run up down test test-fast lint bench fuzz clean
 
 help:  ## This list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -34,6 +35,11 @@ lint: $(VENV)/.test-ready  ## Style, types, and the direction of imports
 
 bench: $(VENV)/.test-ready  ## Sizes and speeds, as ratios measured in one run
 	$(BIN)/python -m benchmarks
+
+fuzz: $(VENV)/.test-ready  ## Hostile payloads and manifests, FUZZ_SECONDS each (60)
+	$(BIN)/python -c "import atheris" 2>/dev/null || $(BIN)/python -m pip install --quiet --disable-pip-version-check 'atheris>=3,<4'
+	$(BIN)/python -m fuzz.payload -max_total_time=$(FUZZ_SECONDS)
+	$(BIN)/python -m fuzz.manifest -max_total_time=$(FUZZ_SECONDS)
 
 clean:  ## Remove the environment and caches; runs/ stays
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -1,47 +1,48 @@
-"""Speed of the codings on buffers far larger than the caches: two states of a model, repeated until they fill them.
+"""Speed of the codings on buffers far larger than the caches. Single thread; ratios are what carries over.
 
-    python benchmarks/codec_bench.py A.safetensors B.safetensors --mib 256
+    python -m benchmarks.codec_bench [A.safetensors B.safetensors] [--mib 256]
 
-Ratios to memcmp of the same buffers in the same run are what carries over to other machines. Single thread.
+Seconds are thread CPU time, the least of the repeats: on a shared machine wall time measures the neighbours.
 """
 
 from __future__ import annotations
 
 import argparse
+import tempfile
 from pathlib import Path
 
-import numpy as np
+from benchmarks.states import parse_states
+from benchmarks.timing import least_cpu_seconds, memcmp_cpu_seconds
+from weightline.codec.capture import capture
+from weightline.codec.coding import codings
+from weightline.format.payload import open_payload, write_delta
+from weightline.types import BitsArray, Segment, TensorSpec
 
-from weightline.bench.codings import bench_codings
-from weightline.chain.target import FileTarget
-from weightline.types import BitsArray, TensorSpec
 
-
-def flat_bits(state: Path, dtype: str) -> BitsArray:
-    """All elements of one dtype, laid end to end."""
-    target = FileTarget(state)
-    found = target.read(name for name, spec in target.specs.items() if spec.dtype == dtype)
-    return np.concatenate(list(found.values()))
+def measure(coding: str, is_ranked: bool, tensor: TensorSpec, old_N: BitsArray, new_N: BitsArray) -> str:
+    """One line of the report."""
+    segment = Segment(tensor, 0, tensor.num_elements)
+    memcmp_seconds = memcmp_cpu_seconds(old_N)
+    capture_seconds, changes = least_cpu_seconds(lambda: capture(segment, old_N, new_N, ranked=is_ranked))
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "payload.safetensors"
+        encode_seconds, info = least_cpu_seconds(lambda: write_delta(path, [changes], coding))
+        decode_seconds, _ = least_cpu_seconds(lambda: list(open_payload(path).read_changes(None, lambda _: old_N)))
+    num_changed = max(info.num_changed, 1)
+    return (
+        f"{coding:17} {100 * info.num_changed / info.num_elements:.2f} % changed  "
+        f"{info.nbytes / num_changed:.3f} B/changed  capture {memcmp_seconds / capture_seconds:.2f} x memcmp  "
+        f"encode {encode_seconds / capture_seconds:.2f} x capture, "
+        f"{1e9 * encode_seconds / num_changed:.1f} ns/changed  "
+        f"decode {1e9 * decode_seconds / num_changed:.1f} ns/changed"
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("old", type=Path)
-    parser.add_argument("new", type=Path)
-    parser.add_argument("--dtype", default="BF16")
-    parser.add_argument("--mib", type=int, default=256)
-    args = parser.parse_args()
-    old_N, new_N = flat_bits(args.old, args.dtype), flat_bits(args.new, args.dtype)
-    size = (args.mib << 20) // old_N.itemsize
-    tensor = TensorSpec("all", args.dtype, (size,))
-    for r in bench_codings([(tensor, np.resize(old_N, size), np.resize(new_N, size))], repeats=5):
-        nanoseconds = 1e9 * r.encode_seconds / max(r.num_changed, 1)
-        print(
-            f"{r.coding:17} {100 * r.num_changed / r.num_elements:.2f} % changed  {r.bytes_per_changed:.4f} B/changed  "
-            f"capture {r.memcmp_seconds / r.capture_seconds:.3f} x memcmp  "
-            f"encode {r.encode_seconds / r.capture_seconds:.2f} x capture ({nanoseconds:.0f} ns/changed)  "
-            f"decode {r.decode_seconds:.3f} s  apply {r.apply_seconds:.3f} s  exact {r.exact}"
-        )
+    tensor, old_N, new_N = parse_states(parser)
+    for name, coding in codings().items():
+        print(measure(name, coding.ranked, tensor, old_N, new_N), flush=True)
 
 
 if __name__ == "__main__":

@@ -15,14 +15,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.chains import make_manifest, random_state
 from tests.codec.states import RUNS, real_pairs, whole
 from weightline.codec.capture import capture
 from weightline.codec.coding import codings
 from weightline.codec.geometric import encode_runs
 from weightline.codec.varint import put_numbers
-from weightline.errors import PayloadError, UnsupportedFeatureError
+from weightline.errors import ManifestError, PayloadError, UnsupportedFeatureError
 from weightline.format.envelope import reserve_header, write_header
+from weightline.format.manifest import Manifest
 from weightline.format.payload import open_payload, write_anchor, write_delta
+from weightline.format.shortcut import Shortcut
 from weightline.format.table import DTYPES, ChunkEntry, pack_table
 from weightline.types import BitsArray, Segment, TensorSpec
 
@@ -409,3 +412,21 @@ def test_a_written_header_reads_back() -> None:
     assert len(raw) == 256
     assert int.from_bytes(raw[:8], "little") == 248
     assert json.loads(raw[8:])["table"]["data_offsets"] == [10**14, 10**14 + 10**8]
+
+
+@pytest.mark.parametrize("parse", [Manifest.from_bytes, Shortcut.from_bytes])
+@pytest.mark.parametrize("features", ["[{}]", "[[]]", "[1]", "{}", '"x"', "null"])
+def test_features_that_are_no_names(parse: Callable[[bytes], object], features: str) -> None:
+    """Found by fuzz/manifest.py: a feature that cannot be hashed."""
+    with pytest.raises(ManifestError):
+        parse(f'{{"format":"weightline/1","features":{features}}}'.encode())
+
+
+@pytest.mark.parametrize("loss", [float("nan"), float("inf"), -float("inf")])
+def test_a_loss_that_is_no_number_does_not_spoil_a_version(loss: float) -> None:
+    """Written as null it would make a manifest that no reader takes."""
+    state = random_state(1)
+    manifest = make_manifest(state, 0, "0" * 32, (), is_anchor=True)
+    logged = Manifest.model_validate(manifest.model_dump() | {"metrics": {"loss": loss, "reward": 1.0}})
+    assert logged.metrics == {"reward": 1.0}
+    assert Manifest.from_bytes(logged.to_bytes()) == logged

@@ -37,7 +37,7 @@ class Cluster:
     """Compared elements a second and rank (one CPU core; a GPU is far above)."""
     encode_elements_per_second: float = 40e6
     """Coded changed elements a second and rank."""
-    decode_elements_per_second: float = 40e6
+    decode_elements_per_second: float = 10e6
     """Decoded changed elements a second and reader rank."""
     apply_elements_per_second: float = 50e6
     """Scattered changed elements a second and reader rank: the pause."""

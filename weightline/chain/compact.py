@@ -26,7 +26,7 @@ class AnchorPolicy:
     """
 
     download_nbytes_per_second: float = 250e6
-    delta_elements_per_second: float = 40e6
+    delta_elements_per_second: float = 10e6
     anchor_elements_per_second: float = 120e6
 
     def replay_seconds(self, hops: Sequence[Hop], num_elements: int) -> float:

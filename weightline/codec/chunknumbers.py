@@ -38,10 +38,13 @@ def flatten_changes(pieces: Sequence[Changes]) -> CodedNumbers:
     first, last = 0, -1
     for piece in pieces:
         part = slice(first, first + piece.num_changed)
-        last = grouping.flatten(
-            piece.positions_K, piece.old_K, piece.new_K, *_ordering(dtype),
-            numbers.gaps_K[part], numbers.sizes_K[part], numbers.negative_K[part], last,
-        ) - piece.segment.length  # fmt: skip
+        grouping.gaps(piece.positions_K, numbers.gaps_K[part], last)
+        last = (int(piece.positions_K[-1]) if piece.num_changed else last) - piece.segment.length
+        sizes_K, negative_K = numbers.sizes_K[part], numbers.negative_K[part]
+        if DTYPE_ITEMSIZE[dtype] == 2:
+            grouping.steps_16(piece.old_K, piece.new_K, np.uint32(_ordering(dtype)[0]), sizes_K, negative_K)
+        else:
+            grouping.steps(piece.old_K, piece.new_K, *_ordering(dtype), sizes_K, negative_K)
         first = part.stop
     return numbers
 

@@ -45,6 +45,7 @@ _NUM_PLAIN_ROWS = 4 * (_FIRST_SHIFTED_OCTAVE - _LOWEST_OCTAVE)
 BUCKET_STARTS = (*range(16), 16, 24, 32, 48, *(1 << octave for octave in range(6, 63)))
 BUCKET_BITS = (*(0,) * 16, 3, 3, 4, 4, *range(6, 63))
 NUM_TOKENS = len(BUCKET_STARTS)
+_NUM_TABLED = 65
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +65,8 @@ class Tables:
     bits_T: Numbers
     #: Not a constant of the format: row x (probability >> 8), the first token that can be meant; a decoder's short cut.
     guesses: Numbers
+    #: Neither: row x scaled value, width << 40 | raw bits << 32 | start of its token; a coder's short cut.
+    small: Numbers
 
 
 @cache
@@ -87,7 +90,16 @@ def tables() -> Tables:
         np.array(BUCKET_STARTS, np.uint64),
         np.array(BUCKET_BITS, np.uint64),
         np.array([np.searchsorted(row, np.arange(0, _TOTAL, 256), side="right") - 1 for row in cumulative], np.uint64),
+        _small(cumulative),
     )
+
+
+def _small(cumulative: Numbers) -> Numbers:
+    tokens = np.searchsorted(np.array(BUCKET_STARTS), np.arange(_NUM_TABLED), side="right") - 1
+    start, width = cumulative[:, tokens], np.diff(cumulative, axis=1)[:, tokens]
+    bits = np.array(BUCKET_BITS, np.uint64)[tokens]
+    packed: Numbers = width << np.uint64(40) | bits << np.uint64(32) | start
+    return packed
 
 
 def _row(mean: float) -> list[int]:
@@ -133,7 +145,7 @@ def encode_runs(values_K: Numbers, counts_R: Counts, levels_R: Counts) -> bytes:
     words, raws = np.empty(values_K.size + 2, np.uint32), np.empty(2 * values_K.size + 2, np.uint32)
     num_words, num_raws = kernel.encode_runs(
         values_K, counts_R, t.bounds_L[levels_R],
-        t.bounds_L, t.shifts_L, t.rows_L, t.cumulative, t.starts_T, t.bits_T, words, raws,
+        t.bounds_L, t.shifts_L, t.rows_L, t.cumulative, t.small, t.starts_T, t.bits_T, words, raws,
     )  # fmt: skip
     head = bytearray()
     put_numbers(head, int(num_words))

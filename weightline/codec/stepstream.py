@@ -22,16 +22,18 @@ from weightline.errors import PayloadError
 
 def encode_steps(sizes_K: Numbers, negative_K: npt.NDArray[np.bool_]) -> bytes:
     """The stream of steps given as |s| - 1 and whether they are negative. No steps, no bytes."""
+    from weightline.codec.kernels import grouping
+
     if not sizes_K.size:
         return b""
-    large_J = np.flatnonzero(sizes_K)
     head = bytearray(np.packbits(negative_K, bitorder="little").tobytes())
-    put_numbers(head, large_J.size)
-    if not large_J.size:
+    columns = np.empty((2, sizes_K.size + 1), sizes_K.dtype)
+    num_large = int(grouping.large_steps(sizes_K, columns))
+    put_numbers(head, num_large)
+    if not num_large:
         return bytes(head)
-    runs_J = (np.diff(large_J, prepend=-1) - 1).astype(sizes_K.dtype)
-    values = np.concatenate([runs_J, sizes_K[large_J] - sizes_K.dtype.type(1)])
-    counts_R = np.array([large_J.size, large_J.size], np.int64)
+    values = columns[:, :num_large].reshape(-1)
+    counts_R = np.array([num_large, num_large], np.int64)
     levels_R = start_levels(values, counts_R)
     put_numbers(head, *levels_R.tolist())
     return bytes(head) + encode_runs(values, counts_R, levels_R)

@@ -17,19 +17,27 @@ Array = npt.NDArray[Any]
 State = tuple[np.uint64, np.uint64, np.uint64]
 
 _WORD = np.uint64(32)
+_LOG_WORD = np.uint64(5)
 _TOP = np.uint64(1 << 32)
 _LOW_WORD = np.uint64((1 << 32) - 1)
 _FULL = np.uint64((1 << 64) - 1)
 _ZERO = np.uint64(0)
 _ONE = np.uint64(1)
+_NOWHERE = np.int64(0)
 _PROBABILITY_BITS = np.uint64(16)
 _LAST_PROBABILITY = np.uint64((1 << 16) - 1)
 _GUESS_BITS = np.uint64(8)
-_PLAIN = np.uint64(16)
+_WIDTH_AT = np.uint64(40)
+_BITS_MASK = np.uint64(0xFF)
 _FRACTION_BITS = 16
+#: A mean's level: exponent and two fraction bits of it as a float64, counted from those of the first level.
+_BOUND_BITS = 3
+_LEADING_SHIFT = 50
+_LEADING_OF_LEVEL_0 = 4 * (1023 + 2)
 _RATE_BITS = 6
-_CLIP = 8
-_MAX_MEAN = 1 << 40
+_LOG_CLIP = 3
+_MAX_MEAN = np.uint64(1 << 40)
+_WHOLE = ~((1 << _FRACTION_BITS) - 1)
 #: Values that a writer looks at to choose where a run starts.
 _SAMPLE = 512
 _SAMPLE_SHIFT = 10
@@ -39,9 +47,9 @@ _MAX_TYPICAL_BITS = 36
 @jit
 def _next_mean(mean: Any, value: np.uint64) -> Any:
     """The running mean after a value."""
-    limit = min((mean >> _FRACTION_BITS) * _CLIP + _CLIP, _MAX_MEAN)
-    seen = limit if value > np.uint64(limit) else np.int64(value)
-    return mean + (((seen << _FRACTION_BITS) - mean) >> _RATE_BITS)
+    seen = np.int64(min(value, _MAX_MEAN)) << _FRACTION_BITS
+    limit = ((mean & _WHOLE) << _LOG_CLIP) + (1 << (_FRACTION_BITS + _LOG_CLIP))
+    return mean + ((min(seen, limit) - mean) >> _RATE_BITS)
 
 
 @jit
@@ -59,25 +67,25 @@ def start_means(values_K: Array, counts_R: Array, means_R: Array) -> None:
         typical_bits = min(num_bits // max(stop - first, 1), _MAX_TYPICAL_BITS)
         total = np.int64(0)
         for k in range(first, stop):
-            total += np.int64(min(np.uint64(values_K[k]), np.uint64(_CLIP << typical_bits)))
-        means_R[run] = min((total << _SAMPLE_SHIFT) // max(stop - first, 1), _MAX_MEAN << _SAMPLE_SHIFT)
+            total += np.int64(min(np.uint64(values_K[k]), np.uint64(1 << (typical_bits + _LOG_CLIP))))
+        means_R[run] = min((total << _SAMPLE_SHIFT) // max(stop - first, 1), np.int64(_MAX_MEAN) << _SAMPLE_SHIFT)
         means_R[run] <<= _FRACTION_BITS - _SAMPLE_SHIFT
         first += counts_R[run]
 
 
 @jit
-def _level(bounds_L: Array, level: np.uint64, mean: Any) -> np.uint64:
-    """The level of a mean, looked for from the last one on: a mean moves slowly."""
-    while mean >= bounds_L[level + _ONE]:
-        level += _ONE
-    while mean < bounds_L[level]:
-        level -= _ONE
-    return level
+def _level(mean: Any) -> np.uint64:
+    """The level of a mean: bounds are floating-point numbers of two fraction bits, all multiples of 2**_BOUND_BITS."""
+    leading = np.float64(mean >> _BOUND_BITS).view(np.int64) >> _LEADING_SHIFT
+    return np.uint64(max(int(leading) - _LEADING_OF_LEVEL_0, 0))
 
 
 @jit
 def _put(words: Array, state: State, start: np.uint64, width: np.uint64, bits: np.uint64) -> State:
-    """Narrow (low, span) to [start, start + width) of 2**bits parts; the third number counts the words written."""
+    """Narrow (low, span) to [start, start + width) of 2**bits parts; the third number counts the words written.
+
+    Whether a word is full is as good as random: no branch, the word is stored in any case and kept when it is full.
+    """
     low, span, at = state
     part = span >> bits
     add = part * start
@@ -89,10 +97,10 @@ def _put(words: Array, state: State, start: np.uint64, width: np.uint64, bits: n
             back -= _ONE
         words[back] += np.uint32(1)
     span = part * width
-    if span < _TOP:
-        words[at] = np.uint32(low >> _WORD)
-        return low << _WORD, span << _WORD, at + _ONE
-    return low, span, at
+    words[at] = np.uint32(low >> _WORD)
+    is_full = np.uint64(span < _TOP)
+    shift = is_full << _LOG_WORD
+    return low << shift, span << shift, at + is_full
 
 
 @jit
@@ -101,37 +109,56 @@ def _put_raw(raws: Array, state: State, value: np.uint64, bits: np.uint64) -> St
     held, fill, at = state
     held |= value << fill
     fill += bits
-    if fill >= _WORD:
-        raws[at] = np.uint32(held & _LOW_WORD)
-        return held >> _WORD, fill - _WORD, at + _ONE
-    return held, fill, at
+    raws[at] = np.uint32(held & _LOW_WORD)
+    is_full = fill >> _LOG_WORD
+    shift = is_full << _LOG_WORD
+    return held >> shift, fill - shift, at + is_full
+
+
+@jit
+def _large(scaled: np.uint64, starts_T: Array, bits_T: Array, cumulative_T: Array) -> tuple[np.uint64, ...]:
+    """What `small` holds, for values beyond that table."""
+    token = np.uint64(starts_T.size - 1)
+    while scaled < starts_T[token]:
+        token -= _ONE
+    start = cumulative_T[token]
+    return start, cumulative_T[token + _ONE] - start, bits_T[token]
 
 
 @jit
 def encode_runs(
     values_K: Array, counts_R: Array, means_R: Array,
-    bounds_L: Array, shifts_L: Array, rows_L: Array, cumulative: Array, starts_T: Array, bits_T: Array,
+    bounds_L: Array, shifts_L: Array, rows_L: Array, cumulative: Array, small: Array, starts_T: Array, bits_T: Array,
     words: Array, raws: Array,
 ) -> tuple[np.uint64, np.uint64]:  # fmt: skip
-    """Write the words of the tokens and those of the raw bits; return how many of each."""
+    """Write the words of the tokens and those of the raw bits; return how many of each.
+
+    A value's bucket starts at a multiple of its width, so the raw bits are the value's lowest ones.
+    """
     state, raw_state = (_ZERO, _FULL, _ZERO), (_ZERO, _ZERO, _ZERO)
-    k, level = _ZERO, _ZERO
+    k, last_small = _ZERO, np.uint64(small.shape[1] - 1)
+    # Of the current level, looked up again when the mean leaves [low, high).
+    low, high, shift, row = _NOWHERE, _NOWHERE, _ZERO, _ZERO
     for run in range(counts_R.size):
         mean = means_R[run]
         for _ in range(counts_R[run]):
-            level = _level(bounds_L, level, mean)
-            shift, row, value = shifts_L[level], rows_L[level], np.uint64(values_K[k])
+            if mean < low or mean >= high:
+                level = _level(mean)
+                low, high, shift, row = bounds_L[level], bounds_L[level + _ONE], shifts_L[level], rows_L[level]
+            value = np.uint64(values_K[k])
             scaled = value >> shift
-            token = min(scaled, _PLAIN)
-            while token >= _PLAIN and token + _ONE < starts_T.size and scaled >= starts_T[token + _ONE]:
-                token += _ONE
-            start = cumulative[row, token]
-            state = _put(words, state, start, cumulative[row, token + _ONE] - start, _PROBABILITY_BITS)
-            raw, num_raw = value - (starts_T[token] << shift), bits_T[token] + shift
+            packed = small[row, min(scaled, last_small)]
+            start, width, num_raw = packed & _LOW_WORD, packed >> _WIDTH_AT, (packed >> _WORD) & _BITS_MASK
+            if scaled >= last_small:
+                start, width, num_raw = _large(scaled, starts_T, bits_T, cumulative[row])
+            state = _put(words, state, start, width, _PROBABILITY_BITS)
+            num_raw += shift
             if num_raw > _WORD:
-                raw_state = _put_raw(raws, raw_state, raw & _LOW_WORD, _WORD)
-                raw, num_raw = raw >> _WORD, num_raw - _WORD
-            raw_state = _put_raw(raws, raw_state, raw, num_raw)
+                raw_state = _put_raw(raws, raw_state, value & _LOW_WORD, _WORD)
+                value_raw, num_raw = value >> _WORD, num_raw - _WORD
+            else:
+                value_raw = value
+            raw_state = _put_raw(raws, raw_state, value_raw & ((_ONE << num_raw) - _ONE), num_raw)
             mean = _next_mean(mean, value)
             k += _ONE
     # Round low up to whole words: any number in [low, low + span) will do, and the span holds one of those.
@@ -166,12 +193,13 @@ def decode_runs(
     """Fill in the values; return how many words of tokens and of raw bits the stream must have."""
     code = _next_word(words, _ZERO) << _WORD | _next_word(words, _ONE)
     span, at, raw_state = _FULL, np.uint64(2), (_ZERO, _ZERO, _ZERO)
-    k, level = _ZERO, _ZERO
+    k, low, high, shift, row = _ZERO, _NOWHERE, _NOWHERE, _ZERO, _ZERO
     for run in range(counts_R.size):
         mean = means_R[run]
         for _ in range(counts_R[run]):
-            level = _level(bounds_L, level, mean)
-            shift, row = shifts_L[level], rows_L[level]
+            if mean < low or mean >= high:
+                level = _level(mean)
+                low, high, shift, row = bounds_L[level], bounds_L[level + _ONE], shifts_L[level], rows_L[level]
             part = span >> _PROBABILITY_BITS
             place = min(code // part, _LAST_PROBABILITY)
             token = guesses[row, place >> _GUESS_BITS]
@@ -186,8 +214,8 @@ def decode_runs(
             num_raw, raw = bits_T[token] + shift, _ZERO
             if num_raw > _WORD:
                 raw, raw_state = _get_raw(raws, raw_state, _WORD)
-                high, raw_state = _get_raw(raws, raw_state, num_raw - _WORD)
-                raw |= high << _WORD
+                top, raw_state = _get_raw(raws, raw_state, num_raw - _WORD)
+                raw |= top << _WORD
             else:
                 raw, raw_state = _get_raw(raws, raw_state, num_raw)
             value = (starts_T[token] << shift) + raw

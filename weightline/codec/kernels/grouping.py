@@ -14,6 +14,7 @@ from weightline.codec.kernels import jit
 
 Array = npt.NDArray[Any]
 
+_ZERO = np.uint64(0)
 _ONE = np.uint64(1)
 _FULL = np.uint64((1 << 64) - 1)
 
@@ -38,21 +39,47 @@ def _step(old: np.uint64, new: np.uint64, sign: np.uint64, unused: np.uint64) ->
 
 
 @jit
-def flatten(
-    positions_K: Array, old_K: Array, new_K: Array, sign: np.uint64, unused: np.uint64,
-    gaps_K: Array, sizes_K: Array, negative_K: Array, last: int,
-) -> int:  # fmt: skip
-    """Gaps and steps of one piece, by position; `last` is the last change before, counted from the piece's start.
+def gaps(positions_K: Array, gaps_K: Array, last: int) -> None:
+    """Unchanged elements before each change of one piece; `last`: the change before, counted from the piece's start."""
+    if positions_K.size:
+        gaps_K[0] = np.uint32(positions_K[0] - last - 1)
+    for k in range(1, positions_K.size):
+        gaps_K[k] = np.uint32(positions_K[k] - positions_K[k - 1] - 1)
 
-    A step s is kept as its size |s| - 1 and whether it is negative. Returns the piece's last change, or `last`.
-    """
-    for k in range(np.uint64(positions_K.size)):
-        gaps_K[k] = np.uint32(positions_K[k] - last - 1)
-        last = positions_K[k]
+
+@jit
+def steps(old_K: Array, new_K: Array, sign: np.uint64, unused: np.uint64, sizes_K: Array, negative_K: Array) -> None:
+    """Steps by position. A step s is kept as its size |s| - 1 and whether it is negative."""
+    for k in range(old_K.size):
         step = _step(np.uint64(old_K[k]), np.uint64(new_K[k]), sign, unused)
         negative_K[k] = step < 0
         sizes_K[k] = ~step if step < 0 else step - 1
-    return last
+
+
+@jit
+def steps_16(old_K: Array, new_K: Array, sign: np.uint32, sizes_K: Array, negative_K: Array) -> None:
+    """`steps` of 16-bit elements, in 32-bit arithmetic, which compiles to vectors."""
+    float_mask = np.int32(-1 if sign else 0)
+    for k in range(old_K.size):
+        old, new = np.int32(np.int16(old_K[k])), np.int32(np.int16(new_K[k]))
+        old ^= np.int32((old >> 31) & float_mask & 0x7FFF)
+        new ^= np.int32((new >> 31) & float_mask & 0x7FFF)
+        step = np.int32(np.int16(np.int32(new - old)))
+        negative_K[k] = step < 0
+        sizes_K[k] = np.uint32((step ^ (step >> 31)) - np.int32(step >= 0))
+
+
+@jit
+def large_steps(sizes_K: Array, values: Array) -> int:
+    """Of the steps larger than one: the unit steps before each, and their sizes |s| - 2, one column each; how many."""
+    found, last = _ZERO, _ZERO
+    for k in range(np.uint64(sizes_K.size)):
+        size = np.uint64(sizes_K[k])
+        values[0, found], values[1, found] = k - last, size - _ONE
+        is_large = np.uint64(size > 0)
+        found += is_large
+        last = k + _ONE if is_large else last
+    return int(found)
 
 
 @jit

@@ -1,0 +1,108 @@
+"""Writes the chain that this release leaves behind for later ones to read. Run once, by hand, for each release.
+
+python -m tests.compat.generate
+
+A fixture is never written again: a later release that cannot read it is broken, not the fixture.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+
+from tests.chains import commit_state
+from tests.codec.states import real_pairs
+from weightline.chain.author import commit_revert
+from weightline.chain.compaction import CompactionPlan, write_compaction
+from weightline.chain.expire import expire_before
+from weightline.chain.history import Chain
+from weightline.chain.records import EVALUATIONS, write_record
+from weightline.chain.refs import move_ref
+from weightline.chain.state import HostState, read_state
+from weightline.errors import InputError
+from weightline.store.local import LocalStore
+from weightline.types import BitsArray
+
+FOLDER = Path(__file__).parent / "data"
+State = dict[str, BitsArray]
+#: Elements kept of each real tensor, so that the fixture stays small.
+_KEPT = 1200
+
+
+def states() -> list[State]:
+    """Five states: two of a trained model, then steps of one unit, a wide change with NaN and -0.0, and a few more."""
+    pairs = [pair for pair in real_pairs("sft-3e-6") if pair[1].size >= _KEPT][:2]
+    first = {segment.tensor.name: old_N[:_KEPT].copy() for segment, old_N, _ in pairs}
+    first |= {"scale": np.array(0x3F80, np.uint16), "frozen.bias": np.arange(7, dtype=np.uint16)}
+    second = first | {segment.tensor.name: new_N[:_KEPT].copy() for segment, _, new_N in pairs}
+    third = {name: bits.copy() for name, bits in second.items()}
+    third[pairs[0][0].tensor.name][::50] ^= np.uint16(1)
+    third["scale"] = np.array(0x3F81, np.uint16)
+    fourth = {name: bits.copy() for name, bits in third.items()}
+    fourth[pairs[1][0].tensor.name][:4] = [0x7FC0, 0x8000, 0xFF80, 0x0001]
+    fifth = {name: bits.copy() for name, bits in fourth.items()}
+    fifth[pairs[1][0].tensor.name][100:140] += np.uint16(3)
+    return [first, second, third, fourth, fifth]
+
+
+def write_chain(folder: Path) -> Chain:
+    """Every kind of object: anchor, deltas in both codings, revert, shortcuts, refs, a record, a horizon."""
+    chain = Chain(LocalStore(folder))
+    first, *others = states()
+    commit_state(chain, first, is_milestone=True)
+    before = first
+    for number, state in enumerate(others):
+        coding = ("gap", "gap-by-magnitude")[number % 2]
+        commit_state(chain, state, before, coding=coding, stage="grpo" if number > 1 else "sft")
+        before = state
+    commit_revert(chain, 2)
+    direct = dict.fromkeys(range(5), 0.0)
+    write_compaction(chain, CompactionPlan(5, (0, 3), direct, writes_anchor=True), coding="gap-by-magnitude")
+    write_compaction(chain, CompactionPlan(4, (1,), direct, writes_anchor=False), coding="gap")
+    move_ref(chain, "best", 1)
+    move_ref(chain, "best", 3)
+    move_ref(chain, "v1.0", 2, is_tag=True)
+    write_record(chain, EVALUATIONS, 3, "arithmetic", {"status": "done", "score": 0.5})
+    expire_before(chain, 1)
+    return chain
+
+
+def expected(chain: Chain) -> dict[str, object]:
+    """What any release must find in it, by version: commit id, digests, and the sha256 of the bits."""
+    found = {}
+    for manifest in chain.manifests():
+        state = read_state(chain, manifest.version)
+        found[str(manifest.version)] = {
+            "commit_id": manifest.commit_id,
+            "kind": manifest.kind,
+            "coding": manifest.coding,
+            "digests": manifest.digests,
+            "sha256": sha256_of_state(state),
+        }
+    return {"release": version("weightline"), "oldest_kept": 1, "versions": found}
+
+
+def sha256_of_state(state: HostState) -> dict[str, str]:
+    """Of the little-endian bits of every tensor."""
+    return {
+        name: hashlib.sha256(bits_N.astype(bits_N.dtype.newbyteorder("<")).tobytes()).hexdigest()
+        for name, bits_N in sorted(state.bits.items())
+    }
+
+
+def main() -> None:
+    folder = FOLDER / f"chain-v1-by-{version('weightline')}"
+    if folder.exists():
+        raise InputError(f"{folder} is a released fixture: it is never written again", path=str(folder))
+    chain = write_chain(folder)
+    for hint in (folder / "hints").glob("*"):
+        hint.unlink()
+    folder.with_suffix(folder.suffix + ".json").write_text(json.dumps(expected(chain), indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
