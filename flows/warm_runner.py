@@ -15,11 +15,24 @@ import signal
 import socket
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 from uuid import UUID
 
 import httpx
 from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.filters import (
+    FlowRunFilter,
+    FlowRunFilterNextScheduledStartTime,
+    FlowRunFilterState,
+    FlowRunFilterStateType,
+    WorkPoolFilter,
+    WorkPoolFilterName,
+    WorkQueueFilter,
+    WorkQueueFilterName,
+)
+from prefect.client.schemas.objects import StateType
+from prefect.client.schemas.sorting import FlowRunSort
 from prefect.exceptions import Abort, ObjectNotFound, Pause
 from prefect.states import Cancelled, Crashed, Pending
 from prefect.types._datetime import now
@@ -34,6 +47,8 @@ POLL_SECONDS = 0.5
 _CANCEL_POLL_SECONDS = 2.0
 _HEARTBEAT_SECONDS = 30.0
 _AWAY_SECONDS = 2.0
+#: Enough to find the oldest of every lane; how many wait does not matter.
+_MAX_READ = 50
 
 
 class WarmRunner:
@@ -44,7 +59,6 @@ class WarmRunner:
         self._workers = workers
         self._pool = pool
         self._name = f"warm {'+'.join(worker.lane.name for worker in workers)} {socket.gethostname()} {os.getpid()}"
-        self._queue_names: dict[UUID, str] = {}
         self._endings: list[Ending] = []
         self._next: dict[str, float] = {}
         self._is_stopping = False
@@ -70,7 +84,7 @@ class WarmRunner:
             self._report(self._endings[0])
             del self._endings[0]
         if self._is_due("heartbeat", _HEARTBEAT_SECONDS):
-            self._client.send_worker_heartbeat(self._pool, self._name, heartbeat_interval_seconds=_HEARTBEAT_SECONDS)
+            self._show_up()
         if self._is_due("cancel", _CANCEL_POLL_SECONDS):
             self._cancel_on_request()
         self._start_runs()
@@ -83,6 +97,14 @@ class WarmRunner:
             if flow_run_id is not None:
                 self._mark_unfinished(UUID(flow_run_id), "The runner was stopped")
 
+    def _show_up(self) -> None:
+        """Let the server know that the pool has a worker and its queues are polled: the UI says so."""
+        self._client.send_worker_heartbeat(self._pool, self._name, heartbeat_interval_seconds=_HEARTBEAT_SECONDS)
+        queues = [queue for worker in self._workers for queue in worker.lane.queues]
+        # Long past: what is due is found by `_waiting_runs`.
+        before = now("UTC") - timedelta(days=365)
+        self._client.get_scheduled_flow_runs_for_work_pool(self._pool, queues, scheduled_before=before)
+
     def _start_runs(self) -> None:
         idle = [worker for worker in self._workers if worker.is_idle]
         if not idle:
@@ -94,19 +116,23 @@ class WarmRunner:
                 worker.give(run.flow_run_id)
 
     def _waiting_runs(self, idle: list[WarmWorker]) -> list[WaitingRun]:
+        """What is due in the idle lanes' queues. Reads only: asking the pool, as workers do, makes the server write."""
         queues = [queue for worker in idle for queue in worker.lane.queues]
-        found = self._client.get_scheduled_flow_runs_for_work_pool(self._pool, queues, scheduled_before=now("UTC"))
-        waiting = []
-        for response in found:
-            run, queue = response.flow_run, self._queue_name(response.work_queue_id)
-            due_at = run.next_scheduled_start_time
-            waiting.append(WaitingRun(str(run.id), queue, due_at.timestamp() if due_at else 0.0))
-        return waiting
-
-    def _queue_name(self, queue_id: UUID) -> str:
-        if queue_id not in self._queue_names:
-            self._queue_names |= {q.id: q.name for q in self._client.read_work_queues(work_pool_name=self._pool)}
-        return self._queue_names.get(queue_id, "")
+        found = self._client.read_flow_runs(
+            flow_run_filter=FlowRunFilter(
+                state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.SCHEDULED])),
+                next_scheduled_start_time=FlowRunFilterNextScheduledStartTime(before_=now("UTC")),
+            ),
+            work_pool_filter=WorkPoolFilter(name=WorkPoolFilterName(any_=[self._pool])),
+            work_queue_filter=WorkQueueFilter(name=WorkQueueFilterName(any_=queues)),
+            sort=FlowRunSort.NEXT_SCHEDULED_START_TIME_ASC,
+            limit=_MAX_READ,
+        )
+        return [
+            WaitingRun(str(run.id), run.work_queue_name or "", run.next_scheduled_start_time.timestamp())
+            for run in found
+            if run.next_scheduled_start_time is not None
+        ]
 
     def _claim(self, flow_run_id: UUID) -> bool:
         """Whether the run is ours. Another worker may have been faster, or a person may have cancelled it."""

@@ -20,7 +20,7 @@ PREFECT_FILE = Path("deployments/prefect.yaml")
 
 
 def deploy_all(root: Path) -> None:
-    """Prepare a server that has just come up: pool, queues, deployments from the repository at `root`. Safe to repeat.
+    """Create the work pool and its queues, and deploy everything from the repository at `root`. Safe to repeat.
 
     InputError when there is no deployments/prefect.yaml; LaunchError with Prefect's own words when it refuses.
     """
@@ -28,7 +28,6 @@ def deploy_all(root: Path) -> None:
         raise InputError(f"{root} has no {PREFECT_FILE}: run from the repository's root", path=str(root))
     with get_client(sync_client=True) as client:
         create_queues(client)
-        end_stale_runs(client)
     argv = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all", "--prefect-file", str(PREFECT_FILE)]
     done = subprocess.run(argv, cwd=root, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -53,15 +52,19 @@ def create_queues(client: SyncPrefectClient) -> None:
 
 
 def end_stale_runs(client: SyncPrefectClient) -> int:
-    """Cancel what an earlier stack on the same database left behind: it would be started now, for chains of the past.
+    """End what an earlier stack on the same database left behind: it would be started now, for chains of the past.
 
-    Only for a server that is ours alone and has just come up. Returns how many. Safe to repeat.
+    Runs that a schedule made in advance are removed, others cancelled. Only for a server that is ours alone and has
+    just come up. Returns how many. Safe to repeat.
     """
     unfinished = [StateType.SCHEDULED, StateType.PENDING, StateType.RUNNING, StateType.CANCELLING, StateType.PAUSED]
     states = FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=unfinished)))
     num_ended = 0
     while found := client.read_flow_runs(flow_run_filter=states, limit=100):
         for run in found:
-            client.set_flow_run_state(run.id, Cancelled(message="The stack that would run this was ended"), force=True)
+            if run.auto_scheduled and run.state is not None and run.state.is_scheduled():
+                client.delete_flow_run(run.id)
+            else:
+                client.set_flow_run_state(run.id, Cancelled(message="The stack of this run was ended"), force=True)
         num_ended += len(found)
     return num_ended

@@ -105,10 +105,14 @@ def _start(stack: Stack, root: Path, console: Console) -> None:
     with console.status("starting the Prefect server"):
         stack.enter()
         stack.start_server()
-        stack.start_runner()
-    with console.status("deploying the flows"):
-        from tasks.deploy import deploy_all
+    from prefect.client.orchestration import get_client
 
+    from tasks.deploy import deploy_all, end_stale_runs
+
+    with console.status("deploying the flows"):
+        with get_client(sync_client=True) as client:
+            end_stale_runs(client)
+        stack.start_runner()  # its processes import what they need while the flows are deployed
         deploy_all(root)
     console.print(f"Prefect UI: {stack.ui_url}", highlight=False)
 

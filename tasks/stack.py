@@ -73,6 +73,12 @@ def stack_environment(folder: StackFolder, port: int, base: Mapping[str, str]) -
         # "database is locked", and of events that were acted on 20 s late. A run that waits is no news here.
         "PREFECT_SERVER_SERVICES_LATE_RUNS_ENABLED": "false",
         "PREFECT_SERVER_SERVICES_PAUSE_EXPIRATIONS_ENABLED": "false",
+        # Steps of ranks come a dozen at once: one transaction for them, not one each.
+        "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_READ_BATCH_SIZE": "50",
+        "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_BATCH_SIZE": "50",
+        "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_FLUSH_INTERVAL": "1",
+        # The next few runs of a schedule are enough to see.
+        "PREFECT_SERVER_SERVICES_SCHEDULER_MIN_SCHEDULED_TIME": "PT5M",
         "PREFECT_SERVER_LOGGING_LEVEL": "WARNING",
         # 2 + 4 + ... + 64 s: a flow outlives two minutes without its server.
         "PREFECT_CLIENT_MAX_RETRIES": "6",
