@@ -9,7 +9,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -49,6 +49,9 @@ class Frozen(BaseModel):
     """Base of every wire object: unknown fields are refused, types are exact."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+Wire = TypeVar("Wire", bound=Frozen)
 
 
 class StoredObject(Frozen):
@@ -189,22 +192,27 @@ class Manifest(Frozen):
     @classmethod
     def from_bytes(cls, raw: bytes) -> Manifest:
         """Parse and validate. ManifestError names the broken rule; UnsupportedFeatureError says to upgrade."""
-        if len(raw) > MAX_MANIFEST_NBYTES:
-            raise ManifestError(f"a manifest of {len(raw)} bytes exceeds {MAX_MANIFEST_NBYTES}", rule="size")
-        try:
-            document = json.loads(raw)
-        except (ValueError, RecursionError) as error:
-            raise ManifestError(f"a manifest is not JSON: {error}", rule="json") from error
-        refuse_unknown_features(document)
-        try:
-            return cls.model_validate(document)
-        except ValidationError as error:
-            first = error.errors(include_url=False)[0]
-            field = ".".join(str(part) for part in first["loc"]) or "manifest"
-            raise ManifestError(f"manifest field {field}: {first['msg']}", rule=field) from error
+        return parse_wire(cls, raw, "manifest")
 
 
-def refuse_unknown_features(document: object) -> None:
+def parse_wire(cls: type[Wire], raw: bytes, noun: str) -> Wire:
+    """Bytes to a wire object. ManifestError names the broken rule; UnsupportedFeatureError says to upgrade."""
+    if len(raw) > MAX_MANIFEST_NBYTES:
+        raise ManifestError(f"a {noun} of {len(raw)} bytes exceeds {MAX_MANIFEST_NBYTES}", rule="size")
+    try:
+        document = json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        raise ManifestError(f"a {noun} is not JSON: {error}", rule="json") from error
+    _refuse_unknown_features(document)
+    try:
+        return cls.model_validate(document)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        field = ".".join(str(part) for part in first["loc"]) or noun
+        raise ManifestError(f"{noun} field {field}: {first['msg']}", rule=field) from error
+
+
+def _refuse_unknown_features(document: object) -> None:
     """Tell 'written by a newer release' from 'broken' before the schema is applied."""
     if not isinstance(document, Mapping):
         raise ManifestError("a manifest is not a JSON object", rule="json")

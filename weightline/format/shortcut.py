@@ -6,14 +6,12 @@ shortcuts reaches every version all the same, only by more bytes.
 
 from __future__ import annotations
 
-import json
 from typing import Annotated, Literal
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
-from weightline.errors import ManifestError
 from weightline.format import keys
-from weightline.format.manifest import Count, Frozen, Hex128, PayloadRef, refuse_unknown_features
+from weightline.format.manifest import Count, Frozen, Hex128, PayloadRef, parse_wire
 
 
 class Shortcut(Frozen):
@@ -53,14 +51,4 @@ class Shortcut(Frozen):
     @classmethod
     def from_bytes(cls, raw: bytes) -> Shortcut:
         """Parse and validate. ManifestError names the broken rule; UnsupportedFeatureError says to upgrade."""
-        try:
-            document = json.loads(raw)
-        except (ValueError, RecursionError) as error:
-            raise ManifestError(f"a shortcut is not JSON: {error}", rule="json") from error
-        refuse_unknown_features(document)
-        try:
-            return cls.model_validate(document)
-        except ValidationError as error:
-            first = error.errors(include_url=False)[0]
-            field = ".".join(str(part) for part in first["loc"]) or "shortcut"
-            raise ManifestError(f"shortcut field {field}: {first['msg']}", rule=field) from error
+        return parse_wire(cls, raw, "shortcut")
