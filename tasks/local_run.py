@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 _LOOK_SECONDS = 1.0
 _STATE_SECONDS = 2.0
 #: After training: when nothing has moved for so long, the events are taken for lost; and when it is given up.
-_CATCH_UP_SECONDS = 20.0
+_CATCH_UP_SECONDS = 12.0
 _MAX_CATCH_UPS = 3
 _GIVE_UP_SECONDS = 240.0
 

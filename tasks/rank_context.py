@@ -6,6 +6,7 @@ a pickled context: readable, and safe to read.
 
 from __future__ import annotations
 
+import atexit
 import contextvars
 import json
 import os
@@ -78,10 +79,11 @@ def enter_rank_context() -> contextvars.Context | None:
     EventsWorker.set_client_override(ProcessPoolForwardingEventsClient, event_queue=EventOutbox(api_url))
     context = contextvars.copy_context()
     context.run(_enter, json.loads(Path(path).read_text()))
+    atexit.register(context.run, _ENTERED.close)
     return context
 
 
-#: Holds what was entered: without a reference, collecting the garbage would leave it again.
+#: Holds what was entered until the process ends: without a reference, it would be left when garbage is collected.
 _ENTERED = ExitStack()
 
 

@@ -145,6 +145,20 @@ def test_resume_behind_the_tip_commits_a_revert() -> None:
     _assert_version_is(chain, 5, resumed)
 
 
+def test_a_stage_that_died_before_its_first_checkpoint_starts_again_from_its_start() -> None:
+    chain, model = Chain(MemoryStore()), Model()
+    first = _session(chain, stage="sft", run_id="run-1")
+    first.start(model, None, 0)
+    _train(first, model, 2)
+    for others in ({"stage": "sft", "run_id": "run-2"}, {"stage": "dpo", "run_id": "run-1"}):
+        with pytest.raises(BaseMismatchError, match="name a new chain"):
+            _session(chain, **others).start(Model(), None, 0)
+    again = _session(chain, stage="sft", run_id="run-1")
+    plan = again.start(Model(), None, 0)
+    assert (plan.action, plan.reverts_to) == ("revert", 0)
+    _assert_version_is(chain, 3, Model())
+
+
 def test_resume_from_a_state_that_was_never_committed_commits_the_way_to_it() -> None:
     chain, model = Chain(MemoryStore()), Model()
     session = _session(chain)

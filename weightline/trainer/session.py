@@ -158,7 +158,11 @@ class PublishSession:
         tip = self.chain.tip_version()
         recorded = None if tip is None else self.chain.manifest(tip).base_model
         base_model = require_base(recorded, base_model, chain_url=self.chain.url)
-        plan = plan_start(self.chain, loaded, specs, is_resumed=global_step > 0)
+        settings = self.settings
+        is_resumed = global_step > 0
+        plan = plan_start(
+            self.chain, loaded, specs, is_resumed=is_resumed, run_id=settings.run_id, stage=settings.stage
+        )
         assets = upload_assets(self.chain.store, model, processing_class)
         if plan.tip is not None and assets == assets_of(self.chain, plan.tip):
             assets = ()

@@ -19,6 +19,7 @@ from weightline.chain.state import read_state
 from weightline.codec.capture import capture
 from weightline.codec.digest import digest_to_limbs, format_digest, limbs_to_digest
 from weightline.errors import BaseMismatchError
+from weightline.format.manifest import Manifest
 from weightline.trainer.baseline import Baseline
 from weightline.trainer.group import RankGroup
 from weightline.types import Changes, TensorSpec
@@ -41,8 +42,14 @@ def summed_digests(own: dict[str, int], names: Iterable[str], group: RankGroup) 
     return {name: limbs_to_digest(row) for name, row in zip(names, rows, strict=True)}
 
 
-def plan_start(chain: Chain, loaded: dict[str, int], specs: dict[str, TensorSpec], *, is_resumed: bool) -> StartPlan:
-    """Decide on rank 0. BaseMismatchError when the weights are not the tip's and this is no resume. Reads only."""
+def plan_start(
+    chain: Chain, loaded: dict[str, int], specs: dict[str, TensorSpec], *, is_resumed: bool, run_id: str, stage: str
+) -> StartPlan:
+    """Decide on rank 0. BaseMismatchError when the weights are not the tip's and this is no resume. Reads only.
+
+    A stage that starts anew although this very run of it has committed versions died before its first checkpoint: that
+    is a resume, too, from the version that it started from.
+    """
     tip_version = chain.tip_version()
     if tip_version is None:
         return StartPlan("anchor", None)
@@ -57,15 +64,21 @@ def plan_start(chain: Chain, loaded: dict[str, int], specs: dict[str, TensorSpec
     written = {name: format_digest(digest) for name, digest in loaded.items()}
     if tip.digests == written:
         return StartPlan("continue", tip_version)
+    earlier = next((v for v in range(tip_version - 1, -1, -1) if chain.manifest(v).digests == written), None)
+    if earlier is not None and (is_resumed or _are_of(chain.manifests(earlier + 1, tip_version), run_id, stage)):
+        return StartPlan("revert", tip_version, earlier)
     if is_resumed:
-        earlier = next((v for v in range(tip_version - 1, -1, -1) if chain.manifest(v).digests == written), None)
-        return StartPlan("delta" if earlier is None else "revert", tip_version, earlier)
+        return StartPlan("delta", tip_version)
     name = next(name for name, digest in written.items() if tip.digests[name] != digest)
     raise BaseMismatchError(
         f"the loaded weights are not version {tip_version} of {chain.url} (tensor {name}: digest {written[name]}, "
         f"there {tip.digests[name]}). Start from that version (weightline pull), or name a new chain",
         tensor=name, version=tip_version, expected=tip.digests[name], actual=written[name],
     )  # fmt: skip
+
+
+def _are_of(manifests: Iterable[Manifest], run_id: str, stage: str) -> bool:
+    return all((manifest.run_id, manifest.stage) == (run_id, stage) for manifest in manifests)
 
 
 def changes_from_tip(chain: Chain, tip: int, baseline: Baseline, *, ranked: bool) -> list[Changes]:
