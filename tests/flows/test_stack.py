@@ -59,8 +59,13 @@ def test_no_stack_is_running_where_none_was_started(tmp_path: Path) -> None:
 def _flows(*argv: str, runs_dir: Path) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-m", "flows", *argv, "--runs-dir", str(runs_dir)],
-        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=_heed_interrupts,
     )  # fmt: skip
+
+
+def _heed_interrupts() -> None:
+    """A shell's background job, as a CI's may be, has SIGINT ignored, and its children inherit that."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 @pytest.mark.slow
@@ -100,7 +105,10 @@ def test_a_run_that_is_interrupted_leaves_no_process(tmp_path: Path, how: signal
         time.sleep(0.1)
     members = [child for p in facts.processes for child in psutil.Process(p.pid).children(recursive=True)]
     os.kill(run.pid, how)
-    _, err = run.communicate(timeout=60)
+    try:
+        _, err = run.communicate(timeout=60)
+    finally:
+        run.kill()
     assert run.returncode == (130 if how is signal.SIGINT else -how)
     if how is signal.SIGINT:
         assert err.strip().splitlines()[-1] == "interrupted: everything was ended"
