@@ -17,10 +17,12 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from weightline.stages.checkpoints import ResumePlan, mark_whole, plan_resume
+from weightline.stages.ending import Ending
 from weightline.stages.float32_compute import compute_in_float32
 from weightline.stages.job import StageJob, StageResult, write_atomically
 
 Args = TypeVar("Args", bound=TrainingArguments)
+_ENDING = Ending()
 
 
 def start_rank() -> StageJob:
@@ -71,9 +73,21 @@ def training_args(config_class: type[Args], job: StageJob) -> Args:
 
 
 def run_stage(trainer: Trainer, job: StageJob) -> None:
-    """Train, save the last weights, and mark the stage as done. Safe to repeat; see the module's docstring."""
-    if job.resume and job.done_path.exists():
-        return
+    """Train, save the last weights, and mark the stage as done. Safe to repeat; see the module's docstring.
+
+    Killed and repeated, SFT and DPO end in the same bits as undisturbed. So does GRPO when no generated batch is open
+    at the checkpoint, as with TRL's defaults, where each optimizer step generates its own. With steps_per_generation *
+    num_iterations above gradient_accumulation_steps it may not: GRPOTrainer keeps the generated batch and its place in
+    it (`_buffered_inputs`, `_step`) in memory only, so a resumed run generates anew, with other weights, in the middle
+    of what was one batch. No trainer saves the moving reference of `sync_ref_model`.
+    """
+    if not (job.resume and job.done_path.exists()):
+        _train(trainer, job)
+    trainer.accelerator.end_training()
+    _ENDING.declare_finished()
+
+
+def _train(trainer: Trainer, job: StageJob) -> None:
     args = trainer.args
     plan = plan_resume(job, args.world_size)
     if args.process_index == 0:
@@ -91,7 +105,6 @@ def run_stage(trainer: Trainer, job: StageJob) -> None:
     if args.process_index == 0:
         write_atomically(job.done_path, _result(trainer, job, plan, train_seconds).model_dump_json(indent=1))
     trainer.accelerator.wait_for_everyone()
-    trainer.accelerator.end_training()
 
 
 def _add_callbacks(trainer: Trainer, job: StageJob) -> None:
