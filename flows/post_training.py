@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Any
 
 from prefect import flow, get_run_logger
 from prefect.runtime import flow_run
-from pydantic import Field
 
 from tasks.names import lineage_key
 from tasks.run_folder import open_run
@@ -23,10 +22,10 @@ def _name_stage() -> str:
 
 @flow(name="post-training", flow_run_name=_name_run, persist_result=False)
 def post_training(
-    recipe: Annotated[str | None, Field(title="Recipe")] = "deployments/recipes/arithmetic.yaml",
-    run_id: Annotated[str | None, Field(title="Run id")] = None,
-    runs_dir: Annotated[str, Field(title="Runs folder")] = "runs",
-    chain: Annotated[str | None, Field(title="Chain")] = None,
+    recipe: str | None = "deployments/recipes/arithmetic.yaml",
+    run_id: str | None = None,
+    runs_dir: str = "runs",
+    chain: str | None = None,
 ) -> dict[str, Any]:
     """Train through all stages of a recipe.
 

@@ -12,9 +12,7 @@ from tasks.reconciling import find_missing, newest_chain, start_missing
 
 @flow(name="reconcile", persist_result=False)
 def reconcile(
-    chain: Annotated[str | None, Field(title="Chain")] = None,
-    runs_dir: Annotated[str, Field(title="Runs folder")] = "runs",
-    grace_seconds: Annotated[float, Field(title="Grace (s)", ge=0)] = 60.0,
+    chain: str | None = None, runs_dir: str = "runs", grace_seconds: Annotated[float, Field(ge=0)] = 120.0
 ) -> int:
     """Start evaluation and refresh of versions that have no record of it.
 

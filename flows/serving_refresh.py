@@ -12,10 +12,7 @@ from tasks.serving import refresh
 
 
 @flow(name="refresh-serving", flow_run_name="refresh to v{version}", persist_result=False)
-def refresh_serving(
-    chain: Annotated[str, Field(title="Chain")],
-    version: Annotated[int, Field(title="Version", ge=0)],
-) -> dict[str, Any]:
+def refresh_serving(chain: str, version: Annotated[int, Field(ge=0)]) -> dict[str, Any]:
     """Move the chain's inference server to a version. A server that is further already stays there.
 
     Args:

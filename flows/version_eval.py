@@ -13,10 +13,10 @@ from tasks.lineage import draw_lineage
 
 @flow(name="evaluate-version", flow_run_name="evaluate v{version}", persist_result=False)
 def evaluate_version(
-    chain: Annotated[str, Field(title="Chain")],
-    version: Annotated[int, Field(title="Version", ge=0)],
-    task: Annotated[str | None, Field(title="Task")] = None,
-    limit: Annotated[int | None, Field(title="Limit", ge=1)] = None,
+    chain: str,
+    version: Annotated[int, Field(ge=0)],
+    task: str | None = None,
+    limit: Annotated[int, Field(ge=1)] | None = None,
 ) -> dict[str, Any]:
     """Measure a version, or record that a newer one took its place. A milestone is always measured.
 

@@ -24,6 +24,7 @@ from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.filters import (
     FlowRunFilter,
     FlowRunFilterNextScheduledStartTime,
+    FlowRunFilterParentFlowRunId,
     FlowRunFilterState,
     FlowRunFilterStateType,
     WorkPoolFilter,
@@ -168,8 +169,20 @@ class WarmRunner:
             state = self._client.read_flow_run(flow_run_id).state
             if state is not None and (state.is_cancelling() or state.is_cancelled()):
                 logger.info("cancelling flow run %s", flow_run_id)
+                subflows = self._subflows(flow_run_id)
                 worker.end_run()
-                self._client.set_flow_run_state(flow_run_id, Cancelled(message="Cancelled on request"), force=True)
+                self._mark_cancelled([flow_run_id, *subflows])
+
+    def _subflows(self, flow_run_id: UUID) -> list[UUID]:
+        """Runs that end with this one, as long as it is under way."""
+        of_run = FlowRunFilter(parent_flow_run_id=FlowRunFilterParentFlowRunId(any_=[flow_run_id]))
+        found = self._client.read_flow_runs(flow_run_filter=of_run)
+        return [run.id for run in found if run.state is None or not run.state.is_final()]
+
+    def _mark_cancelled(self, flow_run_ids: list[UUID]) -> None:
+        """Their own processes may have said that they crashed, which is not the cause."""
+        for flow_run_id in flow_run_ids:
+            self._client.set_flow_run_state(flow_run_id, Cancelled(message="Cancelled on request"), force=True)
 
     def _is_due(self, what: str, interval_seconds: float) -> bool:
         if time.monotonic() < self._next.get(what, 0.0):

@@ -47,7 +47,7 @@ def _runs(client: SyncPrefectClient, deployment: str, chain: str) -> list[FlowRu
     return [run for run in client.read_flow_runs(deployment_filter=named) if run.parameters.get("chain") == chain]
 
 
-def _wait_for(read: Callable[[], Any], is_enough: Callable[[Any], bool], seconds: float = 30.0) -> Any:
+def _wait_for(read: Callable[[], Any], is_enough: Callable[[Any], bool], seconds: float = 60.0) -> Any:
     deadline = time.monotonic() + seconds
     while not is_enough(found := read()):
         assert time.monotonic() < deadline, f"still {found}"

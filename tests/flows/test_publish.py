@@ -224,7 +224,7 @@ def _events(client: SyncPrefectClient, name: str) -> list[dict[str, Any]]:
     return [event for event in events if event["payload"]["chain"] == "memory://toy"]
 
 
-def _wait_for(read: Callable[[], Any], is_enough: Callable[[Any], bool], seconds: float = 30.0) -> Any:
+def _wait_for(read: Callable[[], Any], is_enough: Callable[[Any], bool], seconds: float = 60.0) -> Any:
     deadline = time.monotonic() + seconds
     while not is_enough(found := read()):
         assert time.monotonic() < deadline, f"still {found}"

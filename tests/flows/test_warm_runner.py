@@ -11,6 +11,7 @@ import psutil
 import pytest
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.actions import WorkPoolCreate
+from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterParentFlowRunId
 from prefect.client.schemas.objects import State
 from prefect.exceptions import ObjectAlreadyExists
 from prefect.flows import Flow
@@ -112,9 +113,13 @@ def test_cancelling_a_run_ends_all_its_processes(
     hanging = start(toy_flows.hang, path=str(told))
     run_until(lambda: told.exists() and bool(told.read_text()))
     child = psutil.Process(int(told.read_text()))
+    of_hanging = FlowRunFilter(parent_flow_run_id=FlowRunFilterParentFlowRunId(any_=[hanging]))
+    run_until(lambda: bool(client.read_flow_runs(flow_run_filter=of_hanging)))
     client.set_flow_run_state(hanging, Cancelling())
     run_until(lambda: _state(client, hanging).is_final())
     assert _state(client, hanging).is_cancelled()
+    (subflow,) = client.read_flow_runs(flow_run_filter=of_hanging)
+    run_until(lambda: _state(client, subflow.id).is_cancelled())
     assert not child.is_running() or child.status() == psutil.STATUS_ZOMBIE
 
 

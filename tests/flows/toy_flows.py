@@ -31,6 +31,12 @@ def die() -> None:
 
 @flow(name="toy-hang")
 def hang(path: str) -> None:
+    """Let a subflow hang."""
+    wait_for_good(path)
+
+
+@flow(name="toy-wait")
+def wait_for_good(path: str) -> None:
     """Start a process in a session of its own, and wait for good."""
     child = subprocess.Popen(["sleep", "300"], start_new_session=True)
     Path(path).write_text(str(child.pid))
