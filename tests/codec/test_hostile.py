@@ -20,6 +20,7 @@ from tests.codec.states import RUNS, real_pairs, whole
 from weightline.codec.capture import capture
 from weightline.codec.coding import codings
 from weightline.codec.geometric import encode_runs
+from weightline.codec.rice import encode_rice
 from weightline.codec.varint import put_numbers
 from weightline.errors import ManifestError, PayloadError, UnsupportedFeatureError
 from weightline.format.envelope import reserve_header, write_header
@@ -267,6 +268,12 @@ def runs(values: list[int], counts: list[int], levels: list[int]) -> bytes:
     return encode_runs(np.array(values, np.uint64), np.array(counts), np.array(levels))
 
 
+def rice(values: list[int]) -> bytes:
+    return encode_rice(np.array(values, np.uint32), 5)
+
+
+#: Says that a Rice stream of parameter 5 follows.
+RICE_5 = b"\x85\x02"
 #: Streams of two changes that break no rule.
 SOUND_POSITIONS = bytes([60]) + runs([97, 1], [2], [60])
 UNIT_STEPS = b"\0\0"
@@ -279,6 +286,13 @@ GAP_POSITIONS = [
     (bytes([60]) + runs([1] * 40, [40], [60]), "stream-length"),
     (b"\xcc\x01" + runs([1, 1], [2], [60]), "stream-level"),
     (bytes([60]) + b"\xff\xff\xff\xff\x7f", "stream-length"),
+    (RICE_5 + rice([98, 1]), "position-range"),
+    (RICE_5 + rice([2**32 - 1, 2**32 - 1]), "position-range"),
+    (RICE_5 + rice([1] * 40), "stream-length"),
+    (RICE_5 + rice([1, 1])[:7], "stream-length"),
+    (RICE_5 + bytes(8), "stream-length"),
+    (RICE_5, "stream-length"),
+    (b"\xa0\x02" + rice([1, 1]), "stream-level"),
 ]  # fmt: skip
 
 

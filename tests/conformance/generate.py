@@ -60,6 +60,12 @@ def states() -> dict[str, list[Pair]]:
     found["several pieces with changes"] = [
         (whole(f"layer.{n}.w", "BF16", 90), *_two(rng, "BF16", 90)) for n in range(3)
     ]
+    sparse_rng = np.random.default_rng(2)
+    sparse = random_bits(sparse_rng, "BF16", 1500)
+    found["few changes"] = [(whole("w", "BF16", 1500), sparse, changed(sparse_rng, sparse, 0.02))]
+    far = sparse.copy()
+    far[[*range(0, 300, 12), 1400]] ^= np.uint16(1)
+    found["a gap far above the mean"] = [(whole("w", "BF16", 1500), sparse, far)]
     return found
 
 

@@ -42,7 +42,7 @@ class CodingResult:
     exact: bool
 
 
-def bench_codings(pairs: Iterable[Pair], repeats: int = 3) -> list[CodingResult]:
+def bench_codings(pairs: Iterable[Pair], repeats: int = 7) -> list[CodingResult]:
     """Every coding on (tensor, old bits, new bits) of all tensors. Needs a second copy of the states in memory.
 
     Encoding writes a payload into a temporary folder; decoding reads it back; applying scatters into a copy of the old

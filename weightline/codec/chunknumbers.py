@@ -74,7 +74,7 @@ def group_changes(pieces: Sequence[RankedChanges], field: tuple[int, int]) -> tu
 
 
 def _allocate(num_changed: int, dtype: str) -> CodedNumbers:
-    sizes_dtype = np.uint64 if DTYPE_ITEMSIZE[dtype] == 8 else np.uint32
+    sizes_dtype = {1: np.uint16, 2: np.uint16, 4: np.uint32, 8: np.uint64}[DTYPE_ITEMSIZE[dtype]]
     return CodedNumbers(
         np.empty(num_changed, np.uint32), np.empty(num_changed, sizes_dtype), np.empty(num_changed, np.bool_)
     )

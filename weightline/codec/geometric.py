@@ -134,6 +134,15 @@ def start_levels(values_K: Numbers, counts_R: Counts) -> Counts:
     return np.searchsorted(tables().bounds_L[:-1], means_R, side="right") - 1
 
 
+def start_mean(values_K: Numbers) -> float:
+    """The mean of a run's first values, outliers clipped."""
+    from weightline.codec.kernels import geometric as kernel
+
+    means_R = np.zeros(1, np.int64)
+    kernel.start_means(values_K, np.array([values_K.size]), means_R)
+    return int(means_R[0]) / (1 << FRACTION_BITS)
+
+
 def encode_runs(values_K: Numbers, counts_R: Counts, levels_R: Counts) -> bytes:
     """Code `values_K` (each below 2**63), cut into runs of `counts_R` values that start at the means of `levels_R`.
 

@@ -16,6 +16,7 @@ from weightline.codec.classes import classes_of
 from weightline.codec.digest import tensor_seeds
 from weightline.codec.geometric import CLIP, FRACTION_BITS, MAX_MEAN, PROBABILITY_BITS, RATE_BITS, tables
 from weightline.codec.pieces import TILE, RankedChanges
+from weightline.codec.rice import ESCAPE, bounds, start_mean
 from weightline.codec.varint import put_numbers
 from weightline.types import BitsArray, Segment
 
@@ -76,6 +77,19 @@ def next_mean(mean: int, value: int) -> int:
     """The running mean, FRACTION_BITS of it fraction, after a value."""
     seen = min(value, CLIP * (mean >> FRACTION_BITS) + CLIP, MAX_MEAN)
     return mean + (((seen << FRACTION_BITS) - mean) >> RATE_BITS)
+
+
+def encode_rice(values: list[int], parameter: int) -> bytes:
+    """`weightline.codec.rice.encode_rice` with one long integer instead of words."""
+    mean, bits, num_bits = start_mean(parameter), 0, 0
+    for value in values:
+        k = next(k for k, bound in enumerate(bounds()) if mean < bound)
+        is_escaped = value >> k >= ESCAPE
+        quotient, low_bits = (ESCAPE, 32) if is_escaped else (value >> k, k)
+        bits |= (1 << quotient | (value & ((1 << low_bits) - 1)) << (quotient + 1)) << num_bits
+        num_bits += quotient + 1 + low_bits
+        mean = next_mean(mean, value)
+    return bits.to_bytes(-(-num_bits // 64) * 8, "little")
 
 
 def _place(value: int, mean: int) -> tuple[int, int, int, int]:

@@ -27,7 +27,7 @@ def encode_steps(sizes_K: Numbers, negative_K: npt.NDArray[np.bool_]) -> bytes:
     if not sizes_K.size:
         return b""
     head = bytearray(np.packbits(negative_K, bitorder="little").tobytes())
-    columns = np.empty((2, sizes_K.size + 1), sizes_K.dtype)
+    columns = np.empty((2, sizes_K.size + 1), np.uint64 if sizes_K.itemsize == 8 else np.uint32)
     num_large = int(grouping.large_steps(sizes_K, columns))
     put_numbers(head, num_large)
     if not num_large:

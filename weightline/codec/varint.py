@@ -44,9 +44,9 @@ class NumberReader:
         """All bytes that are left."""
         return self.take(len(self._raw) - self._at)
 
-    def rest_of_words(self) -> bytes:
-        """All bytes that are left, a multiple of four."""
+    def rest_of_words(self, word_nbytes: int = 4) -> bytes:
+        """All bytes that are left, a whole number of words."""
         rest = self.rest()
-        if len(rest) % 4:
+        if len(rest) % word_nbytes:
             raise PayloadError(f"{len(rest)} bytes are no whole number of words", rule=self._rule)
         return rest

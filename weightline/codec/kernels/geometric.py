@@ -45,7 +45,7 @@ _MAX_TYPICAL_BITS = 36
 
 
 @jit
-def _next_mean(mean: Any, value: np.uint64) -> Any:
+def next_mean(mean: Any, value: np.uint64) -> Any:
     """The running mean after a value."""
     seen = np.int64(min(value, _MAX_MEAN)) << _FRACTION_BITS
     limit = ((mean & _WHOLE) << _LOG_CLIP) + (1 << (_FRACTION_BITS + _LOG_CLIP))
@@ -159,7 +159,7 @@ def encode_runs(
             else:
                 value_raw = value
             raw_state = _put_raw(raws, raw_state, value_raw & ((_ONE << num_raw) - _ONE), num_raw)
-            mean = _next_mean(mean, value)
+            mean = next_mean(mean, value)
             k += _ONE
     # Round low up to whole words: any number in [low, low + span) will do, and the span holds one of those.
     state = _put(words, (state[0], _ONE, state[2]), _LOW_WORD, _ONE, _ZERO)
@@ -220,6 +220,6 @@ def decode_runs(
                 raw, raw_state = _get_raw(raws, raw_state, num_raw)
             value = (starts_T[token] << shift) + raw
             values_K[k] = value
-            mean = _next_mean(mean, value)
+            mean = next_mean(mean, value)
             k += _ONE
     return at - _ONE, raw_state[2]

@@ -66,19 +66,21 @@ def steps_16(old_K: Array, new_K: Array, sign: np.uint32, sizes_K: Array, negati
         new ^= np.int32((new >> 31) & float_mask & 0x7FFF)
         step = np.int32(np.int16(np.int32(new - old)))
         negative_K[k] = step < 0
-        sizes_K[k] = np.uint32((step ^ (step >> 31)) - np.int32(step >= 0))
+        sizes_K[k] = np.uint16((step ^ (step >> 31)) - np.int32(step >= 0))
 
 
 @jit
 def large_steps(sizes_K: Array, values: Array) -> int:
     """Of the steps larger than one: the unit steps before each, and their sizes |s| - 2, one column each; how many."""
-    found, last = _ZERO, _ZERO
+    found = _ZERO
     for k in range(np.uint64(sizes_K.size)):
-        size = np.uint64(sizes_K[k])
-        values[0, found], values[1, found] = k - last, size - _ONE
-        is_large = np.uint64(size > 0)
-        found += is_large
-        last = k + _ONE if is_large else last
+        values[0, found] = k
+        found += np.uint64(sizes_K[k] > 0)
+    after = _ZERO
+    for j in range(found):
+        k = np.uint64(values[0, j])
+        values[0, j], values[1, j] = k - after, np.uint64(sizes_K[k]) - _ONE
+        after = k + _ONE
     return int(found)
 
 

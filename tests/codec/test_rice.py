@@ -1,0 +1,78 @@
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from weightline.codec import reference
+from weightline.codec.rice import NUM_PARAMETERS, bounds, decode_rice, encode_rice, parameter_of, start_mean
+from weightline.errors import PayloadError
+
+VALUES = st.one_of(st.integers(0, 20), st.integers(0, 70_000), st.integers(0, 2**32 - 1))
+PARAMETERS = st.integers(0, NUM_PARAMETERS - 1)
+
+
+@given(st.lists(VALUES, max_size=200), PARAMETERS)
+def test_coder_is_the_reference_and_comes_back(values: list[int], parameter: int) -> None:
+    stream = encode_rice(np.array(values, np.uint32), parameter)
+    assert stream == reference.encode_rice(values, parameter)
+    assert decode_rice(stream, len(values), parameter).tolist() == values
+
+
+@pytest.mark.parametrize("quotient", [22, 23, 24, 25])
+@pytest.mark.parametrize("parameter", [0, 5, 31])
+def test_values_around_the_escape(quotient: int, parameter: int) -> None:
+    values = [min(quotient << parameter, 2**32 - 1)] * 3
+    stream = encode_rice(np.array(values, np.uint32), parameter)
+    assert stream == reference.encode_rice(values, parameter)
+    assert decode_rice(stream, 3, parameter).tolist() == values
+
+
+@pytest.mark.parametrize("mean", [8.0, 23.0, 100.0, 1e4, 1e7])
+def test_geometric_numbers_cost_little_more_than_their_entropy(mean: float) -> None:
+    rng = np.random.default_rng(7)
+    values_K = (rng.geometric(1 / (1 + mean), 50_000) - 1).astype(np.uint32)
+    p = 1 / (1 + mean)
+    entropy_bits = -(p * math.log2(p) + (1 - p) * math.log2(1 - p)) / p
+    assert 8 * len(encode_rice(values_K, parameter_of(mean))) / values_K.size < 1.03 * entropy_bits
+
+
+def test_a_parameter_serves_the_mean_that_it_starts_at() -> None:
+    for parameter in range(NUM_PARAMETERS):
+        assert parameter_of(start_mean(parameter) / 65536) == parameter
+    assert bounds() == sorted(bounds())
+
+
+def encoded() -> bytes:
+    return encode_rice(np.random.default_rng(9).integers(0, 300, 500).astype(np.uint32), 6)
+
+
+@pytest.mark.parametrize("cut", [1, 8, 80])
+def test_a_stream_cut_off_is_refused(cut: int) -> None:
+    with pytest.raises(PayloadError):
+        decode_rice(encoded()[:-cut], 500, 6)
+
+
+def test_a_stream_with_more_than_its_values_is_refused() -> None:
+    for stream, count in ((encoded() + bytes(8), 500), (encoded(), 450)):
+        with pytest.raises(PayloadError) as caught:
+            decode_rice(stream, count, 6)
+        assert caught.value.facts["rule"] == "stream-length"
+
+
+def test_an_unknown_parameter_is_refused() -> None:
+    with pytest.raises(PayloadError) as caught:
+        decode_rice(encoded(), 500, NUM_PARAMETERS)
+    assert caught.value.facts["rule"] == "stream-level"
+
+
+@given(st.binary(max_size=200).map(lambda raw: raw[: len(raw) // 8 * 8]), st.integers(0, 400), PARAMETERS)
+def test_any_words_decode_or_are_refused(stream: bytes, count: int, parameter: int) -> None:
+    try:
+        values_K = decode_rice(stream, count, parameter)
+    except PayloadError:
+        return
+    assert values_K.size == count

@@ -1,0 +1,75 @@
+"""Adaptive Rice coding: non-negative integers below 2**32 whose mean drifts, for speed. SPEC.md section Rice streams.
+
+A value v is written as v >> k in unary and its k low bits. k follows a running mean, the one of geometric coding, so no
+parameter is sent. For geometrically distributed values with a mean of 8 or more this takes one or two percent more than
+range coding, in half the time: nothing waits for the value before but the mean.
+
+Legend: K values.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from weightline.codec.varint import NumberReader
+from weightline.errors import PayloadError
+
+Numbers = npt.NDArray[np.unsignedinteger[Any]]
+
+#: Parameters k that a stream can hold.
+NUM_PARAMETERS = 32
+#: k serves the means below BOUND << k (16 fraction bits) less one half: where k + 1 begins to take fewer bits.
+BOUND = 136192
+#: A quotient this large or larger is written as this many zeros, and the value as 32 bits.
+ESCAPE = 24
+#: Below this mean, range coding is worth its time.
+LEAST_MEAN = 8.0
+_HALF = 1 << 15
+
+
+def bounds() -> list[int]:
+    """By parameter, the means (16 fraction bits) that it ends at."""
+    return [(BOUND << k) - _HALF for k in range(NUM_PARAMETERS - 1)] + [1 << 62]
+
+
+def start_mean(parameter: int) -> int:
+    """The mean (16 fraction bits) that a stream starts at: the middle of the parameter's."""
+    return 3 << (15 + parameter)
+
+
+def parameter_of(mean: float) -> int:
+    """The parameter for a mean: the writer's choice of where a stream starts."""
+    scaled = int(mean * (1 << 16))
+    return next(k for k, bound in enumerate(bounds()) if scaled < bound)
+
+
+def encode_rice(values_K: Numbers, parameter: int) -> bytes:
+    """The 64-bit words, little-endian, of `values_K` (each below 2**32), started at `parameter`."""
+    from weightline.codec.kernels import rice as kernel
+
+    words = np.empty(values_K.size + 2, np.uint64)
+    num_words = kernel.encode(values_K, start_mean(parameter), _bounds_array(), words)
+    return words[:num_words].astype("<u8", copy=False).tobytes()
+
+
+def decode_rice(stream: bytes, num_values: int, parameter: int) -> npt.NDArray[np.uint32]:
+    """The values of a stream; PayloadError unless every word is used and none missing."""
+    from weightline.codec.kernels import rice as kernel
+
+    if not 0 <= parameter < NUM_PARAMETERS:
+        raise PayloadError(f"a stream starts from the unknown parameter {parameter}", rule="stream-level")
+    num_words = len(NumberReader(stream, "stream-length").rest_of_words(8)) // 8
+    words = np.zeros(num_words + 2, np.uint64)
+    words[:num_words] = np.frombuffer(stream, "<u8")
+    values_K = np.empty(num_values, np.uint32)
+    used = int(kernel.decode(words, start_mean(parameter), _bounds_array(), values_K))
+    if used != num_words:
+        raise PayloadError(f"a stream of {num_words} words does not hold {num_values} values", rule="stream-length")
+    return values_K
+
+
+def _bounds_array() -> npt.NDArray[np.int64]:
+    return np.array(bounds(), np.int64)
