@@ -14,11 +14,6 @@ from weightline.store.memory import MemoryStore
 from weightline.store.open import check_writable
 
 
-@pytest.fixture(params=["local", "memory"])
-def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
-    return LocalStore(tmp_path / "bucket") if request.param == "local" else MemoryStore()
-
-
 def test_what_was_put_is_got(store: Store, tmp_path: Path) -> None:
     store.put_if_absent("commits/1.json", b"one")
     store.put("hints/tip.json", b"a")

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import safetensors
 
 from weightline.chain.assets import ADAPTER_CONFIG
-from weightline.chain.fetch import fetch_object
+from weightline.chain.fetch import fetching
 from weightline.chain.history import Chain
 from weightline.chain.state import HostState, read_state
 from weightline.errors import InputError
@@ -36,12 +37,15 @@ def write_checkpoint(chain: Chain, version: int, out_dir: Path) -> None:
         raise InputError(f"{out_dir} is not empty: name a new folder", path=str(out_dir))
     out_dir.mkdir(parents=True, exist_ok=True)
     assets = assets_of(chain, version)
-    for asset in assets:
-        fetch_object(chain.store, asset, out_dir / asset.name)
+    with fetching(chain.store) as fetcher:
+        fetcher.prefetch(assets)
+        for asset in assets:
+            shutil.copyfile(fetcher.fetch(asset), out_dir / asset.name)
+        state = read_state(chain, version, fetcher=fetcher)
     if any(asset.name == ADAPTER_CONFIG for asset in assets):
-        write_adapter_weights(read_state(chain, version), out_dir)
+        write_adapter_weights(state, out_dir)
     else:
-        write_weights(read_state(chain, version), out_dir)
+        write_weights(state, out_dir)
     marker.write_text(json.dumps(wanted))
 
 

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
 from weightline.errors import DigestMismatchError
 from weightline.format.manifest import StoredObject
-from weightline.store import Store
+from weightline.store import Store, resume
+from weightline.store.cache import CachedObject, ObjectCache, host_cache
+from weightline.store.open import is_remote
+
+_NUM_PREFETCHING = 4
+_logger = logging.getLogger(__name__)
 
 
 def sha256_of(path: Path) -> str:
@@ -27,37 +34,102 @@ def fetch_object(store: Store, wanted: StoredObject, path: Path) -> Path:
     """
     partial = path.with_name(f".{path.name}.partial")
     try:
-        store.get_file(wanted.key, partial)
-        actual: tuple[int, str] = (partial.stat().st_size, sha256_of(partial))
-        expected = (wanted.nbytes, wanted.sha256)
-        if actual != expected:
-            raise DigestMismatchError(
-                f"{wanted.key} has {actual[0]} bytes with sha256 {actual[1]}, its manifest says {expected[0]} bytes "
-                f"with {expected[1]}",
-                what=wanted.key,
-                expected=expected,
-                actual=actual,
-            )
+        download_object(store, wanted, partial)
         return partial.replace(path)
     finally:
-        partial.unlink(missing_ok=True)
+        resume.discard(partial)
+
+
+def download_object(store: Store, wanted: StoredObject, partial: Path) -> None:
+    """Download to `partial`, or continue what stands there, and check it. Safe to repeat.
+
+    DigestMismatchError when it is not what the manifest says; then nothing stands there. After any other error the next
+    call may continue.
+    """
+    store.get_file(wanted.key, partial)
+    actual: tuple[int, str] = (partial.stat().st_size, sha256_of(partial))
+    expected = (wanted.nbytes, wanted.sha256)
+    if actual != expected:
+        resume.discard(partial)
+        raise DigestMismatchError(
+            f"{wanted.key} has {actual[0]} bytes with sha256 {actual[1]}, its manifest says {expected[0]} bytes "
+            f"with {expected[1]}",
+            what=wanted.key,
+            expected=expected,
+            actual=actual,
+        )
 
 
 class Fetcher:
-    """Fetches each object of a chain once and keeps it, checked, in a folder of its own."""
+    """Fetches each object of a chain once and keeps it, checked: in a folder of its own, or in this host's cache.
 
-    def __init__(self, store: Store, folder: Path) -> None:
+    For one thread; `prefetch` uses threads of its own.
+    """
+
+    def __init__(self, store: Store, folder: Path, cache: ObjectCache | None = None) -> None:
         self._store = store
         self._folder = folder
+        self._cache = cache
+        self._cached: dict[str, CachedObject] = {}
+        self._ahead: dict[str, Future[Path]] = {}
+        self._threads: ThreadPoolExecutor | None = None
 
     def fetch(self, wanted: StoredObject) -> Path:
-        """The object's local file."""
+        """The object's local file, for as long as the fetcher is open."""
+        future = self._ahead.pop(wanted.sha256, None)
+        return future.result() if future is not None else self._obtain(wanted)
+
+    def prefetch(self, wanted: Iterable[StoredObject]) -> None:
+        """Start to fetch, several at a time, what will be asked for soon of a remote bucket. Errors come with fetch."""
+        if not is_remote(self._store):
+            return
+        if self._threads is None:
+            self._threads = ThreadPoolExecutor(_NUM_PREFETCHING, thread_name_prefix="weightline-fetch")
+        for one in wanted:
+            if one.sha256 not in self._ahead and self._found(one) is None:
+                self._ahead[one.sha256] = self._threads.submit(self._obtain, one)
+
+    def close(self) -> None:
+        """End what is under way; what came from the cache may be evicted again."""
+        if self._threads is not None:
+            self._threads.shutdown(cancel_futures=True)
+        for cached in self._cached.values():
+            cached.release()
+
+    def _found(self, wanted: StoredObject) -> Path | None:
+        if wanted.sha256 in self._cached:
+            return self._cached[wanted.sha256].path
         path = self._folder / wanted.sha256
-        return path if path.exists() else fetch_object(self._store, wanted, path)
+        return path if path.exists() else None
+
+    def _obtain(self, wanted: StoredObject) -> Path:
+        path = self._found(wanted) or self._from_cache(wanted)
+        return path or fetch_object(self._store, wanted, self._folder / wanted.sha256)
+
+    def _from_cache(self, wanted: StoredObject) -> Path | None:
+        if self._cache is None:
+            return None
+        try:
+            cached = self._cache.fetch(
+                wanted.sha256, wanted.nbytes, lambda path: download_object(self._store, wanted, path)
+            )
+        except OSError as error:
+            _logger.warning("the cache %s is no help, fetching past it: %s", self._cache.folder, error)
+            return None
+        if cached is None:
+            return None
+        self._cached[wanted.sha256] = cached
+        return cached.path
 
 
 @contextmanager
-def fetching(store: Store) -> Iterator[Fetcher]:
-    """A fetcher for the length of one operation; its folder goes with it."""
+def fetching(store: Store, cache: ObjectCache | None = None) -> Iterator[Fetcher]:
+    """A fetcher for one operation; its folder goes with it. Objects of remote buckets go through this host's cache."""
+    if cache is None and is_remote(store):
+        cache = host_cache()
     with tempfile.TemporaryDirectory(prefix="weightline-") as folder:
-        yield Fetcher(store, Path(folder))
+        fetcher = Fetcher(store, Path(folder), cache)
+        try:
+            yield fetcher
+        finally:
+            fetcher.close()

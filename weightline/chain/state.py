@@ -88,6 +88,7 @@ def advance_state(
     """Move the state to `version`, checking digests after every hop. On any error the state is torn: throw it away."""
     plan = plan_between(chain, state.version, version)
     with nullcontext(fetcher) if fetcher else fetching(chain.store) as source:
+        source.prefetch(ref for hop in plan.hops for ref in hop.payloads)
         for hop in plan.hops:
             apply_hop(chain, state, hop, source, select)
 

@@ -11,6 +11,7 @@ from weightline.chain import open_chain
 from weightline.chain.author import DEFAULT_CODING, commit_folder
 from weightline.cli.log import summary
 from weightline.cli.output import Bucket, Json, emit, percent, size
+from weightline.cli.progress import transferring
 from weightline.format.manifest import Manifest
 
 
@@ -22,7 +23,9 @@ def run(
     as_json: Json = False,
 ) -> None:
     """Commit a checkpoint folder as the chain's next version (the first becomes an anchor)."""
-    report(commit_folder(open_chain(bucket), checkpoint_dir, stage=stage, coding=coding), as_json)
+    with transferring("committing"):
+        manifest = commit_folder(open_chain(bucket), checkpoint_dir, stage=stage, coding=coding)
+    report(manifest, as_json)
 
 
 def report(manifest: Manifest, as_json: bool) -> None:

@@ -10,7 +10,9 @@ import typer
 from weightline.chain import open_chain
 from weightline.chain.checkpoint import write_checkpoint
 from weightline.chain.refs import resolve
+from weightline.chain.ways import plan_between
 from weightline.cli.output import Bucket, Json, emit
+from weightline.cli.progress import transferring
 
 
 def run(
@@ -22,7 +24,8 @@ def run(
     """Write a version as a checkpoint folder that transformers loads; every tensor's digest is checked."""
     chain = open_chain(bucket)
     number = resolve(chain, version)
-    write_checkpoint(chain, number, out)
+    with transferring("pulling", lambda: plan_between(chain, None, number).payload_nbytes):
+        write_checkpoint(chain, number, out)
     manifest = chain.manifest(number)
     document = {
         "version": number,

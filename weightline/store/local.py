@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 import os
-import shutil
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,9 +17,9 @@ from typing import BinaryIO
 
 from weightline.errors import NotFoundError, ObjectExistsError, StorageError, TransientStorageError
 from weightline.store.base import ObjectInfo, checked_key
+from weightline.store.progress import copy_counted
 
 _STAGING = ".staging"
-_COPY_NBYTES = 8 * 1024 * 1024
 _TRANSIENT_ERRNOS = frozenset({errno.EINTR, errno.EAGAIN, errno.ESTALE, errno.ETIMEDOUT, errno.EIO, errno.EBUSY})
 
 
@@ -37,7 +36,7 @@ class LocalStore:
 
     def get_file(self, key: str, path: Path) -> None:
         with self._storage_errors(key), self._path(key).open("rb") as source, path.open("wb") as target:
-            shutil.copyfileobj(source, target, _COPY_NBYTES)
+            copy_counted(source, target)
 
     def put_if_absent(self, key: str, body: bytes) -> None:
         with self._storage_errors(key):
@@ -53,7 +52,7 @@ class LocalStore:
 
     def put_file(self, key: str, path: Path) -> None:
         with self._storage_errors(key), path.open("rb") as source:
-            staged = self._stage(lambda file: shutil.copyfileobj(source, file, _COPY_NBYTES))
+            staged = self._stage(lambda file: copy_counted(source, file))
             self._publish(staged, self._path(key), replace=True)
 
     def head(self, key: str) -> ObjectInfo | None:
@@ -84,11 +83,15 @@ class LocalStore:
             entries = sorted(os.scandir(folder), key=lambda e: e.name + "/" if e.is_dir() else e.name)
         except FileNotFoundError:
             return
+        folder_key = folder.relative_to(self.root).as_posix()
+        start = "" if folder_key == "." else f"{folder_key}/"
         for entry in entries:
-            key = Path(entry.path).relative_to(self.root).as_posix()
+            key = f"{start}{entry.name}"
             if entry.name == _STAGING:
                 continue
             if entry.is_dir():
+                if start_after[: len(key) + 1] > f"{key}/":
+                    continue  # everything in there comes before
                 if prefix.startswith(f"{key}/") or key.startswith(prefix):
                     yield from self._walk(Path(entry.path), prefix, start_after)
             elif key.startswith(prefix) and key > start_after:

@@ -1,22 +1,25 @@
-"""One URL opens a bucket."""
+"""One URL opens a bucket. Clients of remote stores are imported when a URL asks for them."""
 
 from __future__ import annotations
 
-import uuid
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
+from urllib.parse import SplitResult, unquote, urlsplit
 
-from weightline.errors import InputError, ObjectExistsError, StorageError
+from weightline.errors import InputError
 from weightline.store.base import Store
 from weightline.store.local import LocalStore
 from weightline.store.memory import MemoryStore
+from weightline.store.probe import prove_create_only
+from weightline.store.retry import RetryingStore
 
-#: Nothing reads what stands here; gc collects what a crash left.
-_PROBES = "probes/"
+_OBJECT_STORES = ("s3", "gs", "az")
 
 
 def open_store(url: str) -> Store:
-    """The store that the URL names. Nothing is read or written yet; InputError when no store has that scheme."""
+    """The store that the URL names. Nothing is read or written yet; InputError when no store has that scheme.
+
+    Remote stores ask again when a bucket is away for a moment; docs/buckets.md lists their settings and credentials.
+    """
     parts = urlsplit(url)
     if parts.scheme == "file":
         if parts.netloc not in ("", "localhost"):
@@ -26,25 +29,46 @@ def open_store(url: str) -> Store:
         return MemoryStore.named(url)
     if parts.scheme == "":
         return LocalStore(Path(url).expanduser())
-    raise InputError(f"{url}: no store for {parts.scheme}://. Use file:///path, a plain path or memory://name", url=url)
+    if parts.scheme in _OBJECT_STORES:
+        return RetryingStore(_open_objects(url, parts))
+    if parts.scheme == "hf":
+        return RetryingStore(_open_hub(url))
+    raise InputError(
+        f"{url}: no store for {parts.scheme}://. Use file:///path, a plain path, hf://buckets/owner/name, s3://bucket, "
+        "gs://bucket, az://container or memory://name",
+        url=url,
+    )
+
+
+def is_remote(store: Store) -> bool:
+    """Whether its objects come over a network: worth keeping on this host, and worth fetching several at a time."""
+    return urlsplit(store.url).scheme not in ("", "file", "memory")
 
 
 def check_writable(store: Store) -> None:
     """Prove, before any work, that the bucket takes a create-only put and honours it. StorageError otherwise.
 
-    Safe to repeat; a crash leaves one small object under `probes/`, which nothing reads.
+    Safe to repeat; a crash leaves one small object under `probes/`, which nothing reads. A remote bucket is asked once
+    a process.
     """
-    key = f"{_PROBES}{uuid.uuid4().hex}"
-    store.put_if_absent(key, b"weightline")
+    if isinstance(store, RetryingStore):
+        store.prove()
+    else:
+        prove_create_only(store)
+
+
+def _open_objects(url: str, parts: SplitResult) -> Store:
+    if not parts.netloc or parts.query or parts.fragment or "@" in parts.netloc:
+        raise InputError(f"{url}: name a bucket and a prefix, as in {parts.scheme}://bucket/chains/my-model", url=url)
+    from weightline.store import objects
+
+    openers = {"s3": objects.open_s3, "gs": objects.open_gs, "az": objects.open_az}
+    return openers[parts.scheme](url.rstrip("/"), parts.netloc, unquote(parts.path))
+
+
+def _open_hub(url: str) -> Store:
     try:
-        store.put_if_absent(key, b"weightline again")
-    except ObjectExistsError:
-        return
-    finally:
-        store.delete(key)
-    raise StorageError(
-        f"{store.url} overwrote an object although asked to create only: two writers could lose each other's versions. "
-        "Use another store",
-        url=store.url,
-        key=key,
-    )
+        from weightline.store.hub import open_hub
+    except ImportError as error:
+        raise InputError(f"{url} needs the Hub's clients: pip install 'weightline[hub]' ({error})", url=url) from error
+    return open_hub(url)

@@ -78,9 +78,9 @@ def large_steps(sizes_K: Array, values: Array) -> int:
         found += np.uint64(sizes_K[k] > 0)
     after = _ZERO
     for j in range(found):
-        k = np.uint64(values[0, j])
-        values[0, j], values[1, j] = k - after, np.uint64(sizes_K[k]) - _ONE
-        after = k + _ONE
+        place = np.uint64(values[0, j])
+        values[0, j], values[1, j] = place - after, np.uint64(sizes_K[place]) - _ONE
+        after = place + _ONE
     return int(found)
 
 

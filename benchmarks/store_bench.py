@@ -1,0 +1,185 @@
+"""Throughput of the stores against the plain client or a file copy, in one run; and how long a commit takes to show.
+
+python -m benchmarks.store_bench [--mib 128] [--repeats 5]
+
+S3 and Azure are servers on this machine (moto; azurite where it is installed), which share its cores with the clients:
+ratios carry over, megabytes a second do not. The Hub has a benchmark of its own: benchmarks/hub_bench.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import statistics
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from tests.chains import make_manifest
+from tests.store import servers
+from weightline.chain.commit import commit_manifest, new_commit_id
+from weightline.chain.history import Chain
+from weightline.format import keys
+from weightline.format.manifest import PayloadRef
+from weightline.store import Store, open_store
+from weightline.store.open import check_writable
+
+_PAYLOAD_NBYTES = 4 * 2**20
+_NUM_RANKS = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Plain:
+    """What one would do without weightline: durable upload of a file, download to a file."""
+
+    name: str
+    upload: Callable[[str, Path], object]
+    download: Callable[[str, Path], object]
+
+
+def _copy_and_sync(source: Path, target: Path) -> None:
+    shutil.copyfile(source, target)
+    with target.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def _file_copy(folder: Path) -> Plain:
+    return Plain(
+        "file copy, fsync",
+        lambda key, path: _copy_and_sync(path, folder / key),
+        lambda key, path: shutil.copyfile(folder / key, path),
+    )
+
+
+def _boto3(bucket: str, port: int) -> Plain:
+    import boto3
+
+    client = boto3.client("s3", endpoint_url=f"http://127.0.0.1:{port}")
+    return Plain(
+        "boto3",
+        lambda key, path: client.upload_file(str(path), bucket, key),
+        lambda key, path: client.download_file(bucket, key, str(path)),
+    )
+
+
+def _obstore(remote: object) -> Plain:
+    import obstore
+
+    def download(key: str, path: Path) -> None:
+        with path.open("wb") as file:
+            for piece in obstore.get(remote, key).stream():  # type: ignore[arg-type]
+                file.write(piece)
+
+    return Plain("obstore", lambda key, path: obstore.put(remote, key, path), download)  # type: ignore[arg-type]
+
+
+@contextmanager
+def _local() -> Iterator[tuple[str, list[Plain]]]:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        yield (folder / "bucket").as_uri(), [_file_copy(folder)]
+
+
+@contextmanager
+def _s3() -> Iterator[tuple[str, list[Plain]]]:
+    from obstore.store import S3Store
+
+    with servers.moto_server() as port:
+        os.environ |= servers.S3_ENVIRONMENT | {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}"}
+        servers.create_s3_bucket(port, "bench")
+        yield (
+            "s3://bench/chain",
+            [_boto3("bench", port), _obstore(S3Store("bench", client_options={"allow_http": True}))],
+        )
+
+
+@contextmanager
+def _az() -> Iterator[tuple[str, list[Plain]]]:
+    from obstore.store import AzureStore
+
+    with servers.azurite_server() as port:
+        os.environ |= servers.azure_environment(port)
+        servers.create_azure_container(port, "bench")
+        yield "az://bench/chain", [_obstore(AzureStore("bench", client_options={"allow_http": True}))]
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def _throughput(store: Store, plains: list[Plain], source: Path, folder: Path, repeats: int) -> None:
+    """Takes turns, so that what else the machine does falls on all alike."""
+    contenders = [Plain("weightline", store.put_file, store.get_file), *plains]
+    up: dict[str, list[float]] = {one.name: [] for one in contenders}
+    down: dict[str, list[float]] = {one.name: [] for one in contenders}
+    for _ in range(repeats):
+        for one in contenders:
+            key, copy = f"payload-{uuid.uuid4().hex}", folder / "copy"
+            up[one.name].append(_seconds(lambda: one.upload(key, source)))  # noqa: B023
+            down[one.name].append(_seconds(lambda: one.download(key, copy)))  # noqa: B023
+            copy.unlink()
+    nbytes = source.stat().st_size
+    for title, seconds in (("upload", up), ("download", down)):
+        ours = min(seconds["weightline"])
+        for plain in plains:
+            theirs = min(seconds[plain.name])
+            print(
+                f"  {title:9} {nbytes / ours / 1e6:6.0f} MB/s, {theirs / ours:.2f} x {plain.name} "
+                f"({nbytes / theirs / 1e6:.0f} MB/s)"
+            )
+
+
+def _commit_latency(store: Store, folder: Path, repeats: int) -> None:
+    """Payloads lie encoded on disk; until a reader that starts afresh sees the version."""
+    payload = folder / "payload"
+    payload.write_bytes(os.urandom(_PAYLOAD_NBYTES))
+    state = {"weight": np.zeros((64, 64), np.uint16)}
+    seconds = []
+    for version in range(repeats):
+        commit_id = new_commit_id()
+        refs = [
+            PayloadRef(key=keys.payload(version, commit_id, rank), nbytes=_PAYLOAD_NBYTES, sha256="0" * 64, rank=rank)
+            for rank in range(_NUM_RANKS)
+        ]
+        manifest = make_manifest(state, version, commit_id, tuple(refs), is_anchor=version == 0)
+        start = time.perf_counter()
+        for ref in refs:
+            store.put_file(ref.key, payload)
+        commit_manifest(Chain(store), manifest)
+        assert Chain(store).tip_version() == version
+        seconds.append(time.perf_counter() - start)
+    print(
+        f"  encoded to visible, {_NUM_RANKS} payloads of {_PAYLOAD_NBYTES // 2**20} MiB one after the other: "
+        f"{statistics.median(seconds):.3f} s"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--mib", type=int, default=128, help="Size of the file that goes up and down.")
+    parser.add_argument("--repeats", type=int, default=5)
+    options = parser.parse_args()
+    benches = {"local": _local, "s3": _s3} | ({"az": _az} if servers.azurite_command() else {})
+    for name, bench in benches.items():
+        print(f"{name}, {options.mib} MiB, best of {options.repeats}")
+        with ExitStack() as stack, tempfile.TemporaryDirectory() as folder:
+            url, plains = stack.enter_context(bench())
+            store = open_store(url)
+            check_writable(store)
+            source = Path(folder) / "source"
+            source.write_bytes(os.urandom(options.mib * 2**20))
+            _throughput(store, plains, source, Path(folder), options.repeats)
+            _commit_latency(store, Path(folder), options.repeats)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,269 @@
+"""Confirm on your own bucket what weightline relies on: python infra/check_bucket.py URL [--mib 64].
+
+Works below a prefix of its own, which it empties at the end. One line a point; exit code 1 when any does not hold.
+docs/buckets.md says which points only a real account can confirm.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import sys
+import tempfile
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import load_file, save_file
+
+from weightline.chain.author import commit_folder
+from weightline.chain.checkpoint import write_checkpoint
+from weightline.chain.history import Chain
+from weightline.chain.verify import verify_chain
+from weightline.errors import NotFoundError, ObjectExistsError, TransientStorageError, WeightlineError
+from weightline.store import Store, open_store
+from weightline.store.contests import commit_mode, contests
+from weightline.store.open import check_writable
+from weightline.store.retry import RetryingStore
+
+_NUM_THREADS = 8
+_NUM_RACES = 5
+_NUM_LISTED = 12
+_LARGE_KEY = "payloads/large"
+_LOST_KEY = "lost/reply"
+
+
+class UnmetError(Exception):
+    """A point does not hold."""
+
+
+@dataclass(slots=True)
+class Check:
+    """The bucket under test, and a folder for files."""
+
+    store: Store
+    folder: Path
+    large_nbytes: int
+    written: set[str] = field(default_factory=set)
+
+    def create(self, key: str, body: bytes) -> None:
+        self.written.add(key)
+        self.store.put_if_absent(key, body)
+
+
+def create_only_is_honoured(check: Check) -> str:
+    """Asked twice for one key, the bucket refuses the second."""
+    check_writable(check.store)
+    return f"mode {commit_mode(check.store)}"
+
+
+def one_of_many_wins(check: Check) -> str:
+    """Threads released together create the same key: one succeeds, and the bytes are its own."""
+    for race in range(_NUM_RACES):
+        key, barrier = f"races/{race}", threading.Barrier(_NUM_THREADS)
+
+        def create(racer: int, key: str = key, barrier: threading.Barrier = barrier) -> int | None:
+            barrier.wait()
+            try:
+                check.create(key, f"racer {racer}".encode())
+            except ObjectExistsError:
+                return None
+            return racer
+
+        with ThreadPoolExecutor(_NUM_THREADS) as racers:
+            winners = [racer for racer in racers.map(create, range(_NUM_THREADS)) if racer is not None]
+        _require(len(winners) == 1, f"{len(winners)} of {_NUM_THREADS} writers were told that they created {key}")
+        _require(check.store.get(key) == f"racer {winners[0]}".encode(), f"{key} holds another writer's bytes")
+    _require(not contests(check.store), "writers may believe different things about a key")
+    return f"{_NUM_RACES} races of {_NUM_THREADS} threads"
+
+
+def a_read_sees_the_write(check: Check) -> str:
+    """get and head, right after put returned."""
+    for number in range(_NUM_LISTED):
+        key, body = f"reads/{number}", uuid.uuid4().bytes
+        check.create(key, body)
+        _require(check.store.get(key) == body, f"get of {key} right after its put")
+        info = check.store.head(key)
+        _require(info is not None and info.nbytes == len(body), f"head of {key} right after its put")
+    return f"{_NUM_LISTED} objects, no read too early"
+
+
+def a_listing_sees_the_write(check: Check) -> str:
+    """list, right after put returned."""
+    longest = 0.0
+    for number in range(_NUM_LISTED):
+        key = f"listed/{number:03}"
+        check.create(key, b"")
+        since = time.monotonic()
+        while key not in [info.key for info in check.store.list("listed/")]:
+            longest = max(longest, time.monotonic() - since)
+            _require(longest < 30, f"{key} is not listed after 30 seconds")
+            time.sleep(0.1)
+    _require(longest == 0, f"an object was listed up to {longest:.1f} s late: commits work, but readers lag behind")
+    return f"{_NUM_LISTED} objects, no listing too early"
+
+
+def listings_are_in_order(check: Check) -> str:
+    """Key order, by bytes, and a start."""
+    for key in ("order/b", "order/a/2", "order/a-1", "order/a/10", "order/B"):
+        check.create(key, b"")
+    keys = [info.key for info in check.store.list("order/")]
+    _require(keys == sorted(keys) and len(keys) == 5, f"listed as {keys}")
+    after = [info.key for info in check.store.list("order/", "order/a/10")]
+    _require(after == ["order/a/2", "order/b"], f"after order/a/10 come {after}")
+    return "by bytes, from any start"
+
+
+def large_files_arrive(check: Check) -> str:
+    """Parts up, ranges down."""
+    source, copy = check.folder / "large", check.folder / "copy"
+    with source.open("wb") as file:
+        for _ in range(check.large_nbytes // 2**20):
+            file.write(os.urandom(2**20))
+    check.written.add(_LARGE_KEY)
+    begun = time.monotonic()
+    check.store.put_file(_LARGE_KEY, source)
+    uploaded = time.monotonic()
+    check.store.get_file(_LARGE_KEY, copy)
+    downloaded = time.monotonic()
+    _require(_sha256(source) == _sha256(copy), "the copy has other bytes")
+    up, down = (check.large_nbytes / 1e6 / seconds for seconds in (uploaded - begun, downloaded - uploaded))
+    return f"{check.large_nbytes // 2**20} MiB, sha256 equal, {up:.0f} MB/s up, {down:.0f} MB/s down"
+
+
+def a_lost_reply_is_no_conflict(check: Check) -> str:
+    """The put took effect, its reply never came: asked again, the writer finds its own bytes."""
+    inner = check.store.inner if isinstance(check.store, RetryingStore) else check.store
+    check.written.add(_LOST_KEY)
+    RetryingStore(_LosesReply(inner), pause_seconds=0.05).put_if_absent(_LOST_KEY, b"mine")
+    _require(check.store.get(_LOST_KEY) == b"mine", "the object is another")
+    return "read back and recognised"
+
+
+def the_clock_goes_forward(check: Check) -> str:
+    """The bucket's own times, of objects made one after the other: claims are decided by them, and gc's ages."""
+    keys = [f"clock/{number}" for number in range(_NUM_LISTED)]
+    for key in keys:
+        check.create(key, b"")
+    found = {info.key: info.modified_at for info in check.store.list("clock/")}
+    times = [found[key] for key in keys]
+    _require(times == sorted(times), f"times go back: {[f'{at:%H:%M:%S.%f}' for at in times]}")
+    skew = times[-1].timestamp() - time.time()
+    return f"{_NUM_LISTED} objects in order; {abs(skew):.1f} s {'ahead of' if skew > 0 else 'behind'} this host"
+
+
+def a_chain_goes_there_and_back(check: Check) -> str:
+    """Two checkpoints committed, pulled and verified."""
+    chain = Chain(check.store)
+    folders = [_checkpoint(check.folder / f"checkpoint-{seed}", seed) for seed in range(2)]
+    for folder in folders:
+        commit_folder(chain, folder)
+    for version, folder in enumerate(folders):
+        out = check.folder / f"version-{version}"
+        write_checkpoint(Chain(check.store), version, out)
+        have, want = (load_file(path / "model.safetensors") for path in (out, folder))
+        _require(all(np.array_equal(have[name], want[name]) for name in want), f"version {version} has other bits")
+    report = verify_chain(Chain(check.store))
+    _require(report.holds, "; ".join(f"{f.rule}: {f.subject}: {f.message}" for f in report.findings))
+    return f"{report.num_versions} versions, bit for bit"
+
+
+def all_of_it_can_be_removed(check: Check) -> str:
+    """Deletes, also of what is gone; then nothing is left."""
+    keys = {info.key for info in check.store.list("")} | check.written
+    for key in keys:
+        check.store.delete(key)
+    check.store.delete(_LARGE_KEY)
+    left = [info.key for info in check.store.list("")]
+    _require(not left, f"{len(left)} objects are still listed, as {left[:3]}")
+    try:
+        check.store.get(_LARGE_KEY)
+    except NotFoundError:
+        return f"{len(keys)} objects"
+    raise UnmetError("a deleted object can still be read")
+
+
+POINTS: tuple[tuple[str, Callable[[Check], str]], ...] = (
+    ("create-only is honoured", create_only_is_honoured),
+    ("one of many writers wins", one_of_many_wins),
+    ("a read sees the write before it", a_read_sees_the_write),
+    ("a listing sees the write before it", a_listing_sees_the_write),
+    ("listings are in key order", listings_are_in_order),
+    ("large files arrive whole", large_files_arrive),
+    ("a lost reply is no conflict", a_lost_reply_is_no_conflict),
+    ("the bucket's clock goes forward", the_clock_goes_forward),
+    ("a chain is committed and pulled", a_chain_goes_there_and_back),
+    ("all of it can be removed", all_of_it_can_be_removed),
+)
+
+
+class _LosesReply:
+    """The store below, but that the first create of one key takes effect and seems to fail."""
+
+    def __init__(self, inner: Store) -> None:
+        self._inner = inner
+        self._is_lost = False
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._inner, name)
+
+    def put_if_absent(self, key: str, body: bytes) -> None:
+        self._inner.put_if_absent(key, body)
+        if key == _LOST_KEY and not self._is_lost:
+            self._is_lost = True
+            raise TransientStorageError("the reply was lost, as planned", key=key)
+
+
+def _checkpoint(folder: Path, seed: int) -> Path:
+    folder.mkdir()
+    random = np.random.default_rng(seed)
+    save_file({"weight": random.integers(0, 2**16, (64, 16), np.uint16)}, folder / "model.safetensors")
+    return folder
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _require(holds: bool, otherwise: str) -> None:
+    if not holds:
+        raise UnmetError(otherwise)
+
+
+def run(url: str, large_nbytes: int) -> bool:
+    """Check every point, printing a line for each. Whether all hold."""
+    holds = True
+    with tempfile.TemporaryDirectory(prefix="weightline-check-") as name:
+        check = Check(open_store(f"{url.rstrip('/')}/check-{uuid.uuid4().hex[:12]}"), Path(name), large_nbytes)
+        print(check.store.url)
+        for title, confirm in POINTS:
+            try:
+                print(f"ok    {title}: {confirm(check)}", flush=True)
+            except (WeightlineError, UnmetError) as error:
+                holds = False
+                print(f"FAIL  {title}: {error}", flush=True)
+    return holds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("url", help="A bucket of yours, or a prefix in it.")
+    parser.add_argument("--mib", type=int, default=64, help="Size of the large file.")
+    options = parser.parse_args()
+    try:
+        holds = run(options.url, options.mib * 2**20)
+    except WeightlineError as error:
+        sys.exit(f"error ({error.kind}): {error}")
+    sys.exit(0 if holds else 1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,106 @@
+"""Object stores as processes on 127.0.0.1, for the length of a test session."""
+
+from __future__ import annotations
+
+import base64
+import email.utils
+import hashlib
+import hmac
+import http.client
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+S3_ENVIRONMENT = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_REGION": "us-east-1"}
+#: The account and key that every Azure emulator knows: they are published, and secret nowhere.
+_AZURE_ACCOUNT = "devstoreaccount1"
+_AZURE_KEY = "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw=="
+
+
+def azurite_command() -> str | None:
+    """Where Microsoft's emulator stands (npm install -g azurite), if it does."""
+    return os.environ.get("WEIGHTLINE_TEST_AZURITE") or shutil.which("azurite-blob")
+
+
+@contextmanager
+def moto_server() -> Iterator[int]:
+    """The port of a fresh S3 server. Its process ends with the block."""
+    port = _free_port()
+    with _running([sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)], port):
+        yield port
+
+
+@contextmanager
+def azurite_server() -> Iterator[int]:
+    """The port of a fresh Azure Blob Storage emulator. Its process ends with the block."""
+    command, port = azurite_command(), _free_port()
+    assert command is not None
+    options = ["--inMemoryPersistence", "--skipApiVersionCheck", "--disableTelemetry", "--blobHost", "127.0.0.1"]
+    with _running([command, *options, "--blobPort", str(port)], port):
+        yield port
+
+
+def create_s3_bucket(port: int, name: str) -> None:
+    _put(port, f"/{name}", {}, 200)
+
+
+def create_azure_container(port: int, name: str) -> None:
+    headers = {"x-ms-date": email.utils.formatdate(usegmt=True), "x-ms-version": "2021-08-06"}
+    signed = "\n".join(
+        ["PUT", *[""] * 11, *(f"{k}:{v}" for k, v in headers.items()), f"/{_AZURE_ACCOUNT}/{_AZURE_ACCOUNT}/{name}",
+         "restype:container"]
+    )  # fmt: skip
+    digest = hmac.new(base64.b64decode(_AZURE_KEY), signed.encode(), hashlib.sha256).digest()
+    headers["Authorization"] = f"SharedKey {_AZURE_ACCOUNT}:{base64.b64encode(digest).decode()}"
+    _put(port, f"/{_AZURE_ACCOUNT}/{name}?restype=container", headers, 201)
+
+
+def azure_environment(port: int) -> dict[str, str]:
+    return {
+        "AZURE_STORAGE_ACCOUNT_NAME": _AZURE_ACCOUNT,
+        "AZURE_STORAGE_ACCOUNT_KEY": _AZURE_KEY,
+        "AZURE_STORAGE_ENDPOINT": f"http://127.0.0.1:{port}/{_AZURE_ACCOUNT}",
+    }
+
+
+def _put(port: int, path: str, headers: dict[str, str], expected: int) -> None:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+    connection.request("PUT", path, headers=headers)
+    reply = connection.getresponse()
+    assert reply.status == expected, reply.read()
+    connection.close()
+
+
+@contextmanager
+def _running(argv: list[str], port: int) -> Iterator[None]:
+    environment = os.environ | {"PYTHONWARNINGS": "ignore"}
+    with subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment) as process:
+        try:
+            _wait_for(port, process)
+            yield
+        finally:
+            process.terminate()
+
+
+def _wait_for(port: int, process: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            socket.create_connection(("127.0.0.1", port), timeout=1).close()
+        except OSError:
+            assert process.poll() is None, "the server ended at once"
+            assert time.monotonic() < deadline, "the server does not answer"
+            time.sleep(0.05)
+        else:
+            return
+
+
+def _free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return int(one.getsockname()[1])

@@ -1,0 +1,45 @@
+"""The script that users run on their own bucket: it passes on sound stores and names what a bad one breaks."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.store.proxy import Proxy
+
+_SCRIPT = Path(__file__).parents[2] / "infra" / "check_bucket.py"
+
+
+def _run(url: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(_SCRIPT), url, "--mib", "17"],
+        capture_output=True, text=True, timeout=300, env=os.environ | {"WEIGHTLINE_CACHE_NBYTES": "0"},
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("any_url", ["local", "s3", "az", "gs", "hub"], indirect=True)
+def test_sound_buckets_pass(any_url: str) -> None:
+    done = _run(any_url)
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = done.stdout.splitlines()
+    assert len(lines) == 11
+    assert all(line.startswith("ok ") for line in lines[1:])
+
+
+@pytest.mark.slow
+def test_a_bucket_that_ignores_create_only_fails(s3_url: str, s3_proxy: Proxy) -> None:
+    s3_proxy.dropped_headers = frozenset({"if-none-match"})
+    done = _run(s3_url)
+    assert done.returncode == 1
+    assert "FAIL  create-only is honoured" in done.stdout
+
+
+def test_a_bucket_that_is_not_there_fails(s3_url: str) -> None:
+    done = _run("s3://no-such-bucket/x")
+    assert done.returncode == 1
+    assert "no such bucket" in done.stdout

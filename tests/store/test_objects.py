@@ -1,0 +1,333 @@
+"""The object store client against an S3 server and a bad network: what it says, repeats, resumes and refuses."""
+
+from __future__ import annotations
+
+import hashlib
+import multiprocessing
+import os
+import random
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.hub_emulator.faults import Cut, LoseReply, Status, Truncate
+from tests.store.proxy import Proxy
+from tests.store.racers import write_checkpoint_folder
+from weightline.chain.author import commit_folder
+from weightline.chain.history import Chain
+from weightline.errors import (
+    InputError,
+    NotFoundError,
+    ObjectExistsError,
+    StorageError,
+    TransientStorageError,
+)
+from weightline.store import objects, open_store
+from weightline.store.objects import ObjectStore, open_s3
+from weightline.store.open import check_writable
+from weightline.store.resume import note_of
+from weightline.store.retry import RetryingStore
+
+#: The smallest part that S3 takes.
+_PART_NBYTES = 5 * 1024 * 1024
+_LARGE_NBYTES = 3 * _PART_NBYTES + 17
+
+
+def _bare(url: str) -> ObjectStore:
+    """The client without our repeating around it."""
+    store = open_store(url)
+    assert isinstance(store, RetryingStore)
+    assert isinstance(store.inner, ObjectStore)
+    return store.inner
+
+
+@pytest.fixture(autouse=True)
+def _small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(objects, "PART_NBYTES", _PART_NBYTES)
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("large") / "payload"
+    path.write_bytes(random.Random(0).randbytes(_LARGE_NBYTES))
+    return path
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_large_files_go_in_parts_and_come_in_ranges(s3_url: str, s3_proxy: Proxy, large: Path, tmp_path: Path) -> None:
+    store = open_store(s3_url)
+    store.put_file("payloads/x", large)
+    store.get_file("payloads/x", tmp_path / "copy")
+    assert _sha256(tmp_path / "copy") == _sha256(large)
+    parts = [path for method, path in s3_proxy.requests if method == "PUT" and "partNumber=" in path]
+    ranges = [path for method, path in s3_proxy.requests if method == "GET"]
+    assert len(parts) == len(ranges) == 4
+    assert not note_of(tmp_path / "copy").exists()
+
+
+def test_an_empty_file(s3_url: str, tmp_path: Path) -> None:
+    (tmp_path / "empty").write_bytes(b"")
+    store = open_store(s3_url)
+    store.put_file("payloads/empty", tmp_path / "empty")
+    store.get_file("payloads/empty", tmp_path / "copy")
+    assert (tmp_path / "copy").read_bytes() == b""
+
+
+def test_a_cut_download_goes_on_where_it_stopped(s3_url: str, s3_proxy: Proxy, large: Path, tmp_path: Path) -> None:
+    store = _bare(s3_url)
+    store.put_file("payloads/x", large)
+    copy = tmp_path / "copy"
+    s3_proxy.reset()
+    s3_proxy.plan = lambda number, method, path: Cut() if method == "GET" and _is_late(s3_proxy) else None
+    with pytest.raises(TransientStorageError):
+        store.get_file("payloads/x", copy)
+    done = int(note_of(copy).read_text().splitlines()[1])
+    assert 0 < done < _LARGE_NBYTES
+    s3_proxy.reset()
+    store.get_file("payloads/x", copy)
+    assert _sha256(copy) == _sha256(large)
+    assert len([1 for method, _ in s3_proxy.requests if method == "GET"]) == -(-(_LARGE_NBYTES - done) // _PART_NBYTES)
+
+
+def _is_late(proxy: Proxy) -> bool:
+    """All GETs after the third of a download: the client's own few repeats included."""
+    return len([1 for method, _ in proxy.requests if method == "GET"]) > 3
+
+
+def test_another_object_is_not_continued(s3_url: str, large: Path, tmp_path: Path) -> None:
+    store = _bare(s3_url)
+    store.put_file("payloads/x", large)
+    copy = tmp_path / "copy"
+    copy.write_bytes(b"of something else")
+    note_of(copy).write_text("something else")
+    store.get_file("payloads/x", copy)
+    assert _sha256(copy) == _sha256(large)
+
+
+def test_a_truncated_reply_is_never_taken_for_the_object(
+    s3_url: str, s3_proxy: Proxy, large: Path, tmp_path: Path
+) -> None:
+    store = _bare(s3_url)
+    store.put_file("payloads/x", large)
+    store.put("small", b"0123456789")
+    s3_proxy.plan = lambda number, method, path: Truncate() if method == "GET" else None
+    with pytest.raises(TransientStorageError):
+        store.get("small")
+    with pytest.raises(TransientStorageError):
+        store.get_file("payloads/x", tmp_path / "copy")
+
+
+@pytest.mark.parametrize("fault", [Cut(), LoseReply(), Status(429), Status(500), Status(503)], ids=str)
+def test_passing_failures_are_waited_out(s3_url: str, s3_proxy: Proxy, tmp_path: Path, fault: object) -> None:
+    """Each kind of request fails five times: more often than the client itself would ask again."""
+    store = RetryingStore(_bare(s3_url), pause_seconds=0.01)
+    check_writable(store)
+    failed: dict[str, int] = {}
+
+    def plan(number: int, method: str, path: str) -> object:
+        failed[method] = failed.get(method, 0) + 1
+        return fault if failed[method] <= 5 else None
+
+    s3_proxy.plan = plan  # type: ignore[assignment]
+    store.put_if_absent("commits/1", b"one")
+    (tmp_path / "file").write_bytes(b"payload")
+    store.put_file("payloads/x", tmp_path / "file")
+    store.get_file("payloads/x", tmp_path / "copy")
+    assert [info.key for info in store.list("")] == ["commits/1", "payloads/x"]
+    assert store.get("commits/1") == b"one"
+    store.delete("commits/1")
+    assert min(failed.values()) > 5
+
+
+def test_a_lost_reply_is_no_conflict_and_a_conflict_stays_one(s3_url: str, s3_proxy: Proxy) -> None:
+    store = open_store(s3_url)
+    check_writable(store)
+    is_first = iter([True])
+    s3_proxy.plan = lambda number, method, path: LoseReply() if method == "PUT" and next(is_first, False) else None
+    store.put_if_absent("commits/1", b"mine")
+    is_first = iter([True])
+    with pytest.raises(ObjectExistsError):
+        store.put_if_absent("commits/1", b"another")
+    with pytest.raises(ObjectExistsError):
+        store.put_if_absent("commits/1", b"mine")
+    assert store.get("commits/1") == b"mine"
+
+
+def test_a_bucket_that_stays_away_is_a_transient_error_in_bounded_time(s3_url: str, s3_proxy: Proxy) -> None:
+    store = RetryingStore(_bare(s3_url), patience_seconds=0.5)
+    s3_proxy.plan = lambda number, method, path: Cut()
+    for ask in (lambda: store.get("x"), lambda: store.put_if_absent("x", b""), lambda: list(store.list(""))):
+        with pytest.raises(TransientStorageError):
+            ask()
+
+
+def test_a_store_that_ignores_create_only_is_refused(s3_url: str, s3_proxy: Proxy, tmp_path: Path) -> None:
+    s3_proxy.dropped_headers = frozenset({"if-none-match"})
+    store = open_store(s3_url)
+    assert list(store.list("")) == []
+    folder = write_checkpoint_folder(tmp_path / "checkpoint", 0)
+    for write in (
+        lambda: store.put_if_absent("commits/1", b"one"),
+        lambda: check_writable(store),
+        lambda: commit_folder(Chain(store), folder),
+    ):
+        with pytest.raises(StorageError, match="create only"):
+            write()
+    assert list(store.list("")) == []
+
+
+def test_the_proof_is_asked_for_once_a_process(s3_url: str, s3_proxy: Proxy) -> None:
+    open_store(s3_url).put_if_absent("a", b"")
+    open_store(s3_url).put_if_absent("b", b"")
+    check_writable(open_store(s3_url))
+    assert len([1 for method, path in s3_proxy.requests if method == "PUT" and "/probes/" in path]) == 2
+
+
+def test_a_missing_bucket_is_named(s3_url: str, tmp_path: Path) -> None:
+    store = open_store("s3://no-such-bucket/chain")
+    (tmp_path / "file").write_bytes(b"payload")
+    for ask in (
+        lambda: store.get("x"),
+        lambda: list(store.list("")),
+        lambda: store.put_if_absent("x", b""),
+        lambda: store.put_file("x", tmp_path / "file"),
+    ):
+        with pytest.raises(StorageError, match="no such bucket"):
+            ask()
+
+
+@pytest.mark.parametrize("code", [401, 403])
+def test_refused_access_says_what_to_do(s3_url: str, s3_proxy: Proxy, code: int) -> None:
+    s3_proxy.plan = lambda number, method, path: Status(code)
+    store = open_store(s3_url)
+    for ask in (lambda: store.get("x"), lambda: list(store.list("")), lambda: store.put_if_absent("x", b"")):
+        with pytest.raises(StorageError, match="credentials") as caught:
+            ask()
+        assert not isinstance(caught.value, TransientStorageError)
+    assert len(s3_proxy.requests) == 3
+
+
+def test_without_credentials_the_error_says_so(s3_url: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    with pytest.raises(InputError, match="SecretAccessKey"):
+        open_store(s3_url)
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.setenv("AWS_METADATA_ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(StorageError, match="no credentials") as caught:
+        open_store(s3_url).get("x")
+    assert not isinstance(caught.value, TransientStorageError)
+
+
+def test_given_keys_shut_out_those_of_the_environment(
+    s3_url: str, s3_proxy: Proxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
+    monkeypatch.setenv("AWS_SESSION_TOKEN", "of the environment")
+    store = open_s3(
+        "s3://given", s3_url.split("/")[2], "p", endpoint=f"http://127.0.0.1:{s3_proxy.port}",
+        access_key_id="k", secret_access_key="s", region="us-east-1",
+    )  # fmt: skip
+    store.put_if_absent("x", b"1")
+    assert store.get("x") == b"1"
+
+
+def test_a_profile_of_the_user_is_read(s3_url: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "credentials").write_text("[tester]\naws_access_key_id = k\naws_secret_access_key = s\n")
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "credentials"))
+    monkeypatch.setenv("AWS_PROFILE", "tester")
+    store = open_store(s3_url)
+    store.put_if_absent("x", b"1")
+    assert store.get("x") == b"1"
+    monkeypatch.setenv("AWS_PROFILE", "nobody")
+    with pytest.raises(InputError, match="nobody"):
+        open_store(s3_url)
+
+
+@pytest.mark.parametrize("url", ["s3:///prefix", "s3://key@bucket/x", "s3://bucket/x?region=y", "s3://", "gs://"])
+def test_urls_that_name_no_bucket(url: str) -> None:
+    with pytest.raises(InputError):
+        open_store(url)
+
+
+def test_a_bucket_without_a_prefix(s3_url: str) -> None:
+    bucket = open_store("/".join(s3_url.split("/")[:3]))
+    bucket.put_if_absent("a/1", b"one")
+    open_store(s3_url).put("x", b"")
+    assert [info.key for info in bucket.list("")] == ["a/1", "chains/toy/x"]
+    assert [info.key for info in bucket.list("a/")] == ["a/1"]
+
+
+def test_missing_objects_are_not_found(s3_url: str, tmp_path: Path) -> None:
+    with pytest.raises(NotFoundError):
+        _bare(s3_url).get_file("no", tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+
+
+def test_one_file_imports_the_client() -> None:
+    package = Path(objects.__file__).parents[1]
+    imports = re.compile(r"^\s*(import|from) obstore", re.MULTILINE)
+    assert [path for path in package.rglob("*.py") if imports.search(path.read_text())] == [Path(objects.__file__)]
+
+
+def test_help_and_local_buckets_do_not_load_the_client(tmp_path: Path) -> None:
+    code = f"""
+import sys
+from weightline.cli.main import app
+from weightline.store import open_store
+open_store({str(tmp_path)!r}).put("a", b"")
+assert "obstore" not in sys.modules, "obstore"
+assert "huggingface_hub" not in sys.modules, "huggingface_hub"
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def _read_in_child(url: str, key: str, answers: object) -> None:
+    try:
+        answers.put(open_store(url).get(key))  # type: ignore[attr-defined]
+    except StorageError as error:
+        answers.put(str(error))  # type: ignore[attr-defined]
+
+
+@pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
+@pytest.mark.parametrize("method", ["spawn", "fork"])
+def test_spawned_processes_work_and_forked_ones_are_told(s3_url: str, method: str) -> None:
+    store = open_store(s3_url)
+    store.put("x", b"1")
+    context = multiprocessing.get_context(method)
+    answers = context.Queue()
+    child = context.Process(target=_read_in_child, args=(s3_url, "x", answers))
+    child.start()
+    answer = answers.get(timeout=60)
+    child.join(60)
+    assert child.exitcode == 0
+    if method == "spawn":
+        assert answer == b"1"
+    else:
+        assert re.search("forked.*spawn", answer)
+
+
+@pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
+def test_a_store_from_before_a_fork_is_refused_in_the_child(s3_url: str) -> None:
+    store = open_store(s3_url)
+    store.put("x", b"1")
+    read_end, write_end = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            store.get("x")
+        except StorageError as error:
+            os.write(write_end, str(error).encode())
+        os._exit(0)
+    os.close(write_end)
+    with os.fdopen(read_end) as pipe:
+        assert "forked" in pipe.read()
+    os.waitpid(child, 0)

@@ -1,0 +1,188 @@
+"""A Hugging Face Hub bucket: `hf://buckets/<owner>/<name>/<prefix>`, through huggingface_hub and hf_xet.
+
+Reads and uploads go through the Hub's own API. For the one write that commits there are two modes:
+
+- `s3-gateway`: one request with `If-None-Match: *` to the Hub's S3 gateway, when its keys are in the environment
+  (`HF_S3_ACCESS_KEY_ID`, `HF_S3_SECRET_ACCESS_KEY`; `HF_S3_ENDPOINT` for another gateway);
+- `claims`: with a token alone; see `hub_claims`.
+
+A writer with keys joins the claims of a key that has any, so that writers of both modes agree on a winner.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+import uuid
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+
+from huggingface_hub import get_token
+
+from weightline.errors import InputError, NotFoundError, TransientStorageError
+from weightline.store.base import ObjectInfo, Store, checked_key
+from weightline.store.contests import Contest
+from weightline.store.hub_bucket import HubBucket, HubFile
+from weightline.store.hub_claims import CLAIMS, ClaimLog
+from weightline.store.hub_content import content_of
+from weightline.store.hub_url import HubUrl, parse_hub_url
+from weightline.store.progress import moved
+
+DEFAULT_ENDPOINT = "https://huggingface.co"
+DEFAULT_S3_ENDPOINT = "https://s3.hf.co"
+_S3_REGION = "us-east-1"
+#: Must exceed the skew between the Hub's servers, not the lag of its listings: see `hub_claims`.
+DEFAULT_SETTLE_SECONDS = 2.0
+
+
+class HubStore:
+    """Implements `Store` on a prefix of a Hub bucket. Safe for threads, and for processes that open it themselves.
+
+    Files are checked against the Hub's content hash after each upload and download.
+    """
+
+    def __init__(self, url: HubUrl, bucket: HubBucket, claims: ClaimLog, gateway: Store | None) -> None:
+        self.url = url.text
+        self._root = url.root
+        self._bucket = bucket
+        self._claims = claims
+        self._gateway = gateway
+
+    @property
+    def commit_mode(self) -> str:
+        """What makes `put_if_absent` exclusive: `s3-gateway` or `claims`."""
+        return "claims" if self._gateway is None else "s3-gateway"
+
+    def get(self, key: str) -> bytes:
+        body = self._bucket.read(self._existing(key))
+        moved(len(body))
+        return body
+
+    def get_file(self, key: str, path: Path) -> None:
+        """Download beside `path`, check, rename. A crash leaves a hidden partial file, never a wrong one at `path`."""
+        file = self._existing(key)
+        partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
+        try:
+            self._bucket.download(file, partial)
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+        moved(file.content.nbytes)
+
+    def put_if_absent(self, key: str, body: bytes) -> None:
+        checked_key(key)
+        if self._gateway is None or self._claims.claims(key):
+            self._claims.put_if_absent(key, body)
+        else:
+            self._bucket.require()
+            self._gateway.put_if_absent(key, body)
+            self._await_seen(key)
+        moved(len(body))
+
+    def put(self, key: str, body: bytes) -> None:
+        path = self._path(key)
+        self._bucket.write(path, self._bucket.upload(body))
+        moved(len(body))
+
+    def put_file(self, key: str, path: Path) -> None:
+        """Upload in one batch call, then ask the Hub for the size and content hash of what it holds."""
+        target = self._path(key)
+        self._bucket.upload_file(path, target)
+        content = content_of(path)
+        self._bucket.await_content(target, content)
+        moved(content.nbytes)
+
+    def head(self, key: str) -> ObjectInfo | None:
+        path = self._path(key)
+        found = self._bucket.find([path]).get(path)
+        return None if found is None else self._info(found)
+
+    def list(self, prefix: str, start_after: str = "") -> Iterator[ObjectInfo]:
+        """All pages of the folder are read first: the Hub promises no order."""
+        folder = prefix.rpartition("/")[0]
+        for file in self._bucket.below(f"{self._root}{folder}"):
+            info = self._info(file)
+            if info.key.startswith(prefix) and info.key > start_after and not info.key.startswith(CLAIMS):
+                yield info
+
+    def delete(self, key: str) -> None:
+        """Its claims first: a claim without its object would be published again by the next writer of the key."""
+        path = self._path(key)
+        self._bucket.remove([claim.path for claim in self._claims.claims(key)])
+        self._bucket.remove([path])
+
+    def contests(self) -> tuple[Contest, ...]:
+        """Keys whose claims contradict each other, or that were won and never published. For `weightline verify`."""
+        return tuple(self._claims.forks())
+
+    def _await_seen(self, key: str) -> None:
+        """What the gateway took must show to readers, who come through the API, before anybody hears of it."""
+        path = self._path(key)
+        pause = 0.1
+        while path not in self._bucket.find([path]):
+            if pause > 10:
+                raise TransientStorageError(f"{key} was created in {self.url} and does not show", key=key, url=self.url)
+            time.sleep(pause)
+            pause *= 2
+
+    def _existing(self, key: str) -> HubFile:
+        path = self._path(key)
+        found = self._bucket.find([path]).get(path)
+        if found is None:
+            raise NotFoundError(f"no object {key} in {self.url}", key=key)
+        return found
+
+    def _path(self, key: str) -> str:
+        return f"{self._root}{checked_key(key)}"
+
+    def _info(self, file: HubFile) -> ObjectInfo:
+        # An object whose age is untold counts as new: nobody collects it.
+        modified_at = file.uploaded_at or datetime.now(UTC)
+        return ObjectInfo(file.path.removeprefix(self._root), file.content.nbytes, modified_at)
+
+
+def open_hub(url: str) -> HubStore:
+    """The store that a Hub URL names. Nothing is read or written yet; InputError for a bad URL, token or setting."""
+    parsed = parse_hub_url(url)
+    endpoint = (os.environ.get("HF_ENDPOINT") or DEFAULT_ENDPOINT).rstrip("/")
+    bucket = HubBucket(parsed.bucket_id, parsed.text, endpoint=endpoint, token=_token(url))
+    claims = ClaimLog(bucket, parsed.root, _settle_seconds())
+    return HubStore(parsed, bucket, claims, _gateway(parsed))
+
+
+def _token(url: str) -> str | bool:
+    """From HF_TOKEN or the stored login; False reads public buckets only."""
+    token: str | None = get_token()
+    if token is None:
+        return False
+    if not token.isascii() or not token.isprintable() or " " in token:
+        raise InputError(f"{url}: the Hub token holds characters that no token has: was it pasted whole?", url=url)
+    return token
+
+
+def _settle_seconds() -> float:
+    text = os.environ.get("WEIGHTLINE_HUB_SETTLE_SECONDS", str(DEFAULT_SETTLE_SECONDS))
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
+    if not 0 < seconds <= 600:
+        raise InputError(f"WEIGHTLINE_HUB_SETTLE_SECONDS is {text!r}: give seconds, above 0 and up to 600")
+    return seconds
+
+
+def _gateway(url: HubUrl) -> Store | None:
+    """The Hub's S3 gateway onto the same prefix, when its keys are configured."""
+    key_id, secret = os.environ.get("HF_S3_ACCESS_KEY_ID"), os.environ.get("HF_S3_SECRET_ACCESS_KEY")
+    if not key_id and not secret:
+        return None
+    if not key_id or not secret:
+        raise InputError("HF_S3_ACCESS_KEY_ID and HF_S3_SECRET_ACCESS_KEY go together: set both, or none")
+    from weightline.store.objects import open_s3
+
+    endpoint = (os.environ.get("HF_S3_ENDPOINT") or DEFAULT_S3_ENDPOINT).rstrip("/")
+    return open_s3(
+        url.text, url.name, url.root, endpoint=f"{endpoint}/{url.owner}", access_key_id=key_id,
+        secret_access_key=secret, region=_S3_REGION,
+    )  # fmt: skip

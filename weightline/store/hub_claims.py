@@ -1,0 +1,216 @@
+"""Create-only over an API that has no conditions: a log of claims, whose first entry wins.
+
+The Hub's bucket API replaces whatever stands at a path, so two writers of one key would overwrite each other silently.
+Here each writer first writes a **claim**: a file of its own, `claims/<key>/<uuid>`, that stands for the body. The Hub
+stamps it with its own clock (`uploaded_at`). The claims of a key, ordered by (uploaded_at, path), are a log; **its
+first entry has won, for good**, whether or not its writer is still alive or knows it. Steps of a writer:
+
+1. Look whether the key exists: then it lost already.
+2. Upload the body; write the claim by one request that is never repeated.
+3. Wait `settle_seconds`, then list the claims. Its own claim must be among them, else it waits on.
+4. Publish: let the key stand for the first claim's content (its own or another's), and check that it does.
+5. If the first claim is not its own: withdraw its own, and say ObjectExistsError.
+
+Readers read keys only and need to know nothing of claims.
+
+**Why one wins.** Let W be the first claim of the log. It is never withdrawn: only claims that saw an earlier one are.
+Any writer that decides has its own claim, later than W, in its listing. If a listing that shows a claim shows all
+earlier ones (however far it lags behind), it shows W, so everybody decides for W and publishes the same content.
+`settle_seconds` covers what breaks "all earlier ones": claims stamped within the same millisecond, servers whose
+clocks differ, and entries that become visible out of order. It must exceed that skew; it need not exceed the lag.
+
+**When that fails** (skew beyond the wait), two writers may both publish. Step 4 looks before it writes and after,
+which leaves a window of one round trip; whatever happens, both claims stay, and `forks` reports them: visible, not
+silent.
+
+**Lost replies and late requests.** A repeated claim would be stamped anew and could turn from first to second after
+its writer decided. So a claim is sent once; when its reply is lost, the next attempt is another claim with another
+uuid, and whichever of a writer's claims is first counts. A claim that lands late is just a late claim: it loses.
+Publishing may be repeated and may land late: it writes the winner's content, which is already there.
+
+**Crashes.** Before step 2: nothing happened. After it: the claim may have won; the next writer of the key finds it
+first, publishes it (step 4 for another's claim) and loses to it. A crashed loser leaves a claim that `forks` reports:
+nobody else can tell it from a writer that believed it won.
+
+**Not known**: a writer whose claim never shows, or whose requests fail after step 2, raises TransientStorageError and
+withdraws nothing, since its claim may have won. Whoever repeats it finds the key taken, reads it and compares.
+
+Cost of an uncontested create in requests of the Hub's API: look, claim, list, look, publish, look: six, and one for a
+token that then serves for its life. Safe for threads and processes.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections import defaultdict
+from collections.abc import Collection, Iterable
+from datetime import UTC, datetime
+
+from weightline.errors import ObjectExistsError, StorageError, TransientStorageError
+from weightline.store.contests import Contest
+from weightline.store.hub_bucket import HubBucket, HubFile
+from weightline.store.hub_content import Content
+
+CLAIMS = "claims/"
+_NEVER = datetime.max.replace(tzinfo=UTC)
+_MAX_ATTEMPTS = 3
+#: How long a claim that the Hub has confirmed may take to show in a listing.
+_VISIBLE_SECONDS = 30.0
+_PUBLISH_PAUSES_SECONDS = (0.0, 0.0, 0.1, 0.3, 0.6, 1.0, 2.0, 4.0)
+
+
+def first_claim(claims: Iterable[HubFile]) -> HubFile | None:
+    """The claim that has won: the earliest by the Hub's clock, by path within one stamp. Pure."""
+    return min(claims, key=lambda claim: (claim.uploaded_at or _NEVER, claim.path), default=None)
+
+
+def judge(key: str, claims: Collection[HubFile], published: HubFile | None) -> Contest | None:
+    """What is wrong with a key, given its claims and what it stands for. Pure.
+
+    Claims with one content are one writer's attempts.
+    """
+    winner = first_claim(claims)
+    if winner is None:
+        return None
+    names = ", ".join(sorted(claim.path.rpartition("/")[2] for claim in claims))
+    if published is not None and published.content != winner.content:
+        return Contest(key, "fork", f"was claimed first by {winner.path}, and holds other bytes (claims {names})")
+    if len({claim.content for claim in claims}) > 1:
+        return Contest(
+            key, "fork",
+            f"has the claims of several writers ({names}): one stopped before it withdrew, or two believe that they "
+            f"won. It holds the first one's bytes ({winner.path}); once no other writer runs, delete the other claims",
+        )  # fmt: skip
+    if published is None:
+        return Contest(key, "unpublished", f"was won by {winner.path}, whose writer stopped; its next writer publishes")
+    return None
+
+
+class ClaimLog:
+    """Create-only puts below one root of a bucket."""
+
+    def __init__(self, bucket: HubBucket, root: str, settle_seconds: float) -> None:
+        self._bucket = bucket
+        self._root = root
+        self._settle_seconds = settle_seconds
+
+    def folder(self, key: str) -> str:
+        """Where the claims of a key stand."""
+        return f"{self._root}{CLAIMS}{key}/"
+
+    def claims(self, key: str) -> list[HubFile]:
+        """The claims of a key. StorageError when the Hub does not stamp them."""
+        return [_stamped(claim) for claim in self._bucket.below(self.folder(key))]
+
+    def put_if_absent(self, key: str, body: bytes) -> None:
+        """Create the object, or ObjectExistsError. TransientStorageError: it may have been created or not."""
+        path = f"{self._root}{key}"
+        if self._bucket.find([path]):
+            raise self._exists(key)
+        content = self._bucket.upload(body)
+        mine: set[str] = set()
+        claims = self._contest(key, content, mine)
+        winner = first_claim(claims)
+        if winner is None:
+            raise TransientStorageError(f"the claims of {key} in {self._bucket.url} vanished", key=key)
+        has_published = self._publish(path, winner)
+        is_won = winner.path in mine and has_published
+        # Whatever of this content did not win can go, also what an earlier call left behind.
+        spent = {c.path for c in claims if c.content == content} | mine
+        self._withdraw(spent - {winner.path} if has_published else spent)
+        if not is_won:
+            raise self._exists(key)
+
+    def forks(self) -> list[Contest]:
+        """Keys with claims that contradict each other, or that nobody published. What is under way is left out."""
+        suspects = self._judged()
+        if not suspects:
+            return []
+        time.sleep(self._settle_seconds * 2)
+        return [contest for key, contest in self._judged().items() if suspects.get(key) == contest]
+
+    def _judged(self) -> dict[str, Contest]:
+        by_key: dict[str, list[HubFile]] = defaultdict(list)
+        start = len(f"{self._root}{CLAIMS}")
+        for claim in self._bucket.below(f"{self._root}{CLAIMS}"):
+            by_key[claim.path[start:].rpartition("/")[0]].append(claim)
+        published = self._bucket.find([f"{self._root}{key}" for key in by_key]) if by_key else {}
+        judged = {key: judge(key, claims, published.get(f"{self._root}{key}")) for key, claims in by_key.items()}
+        return {key: contest for key, contest in judged.items() if contest is not None}
+
+    def _contest(self, key: str, content: Content, mine: set[str]) -> list[HubFile]:
+        """Claim the key until a claim of this call shows in a listing; that listing. Adds to `mine`."""
+        problem: TransientStorageError | None = None
+        for _ in range(_MAX_ATTEMPTS):
+            claim = f"{self.folder(key)}{uuid.uuid4().hex}"
+            mine.add(claim)
+            confirmed: str | None = claim
+            try:
+                self._bucket.write(claim, content, is_repeated=False)
+            except TransientStorageError as error:
+                problem, confirmed = error, None
+            claims = self._settled(key, mine, confirmed)
+            if claims:
+                return claims
+            if confirmed:
+                break
+        raise TransientStorageError(
+            f"a claim of {key} does not show in {self._bucket.url}: whether it won is not known"
+            + (f" ({problem})" if problem else ""),
+            key=key, url=self._bucket.url,
+        ) from problem  # fmt: skip
+
+    def _settled(self, key: str, mine: Collection[str], confirmed: str | None) -> list[HubFile]:
+        """The claims of the key, once one of `mine` shows and had its time to settle; empty when none does.
+
+        `confirmed` is the claim whose reply came, if it did: it settles from that reply on. One that shows although its
+        reply was lost may have landed this very moment, and settles from now on.
+        """
+        deadline = time.monotonic() + self._settle_seconds + (_VISIBLE_SECONDS if confirmed else 0.0)
+        pause = self._settle_seconds
+        settled = {confirmed} if confirmed else set()
+        while True:
+            time.sleep(pause)
+            claims = self.claims(key)
+            shown = {claim.path for claim in claims if claim.path in mine}
+            if shown & settled:
+                return claims
+            if shown:
+                settled, pause = shown, self._settle_seconds
+            elif time.monotonic() >= deadline:
+                return []
+            else:
+                pause = min(max(pause, 0.05) * 1.5, 5.0)
+
+    def _publish(self, path: str, winner: HubFile) -> bool:
+        """Let the key stand for the winner's content; False when it stands for something else."""
+        for pause in _PUBLISH_PAUSES_SECONDS:
+            time.sleep(pause)
+            found = self._bucket.find([path]).get(path)
+            if found is not None:
+                return found.content == winner.content
+            self._bucket.write(path, winner.content)
+        raise TransientStorageError(
+            f"{path} was published in {self._bucket.url} and does not show", key=path, url=self._bucket.url
+        )
+
+    def _withdraw(self, claims: Collection[str]) -> None:
+        """Take back claims that lost. One that stays is reported by `forks`, which is no reason to fail here."""
+        try:
+            self._bucket.remove(claims)
+        except StorageError:
+            return
+
+    def _exists(self, key: str) -> ObjectExistsError:
+        return ObjectExistsError(f"{key} exists in {self._bucket.url}", key=key, url=self._bucket.url)
+
+
+def _stamped(claim: HubFile) -> HubFile:
+    if claim.uploaded_at is None:
+        raise StorageError(
+            f"{claim.path}: the Hub tells no upload time, so claims have no order. Set HF_S3_ACCESS_KEY_ID and "
+            "HF_S3_SECRET_ACCESS_KEY to commit through its S3 gateway",
+            key=claim.path,
+        )
+    return claim

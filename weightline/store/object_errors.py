@@ -1,0 +1,58 @@
+"""What an object store's failure means: obstore tells it as text. Pure."""
+
+from __future__ import annotations
+
+import re
+
+from weightline.errors import NotFoundError, StorageError, TransientStorageError, WeightlineError
+
+_STATUS = re.compile(r"non-2xx status code: (\d{3})")
+_TRANSIENT_STATUS = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 507, 509, 520, 522, 524, 529})
+#: The client never got a whole answer: refused, reset, cut, timed out.
+_CUT = ("HTTP error", "error sending request", "error decoding response body", "timed out", "connection closed")
+#: Where clients look for an instance's role when the environment has no credentials.
+_METADATA = (
+    "169.254.169.254", "169.254.170.2", "fd00:ec2::254", "metadata.google.internal", "/latest/api/token",
+    "metadata/identity",
+)  # fmt: skip
+_NO_BUCKET = ("NoSuchBucket", "ContainerNotFound", "The specified bucket does not exist")
+
+
+def translated(
+    message: str, url: str, key: str, *, is_refused: bool = False, is_missing: bool = False
+) -> WeightlineError:
+    """Our error for the client's message. `is_refused`, `is_missing`: what the client's error type says already."""
+    what = _reason(message)
+    match = _STATUS.search(message)
+    status = int(match[1]) if match else None
+    if any(name in message for name in _NO_BUCKET):
+        return StorageError(f"{url}: there is no such bucket. Create it, or correct the URL", url=url, key=key)
+    if any(place in message for place in _METADATA):
+        return StorageError(
+            f"{url}: no credentials in the environment, and no instance role answers. docs/buckets.md lists where they "
+            f"are looked for ({what})",
+            url=url, key=key,
+        )  # fmt: skip
+    if is_missing:
+        return NotFoundError(f"no object {key} in {url}", key=key)
+    if is_refused or status in (401, 403):
+        return StorageError(
+            f"{url} refused access to {key or 'the bucket'} ({what}). Check that the credentials are the bucket's, and "
+            "may get, put, list and delete there",
+            url=url, key=key,
+        )  # fmt: skip
+    if status in (301, 307) or "redirect" in what:
+        return StorageError(f"{url}: the bucket is elsewhere ({what}). Set AWS_REGION to its region", url=url, key=key)
+    is_transient = status in _TRANSIENT_STATUS if status is not None else any(text in message for text in _CUT)
+    cls = TransientStorageError if is_transient else StorageError
+    return cls(f"{url}: {what} at {key or 'the bucket'}", url=url, key=key)
+
+
+def _reason(message: str) -> str:
+    """The message without the client's own debugging text."""
+    lines = [line.strip() for line in message.partition("Debug source")[0].splitlines()]
+    text = " ".join(line for line in lines if line)
+    code, said = re.search(r"<Code>([^<]*)", text), re.search(r"<Message>([^<]*)", text)
+    if code:
+        return f"{code[1]}: {said[1]}" if said else code[1]
+    return text[:300]

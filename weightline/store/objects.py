@@ -1,0 +1,306 @@
+"""Object stores through obstore: S3 and what speaks it, Google Cloud Storage, Azure. The one file that imports obstore.
+
+Payloads move in parts, several at a time: an upload holds `_NUM_PARALLEL` parts in memory at most; downloads stream.
+
+**Processes**: obstore's threads do not survive fork(2); a child would wait for ever. So a store that was opened, or any
+store once obstore ran, refuses to work in a forked child: start workers by spawn or forkserver.
+
+The client repeats parts and reads by itself for a short time. It never repeats a create-only put: whether "exists" is
+the answer to an earlier try whose reply was lost is for `weightline.store.retry` to find out.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from datetime import timedelta
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO, cast
+
+import obstore
+from obstore.exceptions import AlreadyExistsError, BaseError, PermissionDeniedError, UnauthenticatedError
+from obstore.store import AzureStore, GCSStore, S3Store
+
+from weightline.errors import InputError, NotFoundError, ObjectExistsError, StorageError, TransientStorageError
+from weightline.store import resume
+from weightline.store.base import ObjectInfo, checked_key
+from weightline.store.object_errors import translated
+from weightline.store.progress import moved
+
+if TYPE_CHECKING:
+    from obstore.store import ClientConfig, RetryConfig
+
+PART_NBYTES = 16 * 1024 * 1024
+_NUM_PARALLEL = 6
+_PIECE_NBYTES = 1024 * 1024
+#: S3 takes 10,000 parts of an upload.
+_MAX_PARTS = 9_000
+
+_CLIENT_OPTIONS: ClientConfig = {"connect_timeout": timedelta(seconds=10), "timeout": timedelta(seconds=60)}
+_REPEATS: RetryConfig = {
+    "max_retries": 3,
+    "retry_timeout": timedelta(seconds=20),
+    "backoff": {"init_backoff": timedelta(milliseconds=100), "max_backoff": timedelta(seconds=2)},
+}
+_ONCE: RetryConfig = {"max_retries": 0}
+
+#: The process in which obstore's threads run, once it was used.
+_home_pid: int | None = None
+
+
+class ObjectStore:
+    """Implements `Store` on a bucket prefix. Safe for threads; for processes see the module.
+
+    `connect(retry_config)` makes an obstore client of the bucket.
+    """
+
+    def __init__(self, url: str, prefix: str, connect: Callable[[RetryConfig], Any]) -> None:
+        _require_home(url)
+        self.url = url
+        self._root = f"{prefix.strip('/')}/" if prefix.strip("/") else ""
+        self._client = connect(_REPEATS)
+        self._once = connect(_ONCE)
+
+    def get(self, key: str) -> bytes:
+        with self._storage_errors(key):
+            body = bytes(obstore.get(self._client, self._path(key)).bytes())
+        moved(len(body))
+        return body
+
+    def get_file(self, key: str, path: Path) -> None:
+        """Ranges in parallel, each streamed to its place. A file that an earlier call left at `path` is continued."""
+        with self._storage_errors(key):
+            found = obstore.head(self._client, self._path(key))
+        nbytes = int(found["size"])
+        identity = json.dumps([self.url, key, found["e_tag"], nbytes])
+        start = resume.num_bytes_done(path, identity)
+        ranges = [(at, min(at + PART_NBYTES, nbytes)) for at in range(start, nbytes, PART_NBYTES)]
+        with path.open("r+b") as file:
+            for end in self._fill(key, file.fileno(), ranges, nbytes):
+                resume.note_done(path, identity, end)
+        resume.finish(path)
+
+    def put_if_absent(self, key: str, body: bytes) -> None:
+        with self._storage_errors(key):
+            obstore.put(self._once, self._path(key), bytes(body), mode="create", use_multipart=False)
+        moved(len(body))
+
+    def put(self, key: str, body: bytes) -> None:
+        with self._storage_errors(key):
+            obstore.put(self._client, self._path(key), bytes(body), use_multipart=False)
+        moved(len(body))
+
+    def put_file(self, key: str, path: Path) -> None:
+        nbytes = path.stat().st_size
+        part_nbytes = max(PART_NBYTES, -(-nbytes // _MAX_PARTS))
+        with path.open("rb") as file, self._storage_errors(key):
+            source = cast(BinaryIO, _CountingReader(file))
+            obstore.put(
+                self._client, self._path(key), source, chunk_size=part_nbytes, max_concurrency=_NUM_PARALLEL,
+                use_multipart=nbytes > part_nbytes,
+            )  # fmt: skip
+
+    def head(self, key: str) -> ObjectInfo | None:
+        try:
+            with self._storage_errors(key):
+                return self._info(obstore.head(self._client, self._path(key)))
+        except NotFoundError:
+            return None
+
+    def list(self, prefix: str, start_after: str = "") -> Iterator[ObjectInfo]:
+        """StorageError for a bucket that does not list in key order (S3 directory buckets): tips would be wrong."""
+        folder = prefix.rpartition("/")[0]
+        # Clients list whole folders: start right before the prefix, stop right after it.
+        offset = max(start_after, prefix[:-1] if prefix[len(folder) + 1 :] else "")
+        last = ""
+        for info in self._pages(prefix, folder, offset):
+            if info.key <= last:
+                raise StorageError(f"{self.url} does not list in key order: use another bucket", url=self.url)
+            last = info.key
+            if info.key.startswith(prefix) and info.key > start_after:
+                yield info
+            elif info.key > prefix and not info.key.startswith(prefix):
+                return
+
+    def delete(self, key: str) -> None:
+        try:
+            with self._storage_errors(key):
+                obstore.delete(self._client, self._path(key))
+        except NotFoundError:
+            return
+
+    def _pages(self, prefix: str, folder: str, offset: str) -> Iterator[ObjectInfo]:
+        with self._storage_errors(prefix):
+            pages = iter(
+                obstore.list(self._client, f"{self._root}{folder}", offset=f"{self._root}{offset}" if offset else None)
+            )
+        while True:
+            with self._storage_errors(prefix):
+                page = next(pages, None)
+            if page is None:
+                return
+            yield from map(self._info, page)
+
+    def _fill(self, key: str, descriptor: int, ranges: Sequence[tuple[int, int]], nbytes: int) -> Iterator[int]:
+        """Fetch the ranges to their places in a file; yields how far it is whole. No thread writes after it ended."""
+        tags: set[str | None] = set()
+        pending = [self._readers.submit(self._read_range, key, descriptor, one, nbytes, tags) for one in ranges]
+        try:
+            for future, (_, end) in zip(pending, ranges, strict=True):
+                future.result()
+                yield end
+        finally:
+            for future in pending:
+                future.cancel()
+            wait(pending)
+
+    def _read_range(
+        self, key: str, descriptor: int, wanted: tuple[int, int], nbytes: int, tags: set[str | None]
+    ) -> None:
+        at, end = wanted
+        with self._storage_errors(key):
+            result = obstore.get(self._client, self._path(key), options={"range": wanted})
+            tags.add(result.meta["e_tag"])
+            if result.meta["size"] != nbytes or len(tags) > 1:
+                raise TransientStorageError(f"{key} in {self.url} changed while it was read", key=key, url=self.url)
+            for piece in result.stream(min_chunk_size=_PIECE_NBYTES):
+                at += os.pwrite(descriptor, piece, at)
+                moved(len(piece))
+        if at != end:
+            raise TransientStorageError(
+                f"{self.url} sent {at - wanted[0]} of the bytes {wanted[0]} to {end} of {key}", key=key, url=self.url
+            )
+
+    @cached_property
+    def _readers(self) -> ThreadPoolExecutor:
+        """Shared by all downloads of this store, so that many at a time hold no more memory than a few."""
+        return ThreadPoolExecutor(_NUM_PARALLEL, thread_name_prefix="weightline-read")
+
+    def _path(self, key: str) -> str:
+        return f"{self._root}{checked_key(key)}"
+
+    def _info(self, found: Any) -> ObjectInfo:
+        return ObjectInfo(found["path"].removeprefix(self._root), int(found["size"]), found["last_modified"])
+
+    @contextmanager
+    def _storage_errors(self, key: str) -> Iterator[None]:
+        """Run one client call here: FileNotFoundError is its word for a missing object."""
+        _require_home(self.url)
+        try:
+            yield
+        except AlreadyExistsError as error:
+            raise ObjectExistsError(f"{key} exists in {self.url}", key=key, url=self.url) from error
+        except (PermissionDeniedError, UnauthenticatedError) as error:
+            raise translated(str(error), self.url, key, is_refused=True) from error
+        except FileNotFoundError as error:
+            raise translated(str(error), self.url, key, is_missing=True) from error
+        except BaseError as error:
+            raise translated(str(error), self.url, key) from error
+
+
+class _CountingReader:
+    """A file whose reads are told to whoever watches."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.seek, self.tell = file.seek, file.tell
+
+    def read(self, nbytes: int = -1) -> bytes:
+        body = self._file.read(nbytes)
+        moved(len(body))
+        return body
+
+
+def _require_home(url: str) -> None:
+    global _home_pid
+    if _home_pid is None:
+        _home_pid = os.getpid()
+    elif _home_pid != os.getpid():
+        raise StorageError(
+            f"{url}: this process was forked from process {_home_pid}, where a bucket was used already: the bucket's "
+            "client would hang here. Start workers by spawn: multiprocessing.get_context('spawn')",
+            url=url,
+        )
+
+
+def open_s3(
+    url: str,
+    bucket: str,
+    prefix: str,
+    *,
+    endpoint: str | None = None,
+    access_key_id: str | None = None,
+    secret_access_key: str | None = None,
+    region: str | None = None,
+) -> ObjectStore:
+    """A bucket that speaks S3. What is not given comes from the environment; given keys shut out all others.
+
+    An endpoint may have a path, as in https://host/door/namespace; the bucket's name is added to it. An `http://`
+    endpoint is taken at its word. InputError for a setting that the client does not take. Nothing is read or written.
+    """
+    endpoint = endpoint or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    config: dict[str, Any] = {"disable_bulk_delete": True}
+    options = _CLIENT_OPTIONS.copy()
+    if endpoint:
+        config |= {"endpoint": endpoint, "aws_endpoint_url_s3": endpoint}
+        options["allow_http"] = endpoint.startswith("http://")
+    if access_key_id and secret_access_key:
+        keys = {"access_key_id": access_key_id, "secret_access_key": secret_access_key, "expires_at": None}
+        config["credential_provider"] = lambda: keys
+    else:
+        config |= _aws_profile()
+    if region:
+        config["region"] = region
+    return _open(url, prefix, lambda retry: S3Store(bucket, client_options=options, retry_config=retry, **config))
+
+
+def open_gs(url: str, bucket: str, prefix: str) -> ObjectStore:
+    """A Google Cloud Storage bucket; credentials from the environment or the application defaults."""
+    options = _CLIENT_OPTIONS.copy()
+    options["allow_http"] = os.environ.get("GOOGLE_BASE_URL", "").startswith("http://")
+    return _open(url, prefix, lambda retry: GCSStore(bucket, client_options=options, retry_config=retry))
+
+
+def open_az(url: str, container: str, prefix: str) -> ObjectStore:
+    """An Azure Blob Storage container; account and credentials from the environment, a managed identity or az login."""
+    is_emulator = os.environ.get("AZURE_STORAGE_USE_EMULATOR", "").lower() in ("1", "true")
+    is_plain = os.environ.get("AZURE_STORAGE_ENDPOINT", "").startswith("http://")
+    options = _CLIENT_OPTIONS.copy()
+    options["allow_http"] = is_emulator or is_plain
+    return _open(url, prefix, lambda retry: AzureStore(container, client_options=options, retry_config=retry))
+
+
+def _open(url: str, prefix: str, connect: Callable[[RetryConfig], Any]) -> ObjectStore:
+    try:
+        return ObjectStore(url, prefix, connect)
+    except (BaseError, ValueError) as error:
+        reason = str(error).partition("\n")[0]
+        raise InputError(f"{url}: {reason}. docs/buckets.md lists the settings of each store", url=url) from error
+
+
+def _aws_profile() -> dict[str, Any]:
+    """Keys of ~/.aws by boto3 where they are asked for; obstore itself reads the environment and instance roles."""
+    profile = os.environ.get("AWS_PROFILE")
+    files = (os.environ.get("AWS_SHARED_CREDENTIALS_FILE", "~/.aws/credentials"), "~/.aws/config")
+    has_files = any(Path(name).expanduser().exists() for name in files)
+    has_others = "AWS_ACCESS_KEY_ID" in os.environ or "AWS_SKIP_SIGNATURE" in os.environ
+    if profile is None and (has_others or not has_files):
+        return {}
+    try:
+        from obstore.auth.boto3 import Boto3CredentialProvider
+    except ImportError as error:
+        if profile is None:
+            return {}
+        raise InputError("AWS_PROFILE is set, and reading profiles needs boto3: pip install boto3") from error
+    from botocore.exceptions import BotoCoreError
+
+    try:
+        return {"credential_provider": Boto3CredentialProvider()}
+    except (BotoCoreError, ValueError) as error:
+        if profile is None:
+            return {}
+        raise InputError(f"AWS_PROFILE={profile}: {error}", profile=profile) from error
