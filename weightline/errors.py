@@ -12,7 +12,8 @@ WeightlineError
 |-- CorruptError               bytes are wrong: fetch again, or rebuild from an anchor
 |   |-- ManifestError
 |   |-- PayloadError
-|   `-- DigestMismatchError
+|   |-- DigestMismatchError
+|   `-- SignatureError         ... or written by somebody whom you do not trust
 |-- UnsupportedFeatureError    upgrade weightline
 |-- StorageError               the bucket did not do what it was asked
 |   |-- TransientStorageError  ... ask again
@@ -51,6 +52,7 @@ class ErrorKind(StrEnum):
     PUBLISH = "publish"
     APPLY = "apply"
     LAUNCH = "launch"
+    SIGNATURE = "signature"
 
 
 class WeightlineError(Exception):
@@ -139,6 +141,12 @@ class DigestMismatchError(CorruptError):
     """A digest differs from the recorded one. Facts: `what`, `expected`, `actual`."""
 
     kind = ErrorKind.DIGEST_MISMATCH
+
+
+class SignatureError(CorruptError):
+    """No trusted key signed an object as it is. Facts: `key`, `key_ids` or `key_id`."""
+
+    kind = ErrorKind.SIGNATURE
 
 
 class UnsupportedFeatureError(WeightlineError):

@@ -11,6 +11,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from tests.chain.test_leases import make_lease
 from tests.chains import commit_state, nudged, random_state
 from weightline.chain.author import commit_fork, commit_revert
 from weightline.chain.compact import AnchorPolicy
@@ -19,6 +20,7 @@ from weightline.chain.expire import expire_before
 from weightline.chain.gc import collect, plan_gc, view_chain
 from weightline.chain.history import Chain
 from weightline.chain.horizon import oldest_kept
+from weightline.chain.leases import write_lease
 from weightline.chain.refs import current_refs, move_ref
 from weightline.chain.state import HostState, advance_state, read_state
 from weightline.chain.verify import verify_chain
@@ -45,6 +47,7 @@ class ChainMachine(RuleBasedStateMachine):
         commit_state(self.chain, self.states[0])
         self.replica = read_state(self.chain, 0)
         self.named: dict[str, int] = {}
+        self.leased: dict[str, set[int]] = {}
 
     @property
     def tip(self) -> int:
@@ -52,7 +55,7 @@ class ChainMachine(RuleBasedStateMachine):
 
     def kept(self) -> list[int]:
         horizon = oldest_kept(self.chain)
-        return sorted({*range(horizon, self.tip + 1), *self.named.values()})
+        return sorted({*range(horizon, self.tip + 1), *self.named.values(), *set().union(*self.leased.values())})
 
     @rule(seed=st.integers(0, 1000), density=st.sampled_from([0.0, 0.02, 0.3, 1.0]), ranks=st.integers(1, 4),
           coding=st.sampled_from(["gap", "gap-by-magnitude"]))  # fmt: skip
@@ -92,6 +95,20 @@ class ChainMachine(RuleBasedStateMachine):
         version = data.draw(st.sampled_from(self.kept()))
         move_ref(self.chain, name, version)
         self.named[name] = version
+
+    @rule(data=st.data(), name=st.sampled_from(["r-0", "r-1"]), state=st.sampled_from(["serving", "waiting"]))
+    def renew_lease(self, data: st.DataObject, name: str, state: str) -> None:
+        version, moving_to = (data.draw(st.sampled_from([None, *self.kept()])) for _ in range(2))
+        lease = make_lease(name, version, moving_to=moving_to, state=state)
+        write_lease(self.chain, lease)
+        self.leased[name] = set(lease.versions)
+
+    @precondition(lambda self: self.leased)
+    @rule(data=st.data())
+    def end_lease(self, data: st.DataObject) -> None:
+        name = data.draw(st.sampled_from(sorted(self.leased)))
+        write_lease(self.chain, make_lease(name, 0, state="ended"))
+        del self.leased[name]
 
     @rule()
     def collect_garbage(self) -> None:

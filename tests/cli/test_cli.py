@@ -19,8 +19,8 @@ from weightline.cli.main import app
 from weightline.errors import InputError, NotFoundError
 
 VERBS = [
-    "log", "show", "diff", "pull", "commit", "revert", "fork", "tag", "compact", "expire", "gc", "verify", "plan",
-    "plan-cluster", "bench",
+    "log", "show", "diff", "pull", "commit", "revert", "fork", "tag", "compact", "expire", "gc", "keygen", "sign",
+    "verify", "plan", "plan-cluster", "bench", "dashboard", "serve",
 ]  # fmt: skip
 
 
@@ -48,6 +48,16 @@ def run_json(*arguments: str) -> Any:
 def test_the_verbs_are_a_decision() -> None:
     named = [c.name or "" for c in app.registered_commands] + [g.name or "" for g in app.registered_groups]
     assert sorted(named) == sorted(VERBS)
+
+
+def test_a_chain_is_signed_and_checked(bucket: str, tmp_path: Path) -> None:
+    key_id = run_json("keygen", str(tmp_path / "key"))["key_id"]
+    public = str(tmp_path / "key.pub")
+    result = CliRunner().invoke(app, ["verify", bucket, "--require-signature", public])
+    assert result.exit_code == 1
+    assert "is not signed by a trusted key" in result.output
+    assert run_json("sign", bucket, "--key", str(tmp_path / "key")) == {"key_id": key_id, "num_signed": 4}
+    assert "all holds" in run("verify", bucket, "--require-signature", public)
 
 
 def test_help_needs_no_torch() -> None:

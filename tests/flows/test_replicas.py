@@ -9,24 +9,76 @@ import psutil
 import pytest
 
 from tasks import replicas
+from tasks.fleet import REPLICA_HOSTS_VARIABLE, SERVING_URL_VARIABLE, Fleet, ReachedReplica, find_fleet, may_be_asked
 from tasks.replicas import REPLICAS_DIR_VARIABLE, end_replicas, ensure_replica
-from tasks.serving import SERVING_URL_VARIABLE, find_replica
 from tests.receiver.model_chains import make_chain
+from weightline.chain import Chain, open_chain
+from weightline.chain.leases import Lease, write_lease
 from weightline.errors import ApplyError, InputError, LaunchError
 from weightline.receiver import client
+from weightline.receiver.auth import TOKEN_VARIABLE
 
 
 def test_without_a_stack_or_a_url_the_remedy_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(SERVING_URL_VARIABLE, raising=False)
     monkeypatch.delenv(REPLICAS_DIR_VARIABLE, raising=False)
     with pytest.raises(InputError, match="WEIGHTLINE_SERVING_URL"):
-        find_replica("memory://x")
+        find_fleet(open_chain("memory://nobody"))
 
 
 def test_a_replica_that_is_away_is_said_to_be(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(SERVING_URL_VARIABLE, "http://127.0.0.1:9")
     with pytest.raises(ApplyError, match="is it running"):
-        find_replica("memory://x")
+        find_fleet(open_chain("memory://nobody"))
+
+
+def test_replicas_that_follow_by_themselves_are_known_and_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(SERVING_URL_VARIABLE, raising=False)
+    monkeypatch.delenv(REPLICAS_DIR_VARIABLE, raising=False)
+    monkeypatch.setenv(TOKEN_VARIABLE, "s3cret")
+    chain = open_chain("memory://followed")
+    write_lease(chain, _lease("http://127.0.0.1:9", follows="serving"))
+    assert find_fleet(chain) == Fleet((), ("r",))
+
+
+@pytest.mark.parametrize(
+    ("url", "hosts", "may"),
+    [
+        ("http://127.0.0.1:8000", None, True),
+        ("http://localhost:8000", None, True),
+        ("http://[::1]:8000", None, True),
+        ("http://10.0.0.7:8000", None, False),
+        ("http://127.0.0.1.evil.example:8000", None, False),
+        ("http://127.0.0.1@evil.example:8000", None, False),
+        ("http://gpu-7.pool.svc:8000", "*.pool.svc, 10.0.0.*", True),
+        ("http://10.0.0.7:8000", "*.pool.svc 10.0.0.*", True),
+        ("http://127.0.0.1:8000", "*.pool.svc", False),
+        ("http://gpu-7.pool.svc.evil.example", "*.pool.svc", False),
+        (None, "*", False),
+    ],
+)
+def test_a_lease_in_the_bucket_cannot_ask_for_the_token(
+    url: str | None, hosts: str | None, may: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(TOKEN_VARIABLE, "s3cret")
+    monkeypatch.delenv(REPLICA_HOSTS_VARIABLE, raising=False)
+    if hosts is not None:
+        monkeypatch.setenv(REPLICA_HOSTS_VARIABLE, hosts)
+    assert may_be_asked(_lease(url)) is may
+    monkeypatch.delenv(TOKEN_VARIABLE)
+    assert not may_be_asked(_lease(url))
+
+
+def _lease(url: str | None, follows: str | None = None) -> Lease:
+    return Lease(
+        replica="r", holder="h", engine="transformers", host="here", pid=7, release="0", url=url, follows=follows,
+        state="serving", renewed_at="2026-01-01T00:00:00Z", expires_at="2026-01-01T00:00:00Z", ttl_seconds=60,
+    )  # fmt: skip
+
+
+def _only(chain: Chain) -> ReachedReplica:
+    (found,) = find_fleet(chain).reached
+    return found
 
 
 @pytest.mark.slow
@@ -38,18 +90,19 @@ def test_a_stack_starts_one_replica_and_moves_on_to_the_newest_chain(
     monkeypatch.delenv(SERVING_URL_VARIABLE, raising=False)
     monkeypatch.setenv(REPLICAS_DIR_VARIABLE, str(tmp_path / "replicas"))
     try:
-        address = find_replica(first.url)
+        address = _only(first)
         assert client.refresh(address.url, address.token, 1).version == 1
         (process,) = replicas._running.values()
-        assert ensure_replica(first.url, tmp_path / "replicas") == address
+        again = ensure_replica(first.url, tmp_path / "replicas")
+        assert (again.url, again.token) == (address.url, address.token)
         assert next(iter(replicas._running.values())) is process
 
-        other = find_replica(second.url)
+        other = _only(second)
         assert client.status(other.url).chain == second.url
         assert process.poll() is not None
 
         psutil.Process(next(iter(replicas._running.values())).pid).kill()
-        back = find_replica(second.url)
+        back = _only(second)
         assert client.refresh(back.url, back.token, 0).version == 0
     finally:
         end_replicas()

@@ -10,13 +10,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
+from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, Qwen3Config, Qwen3MoeConfig
 
 from tests.chains import commit_state
 from weightline.chain import Chain, open_chain
 from weightline.chain.checkpoint import write_checkpoint
 from weightline.codec.torch_ops import bits_of
 from weightline.format.manifest import AssetRef, Manifest
+from weightline.naming import published_tensors
 from weightline.receiver.engines.transformers import TransformersEngine
 from weightline.stages.model import VOCAB_SIZE, build_byte_tokenizer
 from weightline.trainer.assets import upload_assets
@@ -32,6 +33,8 @@ CONFIGS: dict[str, Any] = {
     "qwen3": Qwen3Config(**_SIZES, tie_word_embeddings=False),
     "qwen3-tied": Qwen3Config(**_SIZES, tie_word_embeddings=True),
     "llama": LlamaConfig(**_SIZES, tie_word_embeddings=False),
+    "mixtral": MixtralConfig(**_SIZES, num_local_experts=3, num_experts_per_tok=2),
+    "qwen3-moe": Qwen3MoeConfig(**_SIZES, num_experts=3, num_experts_per_tok=2, moe_intermediate_size=24),
 }
 
 
@@ -44,8 +47,14 @@ def build_model(kind: str, seed: int = 0) -> torch.nn.Module:
 
 
 def state_of(model: torch.nn.Module) -> Bits:
-    """The parameters' bits, copied, as a trainer publishes them: a tied one once."""
-    return {name: bits_of(p).reshape(p.shape).copy() for name, p in model.named_parameters()}
+    """The parameters' bits, copied, as a trainer publishes them: a tied one once, fused experts one by one."""
+    return {
+        one.spec.name: bits_of(one.held)
+        .reshape(-1)[one.offset :][: one.spec.num_elements]
+        .reshape(one.spec.shape)
+        .copy()
+        for one in published_tensors(model)
+    }
 
 
 def trained(state: Mapping[str, npt.NDArray[np.uint16]], seed: int, density: float = 0.02) -> Bits:

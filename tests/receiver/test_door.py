@@ -211,9 +211,12 @@ def test_metrics_count(door: Door, replica: Replica) -> None:
         'weightline_replica_lag_versions{replica="replica-0"} 1.0',
         'weightline_refresh_pause_seconds_count{replica="replica-0"} 1.0',
         'weightline_refresh_failures_total{kind="version-not-found",replica="replica-0"} 1.0',
+        'weightline_refresh_prepare_seconds_count{replica="replica-0"} 1.0',
         'weightline_completions_total{replica="replica-0"} 2.0',
     ):
         assert line in lines
+    lag = next(line for line in lines if line.startswith("weightline_replica_lag_seconds{"))
+    assert float(lag.rpartition(" ")[2]) > 0
     nbytes = replica.chain.manifest(1).payload_nbytes
     assert f'weightline_refresh_payload_bytes_total{{replica="replica-0"}} {float(nbytes)}' in lines
 

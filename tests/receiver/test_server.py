@@ -19,6 +19,7 @@ import pytest
 
 from tests.receiver.model_chains import ModelChain, make_chain
 from weightline.chain.checkpoint import write_checkpoint
+from weightline.chain.leases import live_leases
 from weightline.errors import ApplyError, InputError, VersionNotFoundError
 from weightline.receiver import client
 from weightline.receiver.auth import read_token
@@ -142,6 +143,9 @@ def test_a_restarted_server_comes_back_to_its_version_and_not_to_the_tip(tmp_pat
         _wait_until(lambda: _answers(url) and client.status(url).version is not None, 60)
         assert client.status(url).version == 1
         assert client.refresh(url, read_token(tmp_path / "state" / "token")).version == 2
+        (lease,) = live_leases(grown.chain)
+        assert (lease.url, lease.version, lease.pid != os.getpid()) == (url, 2, True)
+    assert live_leases(grown.chain) == (), "it left in order, and said so"
 
 
 def _answers(url: str) -> bool:

@@ -26,9 +26,9 @@ from weightline.chain.state import read_state
 from weightline.chain.verify import verify_chain
 from weightline.codec.torch_ops import bits_of
 from weightline.errors import InputError
+from weightline.naming import published_tensors
 from weightline.stages.launch import DEEPSPEED_CONFIG, accelerate_config
 from weightline.store.memory import MemoryStore
-from weightline.trainer.naming import published_tensors
 from weightline.trainer.partition import partition_of
 from weightline.trainer.session import PublishSession, PublishSettings
 from weightline.trainer.steps import PlainSteps

@@ -237,7 +237,7 @@ def test_two_zero3_ranks_publish_the_adapter_alone(tmp_path: Path) -> None:
         chain_url=f"file://{tmp_path}/bucket/chain",
     )  # fmt: skip
     job.save(tmp_path / "job.json")
-    argv = launch_argv(tmp_path / "job.json", "sft", num_processes=2)
+    argv = launch_argv(tmp_path / "job.json", num_processes=2)
     at = argv.index("-m", argv.index("--main_process_port"))
     argv[at : at + 2] = [str(Path(__file__).with_name("peft_ranks.py"))]
     env = launch_environment(job, os.environ)

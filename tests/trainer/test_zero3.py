@@ -65,7 +65,7 @@ class Stage:
         self.job.save(self.folder / "job.json")
         with (self.folder / "log").open("wb") as log:
             return subprocess.Popen(
-                launch_argv(self.folder / "job.json", self.kind, num_processes=2),
+                launch_argv(self.folder / "job.json", num_processes=2),
                 env=launch_environment(self.job, os.environ),
                 stdout=log,
                 stderr=subprocess.STDOUT,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-from weightline.errors import ObjectExistsError
 from weightline.format import keys
 from weightline.format.manifest import AssetRef
 from weightline.store import Store
@@ -30,11 +29,10 @@ def _is_asset(path: Path) -> bool:
 
 
 def _upload(store: Store, path: Path) -> AssetRef:
-    body = path.read_bytes()
-    sha256 = hashlib.sha256(body).hexdigest()
+    """Not create-only, which may be slow: whoever writes this key writes these bytes."""
+    with path.open("rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     key = keys.asset(sha256)
-    try:
-        store.put_if_absent(key, body)
-    except ObjectExistsError:
-        pass
-    return AssetRef(key=key, nbytes=len(body), sha256=sha256, name=path.name)
+    if store.head(key) is None:
+        store.put_file(key, path)
+    return AssetRef(key=key, nbytes=path.stat().st_size, sha256=sha256, name=path.name)

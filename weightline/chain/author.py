@@ -15,11 +15,13 @@ from weightline.chain.adapter import base_of_folder, require_base
 from weightline.chain.assets import upload_files
 from weightline.chain.checkpoint import assets_of
 from weightline.chain.commit import commit_manifest, new_commit_id, utc_now
-from weightline.chain.fetch import fetching
+from weightline.chain.fetch import fetch_object, fetching
 from weightline.chain.groups import GROUP_NBYTES, tensor_groups
 from weightline.chain.history import Chain
+from weightline.chain.signing import check_signing_key
 from weightline.chain.state import read_state
 from weightline.chain.target import FileTarget, Target, VersionTarget
+from weightline.chain.upload import uploading
 from weightline.codec.anchor import ANCHOR_CODING
 from weightline.codec.capture import capture
 from weightline.codec.coding import coding_named
@@ -91,7 +93,7 @@ def commit_fork(source: Chain, version: int, new: Chain) -> Manifest:
     check_writable(new.store)
     with fetching(source.store) as fetcher, tempfile.TemporaryDirectory(prefix="weightline-") as name:
         for asset in assets_of(source, version):
-            fetcher.fetch(asset).replace(Path(name) / asset.name)
+            fetch_object(source.store, asset, Path(name) / asset.name)
         origin = Origin(chain=source.url, version=version, commit_id=wanted.commit_id)
         author = Authorship(
             stage=wanted.stage, run_id=wanted.run_id, global_step=wanted.global_step, kind="anchor",
@@ -112,14 +114,20 @@ class _Draft:
 
 
 def _commit(chain: Chain, target: Target, author: Authorship) -> Manifest:
+    check_signing_key()
     tip = None if author.kind == "anchor" else chain.tip()
     if tip is not None:
         _require_same_tensors(chain, tip, target)
     draft = _Draft(0 if tip is None else tip.version + 1)
-    with tempfile.TemporaryDirectory(prefix="weightline-") as name, fetching(chain.store) as fetcher:
-        path = Path(name) / "payload.safetensors"
+    with (
+        tempfile.TemporaryDirectory(prefix="weightline-") as name,
+        fetching(chain.store) as fetcher,
+        uploading(chain.store) as uploads,
+    ):
         for names in tensor_groups(target.specs.values(), author.group_nbytes):
             new = dict(_read(target, names))
+            number = len(draft.payloads)
+            path = Path(name) / f"payload-{number}.safetensors"
             if tip is None:
                 info = write_anchor(path, _anchor_parts(new, draft))
             else:
@@ -129,9 +137,8 @@ def _commit(chain: Chain, target: Target, author: Authorship) -> Manifest:
                 if not changes:
                     continue
                 info = write_delta(path, changes, author.coding)
-            number = len(draft.payloads)
             key = keys.payload(draft.version, draft.commit_id, number)
-            chain.store.put_file(key, path)
+            uploads.start(key, path)
             draft.payloads.append(PayloadRef(key=key, nbytes=info.nbytes, sha256=info.sha256, rank=number))
             draft.num_changed += info.num_changed
     manifest = _manifest(target, draft, author, tip)

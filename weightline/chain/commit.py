@@ -7,6 +7,7 @@ import secrets
 from datetime import UTC, datetime
 
 from weightline.chain.history import Chain
+from weightline.chain.signing import put_signed
 from weightline.errors import CommitConflictError, InputError, ObjectExistsError, StorageError
 from weightline.format import keys
 from weightline.format.manifest import Manifest
@@ -26,13 +27,14 @@ def commit_manifest(chain: Chain, manifest: Manifest) -> None:
     """Commit the version by a create-only put; its payloads must be up already.
 
     Safe to repeat with the same manifest: an earlier attempt whose reply was lost is recognised by its commit_id.
+    Signed first, where this process has a key to sign with.
     CommitConflictError names the winner when another writer holds the version. A crash before the put leaves orphaned
     payloads, which gc removes; a crash after it leaves a committed version.
     """
     if manifest.version > 0:
         _require_base(chain, manifest)
     try:
-        chain.store.put_if_absent(manifest.key, manifest.to_bytes())
+        put_signed(chain.store, manifest.key, manifest.to_bytes())
     except ObjectExistsError as error:
         winner = chain.manifest(manifest.version)
         if winner.commit_id != manifest.commit_id:

@@ -17,6 +17,7 @@ from weightline.chain.fetch import Fetcher, fetching
 from weightline.chain.groups import GROUP_NBYTES, tensor_groups
 from weightline.chain.history import Chain
 from weightline.chain.horizon import oldest_kept
+from weightline.chain.signing import put_signed
 from weightline.chain.state import HostState, advance_state, read_state
 from weightline.chain.ways import Ways, plan_between
 from weightline.codec.anchor import ANCHOR_CODING
@@ -114,7 +115,7 @@ class _Draft:
             payloads=tuple(self.payloads),
         )
         try:
-            chain.store.put_if_absent(shortcut.key, shortcut.to_bytes())
+            put_signed(chain.store, shortcut.key, shortcut.to_bytes())
         except ObjectExistsError:
             return Shortcut.from_bytes(chain.store.get(shortcut.key))
         return shortcut

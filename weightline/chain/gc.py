@@ -6,16 +6,17 @@ the grace period, since a commit under way has payloads that no manifest names y
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
 from weightline.chain.history import Chain
 from weightline.chain.horizon import oldest_kept
+from weightline.chain.leases import Lease, live_leases
+from weightline.chain.plan import ReplayPlan
 from weightline.chain.refs import current_refs
 from weightline.chain.ways import Ways, plan_between
-from weightline.errors import NotFoundError
+from weightline.errors import VersionNotFoundError
 from weightline.format import keys
 from weightline.format.manifest import Manifest
 from weightline.format.shortcut import Shortcut
@@ -31,13 +32,18 @@ class GcPlan:
     payloads: tuple[ObjectInfo, ...]
     manifests: tuple[ObjectInfo, ...]
     shortcuts: tuple[ObjectInfo, ...]
+    signatures: tuple[ObjectInfo, ...]
     assets: tuple[ObjectInfo, ...]
     probes: tuple[ObjectInfo, ...]
+    leases: tuple[ObjectInfo, ...]
+    """Of replicas that are gone."""
 
     @property
     def objects(self) -> tuple[ObjectInfo, ...]:
         """In the order of deletion: what others may refer to goes last."""
-        return self.shortcuts + self.manifests + self.payloads + self.assets + self.probes
+        return (
+            self.shortcuts + self.manifests + self.signatures + self.payloads + self.assets + self.probes + self.leases
+        )
 
     @property
     def nbytes(self) -> int:
@@ -55,6 +61,8 @@ class GcView:
     """Versions from the horizon on, and those that refs and leases stand for, with all that replaying them needs."""
     kept_shortcuts: frozenset[str]
     """Keys of the shortcuts on their ways."""
+    live_leases: frozenset[str] = frozenset()
+    """Keys of the leases of replicas that are alive."""
 
 
 def plan_gc(view: GcView, *, now: datetime, grace: timedelta = DEFAULT_GRACE) -> GcPlan:
@@ -76,15 +84,34 @@ def plan_gc(view: GcView, *, now: datetime, grace: timedelta = DEFAULT_GRACE) ->
         return tuple(info for info in old if info.key.startswith(prefix))
 
     return GcPlan(
-        under(keys.PAYLOADS), under(keys.COMMITS), under(keys.SHORTCUTS), under(keys.ASSETS), under(keys.PROBES)
+        payloads=under(keys.PAYLOADS),
+        manifests=under(keys.COMMITS),
+        shortcuts=under(keys.SHORTCUTS),
+        signatures=tuple(s for s in under(keys.SIGNATURES) if keys.subject_of_signature(s.key) not in needed),
+        assets=under(keys.ASSETS),
+        probes=under(keys.PROBES),
+        leases=tuple(info for info in under(keys.LEASES) if info.key not in view.live_leases),
     )
 
 
-def view_chain(chain: Chain) -> GcView:
-    """Read what `plan_gc` decides on. Objects are listed before manifests are read: a commit under way is safe."""
+def view_chain(chain: Chain, now: datetime | None = None) -> GcView:
+    """Read what `plan_gc` decides on; leases that have expired by `now` keep nothing.
+
+    Objects are listed before manifests are read: a commit under way is safe. Signatures are not asked for: what an
+    unsigned object refers to is kept, too.
+    """
+    chain = Chain(chain.store)
     objects = tuple(
         info
-        for prefix in (keys.PAYLOADS, keys.ASSETS, keys.SHORTCUTS, keys.COMMITS, keys.PROBES)
+        for prefix in (
+            keys.PAYLOADS,
+            keys.ASSETS,
+            keys.SHORTCUTS,
+            keys.COMMITS,
+            keys.SIGNATURES,
+            keys.PROBES,
+            keys.LEASES,
+        )
         for info in chain.store.list(prefix)
     )
     manifests = chain.manifests()
@@ -92,14 +119,17 @@ def view_chain(chain: Chain) -> GcView:
     shortcuts = tuple(s for m in manifests for s in ways.shortcuts_into(m.version))
     horizon = oldest_kept(chain)
     kept = {m.version for m in manifests if m.version >= horizon}
-    pinned = {ref.version for ref in current_refs(chain).values()} | leased_versions(chain)
-    plans = [plan_between(chain, None, version) for version in sorted(pinned | ({horizon} if kept else set()))]
+    pinned = {ref.version for ref in current_refs(chain).values()} | ({horizon} if kept else set())
+    plans = [plan_between(chain, None, version) for version in sorted(pinned)]
+    leases = live_leases(chain, now)
+    plans += _plans_of_leases(chain, leased_versions(chain, leases) - pinned)
     kept |= {hop.version for plan in plans for hop in plan.hops}
     kept |= set(_bearers_of_assets(manifests, kept))
     kept_shortcuts = {
         keys.shortcut(hop.base_version, hop.version) for plan in plans for hop in plan.hops if hop.is_shortcut
     }
-    return GcView(objects, manifests, shortcuts, frozenset(kept), frozenset(kept_shortcuts))
+    live = frozenset(keys.lease(lease.replica) for lease in leases)
+    return GcView(objects, manifests, shortcuts, frozenset(kept), frozenset(kept_shortcuts), live)
 
 
 def _bearers_of_assets(manifests: Iterable[Manifest], kept: set[int]) -> Iterable[int]:
@@ -111,17 +141,19 @@ def _bearers_of_assets(manifests: Iterable[Manifest], kept: set[int]) -> Iterabl
             yield bearer
 
 
-def leased_versions(chain: Chain) -> set[int]:
-    """Versions that replicas say they stand at (`records/replicas/`)."""
-    versions = set()
-    for info in chain.store.list(f"{keys.RECORDS}replicas/"):
+def _plans_of_leases(chain: Chain, versions: set[int]) -> Iterable[ReplayPlan]:
+    """A replica may come back to a version that nothing leads to any more: its lease keeps nothing then."""
+    for version in sorted(versions):
         try:
-            lease = json.loads(chain.store.get(info.key))
-        except NotFoundError:
+            yield plan_between(chain, None, version)
+        except VersionNotFoundError:
             continue
-        if isinstance(lease.get("version"), int):
-            versions.add(lease["version"])
-    return versions
+
+
+def leased_versions(chain: Chain, leases: Iterable[Lease]) -> set[int]:
+    """Committed versions that live replicas stand at, or are on their way to."""
+    committed = set(chain.versions())
+    return {version for lease in leases for version in lease.versions if version in committed}
 
 
 def collect(chain: Chain, plan: GcPlan) -> None:

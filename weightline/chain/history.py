@@ -7,20 +7,24 @@ from collections.abc import Iterator
 from pathlib import PurePosixPath
 from urllib.parse import unquote, urlsplit
 
+from weightline.chain.signing import check_signed, trusted_from_environment
 from weightline.errors import ChainEmptyError, ManifestError, NotFoundError, VersionNotFoundError
 from weightline.format import keys
 from weightline.format.manifest import Manifest
+from weightline.format.signature import TrustedKeys
 from weightline.store import Store, open_store
 
 
 class Chain:
     """A chain as its bucket shows it. Reads only; `chain.commit` writes.
 
-    Safe to share between threads: the cache only ever gains immutable manifests.
+    Safe to share between threads: the cache only ever gains immutable manifests. With `trusted`, what none of those
+    keys signed is refused (SignatureError) before anything in it is believed.
     """
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, trusted: TrustedKeys | None = None) -> None:
         self.store = store
+        self.trusted = trusted
         self._manifests: dict[int, Manifest] = {}
 
     @property
@@ -47,10 +51,13 @@ class Chain:
         return self.manifest(version)
 
     def manifest(self, version: int) -> Manifest:
-        """One version's manifest. VersionNotFoundError, or ManifestError for bytes that break the format."""
+        """One version's manifest. VersionNotFoundError, or ManifestError for bytes that break the format.
+
+        SignatureError where signatures are demanded and this one is missing, forged or for other bytes.
+        """
         if version not in self._manifests:
             try:
-                raw = self.store.get(keys.commit(version))
+                raw = self.get_trusted(keys.commit(version))
             except NotFoundError as error:
                 raise VersionNotFoundError(
                     f"{self.url} has no version {version}; its tip is {self.tip_version()}",
@@ -64,6 +71,13 @@ class Chain:
                 )
             self._manifests[version] = manifest
         return self._manifests[version]
+
+    def get_trusted(self, key: str) -> bytes:
+        """A manifest's or shortcut's bytes. NotFoundError; SignatureError when demanded and not given."""
+        raw = self.store.get(key)
+        if self.trusted is not None:
+            check_signed(self.store, self.trusted, key, raw)
+        return raw
 
     def manifests(self, first: int = 0, last: int | None = None) -> tuple[Manifest, ...]:
         """The manifests of versions first..last (both included; the tip when last is None), oldest first."""
@@ -90,6 +104,6 @@ class Chain:
         return version if isinstance(version, int) and version > 0 else None
 
 
-def open_chain(url: str) -> Chain:
-    """The chain at a bucket URL. Nothing is read yet."""
-    return Chain(open_store(url))
+def open_chain(url: str, trusted: TrustedKeys | None = None) -> Chain:
+    """The chain at a bucket URL. Nothing is read yet. Without `trusted`: the keys that the environment demands."""
+    return Chain(open_store(url), trusted or trusted_from_environment())

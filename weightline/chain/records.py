@@ -1,7 +1,7 @@
 """What happened to versions after their commit, written beside the chain so that the bucket alone tells the lineage.
 
-A record is a JSON object with at least `status`: `done`, `skipped` or `failed`. Records are create-only: the first one
-stands, which makes every consumer keyed by (chain, version) safe to repeat.
+A record is a JSON object with at least `status`: `done`, `skipped`, `failed` or `rolled_back`. Records are create-only:
+the first one stands, which makes every consumer keyed by (chain, version) safe to repeat.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from weightline.format import keys
 
 EVALUATIONS = "evaluations"
 REFRESHES = "refreshes"
+ROLLOUTS = "rollouts"
 GAPS = "gaps"
 
 Record = dict[str, Any]

@@ -29,22 +29,31 @@ def move_ref(chain: Chain, name: str, version: int, *, is_tag: bool = False) -> 
     InputError when the name is a tag and stands for another version; ConflictError when another writer moved it at the
     same moment.
     """
-    moves = history_of(chain, name)
+    newest = newest_move(chain, name)
     manifest = chain.manifest(version)
-    if moves and moves[-1].commit_id == manifest.commit_id:
-        return moves[-1]
-    if moves and (moves[-1].is_tag or is_tag):
+    if newest is not None and newest.commit_id == manifest.commit_id:
+        return newest
+    if newest is not None and (newest.is_tag or is_tag):
         raise InputError(
-            f"{name!r} stands for version {moves[-1].version} of {chain.url}: a tag never moves, choose another name",
+            f"{name!r} stands for version {newest.version} of {chain.url}: a tag never moves, choose another name",
             name=name,
-            version=moves[-1].version,
+            version=newest.version,
         )
-    ref = Ref(name, len(moves), version, manifest.commit_id, utc_now(), is_tag)
+    number = 0 if newest is None else newest.number + 1
+    ref = Ref(name, number, version, manifest.commit_id, utc_now(), is_tag)
     try:
         chain.store.put_if_absent(keys.ref(name, ref.number), json.dumps(asdict(ref)).encode())
     except ObjectExistsError as error:
         raise ConflictError(f"another writer moved {name!r} at the same moment: look, and repeat", name=name) from error
     return ref
+
+
+def newest_move(chain: Chain, name: str, after: int = -1) -> Ref | None:
+    """The newest move of the name after its move number `after`; None when there is none. One listing, one object."""
+    prefix = keys.ref(name, 0).rpartition("/")[0] + "/"
+    start_after = keys.ref(name, after) if after >= 0 else ""
+    found = [info.key for info in chain.store.list(prefix, start_after)]
+    return Ref(**json.loads(chain.store.get(found[-1]))) if found else None
 
 
 def history_of(chain: Chain, name: str) -> list[Ref]:
@@ -55,8 +64,9 @@ def history_of(chain: Chain, name: str) -> list[Ref]:
 
 def current_refs(chain: Chain) -> dict[str, Ref]:
     """Where every name stands now."""
-    refs = (Ref(**json.loads(chain.store.get(info.key))) for info in chain.store.list(keys.REFS))
-    return {ref.name: ref for ref in sorted(refs, key=lambda ref: ref.number)}
+    newest = {info.key.rpartition("/")[0]: info.key for info in chain.store.list(keys.REFS)}
+    refs = (Ref(**json.loads(chain.store.get(key))) for key in newest.values())
+    return {ref.name: ref for ref in refs}
 
 
 def resolve(chain: Chain, text: str) -> int:
@@ -65,7 +75,7 @@ def resolve(chain: Chain, text: str) -> int:
         return chain.manifest(int(text)).version
     if text == "tip":
         return chain.tip().version
-    moves = history_of(chain, text)
-    if not moves:
+    newest = newest_move(chain, text)
+    if newest is None:
         raise NotFoundError(f"{chain.url} has no ref {text!r}: give a version number, 'tip' or a name", key=text)
-    return moves[-1].version
+    return newest.version

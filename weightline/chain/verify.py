@@ -18,10 +18,18 @@ from weightline.chain.records import EVALUATIONS, REFRESHES, read_records
 from weightline.chain.refs import current_refs
 from weightline.chain.state import HostState, advance_state, apply_hop
 from weightline.chain.ways import Ways, hop_of, hop_of_shortcut
-from weightline.errors import CorruptError, NotFoundError, StorageError, UnsupportedFeatureError, WeightlineError
+from weightline.errors import (
+    CorruptError,
+    NotFoundError,
+    SignatureError,
+    StorageError,
+    UnsupportedFeatureError,
+    WeightlineError,
+)
 from weightline.format import keys
 from weightline.format.manifest import Manifest, StoredObject
 from weightline.format.shortcut import Shortcut
+from weightline.store.contests import commit_mode, contests
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +46,8 @@ class VerifyReport:
     """What was looked at and what was found."""
 
     chain: str
+    commit_mode: str
+    """What makes one of several racing writers win: docs/buckets.md."""
     num_versions: int
     num_shortcuts: int
     num_objects: int
@@ -66,7 +76,10 @@ def verify_chain(
     findings += _pointer_findings(chain, manifests)
     if is_deep and manifests and not findings:
         findings += _replay_findings(chain, manifests, shortcuts, group_nbytes, progress)
-    return VerifyReport(chain.url, len(manifests), len(shortcuts), len(objects), is_deep, tuple(findings))
+    findings += (Finding(contest.kind, contest.key, contest.message) for contest in contests(chain.store))
+    return VerifyReport(
+        chain.url, commit_mode(chain.store), len(manifests), len(shortcuts), len(objects), is_deep, tuple(findings)
+    )
 
 
 def _parsed_manifests(chain: Chain, findings: list[Finding]) -> Iterator[Manifest]:
@@ -77,6 +90,8 @@ def _parsed_manifests(chain: Chain, findings: list[Finding]) -> Iterator[Manifes
             continue
         try:
             yield chain.manifest(version)
+        except SignatureError as error:
+            findings.append(Finding("signature", info.key, str(error)))
         except (CorruptError, UnsupportedFeatureError) as error:
             findings.append(Finding("manifest", info.key, str(error)))
 
@@ -94,6 +109,7 @@ def _parsed_shortcuts(chain: Chain, manifests: list[Manifest], findings: list[Fi
                     )
         except (CorruptError, UnsupportedFeatureError) as error:
             findings.append(Finding("shortcut", f"into version {manifest.version}", str(error)))
+    findings += (Finding("signature", key, str(error)) for key, error in ways.refused.items())
 
 
 def _history_findings(chain: Chain, manifests: list[Manifest]) -> Iterator[Finding]:

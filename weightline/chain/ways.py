@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from weightline.chain.history import Chain
 from weightline.chain.horizon import oldest_kept
 from weightline.chain.plan import Hop, ReplayPlan, plan_replay
-from weightline.errors import ManifestError, NotFoundError
+from weightline.errors import ManifestError, NotFoundError, SignatureError
 from weightline.format import keys
 from weightline.format.manifest import Manifest
 from weightline.format.shortcut import Shortcut
@@ -25,6 +25,8 @@ class Ways:
         self._chain = chain
         self._horizon = oldest_kept(chain)
         self._backward_below = backward_below
+        self.refused: dict[str, SignatureError] = {}
+        """Shortcuts that were passed over since no trusted key signed them."""
         self._shortcut_keys: dict[int, list[str]] = defaultdict(list)
         for info in chain.store.list(keys.SHORTCUTS):
             if ends := keys.ends_of_shortcut(info.key):
@@ -44,11 +46,14 @@ class Ways:
                 yield Hop(version, above.version, above.payloads, above.num_changed, is_backward=True)
 
     def shortcuts_into(self, version: int) -> Iterator[Shortcut]:
-        """The version's shortcuts. One that vanished since the listing is passed over: it was only a shortcut."""
+        """The version's shortcuts, without those that vanished meanwhile, or that no trusted key signed."""
         for key in self._shortcut_keys.get(version, ()):
             try:
-                shortcut = Shortcut.from_bytes(self._chain.store.get(key))
+                shortcut = Shortcut.from_bytes(self._chain.get_trusted(key))
             except NotFoundError:
+                continue
+            except SignatureError as error:
+                self.refused[key] = error
                 continue
             if shortcut.key != key:
                 raise ManifestError(f"{key} holds the shortcut {shortcut.key}", rule="shortcut-is-key")

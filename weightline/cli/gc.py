@@ -20,7 +20,8 @@ def run(
 ) -> None:
     """Delete objects that no kept version, ref or live replica can reach."""
     chain = open_chain(bucket)
-    plan = plan_gc(view_chain(chain), now=datetime.now(UTC), grace=timedelta(hours=grace_hours))
+    now = datetime.now(UTC)
+    plan = plan_gc(view_chain(chain, now), now=now, grace=timedelta(hours=grace_hours))
     if delete:
         collect(chain, plan)
     document = {

@@ -8,16 +8,20 @@ from weightline.cli import (
     bench,
     commit,
     compact,
+    dashboard,
     diff,
     expire,
     fork,
     gc,
+    keygen,
     log,
     plan,
     plan_cluster,
     pull,
     revert,
+    serve,
     show,
+    sign,
     tag,
     verify,
 )
@@ -33,9 +37,28 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for verb in (log, show, diff, pull, commit, revert, fork, tag, compact, expire, gc, verify, plan, plan_cluster):
+for verb in (
+    log,
+    show,
+    diff,
+    pull,
+    commit,
+    revert,
+    fork,
+    tag,
+    compact,
+    expire,
+    gc,
+    verify,
+    keygen,
+    sign,
+    plan,
+    plan_cluster,
+    dashboard,
+):
     app.command(name=verb.__name__.rpartition(".")[2].replace("_", "-"))(verb.run)
 app.add_typer(bench.app, name="bench")
+app.add_typer(serve.app, name="serve")
 
 
 def main() -> None:

@@ -11,7 +11,9 @@ SHORTCUTS = "shortcuts/"
 PAYLOADS = "payloads/"
 ASSETS = "assets/"
 RECORDS = "records/"
+LEASES = "records/replicas/"
 REFS = "refs/"
+SIGNATURES = "signatures/"
 HISTORY = "history/"
 PROBES = "probes/"
 TIP_HINT = "hints/tip.json"
@@ -62,6 +64,21 @@ def asset(sha256: str) -> str:
 def record(kind: str, version: int, name: str) -> str:
     """What happened to a version after its commit: an evaluation, a refresh, an announcement."""
     return f"{RECORDS}{checked_name(kind)}/{padded(version)}/{checked_name(name)}.json"
+
+
+def lease(replica: str) -> str:
+    """What a replica says of itself, renewed in place for as long as it lives."""
+    return f"{LEASES}{checked_name(replica)}/lease.json"
+
+
+def signature(subject: str, sha256: str, key_id: str) -> str:
+    """One key's signature of the object under the key `subject`, told by its bytes: racing writers each have theirs."""
+    return f"{SIGNATURES}{subject}/{sha256}-{key_id}.json"
+
+
+def subject_of_signature(key: str) -> str:
+    """The key of the object that a signature is about."""
+    return key.removeprefix(SIGNATURES).rpartition("/")[0]
 
 
 def ref(name: str, number: int) -> str:

@@ -64,8 +64,12 @@ def _prompts_of(prompt: str | tuple[int, ...] | tuple[str, ...] | tuple[tuple[in
 
 
 class RefreshRequest(_Body):
-    """POST /weightline/refresh. `version` null: the tip. An earlier version needs `allow_backward`."""
+    """POST /weightline/refresh. `version` null: the tip. An earlier version needs `allow_backward`.
 
+    `chain`: the bucket that the caller means; another one than the replica's is refused.
+    """
+
+    chain: str | None = None
     version: Annotated[int, Field(ge=0)] | None = None
     allow_backward: bool = False
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hmac
+import ipaddress
 import os
 import secrets
 from pathlib import Path
@@ -41,6 +42,19 @@ def read_token(path: Path) -> str:
     if mode & 0o077:
         raise InputError(f"{path} is open to others (mode {mode & 0o777:o}): chmod 600 it", field="token")
     return _checked(token, str(path))
+
+
+def has_given_token(state_dir: Path) -> bool:
+    """Whether somebody chose the token: then it may open a door that others can reach."""
+    return os.environ.get(TOKEN_VARIABLE) is not None or (state_dir / TOKEN_FILE).exists()
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach what listens there. A name other than localhost is taken for another's."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def is_authorized(header: str | None, token: str) -> bool:

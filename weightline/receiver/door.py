@@ -81,10 +81,7 @@ def _add_looks(app: FastAPI, service: ReplicaService) -> None:
 
     @app.get("/weightline/status")
     async def status() -> dict[str, Any]:
-        tip = await _on_thread(threads, service.tip_version)
-        status = replica.status()
-        lag = None if tip is None or status.version is None else tip - status.version
-        return status.model_dump() | {"tip_version": tip, "lag_versions": lag}
+        return (await _on_thread(threads, service.status)).model_dump()
 
     @app.get("/metrics")
     async def metrics() -> Response:
@@ -100,6 +97,7 @@ def _add_refresh(app: FastAPI, service: ReplicaService, token: str) -> None:
 
     @app.post("/weightline/refresh", dependencies=[Depends(require_token)])
     async def refresh(body: RefreshRequest) -> dict[str, Any]:
+        _require_chain(body.chain, service.replica.chain.url)
         facts = await _on_thread(threads, lambda: service.refresh(body.version, allow_backward=body.allow_backward))
         return facts.model_dump()
 
@@ -118,6 +116,12 @@ def _add_errors(app: FastAPI) -> None:
         code = UNAUTHORIZED if error.status_code == 401 else f"http-{error.status_code}"
         headers = {"www-authenticate": "Bearer"} if error.status_code == 401 else None
         return JSONResponse(error_body(str(error.detail), code), error.status_code, headers=headers)
+
+
+def _require_chain(asked: str | None, configured: str) -> None:
+    """A replica never reads another bucket than its own, whoever asks."""
+    if asked is not None and asked.rstrip("/") != configured.rstrip("/"):
+        raise InputError(f"this replica follows {configured}, not {asked}", field="chain", chain=configured)
 
 
 def _refusal(error: RequestValidationError) -> dict[str, Any]:

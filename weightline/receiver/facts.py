@@ -43,3 +43,9 @@ class ReplicaStatus(_Facts):
     commit_id: str | None
     served_at: str | None
     last_error: str | None
+    follows: str | None = None
+    """`tip`, or the ref that it follows by itself; None: it moves when it is told."""
+    tip_version: int | None = None
+    lag_versions: int | None = None
+    lag_seconds: float | None = None
+    """Age of the oldest version that it does not serve yet; 0 at the tip."""

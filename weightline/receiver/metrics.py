@@ -20,6 +20,7 @@ class ReplicaMetrics:
         self.lag_versions = self._gauge(
             "lag_versions", "Versions between the one served and the tip when last looked at"
         )
+        self.lag_seconds = self._gauge("lag_seconds", "Age of the oldest version that is not served yet; 0 at the tip")
         self.pause_seconds = self._histogram("refresh_pause_seconds", "How long the engine stood still in a refresh")
         self.prepare_seconds = self._histogram(
             "refresh_prepare_seconds", "Fetching, verifying and decoding, while serving"
@@ -49,6 +50,10 @@ class ReplicaMetrics:
 
     def observe_tip(self, tip: int | None, version: int | None) -> None:
         self.lag_versions.set(0 if tip is None else tip - (-1 if version is None else version))
+
+    def observe_lag(self, seconds: float | None) -> None:
+        """NaN while the bucket cannot say."""
+        self.lag_seconds.set(float("nan") if seconds is None else seconds)
 
     def render(self) -> bytes:
         """The text exposition format."""

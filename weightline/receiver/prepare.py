@@ -107,6 +107,7 @@ def prepare_delta(chain: Chain, version: int, held: Held, read_bits: ReadBits) -
         return _from_anchor(chain, manifest, held, plan, read_bits)
     pending = PendingState(manifest.specs, read_bits, held.digests)
     with fetching(chain.store) as fetcher:
+        fetcher.prefetch(ref for hop in plan.hops for ref in hop.payloads)
         for hop in plan.hops:
             assert hop.target is not None
             pending.add(_hop_changes(hop, fetcher, pending))
@@ -126,7 +127,7 @@ def fits_in_place(chain: Chain, version: int, held: Held) -> bool:
 def check_base(chain: Chain, held: Held) -> None:
     """Ask the bucket, not the cache, whether its version is the one that is held: by commit and by every digest."""
     try:
-        base = Chain(chain.store).manifest(held.version)
+        base = Chain(chain.store, chain.trusted).manifest(held.version)
     except VersionNotFoundError as error:
         raise _base_mismatch(chain, held, "that version is gone") from error
     if base.commit_id != held.commit_id:

@@ -17,11 +17,29 @@ def record_refresh(chain: Chain, version: int, replica: str, facts: RefreshFacts
     skipped: Record = {"status": "skipped", "newer_version": facts.version}
     for passed_over in reversed(_unrecorded_below(chain, facts.version, replica)):
         write_record(chain, REFRESHES, passed_over, replica, skipped)
-    done = {"status": "done", **facts.model_dump(exclude={"version", "replica"})}
-    served = write_record(chain, REFRESHES, facts.version, replica, done)
+    served = write_record(chain, REFRESHES, facts.version, replica, done_record(facts))
     if version == facts.version:
         return served
     return read_record(chain, REFRESHES, version, replica) or write_record(chain, REFRESHES, version, replica, skipped)
+
+
+def record_followed(chain: Chain, replica: str, facts: RefreshFacts) -> Record | None:
+    """What a replica that moves by itself writes down: the version that it serves, and those that it passed over.
+
+    A late joiner passed over nothing that anybody offered it. None where it did not move forward; safe to repeat.
+    """
+    if facts.from_version is not None and facts.from_version >= facts.version:
+        return None
+    skipped: Record = {"status": "skipped", "newer_version": facts.version}
+    first = facts.version if facts.from_version is None else facts.from_version + 1
+    for passed_over in range(first, facts.version):
+        write_record(chain, REFRESHES, passed_over, replica, skipped)
+    return write_record(chain, REFRESHES, facts.version, replica, done_record(facts))
+
+
+def done_record(facts: RefreshFacts) -> Record:
+    """What a record says of a version that is served."""
+    return {"status": "done", **facts.model_dump(exclude={"version", "replica"})}
 
 
 def _unrecorded_below(chain: Chain, version: int, replica: str) -> list[int]:

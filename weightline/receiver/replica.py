@@ -19,7 +19,7 @@ from weightline.chain.commit import utc_now
 from weightline.codec.compose import inverse
 from weightline.errors import ApplyError, BaseMismatchError, InputError, WeightlineError
 from weightline.format.keys import checked_name
-from weightline.receiver.engines.base import Engine
+from weightline.receiver.engines.base import Engine, StagingEngine
 from weightline.receiver.facts import RefreshFacts, ReplicaStatus
 from weightline.receiver.marker import Mark, read_mark, write_mark
 from weightline.receiver.prepare import (
@@ -65,6 +65,11 @@ class Replica:
     def version(self) -> int | None:
         """The version that the engine serves now."""
         return self.engine.version
+
+    @property
+    def returns_to(self) -> int | None:
+        """The version that `recover` would load. None where no replica has been, or once a version is held."""
+        return None if self._held is not None or self._mark is None else self._mark.return_to
 
     def status(self) -> ReplicaStatus:
         """What the replica is doing. Reads no bucket."""
@@ -137,8 +142,9 @@ class Replica:
     def _apply(self, prepared: Prepared) -> tuple[float, float]:
         """Seconds of drain and pause."""
         self._require_base(prepared)
-        started = time.perf_counter()
         try:
+            self._stage(prepared)
+            started = time.perf_counter()
             with self._paused():
                 paused = time.perf_counter()
                 self._move(prepared)
@@ -155,6 +161,17 @@ class Replica:
                 f"version {prepared.manifest.version} was prepared for another state of the engine: prepare it again",
                 version=prepared.manifest.version,
             )
+
+    def _stage(self, prepared: Prepared) -> None:
+        """Where an engine can, get the write ready before the pause. One that lost its base serves nothing more."""
+        if not isinstance(prepared, PreparedDelta) or not isinstance(self.engine, StagingEngine):
+            return
+        try:
+            self.engine.stage(prepared.changes)
+        except BaseMismatchError:
+            self._held = None
+            self.engine.set_version(None)
+            raise
 
     @contextmanager
     def _paused(self) -> Iterator[None]:

@@ -32,7 +32,9 @@ def open_store(url: str) -> Store:
     if parts.scheme in _OBJECT_STORES:
         return RetryingStore(_open_objects(url, parts))
     if parts.scheme == "hf":
-        return RetryingStore(_open_hub(url))
+        from weightline.store.hub import open_hub
+
+        return RetryingStore(open_hub(url))
     raise InputError(
         f"{url}: no store for {parts.scheme}://. Use file:///path, a plain path, hf://buckets/owner/name, s3://bucket, "
         "gs://bucket, az://container or memory://name",
@@ -64,11 +66,3 @@ def _open_objects(url: str, parts: SplitResult) -> Store:
 
     openers = {"s3": objects.open_s3, "gs": objects.open_gs, "az": objects.open_az}
     return openers[parts.scheme](url.rstrip("/"), parts.netloc, unquote(parts.path))
-
-
-def _open_hub(url: str) -> Store:
-    try:
-        from weightline.store.hub import open_hub
-    except ImportError as error:
-        raise InputError(f"{url} needs the Hub's clients: pip install 'weightline[hub]' ({error})", url=url) from error
-    return open_hub(url)

@@ -22,7 +22,7 @@ from weightline.chain.assets import ADAPTER_CONFIG
 from weightline.codec.digest import format_digest
 from weightline.errors import InputError
 from weightline.format.manifest import AdapterBase
-from weightline.trainer.naming import Published, as_saved, spec_of, without_wrappers
+from weightline.naming import Published, as_saved, spec_of, without_wrappers
 
 #: What peft puts between a wrapped module's name and its tensors.
 _WRAPPERS = frozenset({"base_layer", "original_module", "token_adapter"})

@@ -13,6 +13,7 @@ from weightline.chain.commit import utc_now
 from weightline.chain.compact import AnchorPolicy
 from weightline.chain.history import Chain
 from weightline.chain.plan import Hop
+from weightline.chain.signing import put_signed
 from weightline.chain.ways import hop_of, hop_of_shortcut, plan_between
 from weightline.codec.anchor import ANCHOR_CODING
 from weightline.errors import ObjectExistsError, WeightlineError
@@ -90,7 +91,7 @@ def _put_shortcut(chain: Chain, version: int, parts: list[PayloadPart], late_joi
             payload_nbytes=sum(payload.nbytes for payload in payloads),
             payloads=payloads,
         )
-        chain.store.put_if_absent(shortcut.key, shortcut.to_bytes())
+        put_signed(chain.store, shortcut.key, shortcut.to_bytes())
     except ObjectExistsError:
         return None
     except (WeightlineError, OSError) as error:

@@ -18,7 +18,7 @@ from torch.distributed.tensor import Shard as ShardPlacement
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from weightline.errors import InputError
-from weightline.trainer.naming import Published, published_tensors, spec_of
+from weightline.naming import Published, published_tensors, spec_of
 from weightline.types import Segment, TensorSpec
 
 

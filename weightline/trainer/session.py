@@ -18,18 +18,19 @@ from weightline.chain.checkpoint import assets_of
 from weightline.chain.compact import AnchorPolicy
 from weightline.chain.history import Chain
 from weightline.chain.records import GAPS, write_record
+from weightline.chain.signing import check_signing_key
 from weightline.codec.coding import coding_named, codings
 from weightline.codec.digest import parse_digest, tensor_digest
 from weightline.codec.torch_ops import bits_of
 from weightline.errors import CommitConflictError, InputError, PublishError, StorageError, WeightlineError
 from weightline.format.manifest import AdapterBase, AssetRef
+from weightline.naming import Published, published_tensors
 from weightline.store.open import check_writable
 from weightline.trainer.adapter import AdapterParts, adapter_names, adapter_parts, base_model_of, is_peft_model
 from weightline.trainer.anchoring import LateJoiner
 from weightline.trainer.assets import upload_assets
 from weightline.trainer.baseline import Baseline
 from weightline.trainer.group import RankGroup
-from weightline.trainer.naming import Published, published_tensors
 from weightline.trainer.partition import shards_of
 from weightline.trainer.publisher import Publisher
 from weightline.trainer.start import StartPlan, changes_from_tip, plan_start, summed_digests
@@ -154,6 +155,7 @@ class PublishSession:
         global_step: int,
     ) -> tuple[StartPlan, AdapterBase | None, tuple[AssetRef, ...], str]:
         """Rank 0: the bucket takes writes, the base, the plan, the model's files."""
+        check_signing_key()
         check_writable(self.chain.store)
         tip = self.chain.tip_version()
         recorded = None if tip is None else self.chain.manifest(tip).base_model

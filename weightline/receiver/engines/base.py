@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 from weightline.types import BitsArray, Changes, PositionArray, TensorSpec
 
@@ -110,4 +110,25 @@ class Engine(Protocol):
 
     def generate(self, request: GenerationRequest) -> Generation:
         """Answer. InputError for a request that does not fit the model; ApplyError while no version is loaded."""
+        ...
+
+
+@runtime_checkable
+class StagingEngine(Engine, Protocol):
+    """An engine whose weights live in other processes. It does there what a replica does itself with one in memory.
+
+    Its `scatter` checks what it wrote: it reads the elements back where they are and adds up the digest changes of all
+    parts; DigestMismatchError when either differs.
+    """
+
+    def stage(self, changes: Sequence[Changes]) -> None:
+        """Before the pause: find where the changed elements live, and check that the engine holds the old bits.
+
+        BaseMismatchError when it does not: then the engine's weights are not what they were proven to be. Writes
+        nothing. `scatter` of these very changes, or of their inverse, is then as fast as it can be. Safe to repeat.
+        """
+        ...
+
+    def read_digests(self) -> dict[str, int]:
+        """The digest of every tensor, computed where its parts are."""
         ...

@@ -8,8 +8,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from weightline.codec.torch_ops import dtype_code
-from weightline.errors import ApplyError
+from weightline.errors import ApplyError, InputError
+from weightline.naming import Published, as_saved
 from weightline.types import BitsArray, Changes, PositionArray, TensorSpec, bits_dtype
 
 _SIGNED = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -19,15 +19,18 @@ _SIGNED_NUMPY = {1: np.int8, 2: np.int16, 4: np.int32, 8: np.int64}
 class LiveWeights:
     """The parameters and persistent buffers of a model, by their checkpoint names. A tied tensor has several names.
 
-    ApplyError for a model whose tensors cannot be written in place: not contiguous, not materialized.
+    A tensor that the checkpoint has in parts (a mixture's experts) is seen by its parts, each a range of the one that
+    the model computes with. ApplyError for a model whose tensors cannot be written in place: not contiguous, not
+    materialized, or computed from the checkpoint's.
     """
 
     def __init__(self, model: torch.nn.Module) -> None:
         self._flat: dict[str, torch.Tensor] = {}
         self.specs: dict[str, TensorSpec] = {}
-        for name, tensor in model.state_dict(keep_vars=True).items():
-            self._flat[name] = _flat_bits(name, tensor)
-            self.specs[name] = TensorSpec(name, dtype_code(tensor.dtype), tuple(tensor.shape))
+        for published in _published(model):
+            name, start = published.spec.name, published.offset
+            self._flat[name] = _flat_bits(name, published.held)[start : start + published.spec.num_elements]
+            self.specs[name] = published.spec
 
     def read_bits(self, name: str) -> BitsArray:
         """All N bits of a tensor: a view of it on a CPU, a copy from elsewhere."""
@@ -59,6 +62,13 @@ class LiveWeights:
     def _to_host(self, name: str, bits: torch.Tensor) -> BitsArray:
         array: BitsArray = bits.cpu().numpy().view(bits_dtype(self.specs[name].dtype))
         return array
+
+
+def _published(model: torch.nn.Module) -> tuple[Published, ...]:
+    try:
+        return as_saved(model, model.state_dict(keep_vars=True))
+    except InputError as error:
+        raise ApplyError(f"the weights cannot be written in place: {error}", **error.facts) from error
 
 
 def _flat_bits(name: str, tensor: torch.Tensor) -> torch.Tensor:

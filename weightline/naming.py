@@ -1,8 +1,9 @@
-"""What a checkpoint calls the tensors that training holds, and how it cuts them.
+"""What a checkpoint calls the tensors that a model in memory holds, and how it cuts them.
 
-transformers holds a mixture's experts as one tensor and writes one tensor an expert and projection; other models are
-merely renamed. The chain has the checkpoint's names and shapes, so that a version is what `save_pretrained` writes,
-whatever engine reads it. Nothing is copied for that: each tensor of the checkpoint is a range of one that is held.
+Shared by who writes a chain and who follows one. transformers holds a mixture's experts as one tensor and writes one
+tensor an expert and projection; other models are merely renamed. The chain has the checkpoint's names and shapes, so
+that a version is what `save_pretrained` writes, whatever engine reads it. Nothing is copied for that: each tensor of
+the checkpoint is a range of one that is held.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from weightline.types import TensorSpec
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Published:
-    """A tensor of the checkpoint: `spec.num_elements` elements from `offset` on of one that training holds."""
+    """A tensor of the checkpoint: `spec.num_elements` elements from `offset` on of one that is held in memory."""
 
     spec: TensorSpec
     held: torch.Tensor

@@ -1,0 +1,221 @@
+"""How long a running vLLM stands still: a refresh in place, its own reload, its own sparse helper; how that grows.
+
+    .venv-vllm/bin/python -m benchmarks.vllm_bench [--repeats 5] [--out FILE]     (make test-vllm makes .venv-vllm)
+
+Everything in one run, on random weights of a Qwen3: 1 % of the elements changed at every size, then one fixed number.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM, Qwen3Config
+
+from weightline.chain import Chain, open_chain
+from weightline.chain.author import commit_folder
+from weightline.chain.checkpoint import write_checkpoint
+from weightline.chain.target import FileTarget
+from weightline.codec.compose import inverse
+from weightline.receiver.engines.vllm.engine import VllmEngine
+from weightline.receiver.engines.vllm.exchange import read_changes_file, write_changes
+from weightline.receiver.engines.vllm.offline import OfflineTransport
+from weightline.receiver.engines.vllm.worker import WeightlineWorker
+from weightline.receiver.gate import Gate
+from weightline.receiver.prepare import PreparedDelta
+from weightline.receiver.replica import Replica
+from weightline.types import Changes
+
+#: name -> (hidden size, layers); the vocabulary is that of Qwen3 cut down.
+SIZES = {"35M": (384, 6), "110M": (768, 8), "270M": (1024, 14)}
+_VOCAB_SIZE = 32_000
+_FIXED_CHANGES = 300_000
+
+
+class BenchWorker(WeightlineWorker):
+    """A worker that also times vLLM's own ways, where they run."""
+
+    def bench_sparse_helper(self, path: str) -> float:
+        """Seconds in which vLLM's sparse helper loads a file of changes."""
+        from vllm.config import set_current_vllm_config
+        from vllm.model_executor.model_loader.checkpoint_weight_patch import (
+            CheckpointWeightPatch,
+            load_checkpoint_weight_patches,
+        )
+
+        patches = [_patch_of(one, CheckpointWeightPatch) for one in read_changes_file(Path(path))]
+        start = time.perf_counter()
+        with set_current_vllm_config(self.vllm_config):
+            load_checkpoint_weight_patches(self.model_runner.get_model(), patches)
+        return time.perf_counter() - start
+
+    def bench_reload(self, folder: str) -> float:
+        """Seconds of vLLM's reload of a checkpoint folder."""
+        self.vllm_config.load_config.load_format = "safetensors"
+        start = time.perf_counter()
+        self.reload_weights(weights_path=folder)
+        return time.perf_counter() - start
+
+
+def _patch_of(changes: Changes, patch: Callable[..., Any]) -> Any:
+    spec = changes.segment.tensor
+    values = torch.from_numpy(changes.new_K.view(np.int16).copy()).view(torch.bfloat16)
+    return patch(spec.name, spec.shape, torch.bfloat16, values, torch.from_numpy(changes.positions_K.copy()))
+
+
+@dataclass(frozen=True)
+class Row:
+    """Medians over the repeats, in seconds. `held`: from the last request let in to the next."""
+
+    model: str
+    num_elements: int
+    num_changed: int
+    pause_seconds: float
+    held_seconds: float
+    stage_seconds: float
+    reload_seconds: float
+    helper_seconds: float
+
+
+def make_model(folder: Path, hidden_size: int, num_layers: int) -> None:
+    """A Qwen3 of random bf16 weights, as a checkpoint."""
+    config = Qwen3Config(
+        vocab_size=_VOCAB_SIZE, hidden_size=hidden_size, intermediate_size=3 * hidden_size,
+        num_hidden_layers=num_layers, num_attention_heads=hidden_size // 64, num_key_value_heads=hidden_size // 128,
+        head_dim=64, max_position_embeddings=256, tie_word_embeddings=False, bos_token_id=None, eos_token_id=1,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+
+
+def commit_changed(chain: Chain, share: float) -> None:
+    """Commit a version in which that share of every tensor's elements is moved to the next bit pattern."""
+    rng = np.random.default_rng(1)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name) / "next"
+        tip = chain.tip_version()
+        assert tip is not None
+        write_checkpoint(chain, tip, folder)
+        for entry in FileTarget(folder)._entries.values():
+            bits_N = np.memmap(entry.path, "<u2", "r+", entry.offset, entry.spec.num_elements)
+            num = max(1, round(share * bits_N.size))
+            bits_N[rng.choice(bits_N.size, num, replace=False)] ^= 1
+            bits_N.flush()
+        commit_folder(chain, folder)
+
+
+@contextmanager
+def running(model_folder: Path) -> Iterator[tuple[VllmEngine, Any]]:
+    """vLLM without weights, and its engine."""
+    from vllm import LLM
+
+    llm = LLM(
+        str(model_folder), load_format="dummy", dtype="bfloat16", enforce_eager=True, max_model_len=128,
+        kv_cache_memory_bytes=2**26, worker_extension_cls="benchmarks.vllm_bench.BenchWorker",
+        skip_tokenizer_init=True,
+    )  # fmt: skip
+    engine = VllmEngine(OfflineTransport(llm), Gate(), model_folder)
+    try:
+        yield engine, llm
+    finally:
+        engine.close()
+        llm.llm_engine.engine_core.shutdown()
+
+
+def measure(name: str, work: Path, shares: Sequence[float], repeats: int) -> list[Row]:
+    """One model, one vLLM: every share of changed elements in turn."""
+    source = work / name
+    make_model(source, *SIZES[name])
+    chain = open_chain((work / f"bucket-{name}").as_uri())
+    num_elements = commit_folder(chain, source).num_elements
+    for share in shares:
+        commit_changed(chain, share if share < 1 else share / num_elements)
+    rows = []
+    with running(source) as (engine, llm):
+        replica = Replica(chain, engine, work / f"state-{name}", "bench")
+        for version in range(1, len(shares) + 1):
+            rows.append(_measure_version(name, chain, replica, engine, llm, work, version, repeats))
+            print(report(rows)[-1], flush=True)
+    return rows
+
+
+def _measure_version(
+    name: str, chain: Chain, replica: Replica, engine: VllmEngine, llm: Any, work: Path, version: int, repeats: int
+) -> Row:
+    base, times = version - 1, {"pause": [], "held": [], "stage": [], "reload": [], "helper": []}
+    folder, changes_path = work / f"reload-{name}-{version}", work / f"changes-{name}-{version}"
+    write_checkpoint(chain, base, folder)
+    manifest = chain.manifest(version)
+    for _ in range(repeats):
+        replica.refresh(base, allow_backward=True)
+        prepared = replica.prepare(version)
+        assert isinstance(prepared, PreparedDelta)
+        start = time.perf_counter()
+        engine.stage(prepared.changes)
+        times["stage"].append(time.perf_counter() - start)
+        facts = replica.refresh(version)
+        times["pause"].append(facts.pause_seconds)
+        times["held"].append(facts.pause_seconds + facts.drain_seconds)
+        # vLLM's own ways lead back to the base; nobody tells the replica, which then goes on from there by its own.
+        write_changes(changes_path, [inverse(one) for one in prepared.changes])
+        times["helper"].append(llm.collective_rpc("bench_sparse_helper", args=(str(changes_path),))[0])
+        times["reload"].append(llm.collective_rpc("bench_reload", args=(str(folder),))[0])
+        engine.stage(prepared.changes)  # proves that both led back to the exact bits
+        engine.scatter(prepared.changes)
+    median = {key: statistics.median(values) for key, values in times.items()}
+    return Row(
+        name, manifest.num_elements, manifest.num_changed, median["pause"], median["held"], median["stage"],
+        median["reload"], median["helper"],
+    )  # fmt: skip
+
+
+def report(rows: Sequence[Row]) -> list[str]:
+    """The table."""
+    header = "model  elements  changed  pause ms  held ms  stage ms  reload ms  helper ms  reload/pause  helper/pause"
+    lines = [header]
+    for row in rows:
+        milliseconds = [
+            1e3 * seconds
+            for seconds in (
+                row.pause_seconds,
+                row.held_seconds,
+                row.stage_seconds,
+                row.reload_seconds,
+                row.helper_seconds,
+            )
+        ]
+        ratios = (row.reload_seconds / row.pause_seconds, row.helper_seconds / row.pause_seconds)
+        cells = "  ".join(f"{value:8.1f}" for value in (*milliseconds, *ratios))
+        lines.append(f"{row.model:5}  {row.num_elements:9}  {row.num_changed:8}  {cells}")
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--sizes", nargs="*", default=list(SIZES))
+    parser.add_argument("--out", type=Path, help="the rows as JSON")
+    args = parser.parse_args()
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    rows: list[Row] = []
+    with tempfile.TemporaryDirectory(prefix="weightline-bench-") as name:
+        for size in args.sizes:
+            rows += measure(size, Path(name), (0.01, float(_FIXED_CHANGES)), args.repeats)
+    print("\n".join(report(rows)))
+    if args.out:
+        args.out.write_text(json.dumps([asdict(row) for row in rows], indent=1))
+
+
+if __name__ == "__main__":
+    main()

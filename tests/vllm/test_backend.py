@@ -1,0 +1,42 @@
+"""The weight-transfer backend, driven by vLLM's own weight-update calls."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.vllm.parts import checksums, greedy_tokens, make_chain, offline, reference_tokens
+from weightline.codec.compose import inverse
+from weightline.receiver.engines.vllm.exchange import write_changes
+from weightline.receiver.prepare import PreparedDelta
+from weightline.receiver.replica import Replica
+
+
+def test_vllms_own_calls_move_it_forth_and_back_and_a_wrong_base_is_not_written_to(tmp_path: Path) -> None:
+    made = make_chain(tmp_path, "llama", num_versions=2)
+    with offline(made, weight_transfer_config={"backend": "weightline"}) as (engine, llm):
+        replica = Replica(made.chain, engine, tmp_path / "state", "replica-0")
+        replica.refresh(0)
+        before = checksums(llm)
+        prepared = replica.prepare(1)
+        assert isinstance(prepared, PreparedDelta)
+        write_changes(tmp_path / "forth", prepared.changes)
+        write_changes(tmp_path / "back", [inverse(one) for one in prepared.changes])
+        llm.collective_rpc("init_weight_transfer_engine", kwargs={"init_info": {"folder": str(made.folders[0])}})
+        _update(llm, tmp_path / "forth")
+        assert greedy_tokens(llm) == reference_tokens(made.folders[1])
+        after = checksums(llm)
+        with pytest.raises(Exception, match="does not hold the bits"):
+            _update(llm, tmp_path / "forth")
+        # vLLM has closed the session of the failed update by itself.
+        assert checksums(llm) == after
+        _update(llm, tmp_path / "back")
+        assert checksums(llm) == before
+
+
+def _update(llm: object, path: Path) -> None:
+    llm.collective_rpc("start_weight_update")
+    llm.collective_rpc("update_weights", kwargs={"update_info": {"path": str(path)}})
+    llm.collective_rpc("finish_weight_update")
+    llm.reset_prefix_cache()

@@ -1,0 +1,114 @@
+"""weightline serve vllm MODEL --follow BUCKET [vLLM's own options]: an inference server as a replica of a chain."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(help="Serve a chain: move to each version in place, and back.", no_args_is_help=True)
+
+Follow = Annotated[str, typer.Option(metavar="BUCKET", help="URL of the chain to serve.")]
+StateDir = Annotated[
+    Path | None, typer.Option(help="Folder for the mark and the token; ./.weightline/NAME unless named.")
+]
+Name = Annotated[str, typer.Option(help="Name of this replica in leases and records.")]
+Host = Annotated[str, typer.Option(help="Another than a loopback address needs a token that you chose.")]
+Port = Annotated[int, typer.Option(help="0 takes a free one, told by address.json in the state folder.")]
+Every = Annotated[float, typer.Option(metavar="SECONDS", help="Look for new versions that often; 0: move when told.")]
+Ref = Annotated[str | None, typer.Option(metavar="NAME", help="Follow only what this ref stands for.")]
+Drain = Annotated[float, typer.Option(metavar="SECONDS", help="Longest wait for requests under way.")]
+Lease = Annotated[float, typer.Option(metavar="SECONDS", help="How long others take this replica for alive.")]
+Advertise = Annotated[str | None, typer.Option(metavar="URL", help="Where others reach this replica.")]
+Keys = Annotated[
+    Path | None, typer.Option(metavar="KEYFILE", help="Serve only versions that one of these keys signed.")
+]
+Device = Annotated[str | None, typer.Option(help="torch device; cuda where there is one, else cpu.")]
+
+
+@app.command(name="vllm", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def vllm(
+    context: typer.Context,
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="Name in requests; a folder also gives what the chain lacks.")
+    ],
+    follow: Follow,
+    state_dir: StateDir = None,
+    name: Name = "replica-0",
+    host: Host = "127.0.0.1",
+    port: Port = 8000,
+    every: Every = 5.0,
+    ref: Ref = None,
+    drain: Drain = 60.0,
+    lease: Lease = 30.0,
+    advertise: Advertise = None,
+    require_signature: Keys = None,
+) -> None:
+    """Start vLLM's OpenAI server on the chain's model. Options that are not listed here go to vLLM."""
+    from weightline.receiver.engines.vllm.serve import serve_vllm
+    from weightline.receiver.server import ServerSettings
+
+    settings = ServerSettings(
+        chain_url=follow, state_dir=_state_dir(state_dir, name), name=name, host=host, port=port,
+        follow_seconds=every or None, follow_ref=ref, drain_seconds=drain, lease_seconds=lease,
+        advertise_url=advertise, trusted_keys=require_signature,
+    )  # fmt: skip
+    serve_vllm(model, settings, context.args)
+
+
+@app.command(name="transformers")
+def transformers(
+    follow: Follow,
+    state_dir: StateDir = None,
+    name: Name = "replica-0",
+    host: Host = "127.0.0.1",
+    port: Port = 8000,
+    every: Every = 5.0,
+    ref: Ref = None,
+    drain: Drain = 60.0,
+    lease: Lease = 30.0,
+    advertise: Advertise = None,
+    require_signature: Keys = None,
+    device: Device = None,
+) -> None:
+    """Start the embedded server: a transformers model, one request at a time."""
+    from weightline.receiver.server import ServerSettings, serve
+
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    # Leave by way of the `finally`s.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    settings = ServerSettings(
+        chain_url=follow, state_dir=_state_dir(state_dir, name), name=name, host=host, port=port,
+        follow_seconds=every or None, follow_ref=ref, device=device, drain_seconds=drain, lease_seconds=lease,
+        advertise_url=advertise, trusted_keys=require_signature,
+    )  # fmt: skip
+    serve(settings)
+
+
+@app.command(name="sglang")
+def sglang(
+    follow: Follow,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder that SGLang's hosts share: its source_dir.")],
+    every: Every = 5.0,
+) -> None:
+    """Publish each version as the folder that SGLang's /pull_weights reads; with --every 0, up to the tip, then end."""
+    from weightline.chain import open_chain
+    from weightline.receiver.engines.sglang import publish_up_to
+
+    chain = open_chain(follow)
+    while True:
+        tip = chain.tip_version()
+        for folder in [] if tip is None else publish_up_to(chain, tip, out):
+            typer.echo(str(folder))
+        if not every:
+            return
+        time.sleep(every)
+
+
+def _state_dir(given: Path | None, name: str) -> Path:
+    return (given or Path(".weightline") / name).absolute()

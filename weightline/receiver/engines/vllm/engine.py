@@ -1,0 +1,210 @@
+"""vLLM behind the `Engine` interface, in this process or in another: the same, whatever carries the calls.
+
+Legend: N elements of a tensor, K changed ones.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import threading
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from pathlib import Path
+from typing import Protocol
+
+from weightline.chain.target import FileTarget
+from weightline.codec.digest import digest_change, format_digest
+from weightline.errors import ApplyError, DigestMismatchError
+from weightline.receiver.engines.base import Completion, Generation, GenerationRequest
+from weightline.receiver.engines.vllm.exchange import exchange_folder, write_changes
+from weightline.receiver.engines.vllm.memory import RecentBits
+from weightline.receiver.engines.vllm.workers import Channel, Workers
+from weightline.types import BitsArray, Changes, PositionArray, TensorSpec
+
+#: What vLLM reads once, when it starts.
+_READ_AT_START = ("config.json", "tokenizer.json", "tokenizer_config.json")
+
+
+class Transport(Channel, Protocol):
+    """What carries calls to a vLLM. Errors are ApplyError."""
+
+    def pause(self) -> None:
+        """Stand still; requests that the gate let through wait in vLLM's queue."""
+        ...
+
+    def resume(self) -> None: ...
+
+    def forget_prefixes(self) -> None:
+        """Drop every cached key-value block. Called in a pause."""
+        ...
+
+    def tell_version(self, version: int | None) -> None:
+        """Let vLLM name the version in its own answers, where it can."""
+        ...
+
+    def generate(self, request: GenerationRequest) -> tuple[tuple[Completion, ...], int]:
+        """(completions, number of prompt tokens)."""
+        ...
+
+
+class RequestGate(Protocol):
+    """What stands between requests and a refresh; see weightline/receiver/gate.py."""
+
+    def request(self) -> AbstractContextManager[None]: ...
+
+    def close(self, timeout_seconds: float) -> None: ...
+
+    def open(self) -> None: ...
+
+
+class VllmEngine:
+    """Implements `StagingEngine`. `model_folder`: what vLLM was started with. `close` it to free the shared memory."""
+
+    name = "vllm"
+
+    def __init__(self, transport: Transport, gate: RequestGate, model_folder: Path) -> None:
+        self.version: int | None = None
+        self._transport, self._gate, self._model_folder = transport, gate, model_folder
+        self._workers = Workers(transport)
+        self._specs: dict[str, TensorSpec] = {}
+        self._closing = ExitStack()
+        self._folder = self._closing.enter_context(exchange_folder())
+        self._file_numbers = itertools.count()
+        self._recent = RecentBits()
+        self._staged: tuple[Changes, ...] = ()
+        self._staged_digests: dict[str, int] = {}
+        self._calling = threading.RLock()
+
+    def close(self) -> None:
+        """Safe to repeat; the engine is not to be used afterwards."""
+        self._closing.close()
+
+    def load(self, folder: Path) -> None:
+        self._require_same_model(folder)
+        specs = FileTarget(folder).specs
+        with self._calling:
+            self._forget()
+            self._workers.load(folder)
+            self._workers.learn(specs)
+            self._specs = specs
+            self._transport.forget_prefixes()
+
+    def specs(self) -> Mapping[str, TensorSpec]:
+        return self._specs
+
+    def read_bits(self, name: str) -> BitsArray:
+        with self._calling:
+            held = self._recent.get(name)
+            if held is None:
+                held = self._workers.read_bits(self._specs[name], self._new_file())
+                self._recent.put(name, held)
+            return held
+
+    def read_elements(self, name: str, positions_K: PositionArray) -> BitsArray:
+        return self.read_bits(name)[positions_K]
+
+    def read_digests(self) -> dict[str, int]:
+        with self._calling:
+            return self._workers.read_digests(self._specs)
+
+    def stage(self, changes: Sequence[Changes]) -> None:
+        with self._calling:
+            self._staged = ()
+            path = self._new_file()
+            write_changes(path, changes)
+            try:
+                num_placed = self._workers.stage(path)
+            finally:
+                path.unlink()
+            num_changed = sum(one.num_changed for one in changes)
+            if num_placed != num_changed:
+                raise ApplyError(f"{num_placed} of {num_changed} changed elements have a place in the engine")
+            self._staged_digests = {one.segment.tensor.name: digest_change(one) for one in changes}
+            self._staged = tuple(changes)
+            # Now rather than in the pause: giving back a model's worth of shared memory takes longer than the write.
+            self._recent.clear()
+
+    def scatter(self, changes: Sequence[Changes]) -> None:
+        """As `Engine.scatter`, and proves what it wrote: DigestMismatchError. Without `stage` before, it stages."""
+        with self._calling:
+            is_back = _is_inverse(changes, self._staged)
+            if not is_back and not _is_same(changes, self._staged):
+                self.stage(changes)
+            self._recent.clear()
+            written = self._workers.write(is_back=is_back)
+            if not is_back:
+                _require_equal(written, self._staged_digests)
+            self._transport.forget_prefixes()
+
+    def set_version(self, version: int | None) -> None:
+        self.version = version
+        self._transport.tell_version(version)
+
+    def pause(self, timeout_seconds: float) -> None:
+        self._gate.close(timeout_seconds)
+        is_paused = False
+        try:
+            with self._calling:
+                self._transport.pause()
+            is_paused = True
+        finally:
+            if not is_paused:
+                self._gate.open()
+
+    def resume(self) -> None:
+        try:
+            with self._calling:
+                self._transport.resume()
+        finally:
+            self._gate.open()
+
+    def generate(self, request: GenerationRequest) -> Generation:
+        with self._gate.request():
+            version = self.version
+            if version is None:
+                raise ApplyError("no checked version is loaded: ask again after the next refresh", engine=self.name)
+            completions, num_prompt_tokens = self._transport.generate(request)
+        return Generation(version, completions, num_prompt_tokens)
+
+    def _forget(self) -> None:
+        self._recent.clear()
+        self._staged = ()
+
+    def _new_file(self) -> Path:
+        return self._folder / f"{next(self._file_numbers)}.bin"
+
+    def _require_same_model(self, folder: Path) -> None:
+        for name in _READ_AT_START:
+            if _sha256(folder / name) != _sha256(self._model_folder / name):
+                raise ApplyError(
+                    f"{name} of this version is not the one that vLLM was started with: restart the server to serve it",
+                    engine=self.name, file=name,
+                )  # fmt: skip
+
+
+def _is_same(changes: Sequence[Changes], staged: Sequence[Changes]) -> bool:
+    """The very objects: equal ones are staged again."""
+    return len(changes) == len(staged) and all(one is other for one, other in zip(changes, staged, strict=True))
+
+
+def _is_inverse(changes: Sequence[Changes], staged: Sequence[Changes]) -> bool:
+    """What `weightline.codec.compose.inverse` makes of them: the same arrays, old and new exchanged."""
+    return bool(staged) and len(changes) == len(staged) and all(
+        one.positions_K is other.positions_K and one.old_K is other.new_K and one.new_K is other.old_K
+        for one, other in zip(changes, staged, strict=True)
+    )  # fmt: skip
+
+
+def _require_equal(written: Mapping[str, int], expected: Mapping[str, int]) -> None:
+    """DigestMismatchError unless the workers wrote, together, exactly the changes."""
+    for name, digest in expected.items():
+        if written.get(name) != digest:
+            raise DigestMismatchError(
+                f"the workers' writes do not add up to the change of {name}",
+                what=name, expected=format_digest(digest), actual=format_digest(written.get(name, 0)),
+            )  # fmt: skip
+
+
+def _sha256(path: Path) -> str | None:
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else None

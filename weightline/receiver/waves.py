@@ -1,0 +1,68 @@
+"""Moving many replicas a few at a time: one first, whose version is judged before any other moves. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from weightline.errors import InputError
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Member:
+    """A replica that can be moved from here, and what it serves before it is."""
+
+    name: str
+    version: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class WavePlan:
+    """Names in order of moving. `settled` serve the version, or a later one, already: they are only asked."""
+
+    waves: tuple[tuple[str, ...], ...]
+    settled: tuple[str, ...]
+
+    @property
+    def canary(self) -> str | None:
+        return self.waves[0][0] if self.waves else None
+
+
+def plan_waves(
+    members: Iterable[Member],
+    version: int,
+    *,
+    wave_size: int,
+    canary: str | None = None,
+    allow_backward: bool = False,
+) -> WavePlan:
+    """The canary alone, then waves of `wave_size` at most, by name: never all at once, where there are two.
+
+    `canary` names the first one; else it is the one that is furthest behind, and so sees most of what is new. A replica
+    that serves a later version stays there unless `allow_backward`. InputError for a canary that is not to be moved.
+    """
+    if wave_size < 1:
+        raise InputError(f"a wave of {wave_size} replicas is none: name 1 or more", field="wave_size")
+    everybody = sorted(members)
+    to_move = [member for member in everybody if _is_to_move(member, version, allow_backward)]
+    settled = tuple(member.name for member in everybody if member not in to_move)
+    if not to_move:
+        return WavePlan((), settled)
+    first = _canary(to_move, canary)
+    if canary is not None and first.name != canary and canary not in settled:
+        names = ", ".join(member.name for member in everybody)
+        raise InputError(f"no replica {canary!r} can be moved from here: name one of {names}", field="canary")
+    rest = [member.name for member in to_move if member != first]
+    later = (tuple(rest[at : at + wave_size]) for at in range(0, len(rest), wave_size))
+    return WavePlan(((first.name,), *later), settled)
+
+
+def _is_to_move(member: Member, version: int, allow_backward: bool) -> bool:
+    if member.version is None or member.version < version:
+        return True
+    return allow_backward and member.version != version
+
+
+def _canary(to_move: Sequence[Member], wanted: str | None) -> Member:
+    named = next((member for member in to_move if member.name == wanted), None)
+    return named or min(to_move, key=lambda member: (member.version is None, member.version, member.name))
