@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
+from weightline.lineage.edges import Shortcut, lineage_edges
 from weightline.lineage.rows import LineageRow
 from weightline.lineage.text import escape_mermaid, format_nbytes, format_percent
 
@@ -19,15 +20,17 @@ STAGE_COLOURS = (
 #: More nodes than this and a person scrolls instead of looking.
 MAX_NODES = 40
 
+_ARROWS = {"delta": "-->", "equals": "-. equals .->", "shortcut": "-. shortcut .->"}
 
-def mermaid_graph(rows: Sequence[LineageRow], max_nodes: int = MAX_NODES) -> str:
+
+def mermaid_graph(rows: Sequence[LineageRow], max_nodes: int = MAX_NODES, shortcuts: Iterable[Shortcut] = ()) -> str:
     """The newest `max_nodes` (1 or more) of `rows`, oldest first; all versions before them are one node."""
     shown = rows[-max_nodes:]
     stages = list(dict.fromkeys(row.stage for row in shown))
     class_of = {stage: f"stage{index}" for index, stage in enumerate(stages)}
     lines = ["graph TD", *_older(shown)]
     lines += [f"    {_node(row)}:::{class_of[row.stage]}" for row in shown]
-    lines += _edges(shown)
+    lines += _edges(shown, shortcuts)
     lines += [_class_definition(class_of[stage], index) for index, stage in enumerate(stages)]
     return "\n".join(lines)
 
@@ -52,13 +55,11 @@ def _label(row: LineageRow) -> Iterator[str]:
         yield f"score {row.score:.3f}"
 
 
-def _edges(shown: Sequence[LineageRow]) -> Iterator[str]:
+def _edges(shown: Sequence[LineageRow], shortcuts: Iterable[Shortcut]) -> Iterator[str]:
     versions = {row.version for row in shown}
-    for row in shown:
-        if row.base_version in versions:
-            yield f"    v{row.base_version} --> v{row.version}"
-        if row.reverts_to in versions:
-            yield f"    v{row.reverts_to} -. equals .-> v{row.version}"
+    for edge in lineage_edges(shown, shortcuts):
+        if edge.source in versions:
+            yield f"    v{edge.source} {_ARROWS[edge.kind]} v{edge.target}"
 
 
 def _class_definition(name: str, index: int) -> str:

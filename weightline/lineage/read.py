@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from weightline.chain import Chain
 from weightline.chain.records import EVALUATIONS, REFRESHES, read_records
+from weightline.format import keys
+from weightline.lineage.edges import Shortcut
 from weightline.lineage.rows import LineageRow, lineage_rows
 
 
@@ -15,3 +17,9 @@ def read_lineage(chain: Chain, max_versions: int | None = None) -> tuple[Lineage
     first = 0 if max_versions is None else max(0, tip - max_versions + 1)
     manifests = chain.manifests(first, tip)
     return lineage_rows(manifests, read_records(chain, EVALUATIONS, first), read_records(chain, REFRESHES, first))
+
+
+def read_shortcuts(chain: Chain) -> tuple[Shortcut, ...]:
+    """What compaction has written, from the keys alone."""
+    found = (keys.ends_of_shortcut(info.key) for info in chain.store.list(keys.SHORTCUTS))
+    return tuple(ends for ends in found if ends is not None)

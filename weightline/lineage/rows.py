@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
 from typing import Any
 
-from weightline.format.manifest import Manifest
+from weightline.format.manifest import Manifest, Origin
 
 Record = Mapping[str, Any]
 
@@ -36,6 +37,12 @@ class LineageRow:
     served_at: str | None
     """UTC, when the first replica began to answer with this version."""
     pause_seconds: float | None
+    created_at: str = ""
+    """UTC, the writer's clock."""
+    commit_id: str = ""
+    forked_from: Origin | None = None
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """What the trainer logged at this step."""
 
     @property
     def changed_fraction(self) -> float:
@@ -47,29 +54,23 @@ class LineageRow:
         """Payload bytes of the bytes of the whole state."""
         return self.payload_nbytes / self.full_nbytes if self.full_nbytes else 0.0
 
+    @property
+    def lag_seconds(self) -> float | None:
+        """From the commit to the first answer with this version, across two clocks; None while it is not served."""
+        committed, served = parse_time(self.created_at), parse_time(self.served_at)
+        return None if committed is None or served is None else (served - committed).total_seconds()
+
 
 def lineage_rows(
     manifests: Iterable[Manifest], evaluations: Iterable[Record], refreshes: Iterable[Record]
 ) -> tuple[LineageRow, ...]:
     """Rows in the manifests' order. Records of versions that are not among the manifests are left out."""
     evaluations_of, refreshes_of = _by_version(evaluations), _by_version(refreshes)
-    return tuple(_row(m, evaluations_of[m.version], refreshes_of[m.version]) for m in manifests)
+    return tuple(with_records(row_of(m), evaluations_of[m.version], refreshes_of[m.version]) for m in manifests)
 
 
-def is_settled(row: LineageRow) -> bool:
-    """Whether nothing more will happen to the version by itself: evaluated or skipped, and offered to serving."""
-    return row.evaluation != "waiting" and row.serving != "waiting"
-
-
-def _by_version(records: Iterable[Record]) -> defaultdict[int, list[Record]]:
-    found: defaultdict[int, list[Record]] = defaultdict(list)
-    for record in records:
-        found[record["version"]].append(record)
-    return found
-
-
-def _row(manifest: Manifest, evaluations: list[Record], refreshes: list[Record]) -> LineageRow:
-    evaluation, refresh = _telling(evaluations), _telling(refreshes)
+def row_of(manifest: Manifest) -> LineageRow:
+    """The row of a version that nothing has happened to yet."""
     return LineageRow(
         version=manifest.version,
         stage=manifest.stage,
@@ -83,6 +84,23 @@ def _row(manifest: Manifest, evaluations: list[Record], refreshes: list[Record])
         num_elements=manifest.num_elements,
         payload_nbytes=manifest.payload_nbytes,
         full_nbytes=manifest.full_nbytes,
+        evaluation="waiting",
+        score=None,
+        serving="waiting",
+        served_at=None,
+        pause_seconds=None,
+        created_at=manifest.created_at,
+        commit_id=manifest.commit_id,
+        forked_from=manifest.forked_from,
+        metrics=manifest.metrics,
+    )
+
+
+def with_records(row: LineageRow, evaluations: Iterable[Record], refreshes: Iterable[Record]) -> LineageRow:
+    """The row with what its version's own records tell."""
+    evaluation, refresh = _telling(evaluations), _telling(refreshes)
+    return replace(
+        row,
         evaluation=evaluation.get("status", "waiting"),
         score=evaluation.get("score"),
         serving=refresh.get("status", "waiting"),
@@ -91,8 +109,27 @@ def _row(manifest: Manifest, evaluations: list[Record], refreshes: list[Record])
     )
 
 
-def _telling(records: list[Record]) -> Record:
+def is_settled(row: LineageRow) -> bool:
+    """Whether nothing more will happen to the version by itself: evaluated or skipped, and offered to serving."""
+    return row.evaluation != "waiting" and row.serving != "waiting"
+
+
+def parse_time(stamp: str | None) -> datetime | None:
+    """An ISO 8601 time as a moment, UTC where it names no zone; None for what is none."""
+    try:
+        moment = datetime.fromisoformat(stamp or "")
+    except ValueError:
+        return None
+    return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
+
+
+def _by_version(records: Iterable[Record]) -> defaultdict[int, list[Record]]:
+    found: defaultdict[int, list[Record]] = defaultdict(list)
+    for record in records:
+        found[record["version"]].append(record)
+    return found
+
+
+def _telling(records: Iterable[Record]) -> Record:
     """The record that says most: one that is done before one that is not; among equals the one recorded first."""
-    if not records:
-        return {}
-    return min(records, key=lambda record: (record.get("status") != "done", record.get("recorded_at", "")))
+    return min(records, key=lambda record: (record.get("status") != "done", record.get("recorded_at", "")), default={})

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
+from weightline.lineage.edges import Shortcut
 from weightline.lineage.graph import MAX_NODES, mermaid_graph
 from weightline.lineage.rows import LineageRow
 from weightline.lineage.text import escape_markdown, format_nbytes, format_percent, format_time
@@ -36,7 +37,12 @@ def markdown_table(rows: Sequence[LineageRow]) -> str:
     return "\n".join(lines)
 
 
-def lineage_markdown(chain_url: str, rows: Sequence[LineageRow], max_versions: int = MAX_NODES) -> str:
+def lineage_markdown(
+    chain_url: str,
+    rows: Sequence[LineageRow],
+    max_versions: int = MAX_NODES,
+    shortcuts: Iterable[Shortcut] = (),
+) -> str:
     """The page of a chain: graph and table of its newest versions. `rows` may leave out older versions.
 
     Its size is bounded by `max_versions`, whatever the length of the chain.
@@ -46,7 +52,7 @@ def lineage_markdown(chain_url: str, rows: Sequence[LineageRow], max_versions: i
         return f"{name} holds no version yet.\n"
     shown = rows[-max_versions:]
     intro = f"{name}: newest {len(shown)} of {shown[-1].version + 1} versions. `*`: a milestone, always evaluated."
-    return f"{intro}\n\n```mermaid\n{mermaid_graph(shown, max_versions)}\n```\n\n{markdown_table(shown)}\n"
+    return f"{intro}\n\n```mermaid\n{mermaid_graph(shown, max_versions, shortcuts)}\n```\n\n{markdown_table(shown)}\n"
 
 
 def escape_markdown_url(url: str) -> str:

@@ -1,0 +1,180 @@
+"""The web app: static files, JSON documents, and a stream of changes. It reads buckets and writes nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+from fastapi import FastAPI, Query, Request
+from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
+from fastapi.staticfiles import StaticFiles
+from starlette.datastructures import MutableHeaders
+from starlette.middleware.gzip import GZipMiddleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from weightline.dashboard.board import Board
+from weightline.dashboard.detail import comparison_page, version_page
+from weightline.dashboard.index import ChainIndex
+from weightline.dashboard.layers import layer_picture
+from weightline.dashboard.pages import card, glance, window
+from weightline.dashboard.series import series
+from weightline.errors import ConflictError, CorruptError, InputError, NotFoundError, StorageError, WeightlineError
+from weightline.format.manifest import Manifest
+
+STATIC = Path(__file__).parent / "static"
+MAX_WINDOW = 500
+_POLICY = "default-src 'self'; img-src 'self' data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+_HEADERS = {
+    "content-security-policy": _POLICY,
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+    "cross-origin-opener-policy": "same-origin",
+}
+_STATUS = ((InputError, 422), (NotFoundError, 404), (ConflictError, 409), (CorruptError, 502), (StorageError, 503))
+
+Version = Annotated[int, Query(ge=0)]
+
+
+class HardenMiddleware:
+    """Adds to every answer what keeps a browser from trusting more than our own files."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def hardened(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                headers.update(_HEADERS)
+                headers.setdefault("cache-control", "no-cache")
+            await send(message)
+
+        await self._app(scope, receive, hardened if scope["type"] == "http" else send)
+
+
+def make_app(board: Board, *, prefect_ui: str | None = None, hosts: Sequence[str] = ("*",)) -> FastAPI:
+    """The app of a board. prefect_ui: URL of a Prefect UI, to link runs to. hosts: names that it answers to."""
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        following = asyncio.create_task(board.follow())
+        yield
+        following.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await following
+        board.close()
+
+    app = FastAPI(title="weightline", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+    app.add_middleware(GZipMiddleware, minimum_size=2_000)
+    app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts))
+    app.add_middleware(HardenMiddleware)
+    app.add_exception_handler(WeightlineError, _tell_error)
+    _add_shell(app)
+    _add_chains(app, board)
+    _add_versions(app, board, prefect_ui)
+    _add_events(app, board)
+    app.mount("/static", StaticFiles(directory=STATIC), name="static")
+    return app
+
+
+def _add_shell(app: FastAPI) -> None:
+    @app.get("/", include_in_schema=False)
+    def shell() -> FileResponse:
+        return FileResponse(STATIC / "index.html", media_type="text/html")
+
+
+def _add_chains(app: FastAPI, board: Board) -> None:
+    @app.get("/api/chains")
+    def chains() -> dict[str, Any]:
+        cards = [
+            card(identifier, index.chain.name, index.chain.url, index.snapshot)
+            for identifier, index in list(board.indexes.items())
+        ]
+        return {"buckets": list(board.urls), "chains": cards}
+
+    @app.get("/api/chains/{identifier}/glance")
+    def chain_glance(identifier: str, bins: Annotated[int, Query(ge=1, le=2_000)] = 400) -> dict[str, Any]:
+        return glance(board.index(identifier).snapshot, bins)
+
+    @app.get("/api/chains/{identifier}/window")
+    def chain_window(identifier: str, first: Version, last: Version) -> dict[str, Any]:
+        index = board.index(identifier)
+        return window(index.snapshot, first, min(last, first + MAX_WINDOW - 1), _forks_of(board, index))
+
+    @app.get("/api/chains/{identifier}/series")
+    def chain_series(
+        identifier: str,
+        name: Annotated[list[str], Query(max_length=40)],
+        first: Version = 0,
+        last: Annotated[int | None, Query(ge=0)] = None,
+        points: Annotated[int, Query(ge=2, le=2_000)] = 500,
+    ) -> dict[str, Any]:
+        snapshot = board.index(identifier).snapshot
+        return series(snapshot.window(first, snapshot.tip or 0 if last is None else last), name, points)
+
+
+def _add_versions(app: FastAPI, board: Board, prefect_ui: str | None) -> None:
+    @app.get("/api/chains/{identifier}/versions/{version}")
+    def one_version(identifier: str, version: int) -> dict[str, Any]:
+        index = board.index(identifier)
+        manifest = index.manifest(version)
+        return version_page(index.snapshot, manifest, _base_of(index, manifest), prefect_ui)
+
+    @app.get("/api/chains/{identifier}/compare")
+    def compare(identifier: str, a: Version, b: Version) -> dict[str, Any]:
+        index = board.index(identifier)
+        return comparison_page(index.snapshot, index.manifest(a), index.manifest(b))
+
+    @app.get("/api/chains/{identifier}/differing")
+    def differing(identifier: str, a: Version, b: Version) -> dict[str, Any]:
+        index = board.index(identifier)
+        tensors = board.differing.count(index.chain, index.manifest(a), index.manifest(b))
+        return {
+            "num_changed": sum(tensor.num_changed or 0 for tensor in tensors),
+            "num_elements": sum(tensor.num_elements for tensor in tensors),
+            "layers": layer_picture(tensors),
+        }
+
+
+def _add_events(app: FastAPI, board: Board) -> None:
+    @app.get("/api/events")
+    async def events() -> StreamingResponse:
+        """Server-sent events: the generation of every chain, now and after every change."""
+
+        async def told() -> AsyncIterator[str]:
+            yield "retry: 2000\n\n"
+            async for generations in board.changes():
+                yield f"data: {json.dumps(generations)}\n\n"
+
+        return StreamingResponse(told(), media_type="text/event-stream")
+
+
+def _base_of(index: ChainIndex, manifest: Manifest) -> Manifest | None:
+    """The base version's manifest, where it can still be read."""
+    if manifest.base_version is None:
+        return None
+    try:
+        return index.manifest(manifest.base_version)
+    except (NotFoundError, CorruptError):
+        return None
+
+
+def _forks_of(board: Board, origin: ChainIndex) -> dict[int, list[str]]:
+    """By version of `origin`: ids of the chains that start from it."""
+    found: dict[int, list[str]] = {}
+    for identifier, index in list(board.indexes.items()):
+        first = index.snapshot.row(0)
+        if first is not None and first.forked_from is not None and first.forked_from.chain == origin.chain.url:
+            found.setdefault(first.forked_from.version, []).append(identifier)
+    return found
+
+
+def _tell_error(_: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, WeightlineError)
+    status = next((status for kind, status in _STATUS if isinstance(error, kind)), 500)
+    return JSONResponse({"error": {"kind": error.kind, "message": str(error)}}, status)

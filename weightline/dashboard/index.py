@@ -1,0 +1,175 @@
+"""An index of one chain, kept in the server process: rows without tensors, refreshed by listing what is new.
+
+A long chain is read newest first, a batch at a time, so that there is something true to show at once.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from concurrent.futures import Executor
+from dataclasses import replace
+from datetime import UTC, datetime
+from typing import Any
+
+from weightline.chain import Chain
+from weightline.chain.leases import read_leases
+from weightline.chain.records import EVALUATIONS, REFRESHES
+from weightline.dashboard.objects import KeptObjects, fetch_all
+from weightline.dashboard.records import Document, finite, parse_object, parse_record
+from weightline.dashboard.replicas import known_replicas, lease_document
+from weightline.dashboard.snapshot import Snapshot
+from weightline.errors import ManifestError, UnsupportedFeatureError, WeightlineError
+from weightline.format import keys
+from weightline.format.manifest import Manifest
+from weightline.lineage.edges import Shortcut
+from weightline.lineage.read import read_shortcuts
+from weightline.lineage.rows import LineageRow, row_of, with_records
+
+#: Manifests read by one refresh, few at first so that something shows soon.
+BATCH = 200
+_FIRST_BATCH = 50
+#: How far below the tip a quick look for new records goes.
+_RECENT = 256
+#: Every so many refreshes look at names and shortcuts, and at everything: expired versions, late records.
+_NAMES_EVERY = 5
+_FULL_EVERY = 30
+
+
+class ChainIndex:
+    """Follows one chain. `refresh` from one thread at a time; `snapshot` from any."""
+
+    def __init__(self, chain: Chain, pool: Executor) -> None:
+        self.chain = chain
+        self.snapshot = Snapshot()
+        self._pool = pool
+        self._num_refreshes = 0
+        self._is_caught_up = False
+        self._rows: dict[int, LineageRow] = {}
+        self._broken: dict[int, str] = {}
+        self._versions: tuple[int, ...] = ()
+        self._shortcuts: tuple[Shortcut, ...] = ()
+        self._leases: list[Document] = []
+        store = chain.store
+        self._evaluations = KeptObjects(store, f"{keys.RECORDS}{EVALUATIONS}/", parse_record, pool)
+        self._refreshes = KeptObjects(store, f"{keys.RECORDS}{REFRESHES}/", parse_record, pool)
+        self._refs = KeptObjects(store, keys.REFS, _parse_plain, pool)
+        self._history = KeptObjects(store, keys.HISTORY, _parse_plain, pool)
+
+    def refresh(self) -> bool:
+        """Look at the bucket once. True when there is more to read: call again at once.
+
+        A bucket that cannot be reached is told by the snapshot, beside what was known before; never raised.
+        """
+        try:
+            has_more = self._look(self._num_refreshes)
+        except WeightlineError as error:
+            self._publish(replace(self.snapshot, state="unreachable", problem=str(error)))
+            return False
+        self._is_caught_up = not has_more
+        self._num_refreshes = 0 if has_more else self._num_refreshes + 1
+        return has_more
+
+    def manifest(self, version: int) -> Manifest:
+        """The whole manifest, read anew: the index keeps none. ManifestError, VersionNotFoundError."""
+        return Chain(self.chain.store).manifest(version)
+
+    def _look(self, number: int) -> bool:
+        is_first, is_full = not self._versions, number % _FULL_EVERY == 0
+        changed = self._list_versions(is_first or (is_full and self._is_caught_up))
+        read_any, has_more = self._read_manifests()
+        changed |= read_any or self._broken != self.snapshot.broken
+        # While manifests are being read, the records of the newest versions will do.
+        looks_back = not has_more and (is_full or not self._is_caught_up)
+        recent = max(0, (self._versions or (0,))[-1] - _RECENT)
+        for kept in (self._evaluations, self._refreshes):
+            found, more = kept.refresh("" if looks_back else f"{kept.prefix}{keys.padded(recent)}")
+            changed, has_more = changed | found, has_more | more
+        if is_first or looks_back or number % _NAMES_EVERY == _NAMES_EVERY - 1:
+            changed |= self._read_names()
+        leases = self._read_leases()
+        changed, self._leases = changed | (leases != self._leases), leases
+        if changed or self.snapshot.state != "ready":
+            self._publish(self._take_snapshot())
+        return has_more
+
+    def _read_names(self) -> bool:
+        """Refs, the horizon and shortcuts. Whether any changed."""
+        before, self._shortcuts = self._shortcuts, read_shortcuts(self.chain)
+        return self._refs.refresh()[0] | self._history.refresh()[0] | (before != self._shortcuts)
+
+    def _take_snapshot(self) -> Snapshot:
+        evaluations, refreshes = _by_version(self._evaluations.values()), _by_version(self._refreshes.values())
+        rows = (self._rows[version] for version in sorted(self._rows))
+        return Snapshot(
+            state="ready",
+            versions=self._versions,
+            rows=tuple(
+                with_records(row, evaluations.get(row.version, ()), refreshes.get(row.version, ())) for row in rows
+            ),
+            broken=dict(self._broken),
+            oldest_kept=max((_whole(told, "oldest_kept") for told in self._history.values()), default=0),
+            shortcuts=self._shortcuts,
+            refs=_current(self._refs.values()),
+            evaluations=evaluations,
+            refreshes=refreshes,
+            replicas=known_replicas(self._leases, refreshes),
+        )
+
+    def _list_versions(self, is_full: bool) -> bool:
+        before = self._versions
+        if is_full:
+            self._versions = self.chain.versions()
+            self._broken.clear()
+            standing = set(self._versions)
+            self._rows = {version: row for version, row in self._rows.items() if version in standing}
+        else:
+            self._versions += self.chain.versions(first=before[-1] + 1)
+        return before != self._versions
+
+    def _read_manifests(self) -> tuple[bool, bool]:
+        """Read a batch, newest first. Whether any was read, and whether more are left."""
+        unread = [v for v in reversed(self._versions) if v not in self._rows and v not in self._broken]
+        size = BATCH if self._rows else min(BATCH, _FIRST_BATCH)
+        wanted = {keys.commit(version): version for version in unread[:size]}
+        for key, raw in fetch_all(self.chain.store, wanted, self._pool):
+            version = wanted[key]
+            try:
+                manifest = Manifest.from_bytes(raw)
+            except (ManifestError, UnsupportedFeatureError) as error:
+                self._broken[version] = str(error)
+                continue
+            if manifest.version == version:
+                self._rows[version] = row_of(manifest)
+            else:
+                self._broken[version] = f"{key} holds the manifest of version {manifest.version}"
+        return any(version in self._rows for version in wanted.values()), len(unread) > size
+
+    def _read_leases(self) -> list[Document]:
+        """Leases are renewed in place: read anew each time. There are few."""
+        now = datetime.now(UTC)
+        return [lease_document(held, now) for held in read_leases(self.chain)]
+
+    def _publish(self, snapshot: Snapshot) -> None:
+        if snapshot != self.snapshot:
+            self.snapshot = replace(snapshot, generation=self.snapshot.generation + 1)
+
+
+def _parse_plain(_: str, raw: bytes) -> Document | None:
+    return parse_object(raw)
+
+
+def _by_version(records: Iterable[Document]) -> Mapping[int, list[Document]]:
+    found: defaultdict[int, list[Document]] = defaultdict(list)
+    for record in records:
+        found[record["version"]].append(record)
+    return dict(found)
+
+
+def _current(moves: Iterable[Document]) -> dict[str, int]:
+    """Where every name stands after its moves, which come in order."""
+    return {str(move["name"]): _whole(move, "version") for move in moves if "name" in move}
+
+
+def _whole(document: Mapping[str, Any], name: str) -> int:
+    return int(finite(document.get(name)) or 0)

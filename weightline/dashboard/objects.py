@@ -1,0 +1,54 @@
+"""Small immutable objects below a prefix of a bucket, each fetched once and kept parsed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor
+from typing import Generic, TypeVar
+
+from weightline.errors import NotFoundError
+from weightline.store import Store
+
+Parsed = TypeVar("Parsed")
+
+
+class KeptObjects(Generic[Parsed]):
+    """What stands below `prefix`, as of the last `refresh`. One thread at a time."""
+
+    def __init__(self, store: Store, prefix: str, parse: Callable[[str, bytes], Parsed | None], pool: Executor) -> None:
+        self._store = store
+        self.prefix = prefix
+        self._parse = parse
+        self._pool = pool
+        self.found: dict[str, Parsed | None] = {}
+        """By key; None for an object that could not be parsed."""
+
+    def refresh(self, start_after: str = "", limit: int = 2_000) -> tuple[bool, bool]:
+        """List, forget what is gone, fetch at most `limit` new objects, newest keys first.
+
+        Returns (whether anything changed, whether more is to be fetched). StorageError leaves what was known.
+        """
+        listed = {info.key for info in self._store.list(self.prefix, start_after)}
+        gone = [key for key in self.found if key > start_after and key not in listed]
+        for key in gone:
+            del self.found[key]
+        fresh = sorted(listed - self.found.keys(), reverse=True)
+        for key, raw in fetch_all(self._store, fresh[:limit], self._pool):
+            self.found[key] = self._parse(key, raw)
+        return bool(gone or fresh), len(fresh) > limit
+
+    def values(self) -> Iterator[Parsed]:
+        """What could be parsed, by key."""
+        return (value for _, value in sorted(self.found.items()) if value is not None)
+
+
+def fetch_all(store: Store, keys: Iterable[str], pool: Executor) -> Iterator[tuple[str, bytes]]:
+    """(key, bytes) of every object, several at a time. One that vanished since it was listed is left out."""
+
+    def fetch(key: str) -> tuple[str, bytes | None]:
+        try:
+            return key, store.get(key)
+        except NotFoundError:
+            return key, None
+
+    return ((key, raw) for key, raw in pool.map(fetch, keys) if raw is not None)
