@@ -5,9 +5,10 @@ BIN := $(VENV)/bin
 RUN_ARGS ?=
 PYTEST_ARGS ?=
 FUZZ_SECONDS ?= 60
+VLLM_VENV := .venv-vllm
 
 .DEFAULT_GOAL := help
-.PHONY: help run up down test test-fast lint bench fuzz clean
+.PHONY: help run up down deploy test test-fast test-vllm lint bench fuzz clean
 
 help:  ## This list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -21,11 +22,17 @@ up: $(VENV)/.run-ready  ## Leave the whole stack running: Prefect server with UI
 down: $(VENV)/.run-ready  ## End what `make up` started
 	$(BIN)/python -m flows down
 
+deploy: $(VENV)/.run-ready  ## Make a Prefect server know every flow: PREFECT_API_URL, or what `make up` started
+	$(BIN)/python -m flows deploy
+
 test: $(VENV)/.test-ready lint  ## Everything that CI checks
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 test-fast: $(VENV)/.test-ready  ## Tests without training processes and servers
 	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+
+test-vllm: $(VLLM_VENV)/.ready  ## A real vLLM on the CPU, in an environment of its own, as a replica
+	$(VLLM_VENV)/bin/python -m pytest tests/vllm $(PYTEST_ARGS)
 
 lint: $(VENV)/.test-ready  ## Style, types, and the direction of imports
 	$(BIN)/ruff check .
@@ -42,7 +49,7 @@ fuzz: $(VENV)/.test-ready  ## Hostile payloads and manifests, FUZZ_SECONDS each 
 	$(BIN)/python -m fuzz.manifest -max_total_time=$(FUZZ_SECONDS)
 
 clean:  ## Remove the environment and caches; runs/ stays
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(VLLM_VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
 
 # A new environment is built when what it is built from changed. Constraints make an install repeatable.
 $(VENV)/.run-ready: pyproject.toml constraints.txt
@@ -52,4 +59,12 @@ $(VENV)/.run-ready: pyproject.toml constraints.txt
 
 $(VENV)/.test-ready: $(VENV)/.run-ready
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[train,serve,dashboard,dev]'
+	command -v chromium >/dev/null || { apt-get -qq update && apt-get -qq install -y --no-install-recommends chromium; } >/dev/null 2>&1 \
+		|| echo 'no Chromium could be installed: tests in a browser will be skipped'
+	touch $@
+
+$(VLLM_VENV)/.ready: infra/vllm/requirements.lock pyproject.toml
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r infra/vllm/requirements.lock
+	$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	touch $@

@@ -1,4 +1,4 @@
-"""`python -m flows run | up | down`: a whole pipeline on this machine; a stack that stays; its end."""
+"""`python -m flows run | up | down | deploy`: a whole pipeline; a stack that stays; its end; a server that is told."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from tasks.local_run import bring_down, bring_up, run_pipeline
+from tasks.local_run import bring_down, bring_up, deploy_everything, run_pipeline, stay_up
 from tasks.stack import DEFAULT_PORT
 from weightline.errors import WeightlineError
 
@@ -42,10 +42,22 @@ def up(runs_dir: RunsDir = Path("runs"), port: Port = DEFAULT_PORT) -> None:
     console.print(f"up: {bring_up(runs_dir, Path.cwd(), console, port)}", highlight=False)
 
 
+@app.command(hidden=True)
+def stay(runs_dir: RunsDir = Path("runs"), port: Port = DEFAULT_PORT) -> None:
+    """Be the process that `up` leaves behind: keep the stack up until SIGTERM."""
+    stay_up(runs_dir, Path.cwd(), console, port)
+
+
 @app.command()
 def down(runs_dir: RunsDir = Path("runs")) -> None:
     """End what `up` started."""
     console.print("down" if bring_down(runs_dir) else "nothing was up")
+
+
+@app.command()
+def deploy(runs_dir: RunsDir = Path("runs")) -> None:
+    """Make a Prefect server know every flow: the one of PREFECT_API_URL, else the stack that is up."""
+    console.print(f"deployed to {deploy_everything(runs_dir, Path.cwd())}", highlight=False, soft_wrap=True)
 
 
 def main() -> int:

@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any
 
 from prefect import flow, get_run_logger
 from prefect.runtime import flow_run
 
+from flows.forms import RunsDir, StageNames, label
+from tasks.chain_lock import the_only_training
 from tasks.names import lineage_key
-from tasks.run_folder import open_run
-from tasks.training import finished_version, make_start_model, open_or_prepare_run, prove_equality, run_stage_ranks
+from tasks.run_folder import default_runs_dir, open_run
+from tasks.training import (
+    finished_version,
+    make_start_model,
+    open_or_prepare_run,
+    prove_equality,
+    run_id_of_flow_run,
+    run_stage_ranks,
+)
 
 
 def _name_run() -> str:
-    return str(flow_run.parameters.get("run_id") or flow_run.parameters.get("recipe") or "post-training")
+    recipe = Path(flow_run.parameters.get("recipe") or "post-training").stem
+    return str(flow_run.parameters.get("run_id") or recipe)
 
 
 def _name_stage() -> str:
@@ -22,25 +33,33 @@ def _name_stage() -> str:
 
 @flow(name="post-training", flow_run_name=_name_run, persist_result=False)
 def post_training(
-    recipe: str | None = "deployments/recipes/arithmetic.yaml",
-    run_id: str | None = None,
-    runs_dir: str = "runs",
-    chain: str | None = None,
+    recipe: Annotated[str | None, label("Recipe", min_length=1)] = "deployments/recipes/arithmetic.yaml",
+    stages: StageNames = [],  # noqa: B006 - never changed; a form shows an empty choice only for this default
+    start_from: Annotated[str | None, label("Start from", min_length=1)] = None,
+    run_id: Annotated[str | None, label("Run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")] = None,
+    runs_dir: RunsDir = None,
+    chain: Annotated[str | None, label("Chain", min_length=1)] = None,
 ) -> dict[str, Any]:
-    """Train through all stages of a recipe.
+    """Train through the stages of a recipe, in its order.
 
     Args:
-        recipe: Path of a recipe file. Leave as it is when a run is resumed.
+        recipe: Path of a recipe file. Clear it to resume a run that was started with another recipe.
+        stages: Train only these stages of the recipe. Empty: all.
+        start_from: A Hub id, a folder, or a version of a chain, as in file:///data/bucket/my-model@12 (or @tip). Empty:
+            what the recipe says.
         run_id: Name of a run. One that exists is resumed: finished stages are skipped, the broken one goes on from its
             last checkpoint. Empty: a new run.
-        runs_dir: Folder of all runs.
+        runs_dir: Folder of all runs. Empty: that of the stack, or `runs`.
         chain: URL of the bucket and chain to commit to. Empty: a folder of the run.
     """
-    run = open_or_prepare_run(recipe, runs_dir, run_id, chain)
+    run = open_or_prepare_run(
+        recipe, runs_dir or default_runs_dir(), run_id or run_id_of_flow_run(recipe), chain, stages, start_from
+    )
     lineage = lineage_key(run.open_chain().name)
     get_run_logger().info("run %s commits to %s; its lineage is artifact %s", run.run_id, run.chain_url, lineage)
-    make_start_model(run)
-    equality = {stage.kind: train_stage(str(run.folder), stage.kind) for stage in run.recipe.stages}
+    with the_only_training(run.chain_url, run.run_id):
+        make_start_model(run)
+        equality = {stage.kind: train_stage(str(run.folder), stage.kind) for stage in run.recipe.stages}
     return {"run_id": run.run_id, "chain": run.chain_url, "equality": equality}
 
 

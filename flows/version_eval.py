@@ -5,18 +5,18 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 from prefect import flow, get_run_logger
-from pydantic import Field
 
+from flows.forms import ChainUrl, VersionNumber, label
 from tasks.evaluation import evaluate
 from tasks.lineage import draw_lineage
 
 
 @flow(name="evaluate-version", flow_run_name="evaluate v{version}", persist_result=False)
 def evaluate_version(
-    chain: str,
-    version: Annotated[int, Field(ge=0)],
-    task: str | None = None,
-    limit: Annotated[int, Field(ge=1)] | None = None,
+    chain: ChainUrl,
+    version: VersionNumber,
+    task: Annotated[str | None, label("Task", min_length=1)] = None,
+    limit: Annotated[int | None, label("Problems", ge=1)] = None,
 ) -> dict[str, Any]:
     """Measure a version, or record that a newer one took its place. A milestone is always measured.
 
@@ -28,5 +28,5 @@ def evaluate_version(
     """
     record = evaluate(chain, version, task, limit)
     get_run_logger().info("version %d: %s, score %s", version, record["status"], record.get("score"))
-    draw_lineage(chain)
+    draw_lineage(chain, version)
     return record

@@ -152,11 +152,12 @@ class WarmRunner:
         self._mark_unfinished(flow_run_id, message)
 
     def _mark_unfinished(self, flow_run_id: UUID, message: str) -> None:
-        """Mark the run as crashed unless its own process has brought it to an end."""
+        """Mark the run, and its subflows, as crashed unless their own process has brought them to an end."""
         try:
-            state = self._client.read_flow_run(flow_run_id).state
-            if state is not None and (state.is_pending() or state.is_running()):
-                propose_state_sync(self._client, Crashed(message=message), flow_run_id)
+            for one in (flow_run_id, *self._subflows(flow_run_id)):
+                state = self._client.read_flow_run(one).state
+                if state is not None and (state.is_pending() or state.is_running()):
+                    propose_state_sync(self._client, Crashed(message=message), one)
         except (Abort, Pause, ObjectNotFound):
             return
 

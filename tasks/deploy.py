@@ -1,4 +1,4 @@
-"""Making a Prefect server know our flows: the work pool, its queues, the deployments of deployments/prefect.yaml."""
+"""Making a Prefect server know our flows: pool, queues, automations, deployments of deployments/prefect.yaml."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from prefect.client.schemas.objects import StateType
 from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
 from prefect.states import Cancelled
 
+from tasks.automations import ensure_automation, zombie_automation
 from tasks.lanes import LANES, WORK_POOL
 from weightline.errors import InputError, LaunchError
 
@@ -20,7 +21,7 @@ PREFECT_FILE = Path("deployments/prefect.yaml")
 
 
 def deploy_all(root: Path) -> None:
-    """Create the work pool and its queues, and deploy everything from the repository at `root`. Safe to repeat.
+    """Create pool, queues and automations, and deploy everything from the repository at `root`. Safe to repeat.
 
     InputError when there is no deployments/prefect.yaml; LaunchError with Prefect's own words when it refuses.
     """
@@ -28,6 +29,7 @@ def deploy_all(root: Path) -> None:
         raise InputError(f"{root} has no {PREFECT_FILE}: run from the repository's root", path=str(root))
     with get_client(sync_client=True) as client:
         create_queues(client)
+        ensure_automation(client, zombie_automation())
     argv = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all", "--prefect-file", str(PREFECT_FILE)]
     done = subprocess.run(argv, cwd=root, capture_output=True, text=True, check=False)
     if done.returncode:

@@ -26,7 +26,8 @@ class Lane:
 LANES = (
     Lane("training", ("training",), preload=("flows.post_training",), is_fresh=True),
     Lane("evaluation", ("evaluation",), preload=("flows.version_eval", "weightline.evaluation.harness")),
-    Lane("serving", ("serving", "upkeep"), preload=("flows.serving_refresh", "flows.reconcile")),
+    Lane("serving", ("serving",), preload=("flows.serving_refresh",)),
+    Lane("upkeep", ("upkeep",), preload=("flows.reconcile",)),
 )
 
 

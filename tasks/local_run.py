@@ -5,9 +5,11 @@ Imports no Prefect before the stack's environment is entered.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 from uuid import UUID
@@ -16,10 +18,11 @@ from rich.console import Console
 
 from tasks.run_folder import Run, prepare_run, runs_dir_of
 from tasks.screen import RunScreen
-from tasks.stack import DEFAULT_PORT, Stack, StackFolder, free_port, running_stack
+from tasks.stack import DEFAULT_PORT, Stack, StackFolder, free_port, port_of, running_stack
 from tasks.summary import stage_lines, versions_table, write_summary
+from tasks.supervisor import start_supervisor
 from tasks.watch import RunProgress, RunWatch
-from weightline.errors import LaunchError
+from weightline.errors import InputError, LaunchError
 
 if TYPE_CHECKING:
     from tasks.trigger import RunState
@@ -45,7 +48,7 @@ def run_pipeline(
     run = prepare_run(recipe, runs_dir, run_id)
     console.print(f"run {run.run_id}: {run.placement.num_processes} ranks on {run.placement.device}", highlight=False)
     console.print(f"chain {run.chain_url}", highlight=False, soft_wrap=True)
-    with _stack(runs_dir_of(runs_dir), root, console, port) as stack:
+    with stack_of(runs_dir_of(runs_dir), root, console, port) as stack:
         _train(run, stack, console)
         rows = RunWatch(run).look().rows
         summary = write_summary(run, rows, stack.ui_url, time.monotonic() - started)
@@ -62,15 +65,30 @@ def bring_up(runs_dir: Path, root: Path, console: Console, port: int = DEFAULT_P
     folder = StackFolder.under(runs_dir_of(runs_dir))
     found = running_stack(folder)
     if found is not None:
+        console.print(f"Dashboard: {found.dashboard_url}", highlight=False)
         return found.ui_url
     bring_down(runs_dir)
-    stack = Stack(folder, free_port(port), dies_with_parent=False)
+    with console.status("starting the Prefect server and deploying the flows"):
+        facts = start_supervisor(folder, root, port)
+    console.print(f"Dashboard: {facts.dashboard_url}", highlight=False)
+    return facts.ui_url
+
+
+def stay_up(runs_dir: Path, root: Path, console: Console, port: int) -> None:
+    """Be the supervisor: start a stack, and start again what dies, until SIGTERM; then end everything.
+
+    LaunchError when something dies again and again. Killed with kill -9, it takes the stack along.
+    """
+    stack = Stack(StackFolder.under(runs_dir_of(runs_dir)), port, is_supervised=True)
     try:
         _start(stack, root, console)
-    except BaseException:
+        stack.start_dashboard()
+        while True:
+            for name in stack.keep_up():
+                console.print(f"{datetime.now():%F %T} the {name} had died and was started again", highlight=False)
+            time.sleep(_LOOK_SECONDS)
+    finally:
         stack.end()
-        raise
-    return stack.ui_url
 
 
 def bring_down(runs_dir: Path) -> bool:
@@ -81,14 +99,31 @@ def bring_down(runs_dir: Path) -> bool:
     return was_there
 
 
+def deploy_everything(runs_dir: Path, root: Path) -> str:
+    """Deploy to the server of PREFECT_API_URL, or to the stack that is up. Returns the server's URL. Safe to repeat.
+
+    InputError when there is neither; LaunchError with Prefect's own words when it refuses.
+    """
+    if not os.environ.get("PREFECT_API_URL"):
+        folder = StackFolder.under(runs_dir_of(runs_dir))
+        found = running_stack(folder)
+        if found is None:
+            raise InputError("no Prefect server is known: set PREFECT_API_URL, or start a stack (make up)")
+        Stack(folder, port_of(found)).enter()
+    from tasks.deploy import deploy_all
+
+    deploy_all(root)
+    return os.environ["PREFECT_API_URL"]
+
+
 @contextmanager
-def _stack(runs_dir: Path, root: Path, console: Console, port: int) -> Iterator[Stack]:
+def stack_of(runs_dir: Path, root: Path, console: Console, port: int) -> Iterator[Stack]:
     """The stack that is up, left as it is; or one of our own, ended at the end."""
     folder = StackFolder.under(runs_dir)
     found = running_stack(folder)
     if found is not None:
         console.print(f"using the stack that is up at {found.ui_url}", highlight=False)
-        stack = Stack(folder, int(found.api_url.rsplit(":", 1)[1].split("/")[0]))
+        stack = Stack(folder, port_of(found))
         stack.enter()
         yield stack
         return

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+_MAX_HISTORY = 20_000
+
 
 class MetricsFollower:
     """Follows a stage's metrics.jsonl. Reads only what is new; a half-written last line waits for its end."""
@@ -14,6 +16,8 @@ class MetricsFollower:
         self._offset = 0
         self.numbers: dict[str, float] = {}
         """The newest value of each metric."""
+        self.history: list[dict[str, float]] = []
+        """What was logged, oldest first; of much, the newer half. Replaced, never changed: any thread may read it."""
 
     @property
     def step(self) -> int:
@@ -27,11 +31,15 @@ class MetricsFollower:
                 size = file.seek(0, 2)
                 if size < self._offset:
                     self._offset, self.numbers = 0, {}
+                    self.history = []
                 file.seek(self._offset)
                 fresh = file.read(size - self._offset)
         except FileNotFoundError:
             return
         whole = fresh[: fresh.rfind(b"\n") + 1]
         self._offset += len(whole)
-        for line in whole.splitlines():
-            self.numbers |= json.loads(line)
+        logged = [json.loads(line) for line in whole.splitlines()]
+        for numbers in logged:
+            self.numbers |= numbers
+        if logged:
+            self.history = [*self.history, *logged][-_MAX_HISTORY:]

@@ -1,8 +1,16 @@
-"""Names that Prefect accepts. Pure."""
+"""Names that Prefect accepts, and names that processes share. Pure."""
 
 from __future__ import annotations
 
 import re
+
+#: The folder of all runs, told by a stack to its processes.
+RUNS_DIR_VARIABLE = "WEIGHTLINE_RUNS_DIR"
+
+
+def chain_name(url: str) -> str:
+    """ "s3://bucket/chains/my-model/" -> "my-model": what a chain is called where its URL is too long."""
+    return url.rstrip("/").rpartition("/")[2] or url
 
 
 def artifact_key(text: str) -> str:

@@ -9,20 +9,24 @@ runs/<id>/summary.json          the end of `python -m flows run`
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
 from pydantic import ValidationError
 
+from tasks.names import RUNS_DIR_VARIABLE
 from weightline.chain import Chain, open_chain
 from weightline.chain.records import write_record
+from weightline.chain.refs import resolve
 from weightline.errors import InputError, NotFoundError
 from weightline.format.keys import checked_name
 from weightline.stages.job import StageJob, write_atomically
 from weightline.stages.load import load_recipe
 from weightline.stages.preflight import Placement, check_recipe
-from weightline.stages.recipe import FrozenModel, Recipe, StageConfig
+from weightline.stages.recipe import FrozenModel, Recipe, StageConfig, StageKind, parse_start
 from weightline.store import open_store
 from weightline.store.open import check_writable
 
@@ -98,21 +102,32 @@ def new_run_id(recipe_name: str, at: datetime | None = None) -> str:
 
 
 def prepare_run(
-    recipe_path: str | Path | None, runs_dir: str | Path, run_id: str | None = None, chain_url: str | None = None
+    recipe_path: str | Path | None,
+    runs_dir: str | Path,
+    run_id: str | None = None,
+    chain_url: str | None = None,
+    *,
+    kinds: Sequence[StageKind] = (),
+    start_from: str | None = None,
 ) -> Run:
     """Check everything that can be checked before anything is trained, then write the run's folder and record.
 
+    `kinds` takes some of the recipe's stages, `start_from` another start model (weightline.stages.recipe.parse_start).
     A `run_id` that has a folder is resumed: with its own recipe; another recipe is refused. Safe to repeat. RecipeError
     names the field and the remedy, InputError or StorageError the bucket that cannot be written.
     """
+    start = parse_start(start_from) if start_from is not None else None
     if run_id is not None and (runs_dir_of(runs_dir) / run_id / _RUN_FILE).exists():
         run = open_run(runs_dir_of(runs_dir) / run_id)
-        _require_same_recipe(run, recipe_path)
+        if recipe_path is not None:
+            _require_same_recipe(run, load_recipe(recipe_path).choose(kinds, start), recipe_path)
         return run
     if recipe_path is None:
-        raise NotFoundError(f"there is no run {run_id} in {runs_dir}: name one that is there, or a recipe", key=run_id)
-    recipe = load_recipe(recipe_path)
+        message = f"run_id: there is no run {run_id} in {runs_dir}: name one that is there, or a recipe"
+        raise NotFoundError(message, key=run_id)
+    recipe = load_recipe(recipe_path).choose(kinds, start)
     placement = check_recipe(recipe)
+    recipe = _pinned(recipe)
     run_id = checked_name(run_id or new_run_id(recipe.name))
     folder = runs_dir_of(runs_dir) / run_id
     url = chain_url or (folder / "bucket" / run_id).as_uri()
@@ -125,11 +140,25 @@ def prepare_run(
 def open_run(folder: str | Path) -> Run:
     """The run in a folder that `prepare_run` wrote. InputError when it is none; RecipeError as in `prepare_run`."""
     folder = Path(folder).absolute()
+    written = _read(folder)
+    return Run(written.run_id, folder, written.chain, written.recipe, check_recipe(written.recipe))
+
+
+def chain_of_run(folder: str | Path) -> str:
+    """The chain of the run in a folder, whether this machine could run it or not. InputError when it is no run."""
+    return _read(Path(folder).absolute()).chain
+
+
+def _read(folder: Path) -> _RunFile:
     try:
-        written = _RunFile.model_validate_json((folder / _RUN_FILE).read_bytes())
+        return _RunFile.model_validate_json((folder / _RUN_FILE).read_bytes())
     except (OSError, ValidationError) as error:
         raise InputError(f"{folder} is no folder of a run: {error}", path=str(folder)) from error
-    return Run(written.run_id, folder, written.chain, written.recipe, check_recipe(written.recipe))
+
+
+def default_runs_dir() -> str:
+    """Where runs are kept that name no folder: WEIGHTLINE_RUNS_DIR, which a stack sets, or `runs`."""
+    return os.environ.get(RUNS_DIR_VARIABLE) or "runs"
 
 
 def runs_dir_of(runs_dir: str | Path) -> Path:
@@ -137,11 +166,25 @@ def runs_dir_of(runs_dir: str | Path) -> Path:
     return Path(runs_dir).expanduser().absolute()
 
 
-def _require_same_recipe(run: Run, recipe_path: str | Path | None) -> None:
-    if recipe_path is not None and load_recipe(recipe_path) != run.recipe:
+def _pinned(recipe: Recipe) -> Recipe:
+    """With the number of the version that it starts from: `tip` is another one tomorrow."""
+    if recipe.model.chain is None:
+        return recipe
+    number = resolve(open_chain(recipe.model.chain), recipe.model.version)
+    return _with_version(recipe, str(number))
+
+
+def _with_version(recipe: Recipe, version: str) -> Recipe:
+    return recipe.model_copy(update={"model": recipe.model.model_copy(update={"version": version})})
+
+
+def _require_same_recipe(run: Run, recipe: Recipe, recipe_path: str | Path) -> None:
+    if recipe.model.chain is not None and not recipe.model.version.isdigit():
+        recipe = _with_version(recipe, run.recipe.model.version)
+    if recipe != run.recipe:
         raise InputError(
-            f"run {run.run_id} was started with another recipe than {recipe_path}: resume it without naming one, or "
-            "start a new run",
+            f"recipe: run {run.run_id} was started with another recipe than {recipe_path}: resume it without naming "
+            "one, or start a new run",
             field="recipe",
         )
 

@@ -16,15 +16,18 @@ from pathlib import Path
 
 import httpx
 
+from tasks.names import RUNS_DIR_VARIABLE
 from tasks.processes import start_process
 from tasks.replicas import REPLICAS_DIR_VARIABLE
-from tasks.stack_registry import StackFacts, StackProcess, read_facts, write_facts
+from tasks.stack_registry import SUPERVISOR, StackFacts, StackProcess, read_facts, write_facts
 from weightline.errors import InputError, LaunchError
 
 DEFAULT_PORT = 4200
+DASHBOARD_PORT = 4300
 _HOST = "127.0.0.1"
 _SERVER_START_SECONDS = 120.0
 _MAX_RESTARTS = 5
+_RESTARTS_SECONDS = 600.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,12 +83,15 @@ def stack_environment(folder: StackFolder, port: int, base: Mapping[str, str]) -
         # The next few runs of a schedule are enough to see.
         "PREFECT_SERVER_SERVICES_SCHEDULER_MIN_SCHEDULED_TIME": "PT5M",
         "PREFECT_SERVER_LOGGING_LEVEL": "WARNING",
+        # Runs say that they live: see the automation for zombies (tasks/deploy.py).
+        "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "60",
         # 2 + 4 + ... + 64 s: a flow outlives two minutes without its server.
         "PREFECT_CLIENT_MAX_RETRIES": "6",
         "NO_PROXY": no_proxy,
         "no_proxy": no_proxy,
         "WEIGHTLINE_LOG_DIR": str(folder.log_dir),
         REPLICAS_DIR_VARIABLE: str(folder.replicas_dir),
+        RUNS_DIR_VARIABLE: str(folder.root.parent),
         "PYTHONUNBUFFERED": "1",
     }
 
@@ -109,10 +115,12 @@ class Stack:
 
     folder: StackFolder
     port: int
-    dies_with_parent: bool = True
+    is_supervised: bool = False
+    """Whether this process is the one that keeps the stack up when whoever asked for it has gone."""
     _env: dict[str, str] = field(init=False)
     _started: dict[str, subprocess.Popen[bytes]] = field(init=False, default_factory=dict)
-    _num_restarts: int = field(init=False, default=0)
+    _restarted_at: list[float] = field(init=False, default_factory=list)
+    _dashboard_port: int | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         self._env = stack_environment(self.folder, self.port, os.environ)
@@ -124,6 +132,10 @@ class Stack:
     @property
     def ui_url(self) -> str:
         return self.api_url.removesuffix("/api")
+
+    @property
+    def dashboard_url(self) -> str | None:
+        return None if self._dashboard_port is None else f"http://{_HOST}:{self._dashboard_port}"
 
     def enter(self) -> None:
         """Make this process one of the stack's. Before Prefect is imported."""
@@ -144,14 +156,24 @@ class Stack:
         """Start the warm runner. It waits for the work pool by itself."""
         self._start("runner", [sys.executable, "-m", "flows.warm_runner"])
 
+    def start_dashboard(self) -> None:
+        """Start the dashboard of all runs. It takes up new chains by itself."""
+        if self._dashboard_port is None:
+            self._dashboard_port = free_port(DASHBOARD_PORT)
+        runs_dir, port = f"{self.folder.root.parent}/", str(self._dashboard_port)
+        argv = [sys.executable, "-m", "weightline.cli.main", "dashboard", runs_dir, "--port", port]
+        self._start("dashboard", [*argv, "--prefect-ui", self.ui_url])
+
     def keep_up(self) -> list[str]:
-        """Start again what has died; its name. LaunchError when that has happened too often."""
+        """Start again what has died; its name. LaunchError when that has happened too often in a short time."""
         dead = [name for name, process in self._started.items() if process.poll() is not None]
         for name in dead:
-            self._num_restarts += 1
-            if self._num_restarts > _MAX_RESTARTS:
+            now = time.monotonic()
+            self._restarted_at = [at for at in self._restarted_at if now - at < _RESTARTS_SECONDS] + [now]
+            if len(self._restarted_at) > _MAX_RESTARTS:
                 raise LaunchError(f"the {name} died again and again: see {self._log_path(name)}", name=name)
-            (self.start_server if name == "server" else self.start_runner)()
+            starts = {"server": self.start_server, "runner": self.start_runner, "dashboard": self.start_dashboard}
+            starts[name]()
         return dead
 
     def end(self) -> None:
@@ -166,11 +188,11 @@ class Stack:
 
     def _start(self, name: str, argv: list[str]) -> None:
         with self._log_path(name).open("ab") as log:
-            self._started[name] = start_process(
-                argv, env=self._env, stdout=log, stderr=subprocess.STDOUT, dies_with_parent=self.dies_with_parent
-            )
-        alive = {n: StackProcess.of(n, p.pid) for n, p in self._started.items() if p.poll() is None}
-        write_facts(self.folder.facts_path, StackFacts(self.api_url, self.ui_url, tuple(alive.values())))
+            self._started[name] = start_process(argv, env=self._env, stdout=log, stderr=subprocess.STDOUT)
+        processes = [StackProcess.of(n, p.pid) for n, p in self._started.items() if p.poll() is None]
+        if self.is_supervised:
+            processes.append(StackProcess.of(SUPERVISOR, os.getpid()))
+        write_facts(self.folder.facts_path, StackFacts(self.api_url, self.ui_url, tuple(processes), self.dashboard_url))
 
     def _wait_until_healthy(self) -> None:
         deadline = time.monotonic() + _SERVER_START_SECONDS
@@ -195,6 +217,11 @@ def is_healthy(api_url: str) -> bool:
         return httpx.get(f"{api_url}/health", timeout=2.0, trust_env=False).is_success
     except httpx.HTTPError:
         return False
+
+
+def port_of(facts: StackFacts) -> int:
+    """Where a stack's server listens."""
+    return int(facts.api_url.rsplit(":", 1)[1].split("/")[0])
 
 
 def running_stack(folder: StackFolder) -> StackFacts | None:

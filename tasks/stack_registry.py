@@ -5,7 +5,9 @@ A pid alone names whoever has it now; with the time of its start it names one pr
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -13,6 +15,10 @@ import psutil
 
 from tasks.processes import ProcessTree
 from weightline.stages.job import write_atomically
+
+#: The process that starts the others again when they have died.
+SUPERVISOR = "supervisor"
+_SUPERVISOR_SECONDS = 40.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +43,14 @@ class StackProcess:
         except psutil.NoSuchProcess:
             return False
 
+    def ask_to_end(self, wait_seconds: float) -> None:
+        """SIGTERM to that very process alone, and wait for it to go. Safe to repeat."""
+        if self.is_alive():
+            with contextlib.suppress(psutil.Error):
+                process = psutil.Process(self.pid)
+                process.terminate()
+                process.wait(wait_seconds)
+
     def end(self) -> None:
         """End it and all that descends from it; nothing when the pid is another process's by now. Safe to repeat."""
         if self.is_alive():
@@ -50,6 +64,7 @@ class StackFacts:
     api_url: str
     ui_url: str
     processes: tuple[StackProcess, ...]
+    dashboard_url: str | None = None
 
     @property
     def is_up(self) -> bool:
@@ -57,8 +72,14 @@ class StackFacts:
         return bool(self.processes) and all(process.is_alive() for process in self.processes)
 
     def end(self) -> None:
-        """End what still runs, last started first. Safe to repeat."""
-        for process in reversed(self.processes):
+        """End what still runs, but for the caller: the supervisor, which ends the others; then, last started first,
+        what is left. Safe to repeat.
+        """
+        others = [process for process in self.processes if process.pid != os.getpid()]
+        for process in others:
+            if process.name == SUPERVISOR:
+                process.ask_to_end(_SUPERVISOR_SECONDS)
+        for process in reversed(others):
             process.end()
 
 
@@ -72,6 +93,6 @@ def read_facts(path: Path) -> StackFacts | None:
     try:
         told = json.loads(path.read_text())
         processes = tuple(StackProcess(**process) for process in told["processes"])
-        return StackFacts(told["api_url"], told["ui_url"], processes)
+        return StackFacts(told["api_url"], told["ui_url"], processes, told.get("dashboard_url"))
     except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -4,31 +4,51 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
+from prefect.context import FlowRunContext
 from prefect.settings import PREFECT_API_URL
 
 from tasks.bit_equality import differing_tensors
 from tasks.launch import run_ranks, with_rank_logs
-from tasks.metrics import MetricsFollower
+from tasks.machines import calling, new_call
 from tasks.progress import ProgressBoard
 from tasks.rank_context import STEPS, rank_environment, write_rank_context
-from tasks.run_folder import Run, prepare_run
+from tasks.run_folder import Run, new_run_id, prepare_run
+from tasks.stage_watch import StageWatch
 from weightline.chain import Chain
 from weightline.errors import DigestMismatchError, InputError
 from weightline.format.manifest import Manifest
 from weightline.stages.job import StageJob, StageResult, write_atomically
 from weightline.stages.launch import launch_argv, launch_environment
+from weightline.stages.load import load_recipe
+from weightline.stages.recipe import StageKind
 
 
 @task(task_run_name="check recipe and bucket", cache_policy=NO_CACHE, persist_result=False)
-def open_or_prepare_run(recipe: str | None, runs_dir: str, run_id: str | None, chain: str | None) -> Run:
+def open_or_prepare_run(
+    recipe: str | None,
+    runs_dir: str,
+    run_id: str | None,
+    chain: str | None,
+    stages: Sequence[StageKind] = (),
+    start_from: str | None = None,
+) -> Run:
     """See tasks.run_folder.prepare_run."""
-    return prepare_run(recipe, runs_dir, run_id, chain)
+    return prepare_run(recipe, runs_dir, run_id, chain, kinds=stages, start_from=start_from)
+
+
+def run_id_of_flow_run(recipe: str | None) -> str | None:
+    """The id of a run that nobody named: the same when its flow run is retried, so that a retry resumes it."""
+    context = FlowRunContext.get()
+    if recipe is None or context is None or context.flow_run is None:
+        return None
+    return f"{new_run_id(load_recipe(recipe).name, context.flow_run.created)}-{context.flow_run.id.hex[:4]}"
 
 
 @task(task_run_name="make start model", cache_policy=NO_CACHE, persist_result=False)
@@ -53,22 +73,41 @@ def run_stage_ranks(run: Run, job: StageJob) -> None:
     kind = job.stage.kind
     job.output_dir.mkdir(parents=True, exist_ok=True)
     job_path = job.output_dir / "job.json"
-    job.model_copy(update={"steps_hook": STEPS}).save(job_path)
+    job.model_copy(update={"steps_hook": STEPS, "provenance": _provenance()}).save(job_path)
     context_path = job.output_dir / "flow_run.json"
     write_rank_context(context_path)
-    argv = launch_argv(job_path, kind, run.placement.num_processes, run.placement.device)
     # What libraries will change in their next release is no news to whoever reads a run's log.
     own = launch_environment(job, {"PYTHONWARNINGS": "ignore::FutureWarning", **os.environ})
     env = rank_environment(context_path, PREFECT_API_URL.value(), own)
-    metrics = MetricsFollower(job.metrics_path)
-    with ProgressBoard(f"{run.run_id}-{kind}", f"{kind} of {run.run_id}: optimizer steps") as board:
+    watch = StageWatch(run, job)
+    log_path, log_dir = job.output_dir / "ranks.log", job.output_dir / "rank-logs"
+    with (
+        ProgressBoard(f"{run.run_id}-{kind}", f"{watch.title}: optimizer steps", watch.draw_page) as board,
+        launching(run, job_path, rank_environment(context_path, PREFECT_API_URL.value(), {})) as argv,
+    ):
 
         def tick() -> None:
-            metrics.refresh()
-            board.report(metrics.step, job.stage.max_steps)
+            board.report(watch.look(), watch.max_steps)
 
-        log_path = job.output_dir / "ranks.log"
-        run_ranks(with_rank_logs(argv, job.output_dir / "rank-logs"), env, log_path, logger.info, tick)
+        run_ranks(with_rank_logs(argv, log_dir), env, log_path, logger.info, tick)
+
+
+def _provenance() -> dict[str, str]:
+    """What links a version to the run that made it."""
+    context = FlowRunContext.get()
+    return {"flow_run_id": str(context.flow_run.id)} if context is not None and context.flow_run is not None else {}
+
+
+@contextmanager
+def launching(run: Run, job_path: Path, environment: dict[str, str]) -> Iterator[list[str]]:
+    """The launch command of this machine; where the recipe wants several, the others are called meanwhile."""
+    place, machines = run.placement, run.recipe.num_machines
+    if machines == 1:
+        yield launch_argv(job_path, place.num_processes, place.device)
+        return
+    call = new_call(job_path, place.num_processes, place.device, machines, environment)
+    with calling(run.folder.parent, call):
+        yield call.argv(machine_rank=0)
 
 
 @task(task_run_name="compare {job.stage.kind} with the chain", cache_policy=NO_CACHE, persist_result=False)

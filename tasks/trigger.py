@@ -38,7 +38,7 @@ def start_training(run: Run) -> UUID:
 
 def start_reconcile(run: Run) -> UUID:
     """Start what the run's versions are owed, however young they are."""
-    return _start(RECONCILE, {"chain": run.chain_url, "grace_seconds": 0.0})
+    return _start(RECONCILE, {"chains": [run.chain_url], "grace_seconds": 0.0})
 
 
 def read_run_state(flow_run_id: UUID) -> RunState | None:

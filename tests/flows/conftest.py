@@ -1,4 +1,4 @@
-"""One Prefect server for all tests of flows: about ten seconds, once."""
+"""One Prefect server for all tests of flows, as a local stack starts it: about ten seconds, once."""
 
 from __future__ import annotations
 
@@ -7,31 +7,28 @@ from pathlib import Path
 
 import pytest
 from prefect.client.orchestration import SyncPrefectClient, get_client
-from prefect.settings import get_current_settings
-from prefect.testing.utilities import prefect_test_harness
+from prefect.events.worker import EventsWorker
+from prefect.settings import PREFECT_API_URL, temporary_settings
+
+from tasks.stack import Stack, StackFolder, free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-#: As in tasks.stack: nothing that writes for nothing to a database that lets one writer at a time.
-_QUIET = {
-    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-    "DO_NOT_TRACK": "1",
-    "PREFECT_SERVER_SERVICES_LATE_RUNS_ENABLED": "false",
-    "PREFECT_SERVER_SERVICES_PAUSE_EXPIRATIONS_ENABLED": "false",
-}
-
-
 @pytest.fixture(scope="session")
-def server() -> Iterator[str]:
-    """URL of a Prefect server's API, with a database of its own that goes with it."""
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """URL of a Prefect server's API, with a database of its own that goes with it. It looks at schedules often."""
+    folder = StackFolder.under(tmp_path_factory.mktemp("server"))
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in _QUIET.items():
-            patch.setenv(name, value)
-        with prefect_test_harness(server_startup_timeout=120):
-            url = get_current_settings().api.url
-            assert url is not None
-            yield url
+        patch.setenv("PREFECT_SERVER_SERVICES_SCHEDULER_LOOP_SECONDS", "5")
+        stack = Stack(folder, free_port(0))
+    try:
+        stack.start_server()
+        with temporary_settings({PREFECT_API_URL: stack.api_url}):
+            yield stack.api_url
+            EventsWorker.drain_all()
+    finally:
+        stack.end()
 
 
 @pytest.fixture

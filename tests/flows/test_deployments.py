@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +22,8 @@ from prefect.client.schemas.filters import (
 from prefect.client.schemas.objects import FlowRun, StateType
 from prefect.events import emit_event
 from prefect.events.worker import EventsWorker
+from prefect.exceptions import PrefectHTTPStatusError
+from prefect.states import Crashed
 
 from flows.reconcile import reconcile
 from tasks.deploy import deploy_all, end_stale_runs
@@ -25,7 +31,7 @@ from tasks.lanes import LANES, WORK_POOL
 from tasks.publish import announce_commit
 from tests.chains import commit_state, nudged, random_state
 from tests.flows.conftest import ROOT
-from weightline.chain import open_chain
+from weightline.chain import Chain, open_chain
 
 CONSUMERS = ("evaluate-version", "refresh-serving")
 
@@ -78,21 +84,85 @@ def test_other_events_start_nothing(deployed: SyncPrefectClient) -> None:
     assert _runs(deployed, "evaluate-version", "memory://other") == []
 
 
-def test_reconcile_starts_what_was_forgotten_and_starts_it_once(deployed: SyncPrefectClient) -> None:
-    chain = open_chain("memory://forgotten")
+def _committed_unheard(name: str) -> Chain:
+    chain = open_chain(f"memory://{name}")
     state = random_state(0)
     commit_state(chain, state, is_milestone=True)
     commit_state(chain, nudged(state, 1), state)
-    assert reconcile(chain=chain.url, grace_seconds=3600.0) == 0
-    for _ in range(2):
-        assert reconcile(chain=chain.url, grace_seconds=0.0) == 4
+    return chain
+
+
+def test_commits_while_the_server_is_down_are_made_good(deployed: SyncPrefectClient, tmp_path: Path) -> None:
+    chain = open_chain((tmp_path / "unheard").as_uri())
+    down = {**os.environ, "PREFECT_API_URL": "http://127.0.0.1:9/api"}
+    subprocess.run([sys.executable, "-m", "tests.flows.unheard_commits", chain.url], env=down, cwd=ROOT, check=True)
+    assert reconcile(chains=[chain.url], grace_seconds=3600.0) == 0
+    assert reconcile(chains=[chain.url], grace_seconds=0.0) == 2  # both are announced, and that starts the consumers
     for name in CONSUMERS:
-        assert sorted(run.parameters["version"] for run in _runs(deployed, name, chain.url)) == [0, 1]
+        runs = _wait_for(lambda name=name: _runs(deployed, name, chain.url), lambda found: len(found) >= 2)
+        assert sorted(run.parameters["version"] for run in runs) == [0, 1]
+    assert reconcile(chains=[chain.url], grace_seconds=0.0) == 0  # known, and under way
+
+
+def test_what_an_announcement_did_not_start_is_started_once(deployed: SyncPrefectClient) -> None:
+    chain = _committed_unheard("forgotten")
+    for manifest in chain.manifests():
+        announce_commit(chain.url, {"version": manifest.version, "commit_id": manifest.commit_id})
+    for name in CONSUMERS:
+        for run in _wait_for(lambda name=name: _runs(deployed, name, chain.url), lambda found: len(found) >= 2):
+            deployed.set_flow_run_state(run.id, Crashed(), force=True)
+    for _ in range(2):
+        assert reconcile(chains=[chain.url], grace_seconds=0.0) in (4, 0)
+    for name in CONSUMERS:
+        waiting = [run for run in _runs(deployed, name, chain.url) if run.state and run.state.is_scheduled()]
+        assert sorted(run.parameters["version"] for run in waiting) == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong", "field"),
+    [
+        ("evaluate-version/evaluate-version", {"chain": "memory://x", "version": -3}, "version"),
+        ("post-training/post-training", {"stages": ["ppo"]}, "stages"),
+        ("maintain-chain/maintain-chain", {"chain": "memory://x", "keep_versions": 0}, "keep_versions"),
+        ("publish-model/publish-model", {"version": "tip"}, "chain"),
+    ],
+)
+def test_the_server_refuses_a_wrong_value_and_names_the_field(
+    deployed: SyncPrefectClient, name: str, wrong: dict[str, Any], field: str
+) -> None:
+    found = deployed.read_deployment_by_name(name)
+    with pytest.raises(PrefectHTTPStatusError, match=field):
+        deployed.create_flow_run_from_deployment(found.id, parameters=wrong)
+
+
+def test_nightly_training_is_off_until_it_is_switched_on(deployed: SyncPrefectClient) -> None:
+    found = deployed.read_deployment_by_name("post-training/post-training")
+    (nightly,) = found.schedules
+    assert not nightly.active
+    scheduled = FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.SCHEDULED])))
+    named = DeploymentFilter(name=DeploymentFilterName(any_=["post-training"]))
+
+    def runs_of_the_schedule() -> list[FlowRun]:
+        runs = deployed.read_flow_runs(deployment_filter=named, flow_run_filter=scheduled)
+        return [run for run in runs if run.auto_scheduled]
+
+    reconciled = DeploymentFilter(name=DeploymentFilterName(any_=["reconcile"]))
+    _wait_for(lambda: deployed.read_flow_runs(deployment_filter=reconciled, flow_run_filter=scheduled), bool)
+    assert runs_of_the_schedule() == []
+    deployed.update_deployment_schedule(found.id, nightly.id, active=True)
+    run = _wait_for(runs_of_the_schedule, bool)[0]
+    assert run.work_queue_name == "training"
+    assert run.expected_start_time is not None
+    assert run.expected_start_time.hour == 2
+    deployed.update_deployment_schedule(found.id, nightly.id, active=False)
 
 
 def test_deploying_again_changes_nothing_that_a_person_sees(deployed: SyncPrefectClient) -> None:
     before = {deployment.id for deployment in deployed.read_deployments()}
-    deploy_all(ROOT)
+    done = subprocess.run(
+        [sys.executable, "-m", "flows", "deploy"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert os.environ["PREFECT_API_URL"] in done.stdout
     assert {deployment.id for deployment in deployed.read_deployments()} == before
     queues = {queue.name: queue.concurrency_limit for queue in deployed.read_work_queues(work_pool_name=WORK_POOL)}
     assert all(queues[queue] == 1 for lane in LANES for queue in lane.queues)
@@ -103,7 +173,7 @@ def test_deploying_again_changes_nothing_that_a_person_sees(deployed: SyncPrefec
 
 def test_what_an_earlier_stack_left_behind_is_cancelled(deployed: SyncPrefectClient) -> None:
     found = deployed.read_deployment_by_name("reconcile/reconcile")
-    left_behind = deployed.create_flow_run_from_deployment(found.id, parameters={"chain": "memory://past"})
+    left_behind = deployed.create_flow_run_from_deployment(found.id, parameters={"chains": ["memory://past"]})
     assert end_stale_runs(deployed) >= 1
     state = deployed.read_flow_run(left_behind.id).state
     assert state is not None

@@ -116,7 +116,7 @@ def test_a_launcher_goes_when_its_flow_is_killed(tmp_path: Path) -> None:
 
 
 def test_the_launch_command_labels_lines_and_keeps_a_log_a_rank() -> None:
-    argv = with_rank_logs(launch_argv("job.json", "sft", 2), Path("/logs"))
+    argv = with_rank_logs(launch_argv("job.json", 2), Path("/logs"))
     start = argv.index("accelerate.commands.launch") + 1
     assert argv[start : start + 4] == ["--tee", "3", "--log_dir", "/logs"]
     assert argv[-2:] == ["--job", "job.json"]

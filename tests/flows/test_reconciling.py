@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
+import os
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-from tasks.reconciling import EVALUATE, REFRESH, WINDOW_SECONDS, Missing, newest_chain, plan_reconcile
+import pytest
+
+from tasks.reconciling import (
+    CHAINS_VARIABLE,
+    EVALUATE,
+    REFRESH,
+    WINDOW_SECONDS,
+    Missing,
+    configured_chains,
+    plan_announcements,
+    plan_reconcile,
+)
+from tasks.run_folder import prepare_run
 from tests.chains import commit_state, nudged, random_state
+from tests.flows.recipes import write_recipe
 from weightline.chain import Chain, open_chain
 
 LATER = datetime.now(UTC) + timedelta(hours=1)
@@ -46,8 +60,28 @@ def test_a_crashed_run_is_started_again_in_the_next_window() -> None:
     assert missing.idempotency_key(10.0) != Missing(3, "ab" * 16, REFRESH).idempotency_key(10.0)
 
 
-def test_a_folder_without_runs_has_no_chain(tmp_path: Path) -> None:
-    assert newest_chain(tmp_path) is None
+def test_what_waits_or_goes_on_is_not_started_again() -> None:
+    planned = plan_reconcile(_chain("busy").manifests(), [], [], LATER, under_way={(EVALUATE, 0), (REFRESH, 1)})
+    assert [(one.version, one.deployment) for one in planned] == [(0, REFRESH), (1, EVALUATE)]
+
+
+def test_an_event_that_the_server_lacks_is_sent_while_it_would_be_kept() -> None:
+    manifests = _chain("unheard").manifests()
+    long_ago = datetime.now(UTC) - timedelta(days=1)
+    assert plan_announcements(manifests, set(), LATER, long_ago) == manifests
+    assert plan_announcements(manifests, {manifests[0].commit_id}, LATER, long_ago) == manifests[1:]
+    assert plan_announcements(manifests, set(), long_ago, long_ago) == ()
+    assert plan_announcements(manifests, set(), LATER, LATER) == ()
+
+
+def test_all_configured_chains_are_looked_after_newest_run_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert configured_chains(tmp_path) == ([], [])
     (tmp_path / "no-run").mkdir()
     (tmp_path / "no-run" / "run.json").write_text("{}")
-    assert newest_chain(tmp_path) is None
+    older, newer = (prepare_run(write_recipe(tmp_path), tmp_path, name) for name in ("older", "newer"))
+    os.utime(older.folder / "run.json", (1, 1))
+    assert configured_chains(tmp_path) == ([], [newer.chain_url, older.chain_url])
+    monkeypatch.setenv(CHAINS_VARIABLE, f"s3://bucket/chain {older.chain_url}")
+    assert configured_chains(tmp_path) == (["s3://bucket/chain", older.chain_url], [newer.chain_url])

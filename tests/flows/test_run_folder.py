@@ -10,10 +10,12 @@ import pytest
 
 from tasks.evaluation import evaluation_task, recipe_of
 from tasks.run_folder import RUNS, new_run_id, open_run, prepare_run
-from tests.chains import commit_state, random_state
+from tests.chains import commit_state, nudged, random_state
 from tests.flows.recipes import write_recipe
+from weightline.chain import open_chain
 from weightline.chain.records import read_records
 from weightline.errors import InputError, NotFoundError, RecipeError, StorageError
+from weightline.stages.recipe import ModelConfig, parse_start
 
 
 def test_a_new_run_writes_its_folder_its_bucket_and_its_record(tmp_path: Path) -> None:
@@ -107,3 +109,45 @@ def test_a_version_of_a_run_without_a_recipe_needs_a_task() -> None:
     with pytest.raises(InputError, match="name a task"):
         evaluation_task(None, None, None, Path("unused"))
     assert evaluation_task(None, "gsm8k", 10, Path("unused")).name == "gsm8k"
+
+
+def test_some_stages_of_a_recipe(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path)
+    run = prepare_run(recipe, tmp_path / "runs", "toy-1", kinds=["dpo"])
+    assert [stage.kind for stage in run.recipe.stages] == ["dpo"]
+    assert run.job("dpo").model_dir == run.start_model_dir
+    assert prepare_run(recipe, tmp_path / "runs", "toy-1", kinds=["dpo"]) == run
+    with pytest.raises(InputError, match="another recipe"):
+        prepare_run(recipe, tmp_path / "runs", "toy-1")
+    with pytest.raises(RecipeError, match="stages: the recipe toy has no stage 'grpo'") as caught:
+        prepare_run(recipe, tmp_path / "runs", "toy-2", kinds=["grpo"])
+    assert caught.value.facts["field"] == "stages"
+
+
+def test_a_run_from_a_version_stays_with_that_version(tmp_path: Path) -> None:
+    chain = open_chain((tmp_path / "chain").as_uri())
+    state = random_state(0)
+    commit_state(chain, state)
+    recipe = write_recipe(tmp_path)
+    run = prepare_run(recipe, tmp_path / "runs", "toy-1", start_from=f"{chain.url}@tip")
+    assert (run.recipe.model.chain, run.recipe.model.version, run.recipe.model.tiny) == (chain.url, "0", None)
+    commit_state(chain, nudged(state, 1), state)
+    assert prepare_run(recipe, tmp_path / "runs", "toy-1", start_from=f"{chain.url}@tip") == run
+    assert prepare_run(None, tmp_path / "runs", "toy-1") == run
+    with pytest.raises(RecipeError, match=r"model\.chain"):
+        prepare_run(recipe, tmp_path / "runs", "toy-2", start_from=f"{chain.url}@9")
+
+
+@pytest.mark.parametrize(
+    ("text", "start"),
+    [
+        ("Qwen/Qwen3-0.6B", {"path": "Qwen/Qwen3-0.6B"}),
+        ("/models/mine", {"path": "/models/mine"}),
+        ("file:///b/chain@12", {"chain": "file:///b/chain", "version": "12"}),
+        ("s3://bucket/chain", {"chain": "s3://bucket/chain"}),
+        ("hf://buckets/me@org/chain", {"chain": "hf://buckets/me@org/chain"}),
+        ("s3://bucket/chain@best", {"chain": "s3://bucket/chain", "version": "best"}),
+    ],
+)
+def test_what_a_person_names_to_start_from(text: str, start: dict[str, str]) -> None:
+    assert parse_start(text) == ModelConfig.model_validate(start)

@@ -11,12 +11,13 @@ import time
 from datetime import timedelta
 from pathlib import Path
 
+import httpx
 import psutil
 import pytest
 from prefect.settings import Settings
 
 from tasks.stack import StackFolder, free_port, is_healthy, running_stack, stack_environment
-from tasks.stack_registry import read_facts
+from tasks.stack_registry import StackFacts, read_facts
 from tests.flows.conftest import ROOT
 
 
@@ -63,9 +64,25 @@ def _flows(*argv: str, runs_dir: Path) -> subprocess.Popen[str]:
     )  # fmt: skip
 
 
+def _kill(facts: StackFacts, name: str) -> None:
+    """With kill -9."""
+    (pid,) = (process.pid for process in facts.processes if process.name == name)
+    os.kill(pid, signal.SIGKILL)
+
+
 def _heed_interrupts() -> None:
     """A shell's background job, as a CI's may be, has SIGINT ignored, and its children inherit that."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def _answers(url: str) -> bool:
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        try:
+            return httpx.get(url, trust_env=False).is_success
+        except httpx.TransportError:
+            time.sleep(0.2)
+    return False
 
 
 @pytest.mark.slow
@@ -77,8 +94,20 @@ def test_up_leaves_a_stack_and_down_ends_all_of_it(tmp_path: Path) -> None:
     facts = running_stack(folder)
     assert facts is not None
     assert facts.ui_url in out
-    assert {process.name for process in facts.processes} == {"server", "runner"}
+    assert {process.name for process in facts.processes} == {"server", "runner", "dashboard", "supervisor"}
+    assert f"Dashboard: {facts.dashboard_url}" in out
+    assert _answers(f"{facts.dashboard_url}/api/chains")
     members = [child for p in facts.processes for child in psutil.Process(p.pid).children(recursive=True)]
+
+    _kill(facts, "server")
+    _kill(facts, "runner")
+    deadline = time.monotonic() + 90
+    while (repaired := running_stack(folder)) is None:
+        assert time.monotonic() < deadline, (folder.log_dir / "supervisor.log").read_text()
+        time.sleep(0.2)
+    assert {process.name for process in repaired.processes} == {process.name for process in facts.processes}
+    assert (repaired.api_url, repaired.dashboard_url) == (facts.api_url, facts.dashboard_url)
+    facts = repaired
 
     again = _flows("up", runs_dir=tmp_path)
     assert facts.ui_url in again.communicate(timeout=60)[0]

@@ -40,7 +40,7 @@ def _text(console: Console) -> str:
     return console.file.getvalue()
 
 
-def test_the_summary_says_what_the_issue_promises(run: Run) -> None:
+def test_the_summary_says_all_of_a_run(run: Run) -> None:
     run.equality_path("sft").write_text(json.dumps({"version": 1, "is_bit_equal": True}))
     write_summary(run, read_lineage(run.open_chain()), "http://127.0.0.1:4200", 12.34)
     summary = json.loads(run.summary_path.read_text())

@@ -74,12 +74,12 @@ def test_a_checkpoint_of_another_number_of_ranks_is_refused(tmp_path: Path) -> N
 
 
 def test_the_command_line(tmp_path: Path) -> None:
-    argv = launch_argv(tmp_path / "job.json", "dpo", num_processes=3)
+    argv = launch_argv(tmp_path / "job.json", num_processes=3)
     assert argv[:3] == [sys.executable, "-m", "accelerate.commands.launch"]
-    assert argv[-4:] == ["-m", "weightline.stages.dpo", "--job", str(tmp_path / "job.json")]
+    assert argv[-4:] == ["-m", "weightline.stages.rank", "--job", str(tmp_path / "job.json")]
     assert argv[argv.index("--num_processes") + 1] == "3"
     assert argv[argv.index("--config_file") + 1].endswith("zero3_cpu.yaml")
-    assert "zero3_gpu.yaml" in " ".join(launch_argv("job.json", "sft", 1, "cuda"))
+    assert "zero3_gpu.yaml" in " ".join(launch_argv("job.json", 1, "cuda"))
 
 
 def test_every_configuration_of_accelerate_is_found_and_is_zero_3() -> None:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tests.receiver.model_chains import assert_same_bits, make_chain, state_of
 from weightline.errors import RecipeError
 from weightline.stages.float32_compute import compute_in_float32
-from weightline.stages.model import VOCAB_SIZE, build_tiny_model, materialize_model
+from weightline.stages.model import VOCAB_SIZE, build_byte_tokenizer, build_tiny_model, materialize_model
 from weightline.stages.recipe import ModelConfig, TinyModelConfig
 
 TINY = TinyModelConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, head_dim=16,
@@ -93,3 +95,45 @@ def test_float32_compute_leaves_unknown_modules_alone() -> None:
     model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.LayerNorm(2)).bfloat16()
     assert not compute_in_float32(model)
     assert type(model[0]) is torch.nn.Linear
+
+
+def test_a_version_of_a_chain_is_a_start_model_with_its_very_bits(tmp_path: Path) -> None:
+    made = make_chain((tmp_path / "chain").as_uri(), num_versions=2)
+    folder = materialize_model(ModelConfig(chain=made.chain.url, version="0"), tmp_path / "start", seed=0)
+    assert_same_bits(state_of(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)), made.states[0])
+    assert AutoTokenizer.from_pretrained(folder)("1+1=")["input_ids"] == list(b"1+1=")
+
+
+def _saved(folder: Path, dtype: torch.dtype, **options: Any) -> Path:
+    build_tiny_model(TINY, seed=3).to(dtype).save_pretrained(folder, **options)
+    build_byte_tokenizer(64).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("max_shard_size", ["5GB", "8KB"])
+def test_a_wider_model_is_cast_file_by_file(tmp_path: Path, max_shard_size: str) -> None:
+    """The bits are those that loading and casting the whole model gives; the shards stay as they are."""
+    source = _saved(tmp_path / "fp32", torch.float32, max_shard_size=max_shard_size)
+    taken = materialize_model(ModelConfig(path=str(source)), tmp_path / "taken", seed=0)
+    assert sorted(p.name for p in taken.glob("*.safetensors*")) == sorted(p.name for p in source.glob("*.safetensors*"))
+    whole = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(taken)
+    assert model.dtype == torch.bfloat16
+    assert_same_bits(state_of(model), state_of(whole))
+
+
+def test_a_bf16_model_is_linked_and_its_source_stays_whole(tmp_path: Path) -> None:
+    source = _saved(tmp_path / "bf16", torch.bfloat16)
+    before = (source / "model.safetensors").read_bytes()
+    for _ in range(2):  # safe to repeat
+        taken = materialize_model(ModelConfig(path=str(source)), tmp_path / "taken", seed=0)
+    assert (taken / "model.safetensors").read_bytes() == before
+    assert (source / "model.safetensors").read_bytes() == before
+
+
+def test_a_folder_with_something_else_is_refused_before_anything_is_copied(tmp_path: Path) -> None:
+    source = _saved(tmp_path / "broken", torch.bfloat16)
+    (source / "config.json").write_text('{"model_type": "vit"}')
+    with pytest.raises(RecipeError, match=r"model\.path"):
+        materialize_model(ModelConfig(path=str(source)), tmp_path / "taken", seed=0)
+    assert not (tmp_path / "taken").exists()

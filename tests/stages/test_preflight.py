@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.chains import commit_state, random_state
 from tests.stages.test_recipe import changed, stage
+from weightline.chain import open_chain
 from weightline.errors import RecipeError
 from weightline.stages.load import parse_recipe
-from weightline.stages.preflight import Placement, check_recipe, is_local_path, plan_placement
+from weightline.stages.preflight import REPORTERS, Placement, check_recipe, is_local_path, plan_placement
 from weightline.stages.trainer_args import OWNED_ARGS, trainer_field_names
 
 
@@ -139,3 +143,43 @@ def test_what_counts_as_local(tmp_path: Path) -> None:
     assert is_local_path("./model")
     assert is_local_path("~/model")
     assert is_local_path("runs/a/model")
+
+
+@pytest.mark.parametrize(
+    ("report_to", "problem", "remedy"),
+    [
+        (["swanlab"], "swanlab needs the package swanlab", "pip install swanlab"),
+        ("tensorbord", "no reporter 'tensorbord'", "did you mean `tensorboard`?"),
+        ([3], "is no name of a reporter", "trackio"),
+    ],
+)
+def test_a_reporter_that_would_fail_in_a_rank(report_to: Any, problem: str, remedy: str) -> None:
+    error = refused(changed(stages=stage(trainer_args={"report_to": report_to})))
+    assert error.facts["field"] == "stages[0].trainer_args.report_to"
+    assert problem in str(error)
+    assert remedy in str(error.facts["remedy"])
+
+
+def test_reporters_that_are_there_pass() -> None:
+    for report_to in ("none", [], ["none"]):
+        assert check_recipe(parse_recipe(changed(stages=stage(trainer_args={"report_to": report_to}))), 0)
+
+
+def test_reporters_are_those_of_transformers() -> None:
+    """From its source: importing it takes seconds."""
+    spec = find_spec("transformers")
+    assert spec is not None
+    assert spec.origin is not None
+    source = (Path(spec.origin).parent / "integrations" / "integration_utils.py").read_text()
+    table = source.partition("INTEGRATION_TO_CALLBACK = {")[2].partition("}")[0]
+    assert set(REPORTERS) <= set(re.findall(r'"(\w+)":', table))
+
+
+def test_a_version_to_start_from(tmp_path: Path) -> None:
+    chain = open_chain((tmp_path / "chain").as_uri())
+    commit_state(chain, random_state(0))
+    assert check_recipe(parse_recipe(changed(model={"chain": chain.url, "version": 0})), num_cuda_devices=0)
+    error = refused(changed(model={"chain": chain.url, "version": "7"}))
+    assert error.facts["field"] == "model.chain"
+    assert "has no version 7" in str(error)
+    assert "model.chain" in str(refused(changed(model={"chain": "nowhere://x"})))

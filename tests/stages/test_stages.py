@@ -45,7 +45,7 @@ _RECIPE = {
 def run(job: StageJob) -> StageResult:
     job_path = job.output_dir / "job.json"
     job.save(job_path)
-    argv = launch_argv(job_path, job.stage.kind, num_processes=2)
+    argv = launch_argv(job_path, num_processes=2)
     done = subprocess.run(
         argv,
         env=launch_environment(job, os.environ),

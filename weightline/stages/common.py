@@ -54,6 +54,7 @@ def training_args(config_class: type[Args], job: StageJob) -> Args:
         "report_to": [],
         "disable_tqdm": True,
         "save_total_limit": 2,
+        "run_name": f"{job.run_id}-{stage.kind}",
         "dataloader_pin_memory": job.device == "cuda",
         **stage.trainer_args,
     }
@@ -112,8 +113,11 @@ def _add_callbacks(trainer: Trainer, job: StageJob) -> None:
     if job.chain_url is not None:
         from weightline.trainer.callback import WeightlineCallback
 
-        options = {"stage": job.stage.kind, "run_id": job.run_id, "sync_steps": job.stage.sync_steps}
-        trainer.add_callback(WeightlineCallback(job.chain_url, **options, steps_hook=job.steps_hook))
+        callback = WeightlineCallback(
+            job.chain_url, stage=job.stage.kind, run_id=job.run_id, sync_steps=job.stage.sync_steps,
+            provenance=job.provenance, steps_hook=job.steps_hook,
+        )  # fmt: skip
+        trainer.add_callback(callback)
     trainer.add_callback(MetricsCallback(job.metrics_path))
     trainer.add_callback(WholeCheckpointCallback())
 

@@ -1,6 +1,6 @@
 """Rank program: direct preference optimization, the chosen over the rejected (https://arxiv.org/abs/2305.18290).
 
-accelerate launch --config_file infra/accelerate/zero3_cpu.yaml -m weightline.stages.dpo --job JOB.json
+Started by weightline.stages.rank.
 """
 
 from __future__ import annotations
@@ -23,7 +23,3 @@ def main() -> None:
         processing_class=tokenizer,
     )
     run_stage(trainer, job)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,6 +1,6 @@
 """Rank program: group relative policy optimization, a reward on own samples (https://arxiv.org/abs/2402.03300).
 
-accelerate launch --config_file infra/accelerate/zero3_cpu.yaml -m weightline.stages.grpo --job JOB.json
+Started by weightline.stages.rank.
 """
 
 from __future__ import annotations
@@ -24,7 +24,3 @@ def main() -> None:
         reward_funcs=load_reward(job),
     )
     run_stage(trainer, job)
-
-
-if __name__ == "__main__":
-    main()

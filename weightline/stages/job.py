@@ -35,6 +35,8 @@ class StageJob(FrozenModel):
     """Bucket and chain to publish versions to. None: train without publishing."""
     steps_hook: str | None = None
     """`module:function` that runs the per-rank steps of publishing, e.g. as Prefect tasks. None: run them plainly."""
+    provenance: dict[str, str] = Field(default_factory=dict)
+    """What every version's manifest says of where it came from, such as the flow run that made it."""
 
     @property
     def final_model_dir(self) -> Path:

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from weightline.errors import InputError
 from weightline.stages.job import StageJob
 from weightline.stages.preflight import is_local_path
-from weightline.stages.recipe import StageKind
 
 DEEPSPEED_CONFIG = "ds_zero3.json"
+RANK_PROGRAM = "weightline.stages.rank"
 _HERE = Path(__file__).resolve().parent
 _CONFIG_FOLDERS = (_HERE.parents[1] / "infra" / "accelerate", _HERE / "accelerate")
 
@@ -29,17 +30,39 @@ def accelerate_config(name: str) -> Path:
     raise InputError(f"no {name} in {looked}: install weightline from its repository or wheel", name=name)
 
 
-def launch_argv(job_path: str | Path, kind: StageKind, num_processes: int, device: str = "cpu") -> list[str]:
-    """`accelerate launch` of weightline.stages.<kind> on this machine, with this interpreter and a free port."""
+@dataclass(frozen=True, slots=True)
+class Place:
+    """One of several machines that train a stage together."""
+
+    num_machines: int
+    machine_rank: int
+    main_address: str
+    """Of machine 0, as the others reach it."""
+    main_port: int
+
+
+def launch_argv(job_path: str | Path, num_processes: int, device: str = "cpu", place: Place | None = None) -> list[str]:
+    """`accelerate launch` of the job's rank program on this machine, with this interpreter.
+
+    Alone, and on a free port; or as one of several machines, `num_processes` counting the ranks of all.
+    """
     config = accelerate_config("zero3_cpu.yaml" if device == "cpu" else "zero3_gpu.yaml")
     options = {
         "--config_file": str(config),
         "--deepspeed_config_file": str(accelerate_config(DEEPSPEED_CONFIG)),
         "--num_processes": str(num_processes),
-        "--main_process_port": "0",
+        "--main_process_port": "0" if place is None else str(place.main_port),
     }
+    if place is not None:
+        options |= {
+            "--num_machines": str(place.num_machines),
+            "--machine_rank": str(place.machine_rank),
+            "--main_process_ip": place.main_address,
+            # torchrun on every machine; DeepSpeed's own launchers would go there by ssh.
+            "--deepspeed_multinode_launcher": "standard",
+        }
     flags = [text for option in options.items() for text in option]
-    program = ["-m", f"weightline.stages.{kind}", "--job", str(job_path)]
+    program = ["-m", RANK_PROGRAM, "--job", str(job_path)]
     return [sys.executable, "-m", "accelerate.commands.launch", *flags, *program]
 
 

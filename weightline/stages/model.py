@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 
 import torch
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
+from weightline.chain import open_chain
+from weightline.chain.checkpoint import write_checkpoint
+from weightline.chain.refs import resolve
 from weightline.stages.load import recipe_error
+from weightline.stages.preflight import is_local_path
 from weightline.stages.recipe import ModelConfig, TinyModelConfig
+from weightline.stages.start_files import HUB_PATTERNS, has_safetensors, take_files
 
 EOS_TOKEN = "<|endoftext|>"  # noqa: S105 - a token of text
 PAD_TOKEN = "<|pad|>"  # noqa: S105 - a token of text
@@ -20,24 +35,52 @@ VOCAB_SIZE = 258
 def materialize_model(config: ModelConfig, folder: str | Path, seed: int) -> Path:
     """Put the recipe's model into `folder` as a model in bf16 with its tokenizer, ready for `from_pretrained`.
 
-    Builds the tiny model, or loads `config.path` (from disk or the Hub) and casts it. Same input, same bits. Safe to
-    repeat; a crash leaves a folder to be written again. Raises RecipeError when there is no such model.
+    Builds the tiny model, loads `config.path` (from disk or the Hub), or replays a version of `config.chain`, and casts
+    it. Same input, same bits. Safe to repeat; a crash leaves a folder to be written again. RecipeError when there is no
+    such model.
     """
     folder = Path(folder)
     if config.tiny is not None:
         build_tiny_model(config.tiny, seed).save_pretrained(folder)
         build_byte_tokenizer(config.tiny.max_position_embeddings).save_pretrained(folder)
         return folder
-    path = str(Path(config.path or "").expanduser()) if (config.path or "").startswith("~") else config.path
+    if config.chain is not None:
+        return _materialize_version(config.chain, config.version, folder)
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, revision=config.revision, dtype=torch.bfloat16)
-        tokenizer = AutoTokenizer.from_pretrained(path, revision=config.revision)
-    except (OSError, ValueError) as error:
+        _materialize_path(config, folder)
+    except (OSError, ValueError, SafetensorError) as error:
         remedy = "give a folder or a Hub id of a causal language model, and log in where it is gated"
         raise recipe_error("model.path", f"{config.path} cannot be loaded: {error}", remedy) from error
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
     return folder
+
+
+def _materialize_path(config: ModelConfig, folder: Path) -> None:
+    """File by file where the weights are safetensors; other formats are loaded whole, once."""
+    path = config.path or ""
+    source = Path(path).expanduser() if is_local_path(path) else _downloaded(path, config.revision)
+    if not has_safetensors(source):
+        model = AutoModelForCausalLM.from_pretrained(path, revision=config.revision, dtype=torch.bfloat16)
+        model.save_pretrained(folder)
+        AutoTokenizer.from_pretrained(path, revision=config.revision).save_pretrained(folder)
+        return
+    with torch.device("meta"):  # raises for what is no causal language model, before anything is copied
+        AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source))
+    AutoTokenizer.from_pretrained(source)
+    take_files(source, folder)
+
+
+def _downloaded(repo_id: str, revision: str | None) -> Path:
+    """The Hub model's files in the Hub's own cache."""
+    return Path(snapshot_download(repo_id, revision=revision, allow_patterns=HUB_PATTERNS))
+
+
+def _materialize_version(chain_url: str, version: str, folder: Path) -> Path:
+    """A version's weights, every digest checked; cast where they are not bf16 already."""
+    chain = open_chain(chain_url)
+    with tempfile.TemporaryDirectory(prefix="weightline-start-") as scratch:
+        checkpoint = Path(scratch) / "checkpoint"
+        write_checkpoint(chain, resolve(chain, version), checkpoint)
+        return materialize_model(ModelConfig(path=str(checkpoint)), folder, seed=0)
 
 
 def build_tiny_model(config: TinyModelConfig, seed: int) -> Qwen3ForCausalLM:

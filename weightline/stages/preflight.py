@@ -9,10 +9,13 @@ import re
 import subprocess
 import sys
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
-from weightline.errors import LaunchError
+from weightline.chain import open_chain
+from weightline.chain.refs import resolve
+from weightline.errors import InputError, LaunchError, NotFoundError
 from weightline.stages.load import recipe_error
 from weightline.stages.recipe import DatasetConfig, ModelConfig, Recipe, StageConfig
 from weightline.stages.trainer_args import OWNED_ARGS, trainer_field_names
@@ -22,6 +25,18 @@ REQUIRED_COLUMNS: dict[str, tuple[frozenset[str], ...]] = {
     "sft": (frozenset({"prompt", "completion"}), frozenset({"text"}), frozenset({"messages"})),
     "dpo": (frozenset({"chosen", "rejected"}),),
     "grpo": (frozenset({"prompt"}),),
+}
+#: Reporters of transformers, and the modules of which each needs one.
+REPORTERS: dict[str, tuple[str, ...]] = {
+    "trackio": ("trackio",),
+    "wandb": ("wandb",),
+    "mlflow": ("mlflow",),
+    "tensorboard": ("tensorboard", "tensorboardX"),
+    "comet_ml": ("comet_ml",),
+    "clearml": ("clearml",),
+    "dvclive": ("dvclive",),
+    "neptune": ("neptune",),
+    "swanlab": ("swanlab",),
 }
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _DATA_SUFFIXES = frozenset({".jsonl", ".json", ".parquet", ".csv"})
@@ -55,17 +70,24 @@ def check_recipe(recipe: Recipe, num_cuda_devices: int | None = None) -> Placeme
 
 
 def plan_placement(recipe: Recipe, num_cuda_devices: int, num_cores: int | None = None) -> Placement:
-    """Choose the device and the number of ranks. Raises RecipeError for more ranks than can be started."""
-    wanted = recipe.num_processes
-    if recipe.device == "cuda" and num_cuda_devices < (wanted or 1):
-        problem = f"{wanted or 1} ranks need as many GPUs, {num_cuda_devices} are visible"
+    """Choose the device and the number of ranks, from what this machine has: the others are taken to be like it.
+
+    Raises RecipeError for more ranks than can be started, and for such as do not spread evenly.
+    """
+    wanted, machines = recipe.num_processes, recipe.num_machines
+    if wanted is not None and wanted % machines:
+        problem = f"{wanted} ranks do not spread evenly over {machines} machines"
+        raise recipe_error("num_processes", problem, f"a multiple of {machines}")
+    here = None if wanted is None else wanted // machines
+    if recipe.device == "cuda" and num_cuda_devices < (here or 1):
+        problem = f"{here or 1} ranks a machine need as many GPUs, {num_cuda_devices} are visible"
         raise recipe_error("num_processes", problem, "lower it, make more GPUs visible, or set `device: cpu`")
-    if recipe.device != "cpu" and num_cuda_devices >= (wanted or 1):
-        return Placement("cuda", wanted or num_cuda_devices)
+    if recipe.device != "cpu" and num_cuda_devices >= (here or 1):
+        return Placement("cuda", wanted or num_cuda_devices * machines)
     limit = max_cpu_ranks(num_cores or len(os.sched_getaffinity(0)))
-    if (wanted or 2) > limit:
-        raise recipe_error("num_processes", f"{wanted} ranks, but this machine can start {limit}", f"at most {limit}")
-    return Placement("cpu", wanted or 2)
+    if (here or 2) > limit:
+        raise recipe_error("num_processes", f"{here} ranks, but this machine can start {limit}", f"at most {limit}")
+    return Placement("cpu", wanted or 2 * machines)
 
 
 def max_cpu_ranks(num_cores: int) -> int:
@@ -91,6 +113,8 @@ def is_local_path(path: str) -> bool:
 
 
 def _check_model(model: ModelConfig) -> None:
+    if model.chain is not None:
+        _check_start_version(model.chain, model.version)
     if model.path is None or not is_local_path(model.path):
         return
     folder = Path(model.path).expanduser()
@@ -103,6 +127,18 @@ def _check_model(model: ModelConfig) -> None:
             raise recipe_error("model.path", f"{folder} has no {what} ({pattern})", remedy)
 
 
+def _check_start_version(chain_url: str, version: str) -> None:
+    try:
+        chain = open_chain(chain_url)
+        manifest = chain.manifest(resolve(chain, version))
+    except (InputError, NotFoundError) as error:
+        remedy = "give the URL of a chain and a version that it has (weightline log URL)"
+        raise recipe_error("model.chain", f"{chain_url} has no version {version}: {error}", remedy) from error
+    if manifest.base_model is not None:
+        remedy = "merge the adapter into its base model, and give that folder as `path`"
+        raise recipe_error("model.chain", f"{chain_url} holds an adapter, not a model", remedy)
+
+
 def _check_trainer_args(stage: StageConfig, field: str) -> None:
     known = trainer_field_names(stage.kind)
     for name in stage.trainer_args:
@@ -112,6 +148,24 @@ def _check_trainer_args(stage: StageConfig, field: str) -> None:
             close = difflib.get_close_matches(name, known, n=1)
             remedy = f"did you mean `{close[0]}`?" if close else "remove it"
             raise recipe_error(f"{field}.{name}", f"{stage.kind.upper()}Config of TRL has no such field", remedy)
+    _check_reporters(stage.trainer_args.get("report_to", []), f"{field}.report_to")
+
+
+def _check_reporters(report_to: object, field: str) -> None:
+    """A reporter whose package is missing would end the ranks after a minute of loading."""
+    names = [report_to] if isinstance(report_to, str) else report_to
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise recipe_error(field, f"{report_to!r} is no name of a reporter", f"some of {', '.join(REPORTERS)}")
+    for name in names:
+        if name in ("none", "all"):
+            continue
+        if name not in REPORTERS:
+            close = difflib.get_close_matches(name, REPORTERS, n=1)
+            remedy = f"did you mean `{close[0]}`?" if close else f"some of {', '.join(REPORTERS)}"
+            raise recipe_error(field, f"there is no reporter {name!r}", remedy)
+        if not any(find_spec(module) for module in REPORTERS[name]):
+            package = REPORTERS[name][0]
+            raise recipe_error(field, f"{name} needs the package {package}", f"pip install {package}")
 
 
 def _check_dataset(dataset: DatasetConfig, kind: str, field: str) -> None:

@@ -6,9 +6,12 @@ a recipe in milliseconds. `weightline.stages.preflight` checks a parsed recipe a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from weightline.errors import RecipeError
 
 StageKind = Literal["sft", "dpo", "grpo"]
 
@@ -52,19 +55,28 @@ class TinyModelConfig(FrozenModel):
 
 
 class ModelConfig(FrozenModel):
-    """The model that the first stage starts from: exactly one of `path` and `tiny`."""
+    """The model that the first stage starts from: exactly one of `path`, `chain` and `tiny`."""
 
     path: str | None = Field(default=None, min_length=1)
     """A local folder (config.json, *.safetensors, tokenizer) or a Hub id."""
     revision: str | None = None
     """Branch, tag or commit on the Hub."""
+    chain: str | None = Field(default=None, min_length=1)
+    """URL of a chain: start from one of its versions."""
+    version: str = Field(default="tip", min_length=1, coerce_numbers_to_str=True)
+    """With `chain`: a number, `tip`, or the name of a ref."""
     tiny: TinyModelConfig | None = None
     """Build the small Qwen3 instead of loading a model."""
 
     @model_validator(mode="after")
-    def exactly_one_of_path_and_tiny(self) -> Self:
-        if (self.path is None) == (self.tiny is None):
-            raise ValueError("give exactly one of `path` (a folder or a Hub id) and `tiny` (sizes of the built-in)")
+    def exactly_one_of_path_chain_and_tiny(self) -> Self:
+        if sum(given is not None for given in (self.path, self.chain, self.tiny)) != 1:
+            raise ValueError(
+                "give exactly one of `path` (a folder or a Hub id), `chain` (a chain's URL) and `tiny` (sizes of the "
+                "built-in)"
+            )
+        if self.chain is None and self.version != "tip":
+            raise ValueError("`version` goes with `chain`")
         return self
 
 
@@ -153,6 +165,8 @@ class Recipe(FrozenModel):
     """`auto` takes GPUs where there are enough for the ranks, else the CPU."""
     num_processes: int | None = Field(default=None, ge=1)
     """Ranks: ZeRO-3 partitions the model over them. None: one a visible GPU, or two on the CPU."""
+    num_machines: int = Field(default=1, ge=1)
+    """Machines that train together and share a disk; `num_processes` counts the ranks of all of them."""
     sync_steps: int = Field(default=10, ge=1)
     """Default of `stages[].sync_steps`."""
     model: ModelConfig
@@ -178,3 +192,26 @@ class Recipe(FrozenModel):
         if len(set(kinds)) != len(kinds):
             raise ValueError("each kind of stage may occur once; name further runs with a recipe of their own")
         return self
+
+    def choose(self, kinds: Sequence[StageKind] = (), model: ModelConfig | None = None) -> Recipe:
+        """The recipe with these of its stages, in its own order (none named: all), and this start model, if given.
+
+        RecipeError for a stage that it has not. Pure.
+        """
+        have = [stage.kind for stage in self.stages]
+        for kind in kinds:
+            if kind not in have:
+                raise RecipeError(
+                    f"stages: the recipe {self.name} has no stage {kind!r}. Remedy: choose among {', '.join(have)}.",
+                    field="stages", remedy=f"choose among {', '.join(have)}",
+                )  # fmt: skip
+        stages = tuple(stage for stage in self.stages if not kinds or stage.kind in kinds)
+        return self.model_copy(update={"stages": stages, "model": model or self.model})
+
+
+def parse_start(text: str) -> ModelConfig:
+    """What a person names to start from: a Hub id, a folder, or a version of a chain, as in URL@12 or URL@tip. Pure."""
+    if "://" not in text:
+        return ModelConfig(path=text)
+    url, at, version = text.rpartition("@")
+    return ModelConfig(chain=url, version=version) if at and "/" not in version else ModelConfig(chain=text)

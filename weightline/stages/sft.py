@@ -1,6 +1,6 @@
 """Rank program: supervised fine-tuning on prompt and completion (or text, or messages).
 
-accelerate launch --config_file infra/accelerate/zero3_cpu.yaml -m weightline.stages.sft --job JOB.json
+Started by weightline.stages.rank.
 """
 
 from __future__ import annotations
@@ -23,7 +23,3 @@ def main() -> None:
         processing_class=tokenizer,
     )
     run_stage(trainer, job)
-
-
-if __name__ == "__main__":
-    main()

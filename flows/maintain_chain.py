@@ -1,0 +1,47 @@
+"""Keep a chain in shape: check it, shorten the ways into it, let go of old history. Scheduled or by hand."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from prefect import flow
+from prefect.runtime import flow_run
+
+from flows.forms import ChainUrl, label
+from tasks.maintenance import Outcome, collect_garbage, compact, expire, show_maintenance, verify
+from tasks.names import chain_name
+
+
+def _name_run() -> str:
+    return f"maintain {chain_name(flow_run.parameters['chain'])}"
+
+
+@flow(name="maintain-chain", flow_run_name=_name_run, persist_result=False)
+def maintain_chain(
+    chain: ChainUrl,
+    check: Annotated[Literal["replay every version", "sizes only"], label("Check")] = "replay every version",
+    write_shortcuts: Annotated[bool, label("Write shortcuts")] = True,
+    keep_versions: Annotated[int | None, label("Versions to keep", ge=1)] = None,
+    delete_garbage: Annotated[bool, label("Delete garbage")] = False,
+    grace_hours: Annotated[float, label("Grace (hours)", ge=1)] = 24.0,
+) -> list[Outcome]:
+    """Verify, compact, expire and collect, in this order. A chain that does not hold is left as it is.
+
+    Args:
+        chain: URL of the bucket and chain.
+        check: `replay every version` reads all payloads and proves every digest; `sizes only` looks at manifests and
+            object sizes.
+        write_shortcuts: Write direct deltas to the newest version where catching up would otherwise cost more.
+        keep_versions: Let go of history older than the newest so many versions. Refs and live replicas keep what they
+            stand for. Empty: keep all.
+        delete_garbage: Really delete what nothing can reach. Off: only say what would go.
+        grace_hours: Leave objects alone that are younger than this: a commit under way has some that nothing names yet.
+    """
+    outcomes = [verify(chain, is_deep=check == "replay every version")]
+    if write_shortcuts:
+        outcomes.append(compact(chain))
+    if keep_versions is not None:
+        outcomes.append(expire(chain, keep_versions))
+    outcomes.append(collect_garbage(chain, delete_garbage, grace_hours))
+    show_maintenance(chain, outcomes)
+    return outcomes

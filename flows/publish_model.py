@@ -1,0 +1,39 @@
+"""Give one version away: as a checkpoint folder, as a model repository on the Hub, or both, with its lineage on it."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from prefect import flow
+from prefect.runtime import flow_run
+
+from flows.forms import ChainUrl, VersionName, label
+from tasks.names import chain_name
+from tasks.release import Release, check_release, release
+
+
+def _name_run() -> str:
+    return f"publish {flow_run.parameters['version']} of {chain_name(flow_run.parameters['chain'])}"
+
+
+@flow(name="publish-model", flow_run_name=_name_run, persist_result=False)
+def publish_model(
+    chain: ChainUrl,
+    version: VersionName = "tip",
+    folder: Annotated[str | None, label("Folder", min_length=1)] = None,
+    repo_id: Annotated[str | None, label("Hub repository", pattern=r"^[\w.-]+/[\w.-]+$")] = None,
+    is_private: Annotated[bool, label("Private repository")] = True,
+    license_id: Annotated[str | None, label("Licence", pattern=r"^[a-z0-9][a-z0-9.-]*$")] = None,
+) -> Release:
+    """Write a version, every digest checked, with a model card that states its chain, runs, stages and evaluations.
+
+    Args:
+        chain: URL of the bucket and chain.
+        version: A number, `tip`, or the name of a tag.
+        folder: New folder for the checkpoint. Empty: none is left.
+        repo_id: owner/name on the Hub; made if it is not there. Log in with HF_TOKEN. Empty: nothing is uploaded.
+        is_private: Whether a repository that is made now is private.
+        license_id: Licence to state on the card, as the Hub calls it: apache-2.0, mit, ... Empty: none is stated.
+    """
+    check_release(folder, repo_id)
+    return release(chain, version, folder, repo_id, is_private, license_id)

@@ -1,0 +1,26 @@
+# Flows, ranks, evaluation, the dashboard and the embedded inference server: one image. From the repository's root:
+#   docker build -f infra/images/weightline.Dockerfile -t weightline .
+# BASE: an image with CUDA for machines with GPUs, as in nvidia/cuda:12.8.1-runtime-ubuntu24.04 with Python added.
+ARG BASE=python:3.12-slim-bookworm
+FROM ${BASE}
+
+# util-linux: setpriv, by which children go when their parent is killed. A compiler: DeepSpeed builds what it needs.
+RUN apt-get update \
+    && apt-get install --yes --no-install-recommends build-essential util-linux \
+    && rm -rf /var/lib/apt/lists/*
+
+WORKDIR /opt/weightline
+COPY pyproject.toml constraints.txt README.md LICENSE ./
+COPY weightline ./weightline
+COPY flows ./flows
+COPY tasks ./tasks
+COPY infra/accelerate ./infra/accelerate
+COPY infra/kubernetes/prefect.yaml ./infra/kubernetes/prefect.yaml
+COPY deployments ./deployments
+RUN pip install --no-cache-dir -c constraints.txt -e '.[train,serve,dashboard]' 'asyncpg>=0.30' 'prefect-kubernetes>=0.8,<0.9'
+
+RUN useradd --create-home --uid 10001 weightline && mkdir /runs && chown weightline /runs /opt/weightline
+USER weightline
+ENV PYTHONUNBUFFERED=1 PREFECT_SERVER_ANALYTICS_ENABLED=false DO_NOT_TRACK=1
+VOLUME /runs
+CMD ["python", "-m", "flows.warm_runner"]

@@ -1,0 +1,64 @@
+"""A training that no longer says that it lives is marked as crashed, by the server alone."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import yaml
+from prefect.client.orchestration import SyncPrefectClient
+from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterName
+
+from tasks.automations import WATCHED_TAG, ZOMBIES, ensure_automation, zombie_automation
+from tests.flows.conftest import ROOT
+
+_PROGRAM = (
+    "from prefect import flow, tags\n"
+    "import sys, time\n"
+    "@flow(flow_run_name='doomed')\n"
+    "def doomed():\n"
+    "    print('begun', flush=True)\n"
+    "    time.sleep(300)\n"
+    "with tags(sys.argv[1]):\n"
+    "    doomed()\n"
+)
+
+
+def test_trainings_bear_the_tag_that_is_watched() -> None:
+    deployments = yaml.safe_load((ROOT / "deployments/prefect.yaml").read_text())["deployments"]
+    assert [d["name"] for d in deployments if WATCHED_TAG in d["tags"]] == ["post-training"]
+
+
+@pytest.mark.slow
+def test_a_training_whose_process_and_worker_are_gone_is_marked(
+    client: SyncPrefectClient, server_environment: None, tmp_path: Path
+) -> None:
+    before = client.read_automations_by_name(ZOMBIES)
+    for _ in range(2):
+        ensure_automation(client, zombie_automation(timedelta(seconds=10)))
+    (made,) = client.read_automations_by_name(ZOMBIES)
+    process = subprocess.Popen([sys.executable, "-c", _PROGRAM, WATCHED_TAG], stdout=subprocess.PIPE, cwd=ROOT)
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"begun\n"
+        time.sleep(3)  # its first sign of life is on its way
+    finally:
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+        process.stdout.close()
+    named = FlowRunFilter(name=FlowRunFilterName(any_=["doomed"]))
+    deadline = time.monotonic() + 90
+    while not (run := client.read_flow_runs(flow_run_filter=named)[0]).state or not run.state.is_crashed():
+        assert time.monotonic() < deadline, run.state
+        time.sleep(0.5)
+    assert "no longer said that it lives" in (run.state.message or "")
+    if before:
+        ensure_automation(client, zombie_automation())
+    else:
+        client.delete_automation(made.id)

@@ -1,0 +1,42 @@
+"""Two trainings of one chain never overlap on one host, and a killed one holds nothing."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tasks.chain_lock import lock_path, the_only_training
+from tests.flows.conftest import ROOT
+from weightline.errors import InputError
+
+_HOLDER = (
+    "import sys; from tasks.chain_lock import the_only_training\n"
+    "with the_only_training(sys.argv[1], 'other'): print('held', flush=True); sys.stdin.read()"
+)
+
+
+@pytest.fixture
+def chain(tmp_path: Path) -> str:
+    return (tmp_path / "chain").as_uri()
+
+
+def test_the_second_training_is_refused_until_the_first_has_gone_however_it_went(chain: str) -> None:
+    argv = [sys.executable, "-c", _HOLDER, chain]
+    holder = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT)
+    assert holder.stdout is not None
+    assert holder.stdin is not None
+    assert holder.stdout.readline() == b"held\n"
+    with pytest.raises(InputError, match=r"^chain: .* is being trained by run other \(process \d+\)"):
+        with the_only_training(chain + "/", "mine"):
+            raise AssertionError("two trainings of one chain")
+    with the_only_training(chain + "2", "mine"):
+        pass
+    holder.kill()
+    holder.wait()
+    holder.stdin.close()
+    holder.stdout.close()
+    with the_only_training(chain, "mine"):
+        assert "run mine" in lock_path(chain).read_text()

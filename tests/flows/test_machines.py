@@ -1,0 +1,108 @@
+"""Two machines, each with a launcher and ranks of its own, train one stage together and commit one chain."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tasks.launch import run_ranks
+from tasks.machines import MAIN_ADDRESS_VARIABLE, MAIN_PORT_VARIABLE, Call, calling, new_call, standing_calls
+from tasks.run_folder import Run, prepare_run
+from tasks.training import launching
+from tests.flows.conftest import ROOT
+from tests.flows.recipes import write_recipe
+from weightline.chain.verify import verify_chain
+from weightline.errors import RecipeError
+from weightline.stages.job import StageResult
+from weightline.stages.launch import launch_environment
+from weightline.stages.model import materialize_model
+
+
+def _call(job_path: Path, **changes: object) -> Call:
+    return new_call(job_path, 4, "cpu", 2, {"A": "b"}).model_copy(update=changes)
+
+
+def test_a_call_stands_while_the_stage_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(MAIN_ADDRESS_VARIABLE, "10.0.0.7")
+    monkeypatch.setenv(MAIN_PORT_VARIABLE, "1234")
+    call = _call(tmp_path / "job.json")
+    assert standing_calls(tmp_path) == []
+    with calling(tmp_path, call):
+        assert standing_calls(tmp_path) == [call]
+    assert standing_calls(tmp_path) == []
+    argv = call.argv(1)
+    options = {name: argv[argv.index(name) + 1] for name in ("--machine_rank", "--num_machines", "--num_processes")}
+    assert options == {"--machine_rank": "1", "--num_machines": "2", "--num_processes": "4"}
+    assert argv[argv.index("--main_process_ip") + 1] == "10.0.0.7"
+    assert argv[argv.index("--main_process_port") + 1] == "1234"
+
+
+def test_a_call_replaces_what_a_crash_left(tmp_path: Path) -> None:
+    left, other = _call(tmp_path / "job.json"), _call(tmp_path / "other.json")
+    with calling(tmp_path, left), calling(tmp_path, other):
+        again = _call(tmp_path / "job.json")
+        with calling(tmp_path, again):
+            assert {call.call_id for call in standing_calls(tmp_path)} == {again.call_id, other.call_id}
+
+
+def test_ranks_spread_evenly_over_the_machines(tmp_path: Path) -> None:
+    run = prepare_run(write_recipe(tmp_path, num_machines=2, num_processes=4), tmp_path / "runs", "even")
+    assert run.placement.num_processes == 4
+    with pytest.raises(RecipeError, match="do not spread evenly over 2 machines"):
+        prepare_run(write_recipe(tmp_path, num_machines=2, num_processes=3), tmp_path / "runs", "odd")
+
+
+def _prepared(folder: Path) -> Run:
+    stages = [{"kind": "sft", "max_steps": 4, "learning_rate": 1e-3, "sync_steps": 2, "dataset": {"num_examples": 64}}]
+    run = prepare_run(write_recipe(folder, num_machines=2, num_processes=2, stages=stages), folder / "runs", "two")
+    materialize_model(run.recipe.model, run.start_model_dir, seed=0)
+    return run
+
+
+@pytest.mark.slow
+def test_two_machines_train_one_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On two loopback addresses: the second one reaches the first at 127.0.0.2."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.2", 0))
+        port = free.getsockname()[1]
+    monkeypatch.setenv(MAIN_ADDRESS_VARIABLE, "127.0.0.2")
+    monkeypatch.setenv(MAIN_PORT_VARIABLE, str(port))
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    run = _prepared(tmp_path)
+    job = run.job("sft")
+    job.output_dir.mkdir(parents=True)
+    job.save(job.output_dir / "job.json")
+    peer = subprocess.Popen(
+        [sys.executable, "-m", "tasks.peer", str(run.folder.parent), "--machine-rank", "1"],
+        cwd=ROOT, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        env = launch_environment(job, os.environ)
+        with launching(run, job.output_dir / "job.json", {}) as argv:
+            run_ranks(argv, env, job.output_dir / "ranks.log", lambda _: None, lambda: None)
+        _wait_for_end_of_part(job.output_dir / "ranks-1.log")
+    finally:
+        peer.send_signal(signal.SIGTERM)
+        _, told = peer.communicate(timeout=60)
+    result = StageResult.load(job)
+    assert result is not None, told
+    assert result.global_step == 4
+    chain = run.open_chain()
+    assert [(m.global_step, m.world_size) for m in chain.manifests()] == [(0, 2), (2, 2), (4, 2)]
+    assert {payload.rank for payload in chain.tip().payloads} == {0, 1}
+    assert verify_chain(chain).holds
+
+
+def _wait_for_end_of_part(log: Path) -> None:
+    """The second machine's launcher may end a moment after the first one's."""
+    deadline = time.monotonic() + 20
+    while not log.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)

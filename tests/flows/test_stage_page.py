@@ -1,0 +1,71 @@
+"""The page of a stage: pace, curves and commits, from what the trainer logs and the bucket holds."""
+
+from __future__ import annotations
+
+import base64
+import math
+from xml.etree import ElementTree
+
+from tasks.curves import curve_image, curve_svg, points_of, thinned
+from tasks.stage_page import Pace, headline, stage_markdown
+from tests.chains import commit_state, nudged, random_state
+from weightline.chain import open_chain
+from weightline.lineage.read import read_lineage
+
+HISTORY = [{"step": step, "loss": 2.0 / step, "reward": 0.1 * step} for step in range(1, 11)]
+
+
+def test_a_metric_is_followed_over_its_steps() -> None:
+    history = [*HISTORY, {"step": 4, "loss": 9.0}, {"step": 11, "loss": math.nan}, {"train_runtime": 3.0}]
+    points = points_of(history, "loss")
+    assert [step for step, _ in points] == list(range(1, 11))
+    assert points[3] == (4.0, 9.0)  # logged again after a resume
+    assert points_of(history, "kl") == []
+
+
+def test_a_curve_is_a_picture_with_its_values_on_it() -> None:
+    svg = ElementTree.fromstring(curve_svg("Loss <b>", points_of(HISTORY, "loss")))
+    texts = [element.text for element in svg.iter() if element.tag.endswith("text")]
+    assert texts == ["Loss <b>: 0.2 at step 10", "2", "0.2", "1", "10"]
+    (line,) = (element for element in svg.iter() if element.tag.endswith("polyline"))
+    corners = [tuple(map(float, corner.split(","))) for corner in line.attrib["points"].split()]
+    assert len(corners) == 10
+    assert corners[0][1] < corners[-1][1]  # it falls, and y grows downwards
+    image = curve_image("Loss", points_of(HISTORY, "loss"))
+    assert base64.b64decode(image.partition("base64,")[2].rstrip(")")).startswith(b"<svg")
+    assert curve_image("Loss", [(1.0, 2.0)]) == ""
+    assert "polyline" in curve_svg("Flat", [(1.0, 2.0), (2.0, 2.0)])
+
+
+def test_many_points_are_thinned_and_the_last_one_stays() -> None:
+    points = [(float(step), float(step % 2)) for step in range(10_001)]
+    shown = thinned(points, 400)
+    assert len(shown) <= 400
+    assert shown[-1] == points[-1]
+    assert all(value == 0.5 for _, value in thinned(points[:4001], 401)[:-1])
+    assert thinned(points[:3], 400) == points[:3]
+
+
+def test_the_pace_is_that_of_the_last_minute() -> None:
+    pace = Pace()
+    assert pace.steps_per_second is None
+    for second in range(200):
+        pace.saw(float(second), 2 * second if second < 100 else 200 + second - 100)
+    assert pace.steps_per_second == 1.0
+    pace.saw(200.0, 5)  # resumed from an earlier step
+    assert pace.steps_per_second is None
+    assert headline(5, 10, None) == "step 5 of 10"
+    assert headline(5, 10, 2.5) == "step 5 of 10, 2.50 steps/s, 2 s to go"
+    assert headline(10, 10, 0.05) == "step 10 of 10, 20 s/step"
+
+
+def test_the_page_has_curves_and_commits() -> None:
+    chain = open_chain("memory://paged")
+    state = random_state(0)
+    commit_state(chain, state)
+    commit_state(chain, nudged(state, 1), state)
+    page = stage_markdown("sft of x", 10, 20, 1.0, HISTORY, read_lineage(chain))
+    assert page.startswith("**sft of x**: step 10 of 20")
+    assert [word in page for word in ("![Loss]", "![Reward]", "![Entropy]")] == [True, True, False]
+    assert page.index("| v1 |") < page.index("| v0 |")
+    assert stage_markdown("sft of x", 0, 20, None, [], ()) == "**sft of x**: step 0 of 20\n"

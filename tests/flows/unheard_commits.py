@@ -1,0 +1,30 @@
+"""Plays rank 0 for tests: commits two versions and announces them to a server that is down.
+
+python -m tests.flows.unheard_commits CHAIN_URL, with PREFECT_API_URL of nobody
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from prefect.events.worker import EventsWorker, ProcessPoolForwardingEventsClient
+
+from tasks.outbox import EventOutbox
+from tasks.publish import announce_commit
+from tests.chains import commit_state, nudged, random_state
+from weightline.chain import open_chain
+
+
+def main() -> None:
+    chain = open_chain(sys.argv[1])
+    outbox = EventOutbox(os.environ["PREFECT_API_URL"])
+    EventsWorker.set_client_override(ProcessPoolForwardingEventsClient, event_queue=outbox)
+    state = random_state(0)
+    manifests = [commit_state(chain, state, is_milestone=True), commit_state(chain, nudged(state, 1), state)]
+    for manifest in manifests:
+        announce_commit(chain.url, {"version": manifest.version, "commit_id": manifest.commit_id})
+
+
+if __name__ == "__main__":
+    main()
