@@ -251,6 +251,7 @@ def test_a_replica_elsewhere_drives_a_server_over_its_development_routes(server:
         assert _tokens(_complete(server.url)) == reference_tokens(server.made.folders[1], PROMPTS[:1])[0]
     finally:
         engine.close()
+        transport.close()
 
 
 def test_a_server_that_was_killed_comes_back_to_its_version(tmp_path: Path) -> None:

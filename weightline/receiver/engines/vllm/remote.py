@@ -20,12 +20,16 @@ _NOT_FOUND = 404
 
 
 class RemoteTransport:
-    """Implements `Transport`. `token` goes along as a bearer token, where one is given."""
+    """Implements `Transport`. `token` goes along as a bearer token, where one is given. Close it after use."""
 
     def __init__(self, url: str, model: str, token: str | None = None, timeout_seconds: float = 600.0) -> None:
         headers = {} if token is None else {"authorization": f"Bearer {token}"}
         self._url, self._model = url.rstrip("/"), model
         self._http = httpx.Client(base_url=self._url, headers=headers, timeout=timeout_seconds, trust_env=False)
+
+    def close(self) -> None:
+        """Give the connections back; safe to repeat."""
+        self._http.close()
 
     def call_workers(self, method: str, *arguments: str) -> Sequence[str]:
         answers: Sequence[str] = self._post("/collective_rpc", {"method": method, "args": arguments})["results"]
