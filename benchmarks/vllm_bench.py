@@ -38,7 +38,7 @@ from weightline.receiver.replica import Replica
 from weightline.types import Changes
 
 #: name -> (hidden size, layers); the vocabulary is that of Qwen3 cut down.
-SIZES = {"35M": (384, 6), "110M": (768, 8), "270M": (1024, 14)}
+SIZES = {"35M": (384, 6), "110M": (768, 8), "270M": (1024, 16)}
 _VOCAB_SIZE = 32_000
 _FIXED_CHANGES = 300_000
 

@@ -10,10 +10,11 @@ import pytest
 
 HAS_VLLM = importlib.util.find_spec("vllm") is not None
 
-# Read when vLLM is imported, also by the processes that it starts.
-os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+if HAS_VLLM:
+    # Read when vLLM is imported, also by the processes that it starts. Not for other tests of the same session.
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
