@@ -51,7 +51,7 @@ def served(urls: Sequence[str], *, prefect_ui: str | None = None, poll_seconds: 
             thread.join()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
     """Debian's Chromium. `make test` installs it where apt can."""
     found = next((path for name in _BROWSERS if (path := shutil.which(name))), None)
