@@ -10,28 +10,19 @@ from __future__ import annotations
 
 import argparse
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
-import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import numpy as np
-
-from tests.chains import make_manifest
-from weightline.chain.commit import commit_manifest, new_commit_id
-from weightline.chain.history import Chain
-from weightline.format import keys
-from weightline.format.manifest import PayloadRef
+from benchmarks.commit_latency import PAYLOADS, commit_latency
+from benchmarks.timing import wall_seconds
 from weightline.store import Store
 
 _BUCKET = "user/bench"
-_PAYLOAD_NBYTES = 4 * 2**20
-_NUM_RANKS = 2
 _MODES = {"claims": False, "s3-gateway": True}
 
 
@@ -51,12 +42,6 @@ def _hub(folder: Path, settle_seconds: float) -> Iterator[str]:
             yield url
         finally:
             server.terminate()
-
-
-def _seconds(work: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
 
 
 def _throughput(store: Store, url: str, folder: Path, nbytes: int, repeats: int) -> None:
@@ -79,8 +64,8 @@ def _throughput(store: Store, url: str, folder: Path, nbytes: int, repeats: int)
             upload, download = contenders[name]
             key = f"payload-{uuid.uuid4().hex}"
             source.write_bytes(os.urandom(nbytes))
-            up[name].append(_seconds(lambda: upload(key)))  # noqa: B023
-            down[name].append(_seconds(lambda: download(key)))  # noqa: B023
+            up[name].append(wall_seconds(lambda: upload(key)))  # noqa: B023
+            down[name].append(wall_seconds(lambda: download(key)))  # noqa: B023
             copy.unlink()
     for title, seconds in (("upload", up), ("download", down)):
         ours, theirs = min(seconds["weightline"]), min(seconds["huggingface_hub"])
@@ -88,28 +73,6 @@ def _throughput(store: Store, url: str, folder: Path, nbytes: int, repeats: int)
             f"{title:9} {nbytes / ours / 1e6:6.0f} MB/s, {theirs / ours:.2f} x huggingface_hub "
             f"({nbytes / theirs / 1e6:.0f} MB/s); best of {repeats}"
         )
-
-
-def _commit_latency(store: Store, folder: Path, repeats: int) -> float:
-    """Payloads lie encoded on disk; until a reader that starts afresh sees the version. Median seconds."""
-    payload = folder / "payload"
-    state = {"weight": np.zeros((64, 64), np.uint16)}
-    seconds = []
-    for version in range(repeats):
-        payload.write_bytes(os.urandom(_PAYLOAD_NBYTES))
-        commit_id = new_commit_id()
-        refs = tuple(
-            PayloadRef(key=keys.payload(version, commit_id, rank), nbytes=_PAYLOAD_NBYTES, sha256="0" * 64, rank=rank)
-            for rank in range(_NUM_RANKS)
-        )
-        manifest = make_manifest(state, version, commit_id, refs, is_anchor=version == 0)
-        start = time.perf_counter()
-        for ref in refs:
-            store.put_file(ref.key, payload)
-        commit_manifest(Chain(store), manifest)
-        assert Chain(store).tip_version() == version
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds)
 
 
 def main() -> None:
@@ -133,12 +96,9 @@ def main() -> None:
                 store.put_if_absent("warm", b"up")
                 if mode == "claims":
                     _throughput(store, url, folder, options.mib * 2**20, options.repeats)
-                latency = _commit_latency(store, folder, options.repeats)
+                latency = commit_latency(store, folder, options.repeats)
                 settled = f", of which {options.settle_seconds} s settling" if mode == "claims" else ""
-                print(
-                    f"encoded to visible, {mode}: {latency:.2f} s{settled} ({_NUM_RANKS} payloads of "
-                    f"{_PAYLOAD_NBYTES // 2**20} MiB, one after the other)"
-                )
+                print(f"encoded to visible, {mode}: {latency:.2f} s{settled} ({PAYLOADS})")
 
 
 if __name__ == "__main__":

@@ -11,28 +11,18 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
-import statistics
 import tempfile
-import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
-from tests.chains import make_manifest
+from benchmarks.commit_latency import PAYLOADS, commit_latency
+from benchmarks.timing import wall_seconds
 from tests.store import servers
-from weightline.chain.commit import commit_manifest, new_commit_id
-from weightline.chain.history import Chain
-from weightline.format import keys
-from weightline.format.manifest import PayloadRef
 from weightline.store import Store, open_store
 from weightline.store.open import check_writable
-
-_PAYLOAD_NBYTES = 4 * 2**20
-_NUM_RANKS = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,12 +100,6 @@ def _az() -> Iterator[tuple[str, list[Plain]]]:
         yield "az://bench/chain", [_obstore(AzureStore("bench", client_options={"allow_http": True}))]
 
 
-def _seconds(work: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
-
-
 def _throughput(store: Store, plains: list[Plain], source: Path, folder: Path, repeats: int) -> None:
     """Takes turns, so that what else the machine does falls on all alike."""
     contenders = [Plain("weightline", store.put_file, store.get_file), *plains]
@@ -124,8 +108,8 @@ def _throughput(store: Store, plains: list[Plain], source: Path, folder: Path, r
     for _ in range(repeats):
         for one in contenders:
             key, copy = f"payload-{uuid.uuid4().hex}", folder / "copy"
-            up[one.name].append(_seconds(lambda: one.upload(key, source)))  # noqa: B023
-            down[one.name].append(_seconds(lambda: one.download(key, copy)))  # noqa: B023
+            up[one.name].append(wall_seconds(lambda: one.upload(key, source)))  # noqa: B023
+            down[one.name].append(wall_seconds(lambda: one.download(key, copy)))  # noqa: B023
             copy.unlink()
     nbytes = source.stat().st_size
     for title, seconds in (("upload", up), ("download", down)):
@@ -136,31 +120,6 @@ def _throughput(store: Store, plains: list[Plain], source: Path, folder: Path, r
                 f"  {title:9} {nbytes / ours / 1e6:6.0f} MB/s, {theirs / ours:.2f} x {plain.name} "
                 f"({nbytes / theirs / 1e6:.0f} MB/s)"
             )
-
-
-def _commit_latency(store: Store, folder: Path, repeats: int) -> None:
-    """Payloads lie encoded on disk; until a reader that starts afresh sees the version."""
-    payload = folder / "payload"
-    payload.write_bytes(os.urandom(_PAYLOAD_NBYTES))
-    state = {"weight": np.zeros((64, 64), np.uint16)}
-    seconds = []
-    for version in range(repeats):
-        commit_id = new_commit_id()
-        refs = [
-            PayloadRef(key=keys.payload(version, commit_id, rank), nbytes=_PAYLOAD_NBYTES, sha256="0" * 64, rank=rank)
-            for rank in range(_NUM_RANKS)
-        ]
-        manifest = make_manifest(state, version, commit_id, tuple(refs), is_anchor=version == 0)
-        start = time.perf_counter()
-        for ref in refs:
-            store.put_file(ref.key, payload)
-        commit_manifest(Chain(store), manifest)
-        assert Chain(store).tip_version() == version
-        seconds.append(time.perf_counter() - start)
-    print(
-        f"  encoded to visible, {_NUM_RANKS} payloads of {_PAYLOAD_NBYTES // 2**20} MiB one after the other: "
-        f"{statistics.median(seconds):.3f} s"
-    )
 
 
 def main() -> None:
@@ -178,7 +137,8 @@ def main() -> None:
             source = Path(folder) / "source"
             source.write_bytes(os.urandom(options.mib * 2**20))
             _throughput(store, plains, source, Path(folder), options.repeats)
-            _commit_latency(store, Path(folder), options.repeats)
+            latency = commit_latency(store, Path(folder), options.repeats)
+            print(f"  encoded to visible, {PAYLOADS}: {latency:.3f} s")
 
 
 if __name__ == "__main__":

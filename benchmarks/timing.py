@@ -1,4 +1,4 @@
-"""CPU time of the calling thread: on a shared machine it repeats, where wall time does not."""
+"""CPU time of the calling thread: on a shared machine it repeats, where wall time does not. Wall time for transfers."""
 
 from __future__ import annotations
 
@@ -28,3 +28,10 @@ def memcmp_cpu_seconds(state_N: BitsArray) -> float:
     memcmp.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
     copy_N = state_N.copy()
     return least_cpu_seconds(lambda: memcmp(state_N.ctypes.data, copy_N.ctypes.data, state_N.nbytes))[0]
+
+
+def wall_seconds(work: Callable[[], object]) -> float:
+    """One run, no warm-up."""
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start

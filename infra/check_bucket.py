@@ -7,7 +7,6 @@ docs/buckets.md says which points only a real account can confirm.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import os
 import sys
 import tempfile
@@ -27,6 +26,7 @@ from weightline.chain.checkpoint import write_checkpoint
 from weightline.chain.history import Chain
 from weightline.chain.verify import verify_chain
 from weightline.errors import NotFoundError, ObjectExistsError, TransientStorageError, WeightlineError
+from weightline.format.envelope import sha256_of
 from weightline.store import Store, open_store
 from weightline.store.contests import commit_mode, contests
 from weightline.store.open import check_writable
@@ -133,7 +133,7 @@ def large_files_arrive(check: Check) -> str:
     uploaded = time.monotonic()
     check.store.get_file(_LARGE_KEY, copy)
     downloaded = time.monotonic()
-    _require(_sha256(source) == _sha256(copy), "the copy has other bytes")
+    _require(sha256_of(source) == sha256_of(copy), "the copy has other bytes")
     up, down = (check.large_nbytes / 1e6 / seconds for seconds in (uploaded - begun, downloaded - uploaded))
     return f"{check.large_nbytes // 2**20} MiB, sha256 equal, {up:.0f} MB/s up, {down:.0f} MB/s down"
 
@@ -226,11 +226,6 @@ def _checkpoint(folder: Path, seed: int) -> Path:
     random = np.random.default_rng(seed)
     save_file({"weight": random.integers(0, 2**16, (64, 16), np.uint16)}, folder / "model.safetensors")
     return folder
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _require(holds: bool, otherwise: str) -> None:

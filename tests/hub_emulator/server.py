@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import io
 import re
-import socket
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qsl, unquote, urlsplit
 
+from tests.http_server import QuietHandler, listening
 from tests.hub_emulator import cas_routes, hub_routes, s3_routes
 from tests.hub_emulator.emulator import HubEmulator
 from tests.hub_emulator.faults import Cut, Late, LoseReply, Status, Truncate
@@ -24,13 +22,8 @@ _ROUTES = [
 ]
 
 
-class _Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True  # without it every small reply costs 40 ms
+class _Handler(QuietHandler):
     emulator: HubEmulator
-
-    def log_message(self, *_: object) -> None:
-        pass
 
     def _handle(self) -> None:
         request = self._request()
@@ -40,10 +33,10 @@ class _Handler(BaseHTTPRequestHandler):
         if isinstance(fault, Cut | Late):
             if isinstance(fault, Late):
                 threading.Timer(fault.seconds, _answer, (self.emulator, request)).start()
-            return self._cut()
+            return self.cut()
         response = _answer(self.emulator, request)
         if isinstance(fault, LoseReply):
-            return self._cut()
+            return self.cut()
         return self._send(response, is_truncated=isinstance(fault, Truncate))
 
     do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = _handle
@@ -73,14 +66,7 @@ class _Handler(BaseHTTPRequestHandler):
         if self.command != "HEAD":
             self.wfile.write(response.body[: len(response.body) // 2] if is_truncated else response.body)
         if is_truncated:
-            self._cut()
-
-    def _cut(self) -> None:
-        self.close_connection = True
-        try:
-            self.connection.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            pass  # the client hung up first
+            self.cut()
 
 
 def _answer(emulator: HubEmulator, request: Request) -> Response:
@@ -92,27 +78,10 @@ def _answer(emulator: HubEmulator, request: Request) -> Response:
     return error(404, f"no route for {request.method} {request.path}")
 
 
-class _Server(ThreadingHTTPServer):
-    daemon_threads = True
-    request_queue_size = 128
-
-    def handle_error(self, request: object, client_address: object) -> None:
-        """Clients hang up on replies that they do not need; anything else is a defect worth seeing."""
-        if not isinstance(sys.exc_info()[1], ConnectionError):
-            super().handle_error(request, client_address)  # type: ignore[arg-type]
-
-
 @contextmanager
 def running_emulator(root: Path, *, port: int = 0) -> Iterator[HubEmulator]:
     """A Hub on 127.0.0.1 for the length of a block, served by threads of this process."""
     emulator = HubEmulator.at(root)
-    server = _Server(("127.0.0.1", port), type("_BoundHandler", (_Handler,), {"emulator": emulator}))
-    emulator.url = f"http://127.0.0.1:{server.server_address[1]}"
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
-    thread.start()
-    try:
+    with listening(_Handler, port, emulator=emulator) as taken:
+        emulator.url = f"http://127.0.0.1:{taken}"
         yield emulator
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()

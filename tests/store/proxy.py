@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import http.client
 import re
-import socket
-import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
 
+from tests.http_server import QuietHandler, listening
 from tests.hub_emulator.faults import Cut, Fault, FaultPlan, LoseReply, Status, Truncate
 
 
@@ -60,24 +58,19 @@ class Proxy:
             self.requests.clear()
 
 
-class _Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True
+class _Handler(QuietHandler):
     proxy: Proxy
-
-    def log_message(self, *_: object) -> None:
-        pass
 
     def _handle(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         fault = self.proxy.admit(self.command, self.path)
         if isinstance(fault, Cut):
-            return self._cut()
+            return self.cut()
         if isinstance(fault, Status):
             return self._send(fault.code, [], b"<Error><Code>SlowDown</Code><Message>planned</Message></Error>")
         status, headers, reply = self._forward(body)
         if isinstance(fault, LoseReply):
-            return self._cut()
+            return self.cut()
         if isinstance(fault, FlipBit) and reply:
             reply = reply[: len(reply) // 2] + bytes([reply[len(reply) // 2] ^ 4]) + reply[len(reply) // 2 + 1 :]
         if self.proxy.list_lag_seconds and "list-type=2" in self.path:
@@ -121,36 +114,12 @@ class _Handler(BaseHTTPRequestHandler):
         if self.command != "HEAD":
             self.wfile.write(body[: len(body) // 2] if is_truncated else body)
         if is_truncated:
-            self._cut()
-
-    def _cut(self) -> None:
-        self.close_connection = True
-        try:
-            self.connection.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            pass  # the client hung up first
-
-
-class _Server(ThreadingHTTPServer):
-    daemon_threads = True
-    request_queue_size = 128
-
-    def handle_error(self, request: object, client_address: object) -> None:
-        if not isinstance(sys.exc_info()[1], ConnectionError):
-            super().handle_error(request, client_address)  # type: ignore[arg-type]
+            self.cut()
 
 
 @contextmanager
 def running_proxy(server_port: int) -> Iterator[Proxy]:
     """A proxy before the server at that port, for the length of a block."""
     proxy = Proxy(server_port)
-    server = _Server(("127.0.0.1", 0), type("_BoundHandler", (_Handler,), {"proxy": proxy}))
-    proxy.port = server.server_address[1]
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
-    thread.start()
-    try:
+    with listening(_Handler, proxy=proxy) as proxy.port:
         yield proxy
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 
 from weightline.format import keys
+from weightline.format.envelope import sha256_of
 from weightline.format.manifest import AssetRef
 from weightline.store import Store
 
@@ -30,8 +30,7 @@ def _is_asset(path: Path) -> bool:
 
 def _upload(store: Store, path: Path) -> AssetRef:
     """Not create-only, which may be slow: whoever writes this key writes these bytes."""
-    with path.open("rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    sha256 = sha256_of(path)
     key = keys.asset(sha256)
     if store.head(key) is None:
         store.put_file(key, path)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -11,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from weightline.errors import DigestMismatchError
+from weightline.format.envelope import sha256_of
 from weightline.format.manifest import StoredObject
 from weightline.store import Store, resume
 from weightline.store.cache import CachedObject, ObjectCache, host_cache
@@ -18,13 +18,6 @@ from weightline.store.open import is_remote
 
 _NUM_PREFETCHING = 4
 _logger = logging.getLogger(__name__)
-
-
-def sha256_of(path: Path) -> str:
-    """The file's sha256, hex, read in pieces."""
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256")
-    return digest.hexdigest()
 
 
 def fetch_object(store: Store, wanted: StoredObject, path: Path) -> Path:

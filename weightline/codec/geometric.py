@@ -127,20 +127,20 @@ def level_of(mean: float) -> int:
 
 def start_levels(values_K: Numbers, counts_R: Counts) -> Counts:
     """A good level to start each run from: that of the mean of its first values, outliers clipped."""
+    return np.searchsorted(tables().bounds_L[:-1], _start_means(values_K, counts_R), side="right") - 1
+
+
+def start_mean(values_K: Numbers) -> float:
+    """The mean that `start_levels` goes by, of a single run."""
+    return int(_start_means(values_K, np.array([values_K.size]))[0]) / (1 << FRACTION_BITS)
+
+
+def _start_means(values_K: Numbers, counts_R: Counts) -> Counts:
     from weightline.codec.kernels import geometric as kernel
 
     means_R = np.zeros(counts_R.size, np.int64)
     kernel.start_means(values_K, counts_R, means_R)
-    return np.searchsorted(tables().bounds_L[:-1], means_R, side="right") - 1
-
-
-def start_mean(values_K: Numbers) -> float:
-    """The mean of a run's first values, outliers clipped."""
-    from weightline.codec.kernels import geometric as kernel
-
-    means_R = np.zeros(1, np.int64)
-    kernel.start_means(values_K, np.array([values_K.size]), means_R)
-    return int(means_R[0]) / (1 << FRACTION_BITS)
+    return means_R
 
 
 def encode_runs(values_K: Numbers, counts_R: Counts, levels_R: Counts) -> bytes:

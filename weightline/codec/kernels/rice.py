@@ -42,8 +42,7 @@ def encode(values_K: Array, mean: int, bounds: Array, words: Array) -> int:
     k = _parameter(0, mean, bounds)
     for i in range(np.uint64(values_K.size)):
         value = np.uint64(values_K[i])
-        if mean >= bounds[k] or (k > 0 and mean < bounds[k - 1]):
-            k = _parameter(k, mean, bounds)
+        k = _parameter(k, mean, bounds)
         low_bits = np.uint64(k)
         quotient = value >> low_bits
         if quotient >= _ESCAPE:
@@ -70,8 +69,7 @@ def decode(words: Array, mean: int, bounds: Array, values_K: Array) -> int:
     """
     bit_at, k = _ZERO, _parameter(0, mean, bounds)
     for i in range(np.uint64(values_K.size)):
-        if mean >= bounds[k] or (k > 0 and mean < bounds[k - 1]):
-            k = _parameter(k, mean, bounds)
+        k = _parameter(k, mean, bounds)
         at, fill = bit_at >> _LOG_WORD, bit_at & _LAST_BIT
         if at + _ONE >= np.uint64(words.size):
             return -1
