@@ -9,6 +9,7 @@ import random
 import re
 import subprocess
 import sys
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
@@ -290,11 +291,13 @@ assert "huggingface_hub" not in sys.modules, "huggingface_hub"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
-def _read_in_child(url: str, key: str, answers: object) -> None:
+def _read_in_child(url: str, key: str, answers: Connection) -> None:
     try:
-        answers.put(open_store(url).get(key))  # type: ignore[attr-defined]
+        answers.send(open_store(url).get(key))
     except StorageError as error:
-        answers.put(str(error))  # type: ignore[attr-defined]
+        answers.send(str(error))
+    # A forked child must not run the exit handlers that the test session registered in its parent.
+    os._exit(0)
 
 
 @pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
@@ -303,10 +306,13 @@ def test_spawned_processes_work_and_forked_ones_are_told(s3_url: str, method: st
     store = open_store(s3_url)
     store.put("x", b"1")
     context = multiprocessing.get_context(method)
-    answers = context.Queue()
-    child = context.Process(target=_read_in_child, args=(s3_url, "x", answers))
+    answers, child_end = context.Pipe(duplex=False)
+    child = context.Process(target=_read_in_child, args=(s3_url, "x", child_end))
     child.start()
-    answer = answers.get(timeout=60)
+    child_end.close()
+    with answers:
+        assert answers.poll(60), "the child did not answer"
+        answer = answers.recv()
     child.join(60)
     assert child.exitcode == 0
     if method == "spawn":

@@ -17,12 +17,25 @@ from weightline.codec.kernels import jit
 
 Array = npt.NDArray[Any]
 
+#: Elements: as many lines of 64 bytes fit the smallest second-level cache in use.
+_BLOCK = 2048
+
 
 @jit
-def write_elements(flat_N: Array, at_K: Array, bits_K: Array) -> None:
-    """flat_N[at_K] = bits_K. Nothing is checked: the caller knows that all of `at_K` lies within."""
-    for k in range(at_K.size):
-        flat_N[at_K[k]] = bits_K[k]
+def write_elements(flat_N: Array, at_K: Array, bits_K: Array) -> np.int64:
+    """flat_N[at_K] = bits_K, block by block; how many of a block, read again once all of it is written, differ.
+
+    Nothing is checked: the caller knows that all of `at_K` lies within. Misses are what this costs, so that each block
+    is read back while its lines are still in the core's cache.
+    """
+    num_differing = np.int64(0)
+    for start in range(0, at_K.size, _BLOCK):
+        stop = min(start + _BLOCK, at_K.size)
+        for k in range(start, stop):
+            flat_N[at_K[k]] = bits_K[k]
+        for k in range(start, stop):
+            num_differing += flat_N[at_K[k]] != bits_K[k]
+    return num_differing
 
 
 @jit

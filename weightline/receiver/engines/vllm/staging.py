@@ -9,7 +9,6 @@ Legend: K changed elements of a tensor, here: of one place.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -18,8 +17,8 @@ import torch
 
 from weightline.codec.digest import add_digests, digest_change
 from weightline.codec.parallel import ordered_map
-from weightline.errors import ApplyError, BaseMismatchError
-from weightline.receiver.engines.vllm.elements import hold_elements, use_all_cpus, write_elements
+from weightline.errors import ApplyError, BaseMismatchError, DigestMismatchError
+from weightline.receiver.engines.vllm.elements import hold_elements, num_cpus, use_all_cpus, write_elements
 from weightline.receiver.engines.vllm.placement import Place, Placement
 from weightline.types import BitsArray, Changes
 
@@ -36,17 +35,12 @@ class StagedPlace:
     old_K: torch.Tensor
     new_K: torch.Tensor
 
-    def write(self) -> None:
-        use_all_cpus()
-        write_elements(self.flat, self.at_K, self.new_K)
+    def write(self) -> bool:
+        """Whether the memory then holds the new bits."""
+        return write_elements(self.flat, self.at_K, self.new_K)
 
     def holds_old(self) -> bool:
-        use_all_cpus()
         return hold_elements(self.flat, self.at_K, self.old_K)
-
-    def holds_new(self) -> bool:
-        use_all_cpus()
-        return hold_elements(self.flat, self.at_K, self.new_K)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -59,19 +53,20 @@ class Staged:
 
     def check_base(self) -> None:
         """BaseMismatchError, naming a tensor, unless every element here holds the old bits."""
-        name = _first_false(self.places, StagedPlace.holds_old)
+        name = _first_false(self.places, StagedPlace.holds_old, torch.get_num_threads())
         if name is not None:
             raise BaseMismatchError(
                 f"the engine's {name} does not hold the bits that the changes start from", tensor=name
             )
 
     def write(self) -> None:
-        """Put the new bits in place. When it raises, any part may be written."""
-        deque(ordered_map(StagedPlace.write, self.places, torch.get_num_threads()), maxlen=0)
+        """Put the new bits in place and read them back. When it raises, any part may be written.
 
-    def first_difference(self) -> str | None:
-        """The tensor of the first place that does not hold all new bits."""
-        return _first_false(self.places, StagedPlace.holds_new)
+        DigestMismatchError, naming a tensor, when the memory does not hold what was written.
+        """
+        name = _first_false(self.places, StagedPlace.write, num_cpus())
+        if name is not None:
+            raise DigestMismatchError(f"{name} did not take the bits that were written", what=name)
 
     def turned_round(self) -> Staged:
         """What leads back; its digests are not kept."""
@@ -79,9 +74,26 @@ class Staged:
         return Staged(tuple(places), {}, self.num_elements)
 
 
-def _first_false(places: Sequence[StagedPlace], check: Callable[[StagedPlace], bool]) -> str | None:
-    checked = zip(places, ordered_map(check, places, torch.get_num_threads()), strict=True)
-    return next((place.name for place, is_true in checked if not is_true), None)
+def _first_false(places: Sequence[StagedPlace], check: Callable[[StagedPlace], bool], num_threads: int) -> str | None:
+    """The tensor of a place for which the check does not hold. One thread a share: places are many and small."""
+
+    def first_of(share: Sequence[StagedPlace]) -> str | None:
+        use_all_cpus()
+        return next((place.name for place in share if not check(place)), None)
+
+    found = ordered_map(first_of, _shares(places, num_threads), num_threads)
+    return next((name for name in found if name is not None), None)
+
+
+def _shares(places: Sequence[StagedPlace], num_shares: int) -> list[list[StagedPlace]]:
+    """The places in shares of about as many elements, the largest place first to the smallest share."""
+    shares: list[list[StagedPlace]] = [[] for _ in range(num_shares)]
+    sizes = [0] * num_shares
+    for place in sorted(places, key=lambda place: place.at_K.numel(), reverse=True):
+        smallest = sizes.index(min(sizes))
+        shares[smallest].append(place)
+        sizes[smallest] += place.at_K.numel()
+    return shares
 
 
 def stage(placement: Placement, owned: dict[str, list[int]], changes: Iterable[Changes]) -> Staged:
