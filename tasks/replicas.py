@@ -1,7 +1,7 @@
 """The inference server of a local stack: one process, for the chain that was trained last.
 
-It is started by the first refresh that wants it (python -m weightline.receiver.server), says in its state folder where
-it listens, and goes when the process that started it goes: a lane of the runner, which comes back and starts it anew.
+It is started by the first refresh that wants it (weightline serve transformers), says in its state folder where it
+listens, and goes when the process that started it goes: a lane of the runner, which comes back and starts it anew.
 """
 
 from __future__ import annotations
@@ -81,9 +81,10 @@ def read_address(state_dir: Path) -> str | None:
 
 def _start(chain_url: str, state_dir: Path) -> subprocess.Popen[bytes]:
     (state_dir / "address.json").unlink(missing_ok=True)
-    argv = [sys.executable, "-m", "weightline.receiver.server", "--chain", chain_url, "--state-dir", str(state_dir)]
+    argv = [sys.executable, "-m", "weightline", "serve", "transformers", "--follow", chain_url, "--every", "0"]
+    argv += ["--state-dir", str(state_dir), "--port", "0"]
     with (state_dir / _LOG).open("ab") as log:
-        return start_process([*argv, "--port", "0"], stdout=log, stderr=subprocess.STDOUT)
+        return start_process(argv, stdout=log, stderr=subprocess.STDOUT)
 
 
 def _wait_for_url(process: subprocess.Popen[bytes], state_dir: Path) -> str:

@@ -8,6 +8,8 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from datetime import timedelta
 from pathlib import Path
 
@@ -16,9 +18,12 @@ import psutil
 import pytest
 from prefect.settings import Settings
 
+from tasks.processes import ProcessTree, marked_environment
 from tasks.stack import StackFolder, free_port, is_healthy, running_stack, stack_environment
 from tasks.stack_registry import StackFacts, read_facts
 from tests.flows.conftest import ROOT
+
+StartFlows = Callable[..., subprocess.Popen[str]]
 
 
 def test_nothing_of_a_stack_leaves_the_machine(tmp_path: Path) -> None:
@@ -57,11 +62,21 @@ def test_no_stack_is_running_where_none_was_started(tmp_path: Path) -> None:
     assert not is_healthy("http://127.0.0.1:9/api")
 
 
-def _flows(*argv: str, runs_dir: Path) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "flows", *argv, "--runs-dir", str(runs_dir)],
-        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=_heed_interrupts,
-    )  # fmt: skip
+@pytest.fixture
+def flows(tmp_path: Path) -> Iterator[StartFlows]:
+    """Starts `python -m flows`. Whatever fails, all of it is ended: what outlives its starter still bears the mark."""
+    env, mark = marked_environment(os.environ)
+    with ExitStack() as at_end:
+
+        def start(*argv: str) -> subprocess.Popen[str]:
+            process = at_end.enter_context(subprocess.Popen(
+                [sys.executable, "-m", "flows", *argv, "--runs-dir", str(tmp_path / "runs")], env=env,
+                cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=_heed_interrupts,
+            ))  # fmt: skip
+            at_end.callback(ProcessTree(process.pid, mark).end)
+            return process
+
+        yield start
 
 
 def _kill(facts: StackFacts, name: str) -> None:
@@ -86,11 +101,11 @@ def _answers(url: str) -> bool:
 
 
 @pytest.mark.slow
-def test_up_leaves_a_stack_and_down_ends_all_of_it(tmp_path: Path) -> None:
-    up = _flows("up", "--port", "0", runs_dir=tmp_path)
+def test_up_leaves_a_stack_and_down_ends_all_of_it(tmp_path: Path, flows: StartFlows) -> None:
+    up = flows("up", "--port", "0")
     out, err = up.communicate(timeout=180)
     assert up.returncode == 0, err
-    folder = StackFolder.under(tmp_path)
+    folder = StackFolder.under(tmp_path / "runs")
     facts = running_stack(folder)
     assert facts is not None
     assert facts.ui_url in out
@@ -109,23 +124,23 @@ def test_up_leaves_a_stack_and_down_ends_all_of_it(tmp_path: Path) -> None:
     assert (repaired.api_url, repaired.dashboard_url) == (facts.api_url, facts.dashboard_url)
     facts = repaired
 
-    again = _flows("up", runs_dir=tmp_path)
+    again = flows("up")
     assert facts.ui_url in again.communicate(timeout=60)[0]
     assert read_facts(folder.facts_path) == facts
 
-    down = _flows("down", runs_dir=tmp_path)
+    down = flows("down")
     assert down.communicate(timeout=60)[0] == "down\n"
     assert not any(process.is_alive() for process in facts.processes)
     assert not any(member.is_running() and member.status() != psutil.STATUS_ZOMBIE for member in members)
     assert not folder.facts_path.exists()
-    assert _flows("down", runs_dir=tmp_path).communicate(timeout=60)[0] == "nothing was up\n"
+    assert flows("down").communicate(timeout=60)[0] == "nothing was up\n"
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
-def test_a_run_that_is_interrupted_leaves_no_process(tmp_path: Path, how: signal.Signals) -> None:
-    run = _flows("run", "--port", "0", runs_dir=tmp_path)
-    folder = StackFolder.under(tmp_path)
+def test_a_run_that_is_interrupted_leaves_no_process(tmp_path: Path, flows: StartFlows, how: signal.Signals) -> None:
+    run = flows("run", "--port", "0")
+    folder = StackFolder.under(tmp_path / "runs")
     num_processes = 2 if how is signal.SIGINT else 1
     deadline = time.monotonic() + 120
     while (facts := read_facts(folder.facts_path)) is None or len(facts.processes) < num_processes:
@@ -134,10 +149,7 @@ def test_a_run_that_is_interrupted_leaves_no_process(tmp_path: Path, how: signal
         time.sleep(0.1)
     members = [child for p in facts.processes for child in psutil.Process(p.pid).children(recursive=True)]
     os.kill(run.pid, how)
-    try:
-        _, err = run.communicate(timeout=60)
-    finally:
-        run.kill()
+    _, err = run.communicate(timeout=60)
     assert run.returncode == (130 if how is signal.SIGINT else -how)
     if how is signal.SIGINT:
         assert err.strip().splitlines()[-1] == "interrupted: everything was ended"
@@ -147,10 +159,10 @@ def test_a_run_that_is_interrupted_leaves_no_process(tmp_path: Path, how: signal
         time.sleep(0.1)
 
 
-def test_a_wrong_recipe_is_one_clear_error_before_anything_is_started(tmp_path: Path) -> None:
+def test_a_wrong_recipe_is_one_clear_error_before_anything_is_started(tmp_path: Path, flows: StartFlows) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("name: toy\nmodel: {tiny: {}}\nstages: [{kind: sft, max_step: 3, learning_rate: 1.0e-3}]\n")
-    run = _flows("run", "--recipe", str(recipe), runs_dir=tmp_path / "runs")
+    run = flows("run", "--recipe", str(recipe))
     out, err = run.communicate(timeout=60)
     assert run.returncode == 1
     assert out == ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -34,12 +35,15 @@ PROMPT = "12+34="
 
 
 @contextmanager
-def running_server(chain_url: str, state_dir: Path, *options: str) -> Iterator[str]:
-    """The server's URL. Ends it with SIGTERM and checks that it left in order."""
-    argv = [sys.executable, "-m", "weightline.receiver.server", "--chain", chain_url, "--state-dir", str(state_dir)]
+def running_server(
+    chain_url: str, state_dir: Path, *options: str, ends_by: signal.Signals = signal.SIGTERM
+) -> Iterator[str]:
+    """The server's URL. Ends it by a signal and checks that it left in order."""
+    argv = [sys.executable, "-m", "weightline", "serve", "transformers", "--follow", chain_url]
+    argv += ["--state-dir", str(state_dir), "--port", "0"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     environment.pop("WEIGHTLINE_TOKEN", None)
-    process = subprocess.Popen([*argv, "--port", "0", *options], cwd=REPOSITORY, env=environment)
+    process = subprocess.Popen([*argv, *options], cwd=REPOSITORY, env=environment)
     try:
         address = state_dir / "address.json"
         _wait_until(lambda: address.exists() or process.poll() is not None, 60)
@@ -47,7 +51,7 @@ def running_server(chain_url: str, state_dir: Path, *options: str) -> Iterator[s
         assert told["pid"] == process.pid
         assert told["host"] == "127.0.0.1"
         yield told["url"]
-        process.terminate()
+        process.send_signal(ends_by)
         assert process.wait(20) == 0
         assert not address.exists()
     finally:
@@ -82,7 +86,7 @@ def following(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Following]:
     folder = tmp_path_factory.mktemp("following")
     grown = make_chain((folder / "bucket").as_uri(), num_versions=0)
     state_dir = folder / "state"
-    with running_server(grown.chain.url, state_dir, "--follow", "0.1", "--name", "r-7") as url:
+    with running_server(grown.chain.url, state_dir, "--every", "0.1", "--name", "r-7") as url:
         _wait_until(lambda: _answers(url), 60)
         yield Following(url, read_token(state_dir / "token"), state_dir, grown)
 
@@ -112,6 +116,11 @@ def test_a_state_folder_serves_one_process(following: Following) -> None:
         serve(ServerSettings(following.grown.chain.url, following.state_dir, port=0))
 
 
+def test_a_server_that_is_ended_while_it_starts_leaves_in_order(tmp_path: Path) -> None:
+    with running_server((tmp_path / "bucket").as_uri(), tmp_path / "state"):
+        pass  # it has told where it listens, and still imports and loads
+
+
 def test_no_request_fails_or_mixes_versions_during_many_refreshes(following: Following, tmp_path: Path) -> None:
     url, grown = following.url, following.grown
     if not grown.states:
@@ -139,7 +148,7 @@ def test_a_restarted_server_comes_back_to_its_version_and_not_to_the_tip(tmp_pat
     grown = make_chain((tmp_path / "bucket").as_uri(), num_versions=3)
     before = Replica(grown.chain, TransformersEngine("cpu"), tmp_path / "state", "replica-0")
     before.refresh(1)
-    with running_server(grown.chain.url, tmp_path / "state") as url:
+    with running_server(grown.chain.url, tmp_path / "state", "--every", "0", ends_by=signal.SIGINT) as url:
         _wait_until(lambda: _answers(url) and client.status(url).version is not None, 60)
         assert client.status(url).version == 1
         assert client.refresh(url, read_token(tmp_path / "state" / "token")).version == 2

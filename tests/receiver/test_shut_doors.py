@@ -24,7 +24,7 @@ from weightline.receiver import auth, client
 from weightline.receiver.auth import is_authorized, is_loopback
 from weightline.receiver.engines.transformers import TransformersEngine
 from weightline.receiver.replica import Replica
-from weightline.receiver.server import ServerSettings, build_parser, main, serve, settings_of
+from weightline.receiver.server import ServerSettings, serve
 from weightline.receiver.service import ReplicaService
 
 #: Everything else that the door has moves something, and needs the token.
@@ -135,29 +135,12 @@ def test_a_door_that_others_can_reach_needs_a_token_that_somebody_chose(
     assert not (tmp_path / "state").exists()
 
 
-def test_the_door_is_on_loopback_unless_told_otherwise() -> None:
-    settings = settings_of(build_parser().parse_args(["--chain", "memory://x", "--state-dir", "s"]))
-    assert settings.host == ServerSettings("memory://x", Path("s")).host == "127.0.0.1"
-    assert settings.following is None
-    follows = settings_of(build_parser().parse_args(["--chain", "c", "--state-dir", "s", "--follow-ref"])).following
-    assert follows is not None
-    assert (follows.interval_seconds, follows.ref) == (5.0, "serving")
-
-
 def test_a_lease_does_not_name_an_address_that_is_none() -> None:
     anywhere = ServerSettings("memory://x", Path("s"), host="0.0.0.0")
     assert anywhere.presence(80).url is None
     told = ServerSettings("memory://x", Path("s"), host="0.0.0.0", advertise_url="http://gpu-7:8000")
     assert told.presence(80).url == "http://gpu-7:8000"
     assert ServerSettings("memory://x", Path("s"), host="::1").presence(80).url == "http://[::1]:80"
-
-
-def test_a_missing_key_file_ends_the_server_before_it_starts(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    argv = ["--chain", "memory://x", "--state-dir", str(tmp_path / "s"), "--port", "0"]
-    assert main([*argv, "--require-signature", str(tmp_path / "nothing")]) == 2
-    assert "no key can be read" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("how", ["unsigned", "altered"])

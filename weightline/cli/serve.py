@@ -1,4 +1,4 @@
-"""weightline serve vllm MODEL --follow BUCKET [vLLM's own options]: an inference server as a replica of a chain."""
+"""weightline serve vllm | transformers | sglang --follow BUCKET: an inference server as a replica of a chain."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from typing import Annotated
 
 import typer
 
+from weightline.errors import InputError
+
 app = typer.Typer(help="Serve a chain: move to each version in place, and back.", no_args_is_help=True)
 
 Follow = Annotated[str, typer.Option(metavar="BUCKET", help="URL of the chain to serve.")]
@@ -21,7 +23,10 @@ Name = Annotated[str, typer.Option(help="Name of this replica in leases and reco
 Host = Annotated[str, typer.Option(help="Another than a loopback address needs a token that you chose.")]
 Port = Annotated[int, typer.Option(help="0 takes a free one, told by address.json in the state folder.")]
 Every = Annotated[float, typer.Option(metavar="SECONDS", help="Look for new versions that often; 0: move when told.")]
-Ref = Annotated[str | None, typer.Option(metavar="NAME", help="Follow only what this ref stands for.")]
+Ref = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="Follow only what this ref stands for; serving: what passed its gate."),
+]
 Drain = Annotated[float, typer.Option(metavar="SECONDS", help="Longest wait for requests under way.")]
 Lease = Annotated[float, typer.Option(metavar="SECONDS", help="How long others take this replica for alive.")]
 Advertise = Annotated[str | None, typer.Option(metavar="URL", help="Where others reach this replica.")]
@@ -55,7 +60,7 @@ def vllm(
 
     settings = ServerSettings(
         chain_url=follow, state_dir=_state_dir(state_dir, name), name=name, host=host, port=port,
-        follow_seconds=every or None, follow_ref=ref, drain_seconds=drain, lease_seconds=lease,
+        follow_seconds=_follow_seconds(every, ref), follow_ref=ref, drain_seconds=drain, lease_seconds=lease,
         advertise_url=advertise, trusted_keys=require_signature,
     )  # fmt: skip
     serve_vllm(model, settings, context.args)
@@ -80,12 +85,13 @@ def transformers(
     from weightline.receiver.server import ServerSettings, serve
 
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    # Leave by way of the `finally`s.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    # uvicorn raises the signal that ended it again: leave by way of the `finally`s, and in order.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: sys.exit(0))
     settings = ServerSettings(
         chain_url=follow, state_dir=_state_dir(state_dir, name), name=name, host=host, port=port,
-        follow_seconds=every or None, follow_ref=ref, device=device, drain_seconds=drain, lease_seconds=lease,
-        advertise_url=advertise, trusted_keys=require_signature,
+        follow_seconds=_follow_seconds(every, ref), follow_ref=ref, device=device, drain_seconds=drain,
+        lease_seconds=lease, advertise_url=advertise, trusted_keys=require_signature,
     )  # fmt: skip
     serve(settings)
 
@@ -108,6 +114,15 @@ def sglang(
         if not every:
             return
         time.sleep(every)
+
+
+def _follow_seconds(every: float, ref: str | None) -> float | None:
+    """None: move when told. InputError for a ref that nothing would look at."""
+    if not every and ref is not None:
+        raise InputError(
+            f"--every 0 moves when told and never looks at {ref!r}: leave out --ref or --every", field="ref"
+        )
+    return every or None
 
 
 def _state_dir(given: Path | None, name: str) -> Path:

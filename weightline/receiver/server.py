@@ -1,16 +1,12 @@
-"""`python -m weightline.receiver.server`: one replica behind one door, in the foreground until SIGTERM or Ctrl-C."""
+"""One replica behind one door, in the foreground until told to stop: what `weightline serve transformers` runs."""
 
 from __future__ import annotations
 
-import argparse
 import fcntl
 import json
-import logging
 import os
-import signal
 import socket
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,13 +14,11 @@ from pathlib import Path
 import uvicorn
 
 from weightline.chain import Chain, open_chain
-from weightline.errors import InputError, WeightlineError
+from weightline.errors import InputError
 from weightline.format.signature import load_trusted_keys
 from weightline.receiver.auth import TOKEN_VARIABLE, has_given_token, is_loopback, load_token
 from weightline.receiver.door import build_door
-from weightline.receiver.engines.base import Engine
-from weightline.receiver.engines.transformers import TransformersEngine
-from weightline.receiver.following import SERVING_REF, Following
+from weightline.receiver.following import Following
 from weightline.receiver.registration import Presence
 from weightline.receiver.replica import Replica, ReplicaSettings
 from weightline.receiver.service import ReplicaService
@@ -68,21 +62,21 @@ class ServerSettings:
         return Presence(url, self.following.what if self.following else None, self.lease_seconds)
 
 
-def serve(settings: ServerSettings, engine: Engine | None = None) -> None:
-    """Serve until told to stop; by the embedded engine unless another one is given.
+def serve(settings: ServerSettings) -> None:
+    """Serve by the embedded engine until told to stop.
 
     InputError, before anything is loaded, when the port is taken, the state folder or the name is another replica's,
     or the door would be open to others without a token that somebody chose.
     """
     require_safe_binding(settings.host, settings.state_dir)
     with own_folder(settings.state_dir), _listening(settings) as listener:
-        replica = Replica(
-            settings.open_chain(),
-            engine or TransformersEngine(settings.device),
-            settings.state_dir,
-            settings.name,
-            ReplicaSettings(drain_seconds=settings.drain_seconds),
-        )
+        chain = settings.open_chain()
+        # Imports torch, which takes seconds: not before it is clear that the door can open.
+        from weightline.receiver.engines.transformers import TransformersEngine
+
+        engine = TransformersEngine(settings.device)
+        options = ReplicaSettings(drain_seconds=settings.drain_seconds)
+        replica = Replica(chain, engine, settings.state_dir, settings.name, options)
         service = ReplicaService(replica, settings.following, settings.presence(listener.getsockname()[1]))
         app = build_door(service, load_token(settings.state_dir))
         service.start()
@@ -155,62 +149,3 @@ def write_address(settings: ServerSettings, port: int) -> None:
 
 def _url_of(host: str, port: int) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """The options of the command line."""
-    parser = argparse.ArgumentParser(prog="python -m weightline.receiver.server", description=__doc__)
-    add = parser.add_argument
-    add("--chain", required=True, help="URL of the chain's bucket prefix")
-    add("--state-dir", required=True, type=Path, help="folder for the mark, the token and address.json")
-    add("--name", default="replica-0", help="name of this replica in leases and records")
-    add("--host", default="127.0.0.1", help="another than a loopback address needs a token that you chose")
-    add("--port", default=8000, type=int, help="0 takes a free one")
-    add("--advertise", metavar="URL", help="where others reach this replica, when that is not where it listens")
-    add("--follow", metavar="SECONDS", type=float, nargs="?", const=5.0, help="look for new versions that often (5)")
-    add(
-        "--follow-ref", metavar="NAME", nargs="?", const=SERVING_REF,
-        help=f"follow only what this ref stands for ({SERVING_REF}: the versions that passed their gate)",
-    )  # fmt: skip
-    add("--lease", metavar="SECONDS", type=float, default=30.0, help="how long others take this replica for alive")
-    add("--require-signature", metavar="KEYFILE", type=Path, help="serve only versions that one of these keys signed")
-    add("--device", help="torch device; cuda where there is one, else cpu")
-    add("--drain", metavar="SECONDS", type=float, default=60.0, help="longest wait for requests under way")
-    return parser
-
-
-def settings_of(given: argparse.Namespace) -> ServerSettings:
-    """The options as settings. A ref to follow means following."""
-    return ServerSettings(
-        chain_url=given.chain,
-        state_dir=given.state_dir,
-        name=given.name,
-        host=given.host,
-        port=given.port,
-        follow_seconds=5.0 if given.follow is None and given.follow_ref is not None else given.follow,
-        follow_ref=given.follow_ref,
-        device=given.device,
-        drain_seconds=given.drain,
-        lease_seconds=given.lease,
-        advertise_url=given.advertise,
-        trusted_keys=given.require_signature,
-    )
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command line."""
-    settings = settings_of(build_parser().parse_args(argv))
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    # uvicorn raises the signal that ended it again: leave by way of the `finally`s.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    signal.signal(signal.SIGINT, lambda *_: sys.exit(0))
-    try:
-        serve(settings)
-    except WeightlineError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 2
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,0 +1,103 @@
+"""`weightline serve transformers`: what its options mean, and how it refuses. tests/receiver/test_server.py runs it."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from weightline.cli.main import app, main
+from weightline.errors import InputError
+from weightline.receiver import server
+from weightline.receiver.following import Following
+from weightline.receiver.server import ServerSettings
+
+CHAIN = "memory://nobody/toy"
+
+
+@pytest.fixture(autouse=True)
+def _own_signals() -> Iterator[None]:
+    """The command takes signals over for its process, which is the tests' here."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch) -> list[ServerSettings]:
+    """What the server is started with; it is not started."""
+    settings: list[ServerSettings] = []
+    monkeypatch.setattr(server, "serve", settings.append)
+    return settings
+
+
+def _serve(*options: str) -> None:
+    argv = ["serve", "transformers", "--follow", CHAIN, *options]
+    assert CliRunner().invoke(app, argv, catch_exceptions=False).exit_code == 0
+
+
+def test_without_options_it_follows_every_version_behind_a_door_on_loopback(
+    told: list[ServerSettings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    _serve()
+    (settings,) = told
+    assert settings.host == "127.0.0.1"
+    assert settings == ServerSettings(CHAIN, tmp_path / ".weightline" / "replica-0", follow_seconds=5.0)
+    assert settings.following == Following(5.0, None)
+
+
+def test_every_option_reaches_the_server(told: list[ServerSettings], tmp_path: Path) -> None:
+    _serve(
+        "--state-dir", str(tmp_path), "--name", "r-7", "--host", "::1", "--port", "0", "--every", "0.1",
+        "--ref", "serving", "--drain", "3", "--lease", "4", "--advertise", "http://gpu-7:8000",
+        "--require-signature", "key.pub", "--device", "cpu",
+    )  # fmt: skip
+    assert told == [
+        ServerSettings(
+            CHAIN, tmp_path, name="r-7", host="::1", port=0, follow_seconds=0.1, follow_ref="serving", device="cpu",
+            drain_seconds=3.0, lease_seconds=4.0, advertise_url="http://gpu-7:8000", trusted_keys=Path("key.pub"),
+        )
+    ]  # fmt: skip
+
+
+def test_a_replica_can_be_told_to_move_only_when_told(told: list[ServerSettings], tmp_path: Path) -> None:
+    _serve("--state-dir", str(tmp_path), "--every", "0")
+    assert told == [replace(ServerSettings(CHAIN, tmp_path), follow_seconds=None)]
+    assert told[0].following is None
+    with pytest.raises(InputError, match="never looks at 'serving'"):
+        _serve("--state-dir", str(tmp_path), "--every", "0", "--ref", "serving")
+
+
+def test_what_is_wrong_is_one_line_before_the_server_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["weightline", "serve", "transformers", "--follow", CHAIN, "--state-dir", str(tmp_path), "--port", "0"]
+    monkeypatch.setattr(sys, "argv", [*argv, "--require-signature", str(tmp_path / "nothing")])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error (input): no key can be read")
+    assert not (tmp_path / "address.json").exists()
+
+
+def test_what_is_wrong_is_told_before_anything_heavy_is_imported(tmp_path: Path) -> None:
+    program = (
+        "import sys\n"
+        "from weightline.cli.main import main\n"
+        "try: main()\n"
+        "finally: print('HEAVY', sorted({'torch', 'numba', 'transformers'} & set(sys.modules)))"
+    )
+    argv = ["serve", "transformers", "--follow", CHAIN, "--state-dir", str(tmp_path), "--port", "0"]
+    argv += ["--require-signature", str(tmp_path / "nothing")]
+    told = subprocess.run([sys.executable, "-c", program, *argv], capture_output=True, text=True, check=False)
+    assert (told.returncode, told.stdout) == (1, "HEAVY []\n")
+    assert "no key can be read" in told.stderr
