@@ -23,11 +23,12 @@ from weightline.chain.signing import SIGNING_KEY_VARIABLE, TRUSTED_KEYS_VARIABLE
 from weightline.chain.state import read_state
 from weightline.chain.verify import verify_chain
 from weightline.chain.ways import plan_between
-from weightline.errors import InputError, SignatureError
+from weightline.errors import InputError, SignatureError, TransientStorageError
 from weightline.format import keys
 from weightline.format.signature import Signature, Signer, TrustedKeys, generate_key, load_signer, load_trusted_keys
 from weightline.store.base import ObjectInfo
 from weightline.store.memory import MemoryStore
+from weightline.testing.faults import FaultStore, failing
 
 STATES = [random_state(0)]
 for seed in range(1, 5):
@@ -197,6 +198,36 @@ def test_a_lost_reply_does_not_make_a_signed_commit_another_one(key: Path, monke
     manifest = commit_state(chain, STATES[0])
     commit_manifest(chain, manifest)
     assert len(list(chain.store.list(keys.SIGNATURES))) == 1
+
+
+def test_a_signed_commit_is_one_create_only_put_and_its_signature_is_there_before(
+    key: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Create-only may be slow (a Hub bucket without keys waits for each), and a signature's key names its content."""
+    monkeypatch.setenv(SIGNING_KEY_VARIABLE, str(key))
+    done: list[tuple[str, str]] = []
+    chain = Chain(FaultStore(MemoryStore(), lambda _, verb, name: done.append((verb, name))))
+    manifest = commit_state(chain, STATES[0])
+    (signature,) = (info.key for info in chain.store.list(keys.SIGNATURES))
+    assert [name for verb, name in done if verb == "put_if_absent"] == [manifest.key]
+    assert done.index(("put_file", signature)) < done.index(("put_if_absent", manifest.key))
+    done.clear()
+    assert sign_existing(chain.store, load_signer(key)) == 0
+    assert not {verb for verb, _ in done} & {"put", "put_file", "put_if_absent"}, "what is there stays"
+
+
+def test_a_crash_between_signature_and_commit_leaves_no_version(key: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(SIGNING_KEY_VARIABLE, str(key))
+    store = MemoryStore()
+    away = failing(verb="put_if_absent", key_prefix=keys.COMMITS, times=1)
+    with pytest.raises(TransientStorageError):
+        commit_state(Chain(FaultStore(store, away)), STATES[0])
+    assert Chain(store).tip_version() is None
+    assert len(list(store.list(keys.SIGNATURES))) == 1
+    away = failing(verb="put_file", key_prefix=keys.SIGNATURES, times=1)
+    with pytest.raises(TransientStorageError):
+        commit_state(Chain(FaultStore(store, away)), STATES[0])
+    assert Chain(store).tip_version() is None
 
 
 def test_an_unsigned_chain_becomes_a_signed_one(key: Path, trusted: TrustedKeys) -> None:

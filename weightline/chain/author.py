@@ -13,44 +13,27 @@ from typing import Literal
 
 from weightline.chain.adapter import base_of_folder, require_base
 from weightline.chain.assets import upload_files
+from weightline.chain.authorship import Authorship, build_manifest
 from weightline.chain.checkpoint import assets_of
 from weightline.chain.commit import commit_manifest, new_commit_id, utc_now
 from weightline.chain.fetch import fetch_object, fetching
-from weightline.chain.groups import GROUP_NBYTES, tensor_groups
+from weightline.chain.groups import tensor_groups
 from weightline.chain.history import Chain
 from weightline.chain.signing import check_signing_key
 from weightline.chain.state import read_state
 from weightline.chain.target import FileTarget, Target, VersionTarget
 from weightline.chain.upload import uploading
-from weightline.codec.anchor import ANCHOR_CODING
 from weightline.codec.capture import capture
 from weightline.codec.coding import coding_named
-from weightline.codec.digest import add_digests, digest_change, format_digest, tensor_digest
+from weightline.codec.digest import add_digests, digest_change, tensor_digest
 from weightline.errors import BaseMismatchError, DigestMismatchError, InputError
 from weightline.format import keys
-from weightline.format.manifest import AdapterBase, AssetRef, Manifest, Origin, PayloadRef, TensorState
+from weightline.format.manifest import Manifest, Origin, PayloadRef
 from weightline.format.payload import write_anchor, write_delta
 from weightline.store.open import check_writable
 from weightline.types import BitsArray, Changes, Segment, TensorSpec
 
 DEFAULT_CODING = "gap-by-magnitude"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Authorship:
-    """What a version says of where it comes from."""
-
-    stage: str
-    run_id: str = "cli"
-    global_step: int = 0
-    kind: Literal["anchor", "delta", "revert"] = "delta"
-    reverts_to: int | None = None
-    forked_from: Origin | None = None
-    base_model: AdapterBase | None = None
-    is_milestone: bool = True
-    assets: tuple[AssetRef, ...] = ()
-    coding: str = DEFAULT_CODING
-    group_nbytes: int = GROUP_NBYTES
 
 
 def commit_folder(chain: Chain, folder: Path, *, stage: str = "import", coding: str = DEFAULT_CODING) -> Manifest:
@@ -67,7 +50,10 @@ def commit_folder(chain: Chain, folder: Path, *, stage: str = "import", coding: 
     base_model = require_base(recorded, base_of_folder(folder), chain_url=chain.url)
     assets = upload_files(chain.store, folder)
     kind: Literal["anchor", "delta"] = "anchor" if tip is None else "delta"
-    author = Authorship(stage=stage, kind=kind, assets=assets, base_model=base_model, coding=coding)
+    author = Authorship(
+        stage=stage, run_id="cli", global_step=0, kind=kind, coding=coding, base_model=base_model, is_milestone=True,
+        assets=assets,
+    )  # fmt: skip
     return _commit(chain, target, author)
 
 
@@ -79,8 +65,8 @@ def commit_revert(chain: Chain, version: int, *, coding: str = DEFAULT_CODING) -
     with fetching(chain.store) as fetcher:
         assets = assets_of(chain, version)
         author = Authorship(
-            stage=wanted.stage, run_id=wanted.run_id, global_step=wanted.global_step, kind="revert",
-            reverts_to=version, base_model=tip.base_model, assets=assets, coding=coding,
+            stage=wanted.stage, run_id=wanted.run_id, global_step=wanted.global_step, kind="revert", coding=coding,
+            reverts_to=version, base_model=tip.base_model, is_milestone=True, assets=assets,
         )  # fmt: skip
         return _commit(chain, VersionTarget(chain, version, fetcher), author)
 
@@ -97,7 +83,8 @@ def commit_fork(source: Chain, version: int, new: Chain) -> Manifest:
         origin = Origin(chain=source.url, version=version, commit_id=wanted.commit_id)
         author = Authorship(
             stage=wanted.stage, run_id=wanted.run_id, global_step=wanted.global_step, kind="anchor",
-            forked_from=origin, base_model=wanted.base_model, assets=upload_files(new.store, Path(name)),
+            coding=DEFAULT_CODING, forked_from=origin, base_model=wanted.base_model, is_milestone=True,
+            assets=upload_files(new.store, Path(name)),
         )  # fmt: skip
         return _commit(new, VersionTarget(source, version, fetcher), author)
 
@@ -124,7 +111,7 @@ def _commit(chain: Chain, target: Target, author: Authorship) -> Manifest:
         fetching(chain.store) as fetcher,
         uploading(chain.store) as uploads,
     ):
-        for names in tensor_groups(target.specs.values(), author.group_nbytes):
+        for names in tensor_groups(target.specs.values()):
             new = dict(_read(target, names))
             number = len(draft.payloads)
             path = Path(name) / f"payload-{number}.safetensors"
@@ -141,7 +128,10 @@ def _commit(chain: Chain, target: Target, author: Authorship) -> Manifest:
             uploads.start(key, path)
             draft.payloads.append(PayloadRef(key=key, nbytes=info.nbytes, sha256=info.sha256, rank=number))
             draft.num_changed += info.num_changed
-    manifest = _manifest(target, draft, author, tip)
+    manifest = build_manifest(
+        author, target.specs, draft.digests, tuple(draft.payloads), version=draft.version, commit_id=draft.commit_id,
+        created_at=utc_now(), num_changed=draft.num_changed, world_size=max(1, len(draft.payloads)),
+    )  # fmt: skip
     _check_revert(chain, manifest)
     commit_manifest(chain, manifest)
     return manifest
@@ -199,34 +189,3 @@ def _check_revert(chain: Chain, manifest: Manifest) -> None:
                 f"tensor {name} would not be that of version {manifest.reverts_to}: run weightline verify",
                 what=name, expected=expected, actual=manifest.digests[name],
             )  # fmt: skip
-
-
-def _manifest(target: Target, draft: _Draft, author: Authorship, tip: Manifest | None) -> Manifest:
-    specs = target.specs
-    num_elements = sum(spec.num_elements for spec in specs.values())
-    return Manifest(
-        version=draft.version,
-        base_version=None if tip is None else tip.version,
-        kind=author.kind,
-        reverts_to=author.reverts_to,
-        forked_from=author.forked_from,
-        base_model=author.base_model,
-        commit_id=draft.commit_id,
-        created_at=utc_now(),
-        run_id=author.run_id,
-        stage=author.stage,
-        global_step=author.global_step,
-        is_milestone=author.is_milestone,
-        coding=ANCHOR_CODING if tip is None else author.coding,
-        world_size=max(1, len(draft.payloads)),
-        num_changed=num_elements if tip is None else draft.num_changed,
-        num_elements=num_elements,
-        payload_nbytes=sum(payload.nbytes for payload in draft.payloads),
-        full_nbytes=sum(spec.nbytes for spec in specs.values()),
-        payloads=tuple(draft.payloads),
-        assets=author.assets,
-        tensors={
-            name: TensorState(dtype=spec.dtype, shape=spec.shape, digest=format_digest(draft.digests[name]))
-            for name, spec in specs.items()
-        },
-    )

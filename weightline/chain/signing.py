@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import os
+import tempfile
 from pathlib import Path
 
-from weightline.errors import CorruptError, NotFoundError, ObjectExistsError, SignatureError
+from weightline.errors import CorruptError, NotFoundError, SignatureError
 from weightline.format import keys
 from weightline.format.signature import Signature, Signer, TrustedKeys, load_signer, load_trusted_keys
 from weightline.store import Store
@@ -60,12 +61,16 @@ def sign_existing(store: Store, signer: Signer) -> int:
 
 
 def _put_signature(store: Store, signer: Signer, key: str, body: bytes) -> bool:
-    """False when it was there: the same key over the same bytes is the same signature."""
+    """False when it was there: the same key over the same bytes is the same signature. Durable when it returns."""
     signature = signer.sign(key, body)
-    try:
-        store.put_if_absent(signature.key, signature.to_bytes())
-    except ObjectExistsError:
+    if store.head(signature.key) is not None:
         return False
+    # Not create-only, which may be slow: the key names what is signed and by whom, and ed25519 signs that one way, so
+    # writers that race write the same bytes. As a file: `put` is for hints, and need not have settled when it returns.
+    with tempfile.TemporaryDirectory(prefix="weightline-") as folder:
+        path = Path(folder) / "signature.json"
+        path.write_bytes(signature.to_bytes())
+        store.put_file(signature.key, path)
     return True
 
 

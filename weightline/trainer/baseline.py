@@ -26,10 +26,6 @@ class Baseline:
         self._ranked = ranked
         self._held: dict[str, torch.Tensor] = {s.segment.tensor.name: s.read().clone() for s in self.shards}
 
-    @property
-    def nbytes(self) -> int:
-        return sum(held.nbytes for held in self._held.values())
-
     def capture(self) -> list[Changes]:
         """What changed since the last capture, shard by shard, and advance. Unchanged shards are left out."""
         captured = []
@@ -46,11 +42,6 @@ class Baseline:
         """Undo one capture. Several are undone newest first."""
         for changes in captured:
             self._scatter(changes, changes.old_K)
-
-    def reset_to(self, segment: Segment, bits_N: BitsArray) -> None:
-        """Make the baseline of one shard another state: what the chain's tip holds there."""
-        held = self._held[segment.tensor.name]
-        held.view(_INTEGER[held.itemsize]).copy_(_as_tensor(bits_N))
 
     def segments(self) -> Iterable[tuple[Segment, BitsArray]]:
         """Each shard's baseline bits on the host, one at a time."""

@@ -7,7 +7,6 @@ all of them (one int64 all-reduce over gloo a sync). So no rank ever skips or re
 from __future__ import annotations
 
 import secrets
-import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -97,9 +96,6 @@ class PublishSession:
         self._wants_anchor = False
         self.last_step = -1
         """Training step of the newest capture."""
-        self.num_committed = 0
-        self.capture_seconds = 0.0
-        """Time that captures have taken from training."""
 
     def start(self, model: Any, processing_class: Any, global_step: int) -> StartPlan:
         """Find where the loaded weights stand, and commit what is missing before the first step.
@@ -207,9 +203,7 @@ class PublishSession:
         self._settle(self.group.minimum(self._publisher.num_outcomes))
         if not self._make_room(must_capture=is_milestone or must_capture):
             return False
-        started = time.perf_counter()
         changes = tuple(self._baseline.capture())
-        self.capture_seconds += time.perf_counter() - started
         self._submit("delta", changes, global_step, is_milestone=is_milestone, metrics=metrics or {})
         return True
 
@@ -261,7 +255,6 @@ class PublishSession:
             self._num_settled = sequence + 1
             if outcome.status == "committed":
                 self._in_flight.popleft()
-                self.num_committed += 1
                 is_under_way = any(sync.with_anchor for sync in self._in_flight)
                 self._wants_anchor = outcome.wants_anchor and not is_under_way
             elif outcome.status == "failed":

@@ -15,13 +15,13 @@ from pathlib import Path
 
 import torch
 
+from weightline.chain.authorship import Authorship, build_manifest
 from weightline.chain.commit import commit_manifest, utc_now
 from weightline.chain.history import Chain
-from weightline.codec.anchor import ANCHOR_CODING
-from weightline.codec.digest import add_digests, digest_change, digest_to_limbs, format_digest, limbs_to_digest
+from weightline.codec.digest import add_digests, digest_change, digest_to_limbs, limbs_to_digest
 from weightline.errors import ConflictError, WeightlineError
 from weightline.format import keys
-from weightline.format.manifest import AdapterBase, Manifest, PayloadRef, TensorState
+from weightline.format.manifest import AdapterBase, Manifest, PayloadRef
 from weightline.format.payload import PayloadInfo, write_anchor, write_delta
 from weightline.trainer.anchoring import LateJoiner, write_anchor_shortcut
 from weightline.trainer.baseline import Baseline
@@ -181,36 +181,15 @@ class _Attempt:
 
     def _manifest(self, parts: list[PayloadPart], digests: dict[str, int], num_changed: int) -> Manifest:
         sync, context = self.sync, self.context
+        author = Authorship(
+            stage=context.stage, run_id=context.run_id, global_step=sync.global_step, kind=sync.kind,
+            coding=context.coding, reverts_to=sync.reverts_to, base_model=context.base_model,
+            is_milestone=sync.is_milestone, assets=sync.assets, metrics=sync.metrics, provenance=context.provenance,
+        )  # fmt: skip
         payloads = tuple(
             PayloadRef(key=p.key, nbytes=p.nbytes, sha256=p.sha256, rank=p.rank) for p in parts if p.key is not None
         )
-        tensors = {
-            name: TensorState(dtype=spec.dtype, shape=spec.shape, digest=format_digest(digests[name]))
-            for name, spec in context.specs.items()
-        }
-        is_anchor = sync.kind == "anchor"
-        num_elements = sum(spec.num_elements for spec in context.specs.values())
-        return Manifest(
-            version=self.version,
-            base_version=None if is_anchor else self.writer.tip,
-            kind=sync.kind,
-            reverts_to=sync.reverts_to,
-            base_model=context.base_model,
-            commit_id=self.commit_id,
-            created_at=utc_now(),
-            run_id=context.run_id,
-            stage=context.stage,
-            global_step=sync.global_step,
-            is_milestone=sync.is_milestone,
-            coding=ANCHOR_CODING if is_anchor else context.coding,
-            world_size=self.writer.group.world_size,
-            num_changed=num_elements if is_anchor else num_changed,
-            num_elements=num_elements,
-            payload_nbytes=sum(payload.nbytes for payload in payloads),
-            full_nbytes=sum(spec.nbytes for spec in context.specs.values()),
-            payloads=payloads,
-            assets=sync.assets,
-            tensors=tensors,
-            metrics=sync.metrics,
-            provenance=context.provenance,
-        )
+        return build_manifest(
+            author, context.specs, digests, payloads, version=self.version, commit_id=self.commit_id,
+            created_at=utc_now(), num_changed=num_changed, world_size=self.writer.group.world_size,
+        )  # fmt: skip
