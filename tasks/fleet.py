@@ -20,6 +20,7 @@ from weightline.errors import ApplyError, InputError
 from weightline.receiver import client
 from weightline.receiver.auth import TOKEN_VARIABLE, is_loopback
 from weightline.receiver.facts import ReplicaStatus
+from weightline.receiver.following import TIP
 from weightline.receiver.waves import Member
 
 #: URLs of replicas that somebody else runs, separated by spaces or commas; their token is in WEIGHTLINE_TOKEN.
@@ -46,17 +47,22 @@ class ReachedReplica:
 
 @dataclass(frozen=True, slots=True)
 class Fleet:
-    """`reached`: to be moved. `others`: names of live replicas that follow by themselves, or are not to be asked."""
+    """`reached`: to be moved. `others`: names of live replicas that follow by themselves, or are not to be asked.
+
+    `ungated`: those of the others that follow the chain's tip, and so serve every version before anybody judged it.
+    """
 
     reached: tuple[ReachedReplica, ...]
     others: tuple[str, ...]
+    ungated: tuple[str, ...] = ()
 
 
 def find_fleet(chain: Chain) -> Fleet:
     """Everybody who serves the chain: those of WEIGHTLINE_SERVING_URL, the local stack's, and those with a lease.
 
     InputError when nobody is known at all; ApplyError when nobody answers, or when a replica that was named follows
-    another chain. Starts the local stack's replica where it is not running.
+    another chain. Starts the local stack's replica where it is not running. One that follows by itself is not moved,
+    however it is known: it would go back to what it follows.
     """
     leases = live_leases(chain)
     addresses = dict(_named(chain))
@@ -64,16 +70,20 @@ def find_fleet(chain: Chain) -> Fleet:
     for lease in leases:
         if lease.follows is None and may_be_asked(lease):
             addresses.setdefault(str(lease.url), os.environ[TOKEN_VARIABLE])
-    reached, errors = _look(chain, addresses)
+    told, errors = _look(chain, addresses)
+    reached = tuple(one for one, follows in told if follows is None)
+    followers = {one.name: follows for one, follows in told if follows is not None}
+    followers |= {
+        lease.replica: lease.follows for lease in leases if lease.replica not in {one.name for one in reached}
+    }
     if not is_somebody_known:
         raise InputError(
             f"no replica is known: set {SERVING_URL_VARIABLE} and {TOKEN_VARIABLE}, or start a stack (make up)",
             field=SERVING_URL_VARIABLE,
         )
-    others = tuple(lease.replica for lease in leases if lease.replica not in {one.name for one in reached})
-    if errors and not reached and not others:
+    if errors and not reached and not followers:
         raise errors[0]
-    return Fleet(reached, others)
+    return Fleet(reached, tuple(followers), tuple(name for name, follows in followers.items() if follows == TIP))
 
 
 def may_be_asked(lease: Lease) -> bool:
@@ -95,9 +105,9 @@ def _named(chain: Chain) -> Iterator[tuple[str, str]]:
         yield address.url, address.token
 
 
-def _look(chain: Chain, addresses: dict[str, str]) -> tuple[tuple[ReachedReplica, ...], list[ApplyError]]:
-    """Ask everybody. One name is one replica, however many URLs lead to it."""
-    found: dict[str, ReachedReplica] = {}
+def _look(chain: Chain, addresses: dict[str, str]) -> tuple[list[tuple[ReachedReplica, str | None]], list[ApplyError]]:
+    """Ask everybody; who answered, with what it follows. One name is one replica, however many URLs lead to it."""
+    found: dict[str, tuple[ReachedReplica, str | None]] = {}
     errors: list[ApplyError] = []
     with ThreadPoolExecutor(max_workers=_LOOKS_AT_ONCE) as pool:
         for (url, token), told in zip(addresses.items(), pool.map(_status_or_error, addresses), strict=True):
@@ -106,8 +116,9 @@ def _look(chain: Chain, addresses: dict[str, str]) -> tuple[tuple[ReachedReplica
             elif not is_same_chain(told.chain, chain.url):
                 errors.append(ApplyError(f"the replica at {url} follows {told.chain}, not {chain.url}", url=url))
             else:
-                found.setdefault(told.replica, ReachedReplica(told.replica, url, told.version, token))
-    return tuple(found.values()), errors
+                replica = ReachedReplica(told.replica, url, told.version, token)
+                found.setdefault(told.replica, (replica, told.follows))
+    return list(found.values()), errors
 
 
 def _status_or_error(url: str) -> ReplicaStatus | ApplyError:

@@ -140,6 +140,7 @@ def write_outcome(
         "away": [move.name for move in moves if move.is_away],
         "failed": {move.name: str(move.error) for move in moves if move.is_failed},
         "followers": list(rollout.fleet.others),
+        "ungated": list(rollout.fleet.ungated),
         "score": verdict.score if verdict else None,
         "baseline_version": verdict.baseline.version if verdict and verdict.baseline else None,
         "baseline_score": verdict.baseline.score if verdict and verdict.baseline else None,

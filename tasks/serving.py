@@ -33,6 +33,7 @@ from weightline.evaluation.gate import Verdict, baseline_of, judge
 from weightline.evaluation.task import EvaluationTask
 from weightline.receiver import client
 from weightline.receiver.facts import RefreshFacts
+from weightline.receiver.following import SERVING_REF
 from weightline.receiver.refresh_records import done_record, record_refresh
 
 _POLL_SECONDS = 1.0
@@ -51,7 +52,13 @@ def _may_pass(task: Any, task_run: Any, state: State[Any]) -> bool:
 def plan_rollout(chain: str, version: int, settings: RolloutSettings) -> Rollout:
     """Find the replicas, decide who moves when, and write that down. Safe to repeat."""
     opened = open_chain(chain)
-    return open_rollout(opened, version, settings, find_fleet(opened))
+    fleet = find_fleet(opened)
+    if fleet.ungated and not settings.gate.is_open:
+        get_run_logger().warning(
+            "%s follow the tip and serve every version before its gate: start them with --ref %s",
+            ", ".join(fleet.ungated), SERVING_REF,
+        )  # fmt: skip
+    return open_rollout(opened, version, settings, fleet)
 
 
 @task(

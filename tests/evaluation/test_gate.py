@@ -45,6 +45,13 @@ def test_what_was_not_measured_does_not_pass_a_gate_that_is_not_open() -> None:
     assert not judge(ScoreGate(min_score=0.1), {"status": "failed", "score": 1.0}, None).passed
 
 
+@pytest.mark.parametrize("score", [float("nan"), float("inf"), "0.9"])
+def test_a_score_that_is_no_number_was_not_measured(score: Any) -> None:
+    assert not judge(ScoreGate(min_score=0.1), _record(7, score), None).passed
+    assert not judge(ScoreGate(max_drop=0.1), _record(7, score), Baseline(3, 0.8)).passed
+    assert baseline_of([_record(1, 0.1), _record(2, score)], 2) == Baseline(1, 0.1)
+
+
 def test_the_baseline_is_the_version_served_before_or_the_newest_measured_one_up_to_it() -> None:
     records = [_record(1, 0.1), _record(3, 0.3), {"version": 4, "status": "skipped"}, _record(6, 0.6), _record(5, None)]
     assert baseline_of(records, 3) == Baseline(3, 0.3)
@@ -57,3 +64,7 @@ def test_the_baseline_is_the_version_served_before_or_the_newest_measured_one_up
 def test_a_drop_is_a_share() -> None:
     with pytest.raises(InputError, match="max_drop is 5"):
         ScoreGate(max_drop=5)
+    with pytest.raises(InputError, match="max_drop is nan"):
+        ScoreGate(max_drop=float("nan"))
+    with pytest.raises(InputError, match="min_score is nan"):
+        ScoreGate(min_score=float("nan"))

@@ -183,6 +183,29 @@ def test_a_replica_that_has_nothing_to_go_back_to_waits_for_the_verdict(
         wait_until(lambda: door.replica.version == 1)
 
 
+def test_a_replica_that_follows_by_itself_is_not_moved_though_its_url_was_named(
+    three: Three, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would go back to what it follows, and a rollout that takes everybody back would not have it along."""
+    with (
+        open_door(three.grown.chain, tmp_path / "tipper", "tipper", following=Following(0.05)) as tipper,
+        open_door(three.grown.chain, tmp_path / "waits", "waits", following=Following(0.05, "serving")) as waits,
+    ):
+        wait_until(lambda: tipper.replica.version == 1)
+        urls = [door.url for door in (*three.doors.values(), tipper, waits)]
+        monkeypatch.setenv(SERVING_URL_VARIABLE, " ".join(urls))
+        three.score(1, 0.1)
+        record = refresh_serving(three.url, 1, min_score=0.5)
+        assert (record["status"], record["followers"], record["ungated"]) == (
+            "skipped",
+            ["tipper", "waits"],
+            ["tipper"],
+        )
+        assert waits.replica.version in (None, 0)
+        assert tipper.replica.version == 1
+    assert three.versions() == dict.fromkeys(NAMES, 0)
+
+
 def _failing(door: OpenDoor, how: Callable[[Sequence[Changes]], None]) -> None:
     """The engine's next scatter fails by `how`; after that it works again."""
     real = door.replica.engine.scatter

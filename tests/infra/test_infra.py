@@ -133,6 +133,13 @@ def test_an_image_copies_what_there_is_from_a_named_base(path: Path) -> None:
     assert not base.endswith(":latest")
 
 
+def test_a_replica_gets_requests_when_it_serves_and_serves_what_passed_its_gate() -> None:
+    (deployment,) = (one for one in _documents("vllm") if one["kind"] == "Deployment")
+    (container,) = deployment["spec"]["template"]["spec"]["containers"]
+    assert container["readinessProbe"]["httpGet"]["path"] == "/ready"
+    assert "--ref=serving" in container["args"]
+
+
 def test_images_are_named_by_version() -> None:
     images = [service["image"] for service in _compose()["services"].values()]
     assert all(":" in image for image in images if image != "weightline")

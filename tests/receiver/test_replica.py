@@ -240,6 +240,21 @@ class _Tearing(TransformersEngine):
         super().load(folder)
 
 
+def test_a_bucket_that_was_made_anew_is_not_taken_for_the_one_that_is_served(tmp_path: Path) -> None:
+    """Same URL, same number, another commit."""
+    url = f"memory://{uuid.uuid4().hex}/toy"
+    grown = make_chain(url, num_versions=2)
+    replica = Replica(grown.chain, TransformersEngine("cpu"), tmp_path / "state", "replica-0")
+    replica.refresh(1)
+    for info in list(grown.chain.store.list("")):
+        grown.chain.store.delete(info.key)
+    make_chain(url, num_versions=2)
+    for version in (1, 0):
+        with pytest.raises(BaseMismatchError, match="there it is commit"):
+            replica.refresh(version)
+    assert replica.status().version == 1
+
+
 def _tearing(grown: ModelChain, tmp_path: Path, fails_at: Callable[[int], bool]) -> tuple[Replica, _Tearing]:
     engine = _Tearing(fails_at)
     replica = Replica(grown.chain, engine, tmp_path / f"state-{uuid.uuid4().hex}", "replica-0")

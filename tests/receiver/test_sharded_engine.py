@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import subprocess
 import sys
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -14,14 +15,18 @@ import pytest
 from tests.chains import commit_state, nudged, random_state
 from tests.receiver.sharded import SHAPES, ToyTransport, toy_engine
 from weightline.chain import Chain, open_chain
-from weightline.errors import ApplyError, BaseMismatchError, DigestMismatchError
+from weightline.errors import ApplyError, BaseMismatchError, DigestMismatchError, UnsupportedFeatureError
+from weightline.format import keys
+from weightline.format.manifest import AssetRef
 from weightline.receiver.engines.base import GenerationRequest, StagingEngine
 from weightline.receiver.engines.vllm.engine import VllmEngine
-from weightline.receiver.engines.vllm.exchange import exchange_folder
+from weightline.receiver.engines.vllm.exchange import allocate, exchange_folder
+from weightline.receiver.following import Following
 from weightline.receiver.marker import read_mark
 from weightline.receiver.prepare import PreparedDelta
 from weightline.receiver.proof import prove_weights
 from weightline.receiver.replica import Replica
+from weightline.receiver.service import ReplicaService
 
 ASK = GenerationRequest(("a",), max_tokens=1)
 
@@ -126,9 +131,8 @@ def test_a_worker_that_lost_its_base_is_not_written_to_but_loaded_again(served: 
     served.assert_at(0)
 
 
+@pytest.mark.parametrize("served", [2, 4], indirect=True)
 def test_copies_that_differ_are_found(served: Served) -> None:
-    if len(served.transport.workers) == 1:
-        pytest.skip("one worker holds no copies")
     served.transport.models[-1].norm.data[0] = 77
     with pytest.raises(ApplyError, match=r"two workers hold different bits of one part of norm\.weight"):
         prove_weights(served.engine, served.chain.manifest(0))
@@ -158,10 +162,57 @@ def test_parts_that_do_not_add_up_are_undone(served: Served, monkeypatch: pytest
     served.assert_at(0)
 
 
-def test_another_config_needs_a_restart(served: Served, tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(ApplyError, match=r"config\.json of this version is not the one"):
-        served.engine.load(tmp_path / "elsewhere")
+def _commit_with_file(served: Served, name: str, content: bytes) -> int:
+    """The tip's weights once more, with a small file beside them."""
+    sha256 = hashlib.sha256(content).hexdigest()
+    asset = AssetRef(key=keys.asset(sha256), nbytes=len(content), sha256=sha256, name=name)
+    served.chain.store.put(asset.key, content)
+    served.states.append(served.states[-1])
+    return commit_state(served.chain, served.states[-1], served.states[-1], assets=(asset,)).version
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "chat_template.jinja", "modeling_own.py"])
+def test_what_vllm_read_at_its_start_needs_a_restart_and_is_refused_before_anything_moves(
+    served: Served, name: str
+) -> None:
+    version = _commit_with_file(served, name, b"{}")
+    served.transport.events.clear()
+    with pytest.raises(UnsupportedFeatureError, match=f"{name} of this version is not the one"):
+        served.replica.refresh(version)
+    assert served.transport.events == []
+    served.assert_at(0)
+
+
+def test_a_file_that_vllm_never_reads_may_change(served: Served) -> None:
+    version = _commit_with_file(served, "train_results.json", b"{}")
+    served.replica.refresh(version)
+    served.assert_at(version)
+
+
+def test_a_follower_asks_once_for_what_its_engine_will_never_serve(served: Served) -> None:
+    _commit_with_file(served, "config.json", b"{}")
+    looks: list[None] = []
+    honest = served.engine.require_assets
+
+    def counted(sha256_of: Mapping[str, str]) -> None:
+        looks.append(None)
+        honest(sha256_of)
+
+    served.engine.require_assets = counted  # type: ignore[method-assign]
+    service = ReplicaService(served.replica, Following(0.05))
+    follower = service._follower
+    assert follower is not None
+    assert all(service._follow_once(follower) for _ in range(3))
+    assert len(looks) == 1
+    assert "config.json" in str(served.replica.status().last_error)
+    served.assert_at(0)
+
+
+def test_no_room_in_shared_memory_is_an_error_and_not_a_signal() -> None:
+    with exchange_folder() as folder:
+        with pytest.raises(ApplyError, match=r"no room for 4611686018427387904 bytes.*--shm-size"):
+            allocate(folder / "1.bin", 2**62)
+        assert [path.name for path in folder.iterdir()] == ["lock"]
 
 
 def test_no_shared_memory_is_left(served: Served) -> None:

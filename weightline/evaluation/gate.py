@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from math import isfinite
 
 from weightline.chain.records import Record
 from weightline.errors import InputError
@@ -21,6 +22,8 @@ class ScoreGate:
     """Largest relative drop against the version that was served before: 0.05 lets 0.80 fall to 0.76."""
 
     def __post_init__(self) -> None:
+        if self.min_score is not None and not isfinite(self.min_score):
+            raise InputError(f"min_score is {self.min_score:g}: give a number", field="min_score")
         if self.max_drop is not None and not 0 <= self.max_drop <= 1:
             raise InputError(f"max_drop is {self.max_drop:g}: give a share between 0 and 1", field="max_drop")
 
@@ -50,9 +53,15 @@ class Verdict:
         return self.reason is None
 
 
+def measured_score(record: Record) -> float | None:
+    """The score of a finished evaluation. What is not a number compares as neither better nor worse: it is none."""
+    score = record.get("score")
+    return score if record.get("status") == "done" and isinstance(score, int | float) and isfinite(score) else None
+
+
 def baseline_of(records: Iterable[Record], served: int | None) -> Baseline | None:
     """The score of the version that was served before; where it has none, that of the newest before it which has."""
-    scored = [(r["version"], r["score"]) for r in records if r.get("status") == "done" and r.get("score") is not None]
+    scored = [(r["version"], score) for r in records if (score := measured_score(r)) is not None]
     before = [one for one in scored if served is not None and one[0] <= served]
     return Baseline(*max(before)) if before else None
 
@@ -62,10 +71,10 @@ def judge(gate: ScoreGate, record: Record, baseline: Baseline | None) -> Verdict
 
     Without a baseline there is nothing to fall below.
     """
+    score = measured_score(record)
     if gate.is_open:
-        return Verdict(record.get("score"), baseline, None)
-    score = record.get("score")
-    if record.get("status") != "done" or score is None:
+        return Verdict(score, baseline, None)
+    if score is None:
         newer = record.get("newer_version")
         why = f": version {newer} took its place" if newer is not None else ""
         return Verdict(None, baseline, f"it was not measured{why}")

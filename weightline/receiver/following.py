@@ -11,6 +11,8 @@ from weightline.errors import InputError
 
 #: The ref that stands for the newest version which passed its gate: what `refresh_serving` moves.
 SERVING_REF = "serving"
+#: What a replica says that it follows when it takes every version as soon as it is committed.
+TIP = "tip"
 _MAX_BACKOFF = 8
 
 
@@ -31,7 +33,7 @@ class Following:
     @property
     def what(self) -> str:
         """`tip`, or the name of the ref."""
-        return self.ref or "tip"
+        return self.ref or TIP
 
     def wait_seconds(self, num_failures: int, draw: float | None = None) -> float:
         """How long until the next look: longer after each failure in a row, but bounded. `draw`: in [0, 1)."""

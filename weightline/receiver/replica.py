@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 from weightline.chain import Chain
+from weightline.chain.checkpoint import assets_of
 from weightline.chain.commit import utc_now
 from weightline.codec.compose import inverse
 from weightline.errors import ApplyError, BaseMismatchError, InputError, WeightlineError
@@ -27,6 +28,7 @@ from weightline.receiver.prepare import (
     Prepared,
     PreparedDelta,
     PreparedLoad,
+    check_base,
     fits_in_place,
     prepare_delta,
     prepare_load,
@@ -99,13 +101,14 @@ class Replica:
         """Move to the version (None: the tip) and serve it. Safe to repeat: who serves it already does not move.
 
         It does not go back to an earlier version unless `allow_backward`: requests may arrive out of order.
-        ChainEmptyError, VersionNotFoundError, BaseMismatchError, CorruptError, StorageError and ApplyError leave it
-        serving what it served, or, where even going back failed, serving nothing.
+        ChainEmptyError, VersionNotFoundError, BaseMismatchError, UnsupportedFeatureError, CorruptError, StorageError
+        and ApplyError leave it serving what it served, or, where even going back failed, serving nothing.
         """
         with self._refreshing, self._remembering_errors():
             wanted = self.chain.tip().version if version is None else self.chain.manifest(version).version
             held = self._held
             if held is not None and (wanted == held.version or (wanted < held.version and not allow_backward)):
+                check_base(self.chain, held)
                 return self._facts(held.version)
             started = time.perf_counter()
             prepared = self._prepare(wanted)
@@ -135,6 +138,7 @@ class Replica:
 
     def _prepare(self, version: int) -> Prepared:
         held = self._held
+        self.engine.require_assets({asset.name: asset.sha256 for asset in assets_of(self.chain, version)})
         if held is None or not fits_in_place(self.chain, version, held):
             return prepare_load(self.chain, version, self.state_dir, held)
         return prepare_delta(self.chain, version, held, self.engine.read_bits)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 
-from weightline.errors import CorruptError, NotFoundError, StorageError, WeightlineError
+from weightline.errors import CorruptError, NotFoundError, StorageError, UnsupportedFeatureError, WeightlineError
 from weightline.receiver.facts import RefreshFacts, ReplicaStatus
 from weightline.receiver.following import Follower, Following
 from weightline.receiver.metrics import ReplicaMetrics
@@ -31,6 +31,7 @@ class ReplicaService:
         self._registration = (
             None if presence is None else Registration(replica.chain, replica.state_dir, presence, self.status)
         )
+        self._refused: int | None = None
         self._stopping = threading.Event()
         self._threads = [threading.Thread(target=self._run, name="weightline-follower", daemon=True)]
         if self._registration is not None:
@@ -144,10 +145,14 @@ class ReplicaService:
         """False after a failure, which is counted and told in `status`; the next round tries again."""
         try:
             target = follower.target()
-            if target is None or target == self.replica.version:
+            if target is None or target in (self.replica.version, self._refused):
                 return True
             facts = self.refresh(target, allow_backward=follower.following.ref is not None)
             record_followed(self.replica.chain, self.replica.name, facts)
+        except UnsupportedFeatureError as error:
+            # Asking again cannot help: this engine will never serve that version, but perhaps the next one.
+            _log.warning("replica %s passes over version %s: %s", self.replica.name, target, error)
+            self._refused = target
         except WeightlineError as error:
             _log.warning("replica %s stays at %s: %s", self.replica.name, self.replica.version, error)
             return False

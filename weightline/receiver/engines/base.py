@@ -73,6 +73,13 @@ class Engine(Protocol):
         """What `set_version` said last."""
         ...
 
+    def require_assets(self, sha256_of: Mapping[str, str]) -> None:
+        """Before anything is fetched or paused: the small files of the version to come, by name.
+
+        UnsupportedFeatureError, naming a file, when this engine read another one at its start and reads it no more.
+        """
+        ...
+
     def load(self, folder: Path) -> None:
         """Replace model and tokenizer by those of a checkpoint folder. When it raises, what was there remains."""
         ...

@@ -38,6 +38,9 @@ class TransformersEngine:
         self._tokenizer: Any = None
         self._weights: LiveWeights | None = None
 
+    def require_assets(self, sha256_of: Mapping[str, str]) -> None:
+        """Any: config and tokenizer are loaded with the weights."""
+
     def load(self, folder: Path) -> None:
         with _quiet_loading(), _load_errors(folder):
             model, info = AutoModelForCausalLM.from_pretrained(

@@ -5,25 +5,29 @@ Legend: N elements of a tensor, K changed ones.
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import threading
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Protocol
 
 from weightline.chain.target import FileTarget
 from weightline.codec.digest import digest_change, format_digest
-from weightline.errors import ApplyError, DigestMismatchError
+from weightline.errors import ApplyError, DigestMismatchError, UnsupportedFeatureError
+from weightline.format.envelope import sha256_of
 from weightline.receiver.engines.base import Completion, Generation, GenerationRequest
 from weightline.receiver.engines.vllm.exchange import exchange_folder, write_changes
 from weightline.receiver.engines.vllm.memory import RecentBits
 from weightline.receiver.engines.vllm.workers import Channel, Workers
 from weightline.types import BitsArray, Changes, PositionArray, TensorSpec
 
-#: What vLLM reads once, when it starts.
-_READ_AT_START = ("config.json", "tokenizer.json", "tokenizer_config.json")
+#: What vLLM reads once, when it starts: config, tokenizer and templates, processors, the model's own code.
+_READ_AT_START = (
+    "config.json", "generation_config.json", "chat_template.*", "*token*", "vocab.*", "merges.txt", "*.model",
+    "*.tiktoken", "*processor_config.json", "*.py",
+)  # fmt: skip
 
 
 class Transport(Channel, Protocol):
@@ -65,7 +69,8 @@ class VllmEngine:
 
     def __init__(self, transport: Transport, gate: RequestGate, model_folder: Path) -> None:
         self.version: int | None = None
-        self._transport, self._gate, self._model_folder = transport, gate, model_folder
+        self._transport, self._gate = transport, gate
+        self._started_with = _files_read_at_start(model_folder)
         self._workers = Workers(transport)
         self._specs: dict[str, TensorSpec] = {}
         self._closing = ExitStack()
@@ -80,8 +85,15 @@ class VllmEngine:
         """Safe to repeat; the engine is not to be used afterwards."""
         self._closing.close()
 
+    def require_assets(self, sha256_of: Mapping[str, str]) -> None:
+        for name, sha256 in sha256_of.items():
+            if _is_read_at_start(name) and self._started_with.get(name) != sha256:
+                raise UnsupportedFeatureError(
+                    f"{name} of this version is not the one that vLLM was started with: restart the server to serve it",
+                    feature="another model's files", engine=self.name, file=name,
+                )  # fmt: skip
+
     def load(self, folder: Path) -> None:
-        self._require_same_model(folder)
         specs = FileTarget(folder).specs
         with self._calling:
             self._forget()
@@ -174,14 +186,6 @@ class VllmEngine:
     def _new_file(self) -> Path:
         return self._folder / f"{next(self._file_numbers)}.bin"
 
-    def _require_same_model(self, folder: Path) -> None:
-        for name in _READ_AT_START:
-            if _sha256(folder / name) != _sha256(self._model_folder / name):
-                raise ApplyError(
-                    f"{name} of this version is not the one that vLLM was started with: restart the server to serve it",
-                    engine=self.name, file=name,
-                )  # fmt: skip
-
 
 def _is_same(changes: Sequence[Changes], staged: Sequence[Changes]) -> bool:
     """The very objects: equal ones are staged again."""
@@ -206,5 +210,11 @@ def _require_equal(written: Mapping[str, int], expected: Mapping[str, int]) -> N
             )  # fmt: skip
 
 
-def _sha256(path: Path) -> str | None:
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else None
+def _files_read_at_start(model_folder: Path) -> dict[str, str]:
+    """sha256 by name."""
+    files = (path for path in model_folder.iterdir() if path.is_file())
+    return {path.name: sha256_of(path) for path in files if _is_read_at_start(path.name)}
+
+
+def _is_read_at_start(name: str) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in _READ_AT_START)

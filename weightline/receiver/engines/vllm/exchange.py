@@ -50,6 +50,24 @@ def _remove_leftovers(parent: Path) -> None:
             continue  # in use, gone by now, or another user's
 
 
+def allocate(path: Path, nbytes: int) -> None:
+    """A file of that size, with the memory behind it: a write to a mapped page that cannot be had ends the process.
+
+    ApplyError when the memory is not there; then nothing is left behind.
+    """
+    try:
+        with path.open("wb") as file:
+            if nbytes:
+                os.posix_fallocate(file.fileno(), 0, nbytes)
+    except OSError as error:
+        path.unlink(missing_ok=True)
+        raise ApplyError(
+            f"{path.parent} has no room for {nbytes} bytes: {error.strerror}. Give the container more shared memory "
+            "(docker: --shm-size; Kubernetes: an emptyDir of medium Memory at /dev/shm)",
+            path=str(path), nbytes=nbytes,
+        ) from error  # fmt: skip
+
+
 def write_changes(path: Path, changes: Sequence[Changes]) -> None:
     """Whole-tensor changes: a line of JSON (`num_header_bytes` first), then positions, old and new bits, aligned."""
     header: list[dict[str, object]] = []
@@ -64,7 +82,8 @@ def write_changes(path: Path, changes: Sequence[Changes]) -> None:
         at += sum(_aligned(column.nbytes) for column in columns)
         header.append(entry)
     raw = json.dumps(header).encode()
-    with path.open("wb") as file:
+    allocate(path, _aligned(8 + len(raw)) + at)
+    with path.open("r+b") as file:
         file.write(len(raw).to_bytes(8, "little") + raw)
         file.write(bytes(_aligned(8 + len(raw)) - 8 - len(raw)))
         for column in arrays:

@@ -16,6 +16,7 @@ import numpy as np
 from weightline.codec.digest import add_digests, parse_digest
 from weightline.errors import ApplyError
 from weightline.receiver.engines.vllm.boxes import Box, Owned, box_from_json, share_out
+from weightline.receiver.engines.vllm.exchange import allocate
 from weightline.receiver.http_errors import error_of
 from weightline.types import BitsArray, TensorSpec, bits_dtype
 
@@ -68,7 +69,8 @@ class Workers:
 
     def read_bits(self, spec: TensorSpec, path: Path) -> BitsArray:
         """A tensor's N bits, by way of a file that is gone afterwards."""
-        bits_N = np.memmap(path, bits_dtype(spec.dtype), "w+", shape=(spec.num_elements,))
+        allocate(path, spec.nbytes)
+        bits_N = np.memmap(path, bits_dtype(spec.dtype), "r+", shape=(spec.num_elements,))
         try:
             self._work("read_bits", name=spec.name, path=str(path))
         finally:
