@@ -6,6 +6,7 @@ RUN_ARGS ?=
 PYTEST_ARGS ?=
 FUZZ_SECONDS ?= 60
 VLLM_VENV := .venv-vllm
+AZURITE := 3.35.0
 
 .DEFAULT_GOAL := help
 .PHONY: help run up down deploy test test-fast test-vllm lint bench fuzz clean
@@ -61,6 +62,8 @@ $(VENV)/.test-ready: $(VENV)/.run-ready
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[train,serve,dashboard,dev]'
 	command -v chromium >/dev/null || { apt-get -qq update && apt-get -qq install -y --no-install-recommends chromium; } >/dev/null 2>&1 \
 		|| echo 'no Chromium could be installed: tests in a browser will be skipped'
+	npm install --silent --no-audit --no-fund --prefix $(VENV)/azurite azurite@$(AZURITE) >/dev/null 2>&1 \
+		|| echo 'no npm: tests against an emulator of Azure will be skipped'
 	touch $@
 
 $(VLLM_VENV)/.ready: infra/vllm/requirements.lock pyproject.toml
