@@ -26,7 +26,7 @@ def measure(coding: str, is_ranked: bool, tensor: TensorSpec, old_N: BitsArray, 
     capture_seconds, changes = least_cpu_seconds(lambda: capture(segment, old_N, new_N, ranked=is_ranked))
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "payload.safetensors"
-        encode_seconds, info = least_cpu_seconds(lambda: write_delta(path, [changes], coding))
+        encode_seconds, info = least_cpu_seconds(lambda: write_delta(path, [changes], coding), before=path.unlink)
         decode_seconds, _ = least_cpu_seconds(lambda: list(open_payload(path).read_changes(None, lambda _: old_N)))
     num_changed = max(info.num_changed, 1)
     return (

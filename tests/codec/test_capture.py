@@ -9,6 +9,7 @@ from hypothesis import given
 from tests.codec.states import DTYPES, RUNS, Pair, changed, pairs, random_bits, real_pairs, whole
 from weightline.codec import reference
 from weightline.codec.capture import capture, capture_into, rank_changes
+from weightline.codec.classes import class_field
 from weightline.codec.pieces import TILE, RankedChanges, cut
 from weightline.errors import InputError
 from weightline.types import Changes, bits_dtype
@@ -30,13 +31,29 @@ def test_capture_is_the_reference(pair: Pair) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("num_elements", [0, 1, 3, 4, 5, 8191, 8192, 8193, 20_000])
-def test_capture_at_the_edges_of_words_and_blocks(dtype: str, num_elements: int) -> None:
+@pytest.mark.parametrize("num_elements", [0, 1, 3, 5, 63, 64, 65, 511, 512, 513, 575, 8193, 20_000])
+def test_capture_at_the_edges_of_groups_and_blocks(dtype: str, num_elements: int) -> None:
     rng = np.random.default_rng(num_elements)
     old_N = random_bits(rng, dtype, num_elements)
     new_N = changed(rng, old_N, 0.3)
     segment = whole("w", dtype, num_elements)
     assert_same(capture(segment, old_N, new_N), reference.capture(segment, old_N, new_N))
+    assert_same(capture(segment, old_N, new_N, ranked=True), reference.capture(segment, old_N, new_N))
+
+
+@pytest.mark.parametrize("dtype", ["BF16", "F16", "F8_E4M3", "F32", "F64"])
+@pytest.mark.parametrize("num_classes", [1, 7, 9, 200])
+def test_ranks_do_not_depend_on_which_classes_are_frequent(dtype: str, num_classes: int) -> None:
+    """Nearly all elements are of some classes; others stand where a sample of the tensor does not look."""
+    shift, mask = class_field(dtype)
+    rng = np.random.default_rng(num_classes)
+    kinds_N = rng.integers(0, min(num_classes, mask + 1), 50_001)
+    kinds_N[7::1000] = mask
+    old_N = (kinds_N.astype(np.uint64) << np.uint64(shift)).astype(bits_dtype(dtype))
+    new_N = old_N.copy()
+    at_K = np.unique(np.concatenate([np.arange(7, old_N.size, 1000), rng.integers(0, old_N.size, 150)]))
+    new_N[at_K] ^= 1
+    segment = whole("w", dtype, old_N.size)
     assert_same(capture(segment, old_N, new_N, ranked=True), reference.capture(segment, old_N, new_N))
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -8,6 +9,7 @@ from tests.codec.states import DTYPES, Pair, changed, random_bits, whole
 from weightline.codec.capture import capture
 from weightline.codec.chunknumbers import CodedNumbers, flatten_changes, group_changes
 from weightline.codec.classes import class_field, classes_of
+from weightline.codec.kernels import grouping
 from weightline.codec.pieces import RankedChanges
 from weightline.codec.steps import steps
 from weightline.types import Changes
@@ -62,3 +64,17 @@ def test_grouped_changes_are_sorted_by_class_piece_and_position(pieces: list[Ran
     assert np.array_equal(numbers.gaps_K, expected_K)
     assert counts_PC.T.ravel().tolist() == np.bincount(group_K, minlength=counts_PC.size).tolist()
     assert_steps(numbers, pieces, order_K)
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.uint32, np.uint64])
+@pytest.mark.parametrize("num_steps", [0, 1, 63, 64, 65, 1000])
+@pytest.mark.parametrize("share", [0.0, 0.1, 1.0])
+def test_large_steps_are_listed_with_the_unit_steps_before_them(dtype: type, num_steps: int, share: float) -> None:
+    rng = np.random.default_rng(num_steps)
+    sizes_K = np.where(rng.random(num_steps) < share, rng.integers(1, 2**15, num_steps), 0).astype(dtype)
+    columns = np.empty((2, num_steps + 1), np.uint64)
+    num_large = grouping.large_steps(sizes_K, columns)
+    large_J = np.flatnonzero(sizes_K)
+    assert num_large == large_J.size
+    assert np.array_equal(columns[0, :num_large], np.diff(large_J, prepend=-1) - 1)
+    assert np.array_equal(columns[1, :num_large], sizes_K[large_J] - dtype(1))

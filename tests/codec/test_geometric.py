@@ -40,6 +40,18 @@ def test_geometric_numbers_cost_their_entropy(mean: float) -> None:
     assert 8 * len(stream) / values_K.size < 1.01 * entropy_bits + 0.01
 
 
+@pytest.mark.parametrize("mean", [0.01, 0.8, 7.9, 22.0, 300.0, 1e9])
+def test_coder_is_the_reference_where_levels_change(mean: float) -> None:
+    rng = np.random.default_rng(6)
+    values = (rng.geometric(1 / (1 + mean), 1500) - 1).tolist()
+    values[::50] = [8 * value + 8 for value in values[::50]]
+    values_K, counts_R = np.array(values, np.uint64), np.array([700, 800], np.int64)
+    levels_R = start_levels(values_K, counts_R)
+    stream = encode_runs(values_K, counts_R, levels_R)
+    assert stream == reference.encode_runs(values, counts_R.tolist(), levels_R.tolist())
+    assert np.array_equal(decode_runs(stream, counts_R, levels_R), values_K)
+
+
 def test_the_mean_follows_the_values() -> None:
     rng = np.random.default_rng(8)
     values_K = np.concatenate([rng.geometric(p, 20_000) - 1 for p in (0.5, 0.001, 0.5)]).astype(np.uint64)

@@ -249,6 +249,7 @@ def test_layouts(tmp_path: Path, segments: Sequence[Segment], entries: list, chu
 
 ANCHOR_ENTRIES = [
     (("BF16", 100, 99, (0, 0)), "anchor-chunk"),
+    (("BF16", 100, 100, (0, 0)), "anchor-chunk"),
     (("BF16", 100, 100, (0, 1)), "anchor-chunk"),
     (("BF16", 100, 100, (1, 0)), "stream-decode"),
 ]  # fmt: skip
@@ -394,9 +395,26 @@ def bomb_of_changes() -> bytes:
     return pack_table([whole("w", "U8", 1 << 32)], [ChunkEntry("U8", 1 << 32, 1 << 31, (0, 0))])
 
 
-@pytest.mark.parametrize("bomb", [bomb_of_names, bomb_of_chunks, bomb_of_zeros, bomb_of_tiles, bomb_of_changes])
-def test_bombs_are_refused_in_little_memory(tmp_path: Path, bomb: Callable[[], bytes]) -> None:
-    path = put(tmp_path / "p", b"", bomb())
+def bomb_of_empty_tiles() -> bytes:
+    """An anchor of 2**36 elements, each tile in a stream of no bytes."""
+    return pack_table([whole("w", "BF16", 1 << 36)], [ChunkEntry("BF16", 1 << 22, 1 << 22, (0, 0))] * (1 << 14))
+
+
+BOMBS = [
+    (bomb_of_names, DELTA),
+    (bomb_of_chunks, DELTA),
+    (bomb_of_zeros, DELTA),
+    (bomb_of_tiles, DELTA),
+    (bomb_of_changes, DELTA),
+    (bomb_of_empty_tiles, ANCHOR),
+]
+
+
+@pytest.mark.parametrize(("bomb", "metadata"), BOMBS)
+def test_bombs_are_refused_in_little_memory(
+    tmp_path: Path, bomb: Callable[[], bytes], metadata: dict[str, str]
+) -> None:
+    path = put(tmp_path / "p", b"", bomb(), metadata)
     assert path.stat().st_size < MIB
     tracemalloc.start()
     try:

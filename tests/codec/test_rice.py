@@ -22,6 +22,18 @@ def test_coder_is_the_reference_and_comes_back(values: list[int], parameter: int
     assert decode_rice(stream, len(values), parameter).tolist() == values
 
 
+@pytest.mark.parametrize("mean", [0.2, 1.0, 2.0, 4.1, 8.3, 33.0, 266.0, 532.0, 5000.0])
+def test_coder_is_the_reference_where_parameters_change(mean: float) -> None:
+    """Means beside the bounds of parameters, with an outlier now and then."""
+    rng = np.random.default_rng(3)
+    values_K = rng.geometric(1 / (1 + mean), 3001).astype(np.uint32) - np.uint32(1)
+    values_K[::97] *= 40
+    for parameter in (parameter_of(mean), 8, 9, NUM_PARAMETERS - 1):
+        stream = encode_rice(values_K, parameter)
+        assert stream == reference.encode_rice(values_K.tolist(), parameter)
+        assert np.array_equal(decode_rice(stream, values_K.size, parameter), values_K)
+
+
 @pytest.mark.parametrize("quotient", [22, 23, 24, 25])
 @pytest.mark.parametrize("parameter", [0, 5, 31])
 def test_values_around_the_escape(quotient: int, parameter: int) -> None:

@@ -62,7 +62,8 @@ def _bench(name: str, pairs: Sequence[Pair], memcmp_seconds: float, repeats: int
         capture_seconds, changes = best_of(
             repeats, lambda: [capture(segments[t.name], old_N, new_N, ranked=ranked) for t, old_N, new_N in pairs]
         )
-        encode_seconds, info = best_of(repeats, lambda: write_delta(path, changes, name))
+        # A writer's payload is a new file: to empty an old one first takes the file system as long as a small encoding.
+        encode_seconds, info = best_of(repeats, lambda: write_delta(path, changes, name), path.unlink)
         decode_seconds, decoded = best_of(
             repeats, lambda: list(open_payload(path).read_changes(None, lambda segment: base[segment.tensor.name]))
         )

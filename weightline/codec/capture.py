@@ -1,11 +1,11 @@
 """Capture: compare the bits of two states of a segment and keep what differs.
 
-Legend: N elements of the segment, W the same memory as 64-bit words, K changed elements, C magnitude classes.
+Legend: N elements of the segment, K changed elements, C magnitude classes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -24,7 +24,6 @@ Kernel = Callable[..., tuple[np.uint64, np.uint64]]
 _MIN_ROOM = 1 << 13
 #: Room reserved at the start: one element in 2**4. Memory that is never written to costs nothing.
 _EXPECTED_SHIFT = 4
-_LANES = 4
 
 
 def capture(segment: Segment, old_N: BitsArray, new_N: BitsArray, *, ranked: bool = False) -> Changes:
@@ -94,19 +93,12 @@ class _Collector:
         from weightline.codec.kernels import scan
 
         shift, mask = class_field(self._segment.tensor.dtype)
-        words_stop = stop - stop % _LANES if self._states[0].itemsize == 2 else start
-        words = [state[: words_stop - words_stop % _LANES].view(np.uint64) for state in self._states]
-        word_range = (start // _LANES, words_stop // _LANES)
         if self._ranked and mask:
-            counts_LC = np.zeros((_LANES, NUM_CLASSES), np.uint32)
-            by_word = scan.collect_ranked_f16 if self._segment.tensor.dtype == "F16" else scan.collect_ranked_bf16
-            self._run(by_word, words, *word_range, counts_LC)
-            counts_C = counts_LC.sum(axis=0, dtype=np.uint32)
-            self._run(scan.collect_ranked, self._states, words_stop, stop, counts_C, np.uint64(shift), np.uint64(mask))
+            counts_C = np.zeros(NUM_CLASSES, np.uint32)
+            self._run(scan.collect_ranked, start, stop, counts_C, np.uint64(shift), np.uint64(mask))
         else:
             before = self._found
-            self._run(scan.collect_16, words, *word_range)
-            self._run(scan.collect, self._states, words_stop, stop)
+            self._run(scan.collect, start, stop)
             self._rank_single_class(before, start)
 
     def _rank_single_class(self, before: int, start: int) -> None:
@@ -114,11 +106,11 @@ class _Collector:
         if self._ranked:
             self._columns[3][before : self._found] = self._columns[0][before : self._found] - start
 
-    def _run(self, kernel: Kernel, states: Sequence[Array], at: int, stop: int, *ranking: Array | np.uint64) -> None:
+    def _run(self, kernel: Kernel, at: int, stop: int, *ranking: Array | np.uint64) -> None:
         columns = slice(4 if ranking else 3)
         while at < stop:
             room = [column[self._found :] for column in self._columns[columns]]
-            found, reached = kernel(*states, np.uint64(at), np.uint64(stop), *room, *ranking)
+            found, reached = kernel(*self._states, np.uint64(at), np.uint64(stop), *room, *ranking)
             self._found, at = self._found + int(found), int(reached)
             if at < stop:
                 capacity = 2 * self._columns[0].size + _MIN_ROOM

@@ -35,17 +35,17 @@ def flatten_changes(pieces: Sequence[Changes]) -> CodedNumbers:
 
     dtype = pieces[0].segment.tensor.dtype
     numbers = _allocate(sum(piece.num_changed for piece in pieces), dtype)
+    flatten = grouping.flatten_16 if DTYPE_ITEMSIZE[dtype] == 2 else grouping.flatten
     first, last = 0, -1
     for piece in pieces:
-        part = slice(first, first + piece.num_changed)
-        grouping.gaps(piece.positions_K, numbers.gaps_K[part], last)
-        last = (int(piece.positions_K[-1]) if piece.num_changed else last) - piece.segment.length
-        sizes_K, negative_K = numbers.sizes_K[part], numbers.negative_K[part]
-        if DTYPE_ITEMSIZE[dtype] == 2:
-            grouping.steps_16(piece.old_K, piece.new_K, np.uint32(_ordering(dtype)[0]), sizes_K, negative_K)
-        else:
-            grouping.steps(piece.old_K, piece.new_K, *_ordering(dtype), sizes_K, negative_K)
-        first = part.stop
+        if piece.num_changed:
+            part = slice(first, first + piece.num_changed)
+            flatten(
+                piece.positions_K, piece.old_K, piece.new_K, last, *_ordering(dtype),
+                numbers.gaps_K[part], numbers.sizes_K[part], numbers.negative_K[part],
+            )  # fmt: skip
+            first, last = part.stop, int(piece.positions_K[-1])
+        last -= piece.segment.length
     return numbers
 
 
@@ -61,15 +61,22 @@ def group_changes(pieces: Sequence[RankedChanges], field: tuple[int, int]) -> tu
     shift, mask = (np.uint64(number) for number in field)
     counts_PC = np.zeros((len(pieces), NUM_CLASSES), np.int64)
     for piece, counts_C in zip(pieces, counts_PC, strict=True):
-        grouping.count_classes(piece.old_K, shift, mask, counts_C)
+        if piece.num_changed:
+            grouping.count_classes(piece.old_K, shift, mask, counts_C)
     totals_C = counts_PC.sum(axis=0)
     numbers = _allocate(int(totals_C.sum()), dtype)
     next_C = (np.cumsum(totals_C) - totals_C).astype(np.uint64)
-    for piece in pieces:
-        grouping.group(
-            piece.old_K, piece.new_K, piece.ranks_K, shift, mask, *_ordering(dtype),
-            next_C, np.zeros(NUM_CLASSES, np.uint64), numbers.gaps_K, numbers.sizes_K, numbers.negative_K,
+    is_16_bit = DTYPE_ITEMSIZE[dtype] == 2
+    packed_K = np.empty(numbers.gaps_K.size if is_16_bit else 0, np.uint64)
+    group = grouping.group_16 if is_16_bit else grouping.group
+    columns = (packed_K,) if is_16_bit else (numbers.gaps_K, numbers.sizes_K, numbers.negative_K)
+    for piece in (piece for piece in pieces if piece.num_changed):
+        after_C = np.zeros(NUM_CLASSES, np.uint64)
+        group(
+            piece.old_K, piece.new_K, piece.ranks_K, shift, mask, *_ordering(dtype), next_C, after_C, *columns
         )  # fmt: skip
+    if is_16_bit:
+        grouping.unpack_16(packed_K, numbers.gaps_K, numbers.sizes_K, numbers.negative_K)
     return counts_PC, numbers
 
 

@@ -1,7 +1,8 @@
-"""Entropy coding of integer streams with pcodec (https://github.com/pcodec/pcodec), bounded and deterministic.
+"""Entropy coding of anchors with pcodec (https://github.com/pcodec/pcodec), bounded and deterministic.
 
-pcodec finds bins of a stream's distribution and codes them with tANS; on gaps and steps its output is within 1-2 % of
-their entropy. Modes and delta orders are fixed so that the same numbers always give the same bytes.
+pcodec finds bins of a stream's distribution and codes them with tANS: right for full states, of whose ordered integers
+nobody can say beforehand how they are distributed. Of a delta's gaps and steps one can: see geometric.py and rice.py.
+Mode and delta order are fixed so that the same numbers always give the same bytes.
 """
 
 from __future__ import annotations

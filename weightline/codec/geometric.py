@@ -99,7 +99,7 @@ def _small(cumulative: Numbers) -> Numbers:
     start, width = cumulative[:, tokens], np.diff(cumulative, axis=1)[:, tokens]
     bits = np.array(BUCKET_BITS, np.uint64)[tokens]
     packed: Numbers = width << np.uint64(40) | bits << np.uint64(32) | start
-    return packed
+    return np.ascontiguousarray(packed)
 
 
 def _row(mean: float) -> list[int]:
@@ -151,14 +151,15 @@ def encode_runs(values_K: Numbers, counts_R: Counts, levels_R: Counts) -> bytes:
     from weightline.codec.kernels import geometric as kernel
 
     t = tables()
-    words, raws = np.empty(values_K.size + 2, np.uint32), np.empty(2 * values_K.size + 2, np.uint32)
+    words, raws = np.empty(values_K.size + 3, np.uint32), np.empty(2 * values_K.size + 2, np.uint32)
     num_words, num_raws = kernel.encode_runs(
         values_K, counts_R, t.bounds_L[levels_R],
         t.bounds_L, t.shifts_L, t.rows_L, t.cumulative, t.small, t.starts_T, t.bits_T, words, raws,
     )  # fmt: skip
     head = bytearray()
     put_numbers(head, int(num_words))
-    return bytes(head) + words[:num_words].astype("<u4").tobytes() + raws[:num_raws].astype("<u4").tobytes()
+    written = words[1 : 1 + num_words], raws[:num_raws]
+    return b"".join([head, *(array.astype("<u4", copy=False).data for array in written)])
 
 
 def decode_runs(stream: bytes, counts_R: Counts, levels_R: Counts) -> npt.NDArray[np.uint64]:

@@ -17,3 +17,8 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 def jit(function: Function) -> Function:
     """Compile at the first call, keep the machine code on disk, run without the interpreter lock."""
     return cast("Function", numba.njit(cache=True, nogil=True, error_model="numpy")(function))
+
+
+def inlined(function: Function) -> Function:
+    """As `jit`, for a part of a kernel's innermost loop: compiled into each caller, where its constants fold in."""
+    return cast("Function", numba.njit(nogil=True, error_model="numpy", forceinline=True)(function))

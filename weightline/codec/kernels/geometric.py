@@ -1,7 +1,8 @@
 """The loops of adaptive geometric coding. What they compute is stated in weightline/codec/geometric.py and SPEC.md.
 
 Range coder: `low` and `span` are 64-bit; the span stays at 2**32 or above, and a 32-bit word leaves at the top whenever
-it would not. A carry out of `low` goes into the words already written. Raw bits go to their own stream, lowest first.
+it would not. A carry out of `low` goes into the last of these words, and on into the words before. Raw bits go to their
+own stream, lowest first.
 """
 
 from __future__ import annotations
@@ -11,10 +12,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from weightline.codec.kernels import jit
+from weightline.codec.kernels import inlined, jit
 
 Array = npt.NDArray[Any]
 State = tuple[np.uint64, np.uint64, np.uint64]
+Coder = tuple[np.uint64, np.uint64, np.uint64, np.uint64]
 
 _WORD = np.uint64(32)
 _LOG_WORD = np.uint64(5)
@@ -36,7 +38,11 @@ _LEADING_SHIFT = 50
 _LEADING_OF_LEVEL_0 = 4 * (1023 + 2)
 _RATE_BITS = 6
 _LOG_CLIP = 3
+_CLIP_AT = np.uint64(3)
 _MAX_MEAN = np.uint64(1 << 40)
+#: Scaled values below this are in the table of small ones; from that shift on, they may have many raw bits.
+_TABLED = np.uint64(64)
+_MANY_RAW_BITS = np.uint64(24)
 _WHOLE = ~((1 << _FRACTION_BITS) - 1)
 #: Values that a writer looks at to choose where a run starts.
 _SAMPLE = 512
@@ -50,6 +56,12 @@ def next_mean(mean: Any, value: np.uint64) -> Any:
     seen = np.int64(min(value, _MAX_MEAN)) << _FRACTION_BITS
     limit = ((mean & _WHOLE) << _LOG_CLIP) + (1 << (_FRACTION_BITS + _LOG_CLIP))
     return mean + ((min(seen, limit) - mean) >> _RATE_BITS)
+
+
+@inlined
+def tame_mean(mean: Any, value: np.uint64) -> Any:
+    """`next_mean` after a value that is known to be too small to be clipped."""
+    return mean + (((np.int64(value) << _FRACTION_BITS) - mean) >> _RATE_BITS)
 
 
 @jit
@@ -81,29 +93,38 @@ def _level(mean: Any) -> np.uint64:
 
 
 @jit
-def _put(words: Array, state: State, start: np.uint64, width: np.uint64, bits: np.uint64) -> State:
-    """Narrow (low, span) to [start, start + width) of 2**bits parts; the third number counts the words written.
+def _carry(words: Array, at: np.uint64) -> None:
+    """Add one to the number that the words before `at` spell."""
+    back = at - _ONE
+    while words[back] == _LOW_WORD:
+        words[back] = 0
+        back -= _ONE
+    words[back] += np.uint32(1)
 
-    Whether a word is full is as good as random: no branch, the word is stored in any case and kept when it is full.
+
+@inlined
+def _put(words: Array, coder: Coder, start: np.uint64, width: np.uint64, bits: np.uint64) -> Coder:
+    """Narrow (low, span) to [start, start + width) of 2**bits parts; then come the last full word and how many before.
+
+    Whether a word is full is as good as random: no branch, the last one is stored in any case and kept when it is.
     """
-    low, span, at = state
+    low, span, last, at = coder
     part = span >> bits
     add = part * start
     low += add
-    if low < add:
-        back = at - _ONE
-        while words[back] == _LOW_WORD:
-            words[back] = 0
-            back -= _ONE
-        words[back] += np.uint32(1)
+    last += np.uint64(low < add)
+    if last > _LOW_WORD:
+        last = _ZERO
+        _carry(words, at)
+    words[at] = last
     span = part * width
-    words[at] = np.uint32(low >> _WORD)
     is_full = np.uint64(span < _TOP)
+    last = low >> _WORD if is_full else last
     shift = is_full << _LOG_WORD
-    return low << shift, span << shift, at + is_full
+    return low << shift, span << shift, last, at + is_full
 
 
-@jit
+@inlined
 def _put_raw(raws: Array, state: State, value: np.uint64, bits: np.uint64) -> State:
     """Append `bits` (at most 32) raw bits; the state is (bits not yet written, how many, words written)."""
     held, fill, at = state
@@ -116,13 +137,29 @@ def _put_raw(raws: Array, state: State, value: np.uint64, bits: np.uint64) -> St
 
 
 @jit
-def _large(scaled: np.uint64, starts_T: Array, bits_T: Array, cumulative_T: Array) -> tuple[np.uint64, ...]:
-    """What `small` holds, for values beyond that table."""
+def _put_any(
+    words: Array, raws: Array, coder: Coder, raw_state: State, value: np.uint64, shift: np.uint64,
+    starts_T: Array, bits_T: Array, cumulative_T: Array,
+) -> tuple[Coder, State]:  # fmt: skip
+    """Write a value of any size: its token, then its raw bits."""
     token = np.uint64(starts_T.size - 1)
-    while scaled < starts_T[token]:
+    while value >> shift < starts_T[token]:
         token -= _ONE
     start = cumulative_T[token]
-    return start, cumulative_T[token + _ONE] - start, bits_T[token]
+    coder = _put(words, coder, start, cumulative_T[token + _ONE] - start, _PROBABILITY_BITS)
+    num_raw = bits_T[token] + shift
+    if num_raw > _WORD:
+        raw_state = _put_raw(raws, raw_state, value & _LOW_WORD, _WORD)
+        value, num_raw = value >> _WORD, num_raw - _WORD
+    return coder, _put_raw(raws, raw_state, value & ((_ONE << num_raw) - _ONE), num_raw)
+
+
+@inlined
+def _tame_limit(low: Any, shift: np.uint64) -> np.uint64:
+    """Under a level that starts at the mean `low`, values below this << shift are not clipped, have an entry in the
+    table of small ones and at most a word of raw bits."""
+    limit = min(np.uint64((low >> _FRACTION_BITS) + 1) << _CLIP_AT >> shift, _TABLED)
+    return limit if shift < _MANY_RAW_BITS else _ZERO
 
 
 @jit
@@ -131,40 +168,38 @@ def encode_runs(
     bounds_L: Array, shifts_L: Array, rows_L: Array, cumulative: Array, small: Array, starts_T: Array, bits_T: Array,
     words: Array, raws: Array,
 ) -> tuple[np.uint64, np.uint64]:  # fmt: skip
-    """Write the words of the tokens and those of the raw bits; return how many of each.
+    """Write the words of the tokens, from words[1] on, and those of the raw bits; return how many of each.
 
     A value's bucket starts at a multiple of its width, so the raw bits are the value's lowest ones.
     """
-    state, raw_state = (_ZERO, _FULL, _ZERO), (_ZERO, _ZERO, _ZERO)
-    k, last_small = _ZERO, np.uint64(small.shape[1] - 1)
+    coder, raw_state, k = (_ZERO, _FULL, _ZERO, _ZERO), (_ZERO, _ZERO, _ZERO), _ZERO
     # Of the current level, looked up again when the mean leaves [low, high).
-    low, high, shift, row = _NOWHERE, _NOWHERE, _ZERO, _ZERO
+    low, high, shift, row, limit = _NOWHERE, _NOWHERE, _ZERO, _ZERO, _ZERO
     for run in range(counts_R.size):
         mean = means_R[run]
         for _ in range(counts_R[run]):
             if mean < low or mean >= high:
                 level = _level(mean)
                 low, high, shift, row = bounds_L[level], bounds_L[level + _ONE], shifts_L[level], rows_L[level]
+                limit = _tame_limit(low, shift)
             value = np.uint64(values_K[k])
-            scaled = value >> shift
-            packed = small[row, min(scaled, last_small)]
-            start, width, num_raw = packed & _LOW_WORD, packed >> _WIDTH_AT, (packed >> _WORD) & _BITS_MASK
-            if scaled >= last_small:
-                start, width, num_raw = _large(scaled, starts_T, bits_T, cumulative[row])
-            state = _put(words, state, start, width, _PROBABILITY_BITS)
-            num_raw += shift
-            if num_raw > _WORD:
-                raw_state = _put_raw(raws, raw_state, value & _LOW_WORD, _WORD)
-                value_raw, num_raw = value >> _WORD, num_raw - _WORD
+            if value >> shift < limit:
+                packed = small[row, value >> shift]
+                start, width, num_raw = packed & _LOW_WORD, packed >> _WIDTH_AT, (packed >> _WORD) & _BITS_MASK
+                coder, num_raw = _put(words, coder, start, width, _PROBABILITY_BITS), num_raw + shift
+                raw_state = _put_raw(raws, raw_state, value & ((_ONE << num_raw) - _ONE), num_raw)
+                mean = tame_mean(mean, value)
             else:
-                value_raw = value
-            raw_state = _put_raw(raws, raw_state, value_raw & ((_ONE << num_raw) - _ONE), num_raw)
-            mean = next_mean(mean, value)
+                coder, raw_state = _put_any(
+                    words, raws, coder, raw_state, value, shift, starts_T, bits_T, cumulative[row]
+                )
+                mean = next_mean(mean, value)
             k += _ONE
     # Round low up to whole words: any number in [low, low + span) will do, and the span holds one of those.
-    state = _put(words, (state[0], _ONE, state[2]), _LOW_WORD, _ONE, _ZERO)
+    coder = _put(words, (coder[0], _ONE, coder[2], coder[3]), _LOW_WORD, _ONE, _ZERO)
+    words[coder[3]] = coder[2]
     raw_state = _put_raw(raws, raw_state, _ZERO, _WORD - _ONE)
-    return state[2], raw_state[2]
+    return coder[3], raw_state[2]
 
 
 @jit

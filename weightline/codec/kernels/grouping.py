@@ -10,13 +10,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from weightline.codec.kernels import jit
+from weightline.codec.kernels import inlined, jit
+from weightline.codec.kernels.lanes import GROUP, above_zero, count_ones, lowest_one
 
 Array = npt.NDArray[Any]
 
 _ZERO = np.uint64(0)
 _ONE = np.uint64(1)
 _FULL = np.uint64((1 << 64) - 1)
+_GAP_AT = np.uint64(32)
+_BLOCK = np.uint64(512)
 
 
 @jit
@@ -38,8 +41,8 @@ def _step(old: np.uint64, new: np.uint64, sign: np.uint64, unused: np.uint64) ->
     return np.int64((_ordered(new, sign) - _ordered(old, sign)) << unused) >> np.int64(unused)
 
 
-@jit
-def gaps(positions_K: Array, gaps_K: Array, last: int) -> None:
+@inlined
+def _gaps(positions_K: Array, gaps_K: Array, last: int) -> None:
     """Unchanged elements before each change of one piece; `last`: the change before, counted from the piece's start."""
     if positions_K.size:
         gaps_K[0] = np.uint32(positions_K[0] - last - 1)
@@ -48,23 +51,37 @@ def gaps(positions_K: Array, gaps_K: Array, last: int) -> None:
 
 
 @jit
-def steps(old_K: Array, new_K: Array, sign: np.uint64, unused: np.uint64, sizes_K: Array, negative_K: Array) -> None:
-    """Steps by position. A step s is kept as its size |s| - 1 and whether it is negative."""
+def flatten(
+    positions_K: Array, old_K: Array, new_K: Array, last: int, sign: np.uint64, unused: np.uint64,
+    gaps_K: Array, sizes_K: Array, negative_K: Array,
+) -> None:  # fmt: skip
+    """Gaps and steps of one piece by position. A step s is kept as its size |s| - 1 and whether it is negative."""
+    _gaps(positions_K, gaps_K, last)
     for k in range(old_K.size):
         step = _step(np.uint64(old_K[k]), np.uint64(new_K[k]), sign, unused)
         negative_K[k] = step < 0
         sizes_K[k] = ~step if step < 0 else step - 1
 
 
+@inlined
+def _step_16(old: Any, new: Any, float_mask: Any) -> Any:
+    """The step of a 16-bit element in 32-bit arithmetic, which compiles to vectors; `float_mask` is -1 for floats."""
+    old, new = np.int32(np.int16(old)), np.int32(np.int16(new))
+    old ^= np.int32((old >> 31) & float_mask & 0x7FFF)
+    new ^= np.int32((new >> 31) & float_mask & 0x7FFF)
+    return np.int32(np.int16(np.int32(new - old)))
+
+
 @jit
-def steps_16(old_K: Array, new_K: Array, sign: np.uint32, sizes_K: Array, negative_K: Array) -> None:
-    """`steps` of 16-bit elements, in 32-bit arithmetic, which compiles to vectors."""
+def flatten_16(
+    positions_K: Array, old_K: Array, new_K: Array, last: int, sign: np.uint64, unused: np.uint64,
+    gaps_K: Array, sizes_K: Array, negative_K: Array,
+) -> None:  # fmt: skip
+    """`flatten` of 16-bit elements."""
+    _gaps(positions_K, gaps_K, last)
     float_mask = np.int32(-1 if sign else 0)
     for k in range(old_K.size):
-        old, new = np.int32(np.int16(old_K[k])), np.int32(np.int16(new_K[k]))
-        old ^= np.int32((old >> 31) & float_mask & 0x7FFF)
-        new ^= np.int32((new >> 31) & float_mask & 0x7FFF)
-        step = np.int32(np.int16(np.int32(new - old)))
+        step = _step_16(old_K[k], new_K[k], float_mask)
         negative_K[k] = step < 0
         sizes_K[k] = np.uint16((step ^ (step >> 31)) - np.int32(step >= 0))
 
@@ -72,8 +89,15 @@ def steps_16(old_K: Array, new_K: Array, sign: np.uint32, sizes_K: Array, negati
 @jit
 def large_steps(sizes_K: Array, values: Array) -> int:
     """Of the steps larger than one: the unit steps before each, and their sizes |s| - 2, one column each; how many."""
-    found = _ZERO
-    for k in range(np.uint64(sizes_K.size)):
+    found, size = _ZERO, np.uint64(sizes_K.size)
+    whole = size & ~np.uint64(GROUP - 1)
+    for base in range(_ZERO, whole, np.uint64(GROUP)):
+        large = above_zero(sizes_K, base)
+        for _ in range(count_ones(large)):
+            values[0, found] = base + lowest_one(large)
+            large &= large - _ONE
+            found += _ONE
+    for k in range(whole, size):
         values[0, found] = k
         found += np.uint64(sizes_K[k] > 0)
     after = _ZERO
@@ -105,3 +129,31 @@ def group(
         step = _step(old, np.uint64(new_K[k]), sign, unused)
         negative_K[here] = step < 0
         sizes_K[here] = ~step if step < 0 else step - 1
+
+
+@jit
+def group_16(
+    old_K: Array, new_K: Array, ranks_K: Array, shift: np.uint64, mask: np.uint64, sign: np.uint64, unused: np.uint64,
+    next_C: Array, after_C: Array, packed_K: Array,
+) -> None:  # fmt: skip
+    """`group` of 16-bit elements, whose numbers are scattered as one: gap << 32 | size << 1 | negative."""
+    float_mask, steps_B = np.int32(-1 if sign else 0), np.empty(_BLOCK, np.uint32)
+    for block in range(_ZERO, np.uint64(old_K.size), _BLOCK):
+        length = min(_BLOCK, np.uint64(old_K.size) - block)
+        for n in range(length):
+            step = _step_16(old_K[block + n], new_K[block + n], float_mask)
+            steps_B[n] = ((step ^ (step >> 31)) - np.int32(step >= 0)) << 1 | np.int32(step < 0)
+        for n in range(length):
+            kind = (np.uint64(old_K[block + n]) >> shift) & mask
+            here, rank = next_C[kind], np.uint64(ranks_K[block + n])
+            packed_K[here] = (rank - after_C[kind]) << _GAP_AT | np.uint64(steps_B[n])
+            next_C[kind], after_C[kind] = here + _ONE, rank + _ONE
+
+
+@jit
+def unpack_16(packed_K: Array, gaps_K: Array, sizes_K: Array, negative_K: Array) -> None:
+    """The numbers that `group_16` packed."""
+    for k in range(np.uint64(packed_K.size)):
+        packed = packed_K[k]
+        gaps_K[k], sizes_K[k] = np.uint32(packed >> _GAP_AT), np.uint16(packed >> _ONE)
+        negative_K[k] = (packed & _ONE) != _ZERO

@@ -3,87 +3,163 @@
 A collecting kernel scans from `first` to `stop`, writes position (from the segment's start), old and new bits of every
 differing element, and returns (number written, where it stopped): it stops early when its output may run full.
 
+It goes block by block, and a block stays in the first-level cache: 64 elements are compared at once, the places of
+those that differ are listed, and the list is followed. Where changes are dense, nearly every branch that depends on the
+data is mispredicted, so there are next to none.
+
 Indices are unsigned: numba then leaves out the check for negative ones, which doubles the speed.
 
-Legend: N elements, W the same memory as 64-bit words, K changed elements, C classes.
+Legend: N elements, B elements of a block, K changed elements, C classes, F frequent classes, G groups of 64 of a block.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from weightline.codec.kernels import jit
+from weightline.codec.kernels import inlined, jit
+from weightline.codec.kernels.lanes import GROUP, count_ones, differing, equal, lowest_one, put_classes
 
 Array = npt.NDArray[Any]
 Progress = tuple[Any, Any]
 
-#: Words compared before the differing ones are looked at: the list of them stays in the first-level cache.
-_BLOCK = np.uint64(2048)
-_LANES = np.uint64(4)
-_LANE_BITS = np.uint64(16)
-_LANE = np.uint64(0xFFFF)
-_TWO_LANES = np.uint64(0xFFFFFFFF)
-_THREE_LANES = np.uint64(0xFFFFFFFFFFFF)
+_BLOCK = np.uint64(512)
+_GROUP = np.uint64(GROUP)
+_LOG_GROUP = np.uint64(6)
+_LAST_LANE = np.uint64(GROUP - 1)
+_ALL_LANES = np.uint64((1 << GROUP) - 1)
 _ZERO = np.uint64(0)
 _ONE = np.uint64(1)
 _NEVER = np.int64(1 << 62)
+
+#: Classes that are counted 64 elements at once. Nine in ten elements of a trained weight are of five classes.
+_NUM_FREQUENT = np.uint64(8)
+_NUM_CLASSES = np.uint64(256)
+#: Elements that the frequent classes are found from.
+_LOG_SAMPLE = np.uint64(10)
+#: Set bits of a group that are listed whether they are there or not, which no branch depends on.
+_USUAL_CHANGES = np.uint64(4)
+_USUAL_RARE = np.uint64(2)
+
+
+@inlined
+def _list_bits(bits: Any, usual: Any, base: Any, places_B: Array, num: Any) -> Any:
+    """Append base + number of every set bit to `places_B`, which holds `num`; return how many it then holds.
+
+    The first `usual` are written in any case: what is too much is written over by the next ones.
+    """
+    count = count_ones(bits)
+    for n in range(usual):
+        places_B[num + n] = base + lowest_one(bits)
+        bits &= bits - _ONE
+    if count > usual:
+        for n in range(usual, count):
+            places_B[num + n] = base + lowest_one(bits)
+            bits &= bits - _ONE
+    return num + count
+
+
+@inlined
+def _list_changes(old_N: Array, new_N: Array, first: Any, stop: Any, places_B: Array) -> Any:
+    """The places, counted from `first`, of the elements that differ; return how many."""
+    num, length = _ZERO, stop - first
+    whole = length & ~_LAST_LANE
+    for base in range(_ZERO, whole, _GROUP):
+        num = _list_bits(differing(old_N, new_N, first + base), _USUAL_CHANGES, base, places_B, num)
+    for place in range(whole, length):
+        places_B[num] = place
+        num += np.uint64(old_N[first + place] != new_N[first + place])
+    return num
 
 
 @jit
 def collect(
     old_N: Array, new_N: Array, first: np.uint64, stop: np.uint64, positions_K: Array, old_K: Array, new_K: Array
 ) -> Progress:
-    """Any width, element by element."""
-    found = _ZERO
-    for at in range(first, stop):
-        if old_N[at] != new_N[at]:
-            if found == np.uint64(positions_K.size):
-                return found, at
-            positions_K[found], old_K[found], new_K[found] = at, old_N[at], new_N[at]
-            found += _ONE
-    return found, stop
-
-
-@jit
-def _first_lane(difference: np.uint64) -> np.uint64:
-    """The lowest of four 16-bit lanes that is not zero."""
-    low, two, three = difference & _LANE, difference & _TWO_LANES, difference & _THREE_LANES
-    return np.uint64(low == 0) + np.uint64(two == 0) + np.uint64(three == 0)
-
-
-@jit
-def collect_16(
-    old_W: Array, new_W: Array, first: np.uint64, stop: np.uint64, positions_K: Array, old_K: Array, new_K: Array
-) -> Progress:
-    """16-bit elements, four to a word; `first` and `stop` are words.
-
-    Two passes a block, the first free of branches: one that depends on the data is mispredicted too often.
-    """
-    words, differences = np.empty(_BLOCK, np.uint64), np.empty(_BLOCK, np.uint64)
-    found = _ZERO
+    """Elements of any width."""
+    places_B = np.empty(_BLOCK + _GROUP, np.uint16)
+    found, room = _ZERO, np.uint64(positions_K.size)
     for block in range(first, stop, _BLOCK):
-        num_words = _ZERO
-        for word in range(block, min(block + _BLOCK, stop)):
-            difference = old_W[word] ^ new_W[word]
-            words[num_words], differences[num_words] = word, difference
-            num_words += np.uint64(difference != 0)
-        if found + _LANES * num_words > np.uint64(positions_K.size):
+        num = _list_changes(old_N, new_N, block, min(block + _BLOCK, stop), places_B)
+        if found + num > room:
             return found, block
-        for n in range(num_words):
-            word, difference = words[n], differences[n]
-            old, new = old_W[word], new_W[word]
-            while difference != 0:
-                lane = _first_lane(difference)
-                shift = lane * _LANE_BITS
-                positions_K[found] = word * _LANES + lane
-                old_K[found], new_K[found] = np.uint16(old >> shift), np.uint16(new >> shift)
-                found += _ONE
-                difference &= ~(_LANE << shift)
+        for n in range(num):
+            at = block + np.uint64(places_B[n])
+            positions_K[found + n], old_K[found + n], new_K[found + n] = at, old_N[at], new_N[at]
+        found += num
     return found, stop
+
+
+@jit
+def _find_frequent(
+    old_N: Array, first: Any, stop: Any, shift: np.uint64, mask: np.uint64, frequent_F: Array, which_C: Array
+) -> None:
+    """Choose the classes that a sample has most of, and for each class note which of these it is (none: their number).
+
+    The choice makes the scan fast, whatever it is: the ranks do not depend on it.
+    """
+    sample_C = np.zeros(_NUM_CLASSES, np.int64)
+    for at in range(first, stop, max((stop - first) >> _LOG_SAMPLE, _ONE)):
+        sample_C[(np.uint64(old_N[at]) >> shift) & mask] += 1
+    for kind in range(_NUM_CLASSES):
+        which_C[kind] = _NUM_FREQUENT
+    for n in range(_NUM_FREQUENT):
+        most = _ZERO
+        for kind in range(_NUM_CLASSES):
+            most = np.uint64(kind) if sample_C[kind] > sample_C[most] else most
+        frequent_F[n], which_C[most], sample_C[most] = most, n, -1
+
+
+@inlined
+def _classify(old_N: Array, first: Any, stop: Any, shift: np.uint64, mask: np.uint64, classes_B: Array) -> None:
+    """The classes of a block's elements."""
+    whole = (stop - first) & ~_LAST_LANE
+    for place in range(_ZERO, whole, _GROUP):
+        put_classes(old_N, first + place, shift, mask, classes_B, place)
+    for place in range(whole, stop - first):
+        classes_B[place] = (np.uint64(old_N[first + place]) >> shift) & mask
+
+
+@inlined
+def _count_frequent(
+    classes_B: Array, length: Any, frequent_F: Array, lanes_GF: Array, before_GF: Array, rare_B: Array
+) -> tuple[Any, Any]:
+    """Of each group the lanes of each frequent class and how many lie before it; return the numbers of groups, rare_B.
+
+    rare_B: the places of all other elements. `before_GF`, flat as `lanes_GF` is, goes on from its first row.
+    """
+    num_rare, groups = _ZERO, (length + _LAST_LANE) >> _LOG_GROUP
+    for group in range(groups):
+        base, row = group << _LOG_GROUP, group * _NUM_FREQUENT
+        rest = _ALL_LANES if length - base >= _GROUP else (_ONE << (length - base)) - _ONE
+        valid = rest
+        for n in range(_NUM_FREQUENT):
+            lanes = equal(classes_B, base, frequent_F[n]) & valid
+            rest &= ~lanes
+            lanes_GF[row + n] = lanes
+            before_GF[row + _NUM_FREQUENT + n] = before_GF[row + n] + count_ones(lanes)
+        num_rare = _list_bits(rest, _USUAL_RARE, base, rare_B, num_rare)
+    return groups, num_rare
+
+
+@inlined
+def _rank_rare(classes_B: Array, rare_B: Array, num_rare: np.uint64, counts_C: Array, ranks_B: Array) -> None:
+    """Rank the elements of all other classes, one by one."""
+    for n in range(num_rare):
+        place = np.uint64(rare_B[n])
+        kind = np.uint64(classes_B[place])
+        rank = counts_C[kind]
+        ranks_B[place], counts_C[kind] = rank, rank + np.uint32(1)
+
+
+@inlined
+def _frequent_rank(place: np.uint64, which: np.uint64, lanes_GF: Array, before_GF: Array) -> np.uint32:
+    """The rank of the element at `place`, which is of this frequent class."""
+    entry = (place >> _LOG_GROUP) * _NUM_FREQUENT + which
+    lanes_before = lanes_GF[entry] & ((_ONE << (place & _LAST_LANE)) - _ONE)
+    return np.uint32(before_GF[entry] + count_ones(lanes_before))
 
 
 @jit
@@ -92,81 +168,35 @@ def collect_ranked(
     ranks_K: Array, counts_C: Array, shift: np.uint64, mask: np.uint64,
 ) -> Progress:  # fmt: skip
     """As `collect`; ranks are the numbers of elements of the same class before, counts those of all seen so far."""
-    found = _ZERO
-    for at in range(first, stop):
-        kind = (np.uint64(old_N[at]) >> shift) & mask
-        if old_N[at] != new_N[at]:
-            if found == np.uint64(positions_K.size):
-                return found, at
-            positions_K[found], old_K[found], new_K[found] = at, old_N[at], new_N[at]
-            ranks_K[found] = counts_C[kind]
-            found += _ONE
-        counts_C[kind] += np.uint32(1)
-    return found, stop
-
-
-@jit
-def _count_lanes(
-    counts_0: Array,
-    counts_1: Array,
-    counts_2: Array,
-    counts_3: Array,
-    bits: np.uint64,
-    shift: np.uint64,
-    mask: np.uint64,
-) -> None:
-    """Count the classes of a word's elements; each lane for itself, so that the four increments overlap."""
-    counts_0[(bits >> shift) & mask] += np.uint32(1)
-    counts_1[(bits >> (shift + _LANE_BITS)) & mask] += np.uint32(1)
-    counts_2[(bits >> (shift + _LANE_BITS * np.uint64(2))) & mask] += np.uint32(1)
-    counts_3[(bits >> (shift + _LANE_BITS * np.uint64(3))) & mask] += np.uint32(1)
-
-
-def _collect_ranked_16(shift_bits: int, mask_bits: int) -> Callable[..., Progress]:
-    """`collect_ranked` for 16-bit elements, four to a word; a kernel for each class field: its constants fold in."""
-    shift, mask = np.uint64(shift_bits), np.uint64(mask_bits)
-    shift_1, shift_2 = shift + _LANE_BITS, shift + _LANE_BITS * np.uint64(2)
-
-    @jit
-    def collect_ranked_16(
-        old_W: Array, new_W: Array, first: np.uint64, stop: np.uint64, positions_K: Array, old_K: Array, new_K: Array,
-        ranks_K: Array, counts_LC: Array,
-    ) -> Progress:  # fmt: skip
-        counts_0, counts_1, counts_2, counts_3 = counts_LC[0], counts_LC[1], counts_LC[2], counts_LC[3]
-        found, word, size = _ZERO, first, np.uint64(positions_K.size)
-        while word < stop:
-            old, new = old_W[word], new_W[word]
-            while old == new:
-                _count_lanes(counts_0, counts_1, counts_2, counts_3, old, shift, mask)
-                word += _ONE
-                if word == stop:
-                    return found, stop
-                old, new = old_W[word], new_W[word]
-            if found + _LANES > size:
-                return found, word
-            difference = old ^ new
-            while difference != 0:
-                lane = _first_lane(difference)
-                place = lane * _LANE_BITS
-                kind = (old >> (place + shift)) & mask
-                rank = np.uint64(counts_0[kind] + counts_1[kind] + counts_2[kind] + counts_3[kind])
-                rank += np.uint64(lane > 0) & np.uint64(((old >> shift) & mask) == kind)
-                rank += np.uint64(lane > 1) & np.uint64(((old >> shift_1) & mask) == kind)
-                rank += np.uint64(lane > 2) & np.uint64(((old >> shift_2) & mask) == kind)
-                positions_K[found] = word * _LANES + lane
-                old_K[found], new_K[found] = np.uint16(old >> place), np.uint16(new >> place)
-                ranks_K[found] = np.uint32(rank)
-                found += _ONE
-                difference &= ~(_LANE << place)
-            _count_lanes(counts_0, counts_1, counts_2, counts_3, old, shift, mask)
-            word += _ONE
-        return found, stop
-
-    return collect_ranked_16
-
-
-collect_ranked_bf16 = _collect_ranked_16(7, 0xFF)
-collect_ranked_f16 = _collect_ranked_16(10, 0x1F)
+    places_B, rare_B = np.empty(_BLOCK + _GROUP, np.uint16), np.empty(_BLOCK + _GROUP, np.uint16)
+    classes_B, ranks_B = np.empty(_BLOCK, np.uint8), np.empty(_BLOCK, np.uint32)
+    frequent_F, which_C = np.empty(_NUM_FREQUENT, np.uint8), np.empty(_NUM_CLASSES, np.uint8)
+    lanes_GF = np.empty((_BLOCK >> _LOG_GROUP) * _NUM_FREQUENT, np.uint64)
+    before_GF = np.empty(lanes_GF.size + _NUM_FREQUENT, np.uint32)
+    found, block, room = _ZERO, first, np.uint64(positions_K.size)
+    _find_frequent(old_N, first, stop, shift, mask, frequent_F, which_C)
+    for n in range(_NUM_FREQUENT):
+        before_GF[n] = counts_C[frequent_F[n]]
+    while block < stop:
+        end = min(block + _BLOCK, stop)
+        num = _list_changes(old_N, new_N, block, end, places_B)
+        if found + num > room:
+            break
+        _classify(old_N, block, end, shift, mask, classes_B)
+        groups, num_rare = _count_frequent(classes_B, end - block, frequent_F, lanes_GF, before_GF, rare_B)
+        _rank_rare(classes_B, rare_B, num_rare, counts_C, ranks_B)
+        for n in range(num):
+            place = np.uint64(places_B[n])
+            which, at = np.uint64(which_C[classes_B[place]]), block + place
+            rank = _frequent_rank(place, which & (_NUM_FREQUENT - _ONE), lanes_GF, before_GF)
+            ranks_K[found + n] = rank if which < _NUM_FREQUENT else ranks_B[place]
+            positions_K[found + n], old_K[found + n], new_K[found + n] = at, old_N[at], new_N[at]
+        for n in range(_NUM_FREQUENT):
+            before_GF[n] = before_GF[groups * _NUM_FREQUENT + n]
+        found, block = found + num, end
+    for n in range(_NUM_FREQUENT):
+        counts_C[frequent_F[n]] = before_GF[n]
+    return found, block
 
 
 @jit

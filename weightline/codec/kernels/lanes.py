@@ -1,0 +1,116 @@
+"""Vector operations that numba has no name for: 64 elements compared at once, the answers as the bits of one word.
+
+They are written in LLVM's terms, for vectors of 64 lanes of any width, which LLVM cuts into what the processor has. Bit
+i of a word stands for lane i. An operation reads 64 elements from where it is told to, without a check.
+
+Legend: N elements, B elements of a block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, cast
+
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+Operation = Callable[..., Any]
+
+GROUP = 64
+_WORD = ir.IntType(64)
+_INDEX = ir.IntType(32)
+_BYTES = ir.VectorType(ir.IntType(8), GROUP)
+
+
+def _operation(describe: Callable[..., Any]) -> Operation:
+    """Callable from kernels, without `typing`: `describe` gives a signature for the types, and what writes the code."""
+    return cast("Operation", intrinsic(describe))
+
+
+def _lanes_at(context: Any, builder: Any, array_type: Any, array: Any, at: Any) -> Any:
+    """A pointer to the 64 elements of an array from `at` on."""
+    start = builder.gep(context.make_array(array_type)(context, builder, array).data, [at])
+    return builder.bitcast(start, ir.VectorType(ir.IntType(array_type.dtype.bitwidth), GROUP).as_pointer())
+
+
+def _load(context: Any, builder: Any, array_type: Any, array: Any, at: Any) -> Any:
+    return builder.load(_lanes_at(context, builder, array_type, array, at), align=array_type.dtype.bitwidth // 8)
+
+
+def _in_every_lane(builder: Any, value: Any) -> Any:
+    undefined = ir.Constant(ir.VectorType(value.type, GROUP), ir.Undefined)
+    first = builder.insert_element(undefined, value, ir.Constant(_INDEX, 0))
+    return builder.shuffle_vector(first, undefined, ir.Constant(ir.VectorType(_INDEX, GROUP), [0] * GROUP))
+
+
+@_operation
+def differing(typing: Any, old_N: Any, new_N: Any, at: Any) -> Any:
+    """Which of the 64 elements from `at` on differ."""
+
+    def write(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        old, new = (_load(context, builder, kind, array, arguments[2]) for kind, array in zip(
+            signature.args[:2], arguments[:2], strict=True
+        ))  # fmt: skip
+        return builder.bitcast(builder.icmp_unsigned("!=", old, new), _WORD)
+
+    return types.uint64(old_N, new_N, types.uint64), write
+
+
+@_operation
+def above_zero(typing: Any, numbers_N: Any, at: Any) -> Any:
+    """Which of the 64 unsigned numbers from `at` on are not zero."""
+
+    def write(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        lanes = _load(context, builder, signature.args[0], *arguments)
+        return builder.bitcast(builder.icmp_unsigned("!=", lanes, ir.Constant(lanes.type, None)), _WORD)
+
+    return types.uint64(numbers_N, types.uint64), write
+
+
+@_operation
+def equal(typing: Any, bytes_B: Any, at: Any, byte: Any) -> Any:
+    """Which of the 64 bytes from `at` on equal this one."""
+
+    def write(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        lanes = _load(context, builder, signature.args[0], arguments[0], arguments[1])
+        return builder.bitcast(builder.icmp_unsigned("==", lanes, _in_every_lane(builder, arguments[2])), _WORD)
+
+    return types.uint64(bytes_B, types.uint64, types.uint8), write
+
+
+@_operation
+def put_classes(typing: Any, bits_N: Any, at: Any, shift: Any, mask: Any, classes_B: Any, place: Any) -> Any:
+    """Write the classes, bits >> shift & mask, of the 64 elements from `at` on as bytes from `place` on."""
+
+    def write(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        bits_N, at, shift, mask, classes_B, place = arguments
+        lanes = _load(context, builder, signature.args[0], bits_N, at)
+        width = lanes.type.element
+        shifts, masks = (
+            _in_every_lane(builder, number if width == _WORD else builder.trunc(number, width))
+            for number in (shift, mask)
+        )
+        classes = builder.and_(builder.lshr(lanes, shifts), masks)
+        if width.width > 8:
+            classes = builder.trunc(classes, _BYTES)
+        builder.store(classes, _lanes_at(context, builder, signature.args[4], classes_B, place), align=1)
+        return context.get_dummy_value()
+
+    return types.void(bits_N, types.uint64, types.uint64, types.uint64, classes_B, types.uint64), write
+
+
+@_operation
+def count_ones(typing: Any, bits: Any) -> Any:
+    """How many bits are set."""
+    return types.uint64(types.uint64), lambda _context, builder, _signature, arguments: builder.ctpop(arguments[0])
+
+
+@_operation
+def lowest_one(typing: Any, bits: Any) -> Any:
+    """The number of the lowest bit that is set; 64 when none is."""
+
+    def write(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        return builder.cttz(arguments[0], ir.Constant(ir.IntType(1), 0))
+
+    return types.uint64(types.uint64), write
