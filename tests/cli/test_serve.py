@@ -12,9 +12,13 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from tests.chains import commit_state, random_state
+from weightline.chain import open_chain
 from weightline.cli.main import app, main
-from weightline.errors import InputError
+from weightline.errors import InputError, SignatureError
+from weightline.format.signature import generate_key
 from weightline.receiver import server
+from weightline.receiver.engines.sglang import version_folder
 from weightline.receiver.following import Following
 from weightline.receiver.server import ServerSettings
 
@@ -101,3 +105,24 @@ def test_what_is_wrong_is_told_before_anything_heavy_is_imported(tmp_path: Path)
     told = subprocess.run([sys.executable, "-c", program, *argv], capture_output=True, text=True, check=False)
     assert (told.returncode, told.stdout) == (1, "HEAVY []\n")
     assert "no key can be read" in told.stderr
+
+
+@pytest.mark.parametrize("wrong", [("--port", "99999"), ("--port", "-1"), ("--every", "-1"), ("--drain", "-1")])
+def test_a_number_out_of_range_is_wrong_usage(told: list[ServerSettings], wrong: tuple[str, str]) -> None:
+    ended = CliRunner().invoke(app, ["serve", "transformers", "--follow", CHAIN, *wrong])
+    assert (ended.exit_code, told) == (2, [])
+    assert wrong[0] in ended.stderr
+
+
+def test_sglangs_folder_is_published_up_to_the_tip_of_a_chain_that_somebody_vouches_for(tmp_path: Path) -> None:
+    chain = open_chain((tmp_path / "bucket").as_uri())
+    for _ in range(2):
+        commit_state(chain, random_state(0))
+    argv = ["serve", "sglang", "--follow", chain.url, "--out", str(tmp_path / "out"), "--every", "0"]
+    generate_key(tmp_path / "key")
+    with pytest.raises(SignatureError):
+        CliRunner().invoke(app, [*argv, "--require-signature", str(tmp_path / "key.pub")], catch_exceptions=False)
+    assert not list((tmp_path / "out").glob("weight_v*"))
+    told = CliRunner().invoke(app, [*argv, "--full"], catch_exceptions=False)
+    assert told.stdout.split() == [str(version_folder(tmp_path / "out", version)) for version in range(2)]
+    assert CliRunner().invoke(app, ["serve", "sglang", *argv[2:-1], "-1"]).exit_code == 2

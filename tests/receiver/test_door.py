@@ -35,6 +35,10 @@ class Door:
     ) -> httpx.Response:
         async def ask() -> httpx.Response:
             async with httpx.AsyncClient(transport=httpx.ASGITransport(self.app), base_url="http://replica") as client:
+                if isinstance(body, bytes):
+                    return await client.request(
+                        method, route, content=body, headers={"content-type": "application/json"}
+                    )
                 return await client.request(method, route, json=body, headers=headers)
 
         return anyio.run(ask)
@@ -179,6 +183,19 @@ def test_an_unknown_version_is_not_found_and_named(door: Door) -> None:
     error = error_of(answer.json(), "")
     assert isinstance(error, VersionNotFoundError)
     assert error.version == 9
+
+
+@pytest.mark.parametrize("device", ["nonsense", "cpu:-5", "xpu:0"])
+def test_a_device_that_is_not_here_is_refused(device: str) -> None:
+    with pytest.raises(InputError, match=f"device '{device}' cannot be used"):
+        TransformersEngine(device)
+
+
+@pytest.mark.parametrize("field", ["prompt", "stop", "model", "user"])
+def test_half_a_surrogate_pair_is_refused(door: Door, field: str) -> None:
+    for half in (rb'"\ud800"', rb'["a\udfff"]') if field in ("prompt", "stop") else (rb'"\ud800"',):
+        answer = door.ask("POST", "/v1/completions", b'{"prompt": "a", "%s": %s}' % (field.encode(), half))
+        assert (answer.status_code, answer.json()["error"]["facts"]) == (400, {"field": field})
 
 
 @pytest.mark.parametrize(

@@ -14,13 +14,14 @@ from tests.receiver.model_chains import ModelChain, make_chain
 from weightline.chain import Chain
 from weightline.chain.expire import expire_before
 from weightline.chain.gc import collect, plan_gc, view_chain
-from weightline.chain.leases import live_leases, read_lease, read_leases
+from weightline.chain.leases import Lease, live_leases, read_lease, read_leases
 from weightline.chain.records import REFRESHES, read_records
 from weightline.chain.refs import move_ref
 from weightline.errors import InputError, StorageError
 from weightline.receiver.engines.transformers import TransformersEngine
+from weightline.receiver.facts import ReplicaStatus
 from weightline.receiver.following import Follower, Following
-from weightline.receiver.registration import Presence
+from weightline.receiver.registration import Presence, Registration
 from weightline.receiver.replica import Replica
 from weightline.receiver.service import ReplicaService
 from weightline.store.base import ObjectInfo
@@ -204,6 +205,42 @@ def test_a_name_belongs_to_one_living_replica(grown: ModelChain, tmp_path: Path)
         again.close()
     stranger.start()
     stranger.close()
+
+
+def _registration(chain: Chain, state_dir: Path, ttl_seconds: float = 30.0) -> Registration:
+    status = ReplicaStatus(
+        replica="r", chain=chain.url, engine="e", state="serving", version=0, commit_id=None, served_at=None,
+        last_error=None,
+    )  # fmt: skip
+    return Registration(chain, state_dir, Presence(ttl_seconds=ttl_seconds), lambda: status)
+
+
+def test_of_two_that_claim_a_free_name_at_once_one_leaves(grown: ModelChain, tmp_path: Path) -> None:
+    first, second = (_registration(grown.chain, tmp_path / name) for name in "ab")
+    write = first._write
+
+    def overtaken(lease: Lease) -> None:
+        write(lease)
+        # The other one looked before that, and writes after it.
+        second._write(second._lease(second._status()))
+
+    first._write = overtaken  # type: ignore[method-assign]
+    with pytest.raises(InputError, match="give this one another --name"):
+        first.claim()
+
+
+def test_who_was_away_too_long_takes_no_name_back_and_ends_nobodys_lease(grown: ModelChain, tmp_path: Path) -> None:
+    away = _registration(grown.chain, tmp_path / "a", ttl_seconds=0.05)
+    away.claim()
+    wait_until(lambda: live_leases(grown.chain) == ())
+    heir = _registration(grown.chain, tmp_path / "b")
+    heir.claim()
+    (lease,) = live_leases(grown.chain)
+    away.renew()
+    away.end()
+    assert live_leases(grown.chain) == (lease,)
+    heir.end()
+    assert live_leases(grown.chain) == ()
 
 
 def test_a_restart_announces_the_version_that_it_comes_back_to(grown: ModelChain, tmp_path: Path) -> None:

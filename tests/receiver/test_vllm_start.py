@@ -5,25 +5,85 @@ from __future__ import annotations
 import importlib.util
 import uuid
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from tests.receiver.model_chains import make_chain
 from weightline.errors import ApplyError, InputError, UnsupportedFeatureError
+from weightline.receiver.engines.vllm import serve
 from weightline.receiver.engines.vllm.cpu import require_unpacked
 from weightline.receiver.engines.vllm.features import SERVER, missing, require
+from weightline.receiver.engines.vllm.refused import check_arguments, check_config, check_environment
 from weightline.receiver.engines.vllm.routes import Route, classify
-from weightline.receiver.engines.vllm.serve import check_arguments, fetch_model_folder, vllm_argv
+from weightline.receiver.engines.vllm.serve import fetch_model_folder, vllm_argv
+from weightline.receiver.facts import ReplicaStatus
+from weightline.receiver.registration import Presence, Registration
 from weightline.receiver.server import ServerSettings
 
 SETTINGS = ServerSettings("memory://chain/toy", Path("state"), port=8123)
 
 
-@pytest.mark.parametrize("argument", ["--load-format=auto", "--load_format", "--api-server-count", "--enable-lora"])
-def test_options_that_would_undo_a_replica_are_refused_by_name(argument: str) -> None:
+@pytest.mark.parametrize(
+    "argument",
+    [
+        "--load-format=auto", "--load_format", "--api-server-count", "-asc", "--enable-lora", "-dp", "-dpl",
+        "-q", "-qfp8", "-q=fp8", "-sc", "--speculative-config.method", "--spec-model", "--config", "--config=x.yaml",
+        "--enable-eplb", "--data_parallel_size=2", "--headless", "-n", "--nnodes=2", "--grpc",
+        "--api-server-c", "--enable-lor", "--load-f=auto", "-as",
+    ],
+)  # fmt: skip
+def test_options_that_would_undo_a_replica_are_refused_however_they_are_spelled(argument: str) -> None:
     with pytest.raises(InputError, match="cannot be given here"):
         check_arguments(["--max-model-len", "9", argument])
+
+
+@pytest.mark.parametrize(
+    "argument",
+    ["--config-format=auto", "-tp", "-O3", "-cc.mode=3", "-1", "-", "fp8", "--num-gpu-blocks-override", "-ep"],
+)
+def test_other_options_and_values_are_not(argument: str) -> None:
+    check_arguments(["--max-model-len", "9", argument])
+
+
+def test_another_front_end_is_refused() -> None:
+    check_environment({"VLLM_USE_RUST_FRONTEND": "0"})
+    with pytest.raises(InputError, match="VLLM_USE_RUST_FRONTEND cannot be set here"):
+        check_environment({"VLLM_USE_RUST_FRONTEND": "1"})
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("parallel_config.data_parallel_size", 2), ("parallel_config._api_process_count", 2),
+        ("parallel_config.enable_eplb", True), ("parallel_config.nnodes", 2), ("model_config.quantization", "fp8"),
+        ("lora_config", "some"), ("speculative_config", "some"),
+    ],
+)  # fmt: skip
+def test_what_the_environment_or_the_model_asks_of_vllm_is_refused_too(path: str, value: object) -> None:
+    parallel = SimpleNamespace(data_parallel_size=1, _api_process_count=1, enable_eplb=False, nnodes=1)
+    config = SimpleNamespace(
+        parallel_config=parallel, model_config=SimpleNamespace(quantization=None), lora_config=None,
+        speculative_config=None,
+    )  # fmt: skip
+    check_config(config)
+    *parts, last = path.split(".")
+    setattr(getattr(config, parts[0]) if parts else config, last, value)
+    with pytest.raises(UnsupportedFeatureError, match=path):
+        check_config(config)
+
+
+def test_a_taken_name_is_told_before_vllm_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    chain = make_chain(f"memory://{uuid.uuid4().hex}/toy").chain
+    status = ReplicaStatus(
+        replica="replica-0", chain=chain.url, engine="vllm", state="serving", version=0, commit_id=None,
+        served_at=None, last_error=None,
+    )  # fmt: skip
+    Registration(chain, tmp_path / "a", Presence(), lambda: status).claim()
+    monkeypatch.setattr(serve, "require", lambda features: None)
+    with pytest.raises(InputError, match="give this one another --name"):
+        serve.serve_vllm("toy", ServerSettings(chain.url, tmp_path / "b", port=0))
 
 
 def test_other_options_go_to_vllm_and_the_dtype_is_the_chains(tmp_path: Path) -> None:
@@ -59,9 +119,10 @@ def test_the_model_folder_holds_the_chains_files_and_no_weights(tmp_path: Path) 
         ("POST", "/v1/completions", Route.INFERENCE), ("POST", "/v1/chat/completions", Route.INFERENCE),
         ("GET", "/health", Route.OPEN), ("GET", "/metrics", Route.OPEN), ("POST", "/health", Route.GUARDED),
         ("GET", "/weightline/status", Route.OURS), ("POST", "/weightline/refresh", Route.OURS),
-        ("POST", "/pause", Route.GUARDED), ("POST", "/v1/load_lora_adapter", Route.GUARDED),
+        ("POST", "/pause", Route.CONTROL), ("POST", "/v1/load_lora_adapter", Route.GUARDED),
         ("POST", "/v1/completions/", Route.GUARDED), ("POST", "/V1/completions", Route.GUARDED),
-        ("GET", "/v1/completions", Route.GUARDED), ("POST", "/anything/new", Route.GUARDED),
+        ("GET", "/v1/completions", Route.CONTROL), ("POST", "/anything/new", Route.GUARDED),
+        ("OPTIONS", "/v1/completions", Route.OPEN), ("OPTIONS", "/pause", Route.CONTROL),
     ],
 )  # fmt: skip
 def test_only_what_is_named_is_open(method: str, path: str, route: Route) -> None:

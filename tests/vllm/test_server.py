@@ -7,13 +7,14 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from tests.vllm.parts import MAX_TOKENS, PROMPTS, FolderChain, ask, make_chain, 
 from weightline.receiver import client
 from weightline.receiver.auth import read_token
 from weightline.receiver.engines.vllm.engine import VllmEngine
+from weightline.receiver.engines.vllm.refused import _CONFIG, _OPTIONS
 from weightline.receiver.engines.vllm.remote import RemoteTransport
 from weightline.receiver.gate import Gate
 from weightline.receiver.proof import prove_weights
@@ -114,13 +116,17 @@ def _wait_until(is_true: Callable[[], bool], seconds: float) -> None:
 
 
 def _complete(
-    url: str, prompt: str = PROMPTS[0], headers: dict[str, str] | None = None, **fields: Any
+    url: str,
+    prompt: str = PROMPTS[0],
+    headers: dict[str, str] | None = None,
+    path: str = "/v1/completions",
+    **fields: Any,
 ) -> httpx.Response:
     body = {
         "model": "tiny", "prompt": list(prompt.encode()), "max_tokens": MAX_TOKENS, "min_tokens": MAX_TOKENS,
         "temperature": 0, "ignore_eos": True, "return_token_ids": True,
     }  # fmt: skip
-    return httpx.post(f"{url}/v1/completions", json=body | fields, headers=headers, timeout=120, trust_env=False)
+    return httpx.post(url + path, json=body | fields, headers=headers, timeout=120, trust_env=False)
 
 
 def _tokens(answer: httpx.Response) -> tuple[int, ...]:
@@ -156,18 +162,21 @@ def test_every_route_but_the_public_ones_needs_the_token(server: Serving, method
 
 
 class Asker(threading.Thread):
-    """Asks again and again: whole answers, streams, and prompts that stand in the prefix cache."""
+    """Asks again and again: whole answers, streams, prompts that stand in the prefix cache; one by another route."""
 
-    def __init__(self, url: str, number: int, is_over: threading.Event) -> None:
+    def __init__(self, server: Serving, number: int, is_over: threading.Event) -> None:
         super().__init__(daemon=True)
-        self.url, self.number, self.is_over = url, number, is_over
+        self.url, self.number, self.is_over = server.url, number, is_over
+        self.way: dict[str, Any] = {}
+        if number == 2:
+            self.way = {"path": "/invocations", "headers": {"authorization": f"Bearer {server.token}"}}
         self.answers: list[tuple[int, str, str, tuple[int, ...]]] = []
         self.start()
 
     def run(self) -> None:
         while not self.is_over.is_set():
             prompt = PROMPTS[(self.number + len(self.answers)) % len(PROMPTS)]
-            answer = _complete(self.url, prompt, stream=self.number % 2 == 1)
+            answer = _complete(self.url, prompt, stream=self.number % 2 == 1, **self.way)
             tokens = _streamed(answer) if self.number % 2 else _tokens(answer) if answer.is_success else ()
             version = answer.headers.get("x-weightline-version", "none")
             self.answers.append((answer.status_code, version, prompt, tokens))
@@ -182,7 +191,7 @@ def test_no_request_fails_or_mixes_versions_during_many_refreshes(server: Servin
     made = server.made
     client.refresh(server.url, server.token)
     is_over = threading.Event()
-    askers = [Asker(server.url, number, is_over) for number in range(4)]
+    askers = [Asker(server, number, is_over) for number in range(4)]
     pauses = []
     for _ in range(NUM_REFRESHES):
         version = made.grow()
@@ -200,6 +209,59 @@ def test_no_request_fails_or_mixes_versions_during_many_refreshes(server: Servin
     for _, version, prompt, tokens in answers:
         assert tokens == expected[int(version)][prompt], f"an answer of version {version}"
     assert len(seen) > NUM_REFRESHES / 2
+
+
+def test_a_stalled_upload_holds_nobody_up(server: Serving) -> None:
+    host, port = server.url.removeprefix("http://").split(":")
+    head = (
+        f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n"
+    )
+    with socket.create_connection((host, int(port))) as stalled:
+        stalled.sendall(head.encode() + b"{")
+        time.sleep(0.5)
+        facts = client.refresh(server.url, server.token, 0, allow_backward=True)
+        assert (facts.version, facts.drain_seconds < 5) == (0, True)
+        assert _complete(server.url).headers["x-weightline-version"] == "0"
+
+
+def test_an_answer_that_would_be_generated_later_is_refused(server: Serving) -> None:
+    asked = {"model": "tiny", "input": "a", "background": True, "store": True}
+    refused = httpx.post(f"{server.url}/v1/responses", json=asked, timeout=30, trust_env=False)
+    assert refused.status_code == 400
+    assert "comes from one version" in refused.text
+
+
+def test_vllms_metrics_tell_of_the_replica(server: Serving) -> None:
+    def count() -> float:
+        shown = httpx.get(f"{server.url}/metrics", timeout=30, trust_env=False).text
+        assert "vllm:" in shown
+        return float(re.findall(r'^weightline_completions_total\{replica="replica-0"\} (.*)$', shown, re.MULTILINE)[0])
+
+    before = count()
+    assert _complete(server.url).is_success
+    assert count() == before + 1
+
+
+def test_every_name_of_a_refused_option_is_known() -> None:
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    refused = 0
+    for action in make_arg_parser(FlexibleArgumentParser())._actions:
+        names = [name for name in action.option_strings if not name.startswith("--no-")]
+        if set(names) & set(_OPTIONS):
+            refused += 1
+            assert set(names) <= set(_OPTIONS)
+    assert refused > 10
+
+
+def test_what_is_refused_in_vllms_config_is_looked_for_where_it_stands() -> None:
+    from vllm.config import ModelConfig, ParallelConfig, VllmConfig
+
+    parts = {"parallel_config": ParallelConfig, "model_config": ModelConfig}
+    for path, *_ in _CONFIG:
+        part, _, name = path.rpartition(".")
+        assert name in {field.name for field in fields(parts.get(part, VllmConfig))}, path
 
 
 def test_back_by_revert_and_the_same_answers_again(server: Serving) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import signal
 import sys
-import time
 from pathlib import Path
 from typing import Annotated
 
@@ -21,13 +20,17 @@ StateDir = Annotated[
 ]
 Name = Annotated[str, typer.Option(help="Name of this replica in leases and records.")]
 Host = Annotated[str, typer.Option(help="Another than a loopback address needs a token that you chose.")]
-Port = Annotated[int, typer.Option(help="0 takes a free one, told by address.json in the state folder.")]
-Every = Annotated[float, typer.Option(metavar="SECONDS", help="Look for new versions that often; 0: move when told.")]
+Port = Annotated[
+    int, typer.Option(min=0, max=65535, help="0 takes a free one, told by address.json in the state folder.")
+]
+Every = Annotated[
+    float, typer.Option(min=0, metavar="SECONDS", help="Look for new versions that often; 0: move when told.")
+]
 Ref = Annotated[
     str | None,
     typer.Option(metavar="NAME", help="Follow only what this ref stands for; serving: what passed its gate."),
 ]
-Drain = Annotated[float, typer.Option(metavar="SECONDS", help="Longest wait for requests under way.")]
+Drain = Annotated[float, typer.Option(min=0, metavar="SECONDS", help="Longest wait for requests under way.")]
 Lease = Annotated[float, typer.Option(metavar="SECONDS", help="How long others take this replica for alive.")]
 Advertise = Annotated[str | None, typer.Option(metavar="URL", help="Where others reach this replica.")]
 Keys = Annotated[
@@ -100,20 +103,21 @@ def transformers(
 def sglang(
     follow: Follow,
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder that SGLang's hosts share: its source_dir.")],
+    name: Name = "sglang",
     every: Every = 5.0,
+    full: Annotated[bool, typer.Option("--full", help="Publish every version as a plain checkpoint.")] = False,
+    require_signature: Keys = None,
 ) -> None:
     """Publish each version as the folder that SGLang's /pull_weights reads; with --every 0, up to the tip, then end."""
     from weightline.chain import open_chain
-    from weightline.receiver.engines.sglang import publish_up_to
+    from weightline.format.signature import load_trusted_keys
+    from weightline.receiver.engines.sglang_publisher import Publisher
+    from weightline.receiver.following import Following
 
-    chain = open_chain(follow)
-    while True:
-        tip = chain.tip_version()
-        for folder in [] if tip is None else publish_up_to(chain, tip, out):
-            typer.echo(str(folder))
-        if not every:
-            return
-        time.sleep(every)
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    chain = open_chain(follow, None if require_signature is None else load_trusted_keys(require_signature))
+    publisher = Publisher(chain, out, name, lambda folder: typer.echo(str(folder)), is_full=full)
+    publisher.run(Following(every) if every else None)
 
 
 def _follow_seconds(every: float, ref: str | None) -> float | None:

@@ -6,7 +6,7 @@ import time
 import uuid
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from weightline.receiver.engines.base import Generation, GenerationRequest, Prompt
 
@@ -16,6 +16,18 @@ VERSION_HEADER = "x-weightline-version"
 TokenIds = tuple[Annotated[int, Field(ge=0, strict=True)], ...]
 
 T = TypeVar("T")
+
+
+def _writable(text: str) -> str:
+    """JSON can spell half of a surrogate pair (`"\\ud800"`), which no UTF-8, and so no tokenizer, can hold."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError("half of a surrogate pair is no character") from error
+    return text
+
+
+Text = Annotated[str, AfterValidator(_writable)]
 Batch = Annotated[tuple[T, ...], Field(min_length=1, max_length=256)]
 
 
@@ -29,18 +41,18 @@ class CompletionRequest(_Body):
     A field that is not here is refused by name rather than ignored; those with one possible value are here to say so.
     """
 
-    prompt: str | TokenIds | Batch[str] | Batch[TokenIds]
-    model: str | None = None
+    prompt: Text | TokenIds | Batch[Text] | Batch[TokenIds]
+    model: Text | None = None
     max_tokens: int = Field(default=16, ge=1)
     temperature: float = Field(default=1.0, ge=0, le=100)
     top_p: float = Field(default=1.0, gt=0, le=1)
-    stop: str | tuple[str, ...] | None = None
+    stop: Text | tuple[Text, ...] | None = None
     seed: int | None = Field(default=None, ge=0, lt=2**63)
     n: Literal[1] = 1
     stream: Literal[False] = False
     echo: Literal[False] = False
     logprobs: None = None
-    user: str | None = None
+    user: Text | None = None
 
     def to_generation(self) -> GenerationRequest:
         """The request as engines know it."""
@@ -69,7 +81,7 @@ class RefreshRequest(_Body):
     `chain`: the bucket that the caller means; another one than the replica's is refused.
     """
 
-    chain: str | None = None
+    chain: Text | None = None
     version: Annotated[int, Field(ge=0)] | None = None
     allow_backward: bool = False
 

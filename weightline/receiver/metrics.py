@@ -30,7 +30,7 @@ class ReplicaMetrics:
         self._failures = Counter(
             "weightline_refresh_failures", "Refreshes that failed, by kind", ("replica", "kind"), registry=self.registry
         )
-        self.completions = self._counter("completions", "Prompts that were answered")
+        self.completions = self._counter("completions", "Prompts (behind vLLM: requests) that were answered")
         self.version.set(-1)
 
     def observe_refresh(self, facts: RefreshFacts) -> None:

@@ -34,12 +34,19 @@ class Presence:
             raise InputError(f"a lease of {self.ttl_seconds:g} s is none: name 1 to 86400", field="ttl_seconds")
 
 
+def require_free_name(chain: Chain, name: str, state_dir: Path) -> None:
+    """InputError when a replica with another state folder lives under the name. A bucket that fails is logged."""
+    other = _other_holder(chain, name, _holder_of(state_dir))
+    if other is not None:
+        raise InputError(f"{_taken(chain, other)}: give this one another --name", name=name)
+
+
 class Registration:
     """One replica's lease. `status` and `moving_to` are told at every renewal. Safe to use from many threads."""
 
     def __init__(self, chain: Chain, state_dir: Path, presence: Presence, status: Callable[[], ReplicaStatus]) -> None:
         self._chain, self.presence, self._status = chain, presence, status
-        self._holder = _holder_of(state_dir)
+        self._state_dir, self._holder = state_dir, _holder_of(state_dir)
         self._is_ended = False
         self.moving_to: int | None = None
         self.num_failures = 0
@@ -47,29 +54,32 @@ class Registration:
     def claim(self) -> None:
         """Take the name. InputError when another replica lives under it; a restart of this one goes on with it."""
         name = self._status().replica
-        try:
-            held = read_lease(self._chain, name)
-        except StorageError as error:
-            _log.warning("whether the name %s is free cannot be seen: %s", name, error)
-            return
-        if held is not None and held.lease.holder != self._holder and held.is_live(datetime.now(UTC)):
-            raise InputError(
-                f"a replica {name!r} of {self._chain.url} is alive on {held.lease.host} (process {held.lease.pid}): "
-                "give this one another --name",
-                name=name,
-            )
+        require_free_name(self._chain, name, self._state_dir)
         self.renew()
+        # Of two that saw a free name at the same moment, one's lease stands: the other leaves.
+        require_free_name(self._chain, name, self._state_dir)
 
     def renew(self) -> None:
-        """Write the lease as things stand. A bucket that fails is logged and counted: the next renewal tries again."""
-        if not self._is_ended:
-            self._write(self._lease(self._status()))
+        """Write the lease as things stand. A bucket that fails is logged and counted: the next renewal tries again.
+
+        Never over the lease of another that lives: who lost its name, having been away for too long, stays without one.
+        """
+        if self._is_ended:
+            return
+        lease = self._lease(self._status())
+        other = _other_holder(self._chain, lease.replica, self._holder)
+        if other is None:
+            self._write(lease)
+            return
+        self._is_ended = True
+        _log.error("%s: this one is no longer registered, restart it", _taken(self._chain, other))
 
     def end(self) -> None:
         """Say that the replica leaves. Safe to repeat; nothing is renewed after it."""
         self._is_ended = True
         ended = self._lease(self._status()).model_copy(update={"state": "ended", "moving_to": None})
-        self._write(ended)
+        if _other_holder(self._chain, ended.replica, self._holder) is None:
+            self._write(ended)
 
     def _write(self, lease: Lease) -> None:
         try:
@@ -101,6 +111,21 @@ class Registration:
             expires_at=_text(now + timedelta(seconds=self.presence.ttl_seconds)),
             ttl_seconds=self.presence.ttl_seconds,
         )
+
+
+def _other_holder(chain: Chain, name: str, holder: str) -> Lease | None:
+    """The live lease of another; None where there is none, or the bucket cannot say."""
+    try:
+        held = read_lease(chain, name)
+    except StorageError as error:
+        _log.warning("whether the name %s is free cannot be seen: %s", name, error)
+        return None
+    is_anothers = held is not None and held.lease.holder != holder and held.is_live(datetime.now(UTC))
+    return held.lease if held is not None and is_anothers else None
+
+
+def _taken(chain: Chain, lease: Lease) -> str:
+    return f"a replica {lease.replica!r} of {chain.url} is alive on {lease.host} (process {lease.pid})"
 
 
 def _text(at: datetime) -> str:

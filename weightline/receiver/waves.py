@@ -51,7 +51,7 @@ def plan_waves(
     first = _canary(to_move, canary)
     if canary is not None and first.name != canary and canary not in settled:
         names = ", ".join(member.name for member in everybody)
-        raise InputError(f"no replica {canary!r} can be moved from here: name one of {names}", field="canary")
+        raise InputError(f"canary: no replica {canary!r} can be moved from here: name one of {names}", field="canary")
     rest = [member.name for member in to_move if member != first]
     later = (tuple(rest[at : at + wave_size]) for at in range(0, len(rest), wave_size))
     return WavePlan(((first.name,), *later), settled)

@@ -6,6 +6,8 @@ hold, by tensor name, the zstd-compressed XOR of all bytes of the tensor before 
 new bytes as file metadata, and an index that names the version and its base. `/update_weights_from_disk` reads full
 versions directly.
 
+A reader begins at the newest full version and patches it with the deltas after it. A version is published in full where
+a patch could not make it: another set of tensors or other small files than the version before, or that one is gone.
 SGLang keeps no proof of its base and has no way back but a full version: what the chain guarantees ends where the
 folder begins. Every version is read from the chain with its digests checked.
 
@@ -26,27 +28,26 @@ import safetensors
 import zstandard
 
 from weightline.chain import Chain
-from weightline.chain.checkpoint import write_checkpoint
+from weightline.chain.checkpoint import assets_of, write_checkpoint
 from weightline.chain.fetch import Fetcher, fetching
 from weightline.chain.groups import tensor_groups
 from weightline.chain.state import HostState, read_state
-from weightline.errors import InputError
 
 INDEX = "model.safetensors.index.json"
+_FOLDER = "weight_v"
 _LEVEL = 1
 
 
 def version_folder(source_dir: Path, version: int) -> Path:
     """Where a version is published."""
-    return source_dir / f"weight_v{version:06d}"
+    return source_dir / f"{_FOLDER}{version:06d}"
 
 
 def publish_version(chain: Chain, version: int, source_dir: Path, *, is_full: bool = False) -> Path:
-    """Publish one version: as a delta against the version before it, or full; return its folder.
+    """Publish one version: as a delta against the version before it where a reader could patch that, else in full.
 
-    Version 0 is always full: start SGLang on it (`--model-path`). The folder appears whole, in one rename; a crash
-    leaves a folder that begins with a dot. Safe to repeat: what is there stays. VersionNotFoundError for an unknown
-    version.
+    Returns its folder, which appears whole, in one rename; a crash leaves a folder that begins with a dot. Safe to
+    repeat: what is there stays. VersionNotFoundError for an unknown version.
     """
     folder = version_folder(source_dir, version)
     if folder.exists():
@@ -56,7 +57,7 @@ def publish_version(chain: Chain, version: int, source_dir: Path, *, is_full: bo
     draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=source_dir))
     is_published = False
     try:
-        if is_full or version == 0:
+        if is_full or not _can_be_patched(chain, version - 1, version, source_dir):
             write_checkpoint(chain, version, draft)
         else:
             _write_delta(chain, version, draft)
@@ -69,21 +70,30 @@ def publish_version(chain: Chain, version: int, source_dir: Path, *, is_full: bo
     return folder
 
 
-def publish_up_to(chain: Chain, version: int, source_dir: Path) -> list[Path]:
-    """Publish every version from the newest published one, or from 0, up to `version`; the folders that are new.
+def publish_up_to(chain: Chain, version: int, source_dir: Path, *, is_full: bool = False) -> Iterator[Path]:
+    """Publish what the chain has after the newest published version, up to `version`; yields every new folder.
 
-    InputError where the chain no longer has all of them: SGLang could not follow. Safe to repeat.
+    Where versions are missing in the chain, the next one is published in full: a reader starts again from there. Safe
+    to repeat.
     """
     chain.manifest(version)
-    published = [number for number in range(version + 1) if version_folder(source_dir, number).exists()]
-    first = published[-1] + 1 if published else 0
-    missing = chain.versions(first, version)
-    if missing != tuple(range(first, version + 1)):
-        raise InputError(
-            f"versions {first} to {version} of {chain.url} are not all there: publish {missing[0]} in full first",
-            version=missing[0],
-        )
-    return [publish_version(chain, number, source_dir) for number in missing]
+    newest = newest_published(source_dir)
+    for number in chain.versions(0 if newest is None else newest + 1, version):
+        yield publish_version(chain, number, source_dir, is_full=is_full)
+
+
+def newest_published(source_dir: Path) -> int | None:
+    """The newest version that has a folder."""
+    numbers = (path.name.removeprefix(_FOLDER) for path in source_dir.glob(f"{_FOLDER}*"))
+    return max((int(number) for number in numbers if number.isdecimal()), default=None)
+
+
+def _can_be_patched(chain: Chain, base: int, version: int, source_dir: Path) -> bool:
+    """Whether the version is the published base but for the bits of its tensors: same tensors, same small files."""
+    if not version_folder(source_dir, base).exists() or not chain.versions(base, base):
+        return False
+    has_same_tensors = chain.manifest(base).specs == chain.manifest(version).specs
+    return has_same_tensors and assets_of(chain, base) == assets_of(chain, version)
 
 
 def _write_delta(chain: Chain, version: int, folder: Path) -> None:

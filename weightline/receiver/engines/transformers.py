@@ -31,7 +31,7 @@ class TransformersEngine:
     name = "transformers"
 
     def __init__(self, device: str | None = None) -> None:
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.device = _usable_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.version: int | None = None
         self._gate = Gate(max_in_flight=1)
         self._model: Any = None
@@ -145,6 +145,17 @@ class TransformersEngine:
         if self._weights is None:
             raise ApplyError("no model is loaded", engine=self.name)
         return self._weights
+
+
+def _usable_device(name: str) -> torch.device:
+    """InputError for a name that torch does not know, or that this machine, or this build of torch, does not have."""
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        problem = str(error).splitlines()[0][:200]
+        raise InputError(f"device {name!r} cannot be used: {problem}", field="device") from error
+    return device
 
 
 def _owning_memory(model: torch.nn.Module) -> torch.nn.Module:

@@ -14,8 +14,10 @@ class Route(Enum):
     """Answered by the weights: passes the gate, and carries their version."""
     OURS = auto()
     """Answered by the replica's own door."""
+    CONTROL = auto()
+    """Looks at the server or steers it, and generates nothing: needs the token, and never waits."""
     GUARDED = auto()
-    """Anything else, also what a later vLLM adds: needs the token."""
+    """Anything else, also what a later vLLM adds: needs the token, passes the gate, carries the version."""
 
 
 _OPEN = frozenset(
@@ -29,6 +31,20 @@ _INFERENCE = frozenset(
         "/score", "/v1/score", "/rerank", "/v1/rerank", "/v2/rerank",
     )
 )  # fmt: skip
+#: Asked before a browser sends a request to one of these.
+_PREFLIGHT = frozenset(("OPTIONS", path) for _, path in _OPEN | _INFERENCE)
+#: Whoever steers the engine must not wait for it.
+_CONTROL = frozenset(
+    ("POST", path)
+    for path in (
+        "/pause", "/resume", "/sleep", "/wake_up", "/abort_requests", "/inference/v1/abort_requests",
+        "/collective_rpc", "/reset_prefix_cache", "/reset_mm_cache", "/reset_encoder_cache",
+        "/release_kv_cache_memory", "/init_weight_transfer_engine", "/shutdown_weight_transfer_engine",
+        "/start_weight_update", "/start_draft_weight_update", "/update_weights", "/finish_weight_update",
+        "/update_weight_version", "/weight_checker", "/start_profile", "/stop_profile",
+    )
+)  # fmt: skip
+_LOOKS = frozenset({"GET", "HEAD", "OPTIONS"})
 _OURS = "/weightline/"
 #: The door's own route, by the path under which it is reached here: vLLM has a /metrics of its own.
 RENAMED = {"/weightline/metrics": "/metrics", "/ready": "/ready"}
@@ -40,4 +56,6 @@ def classify(method: str, path: str) -> Route:
         return Route.OURS
     if (method, path) in _INFERENCE:
         return Route.INFERENCE
-    return Route.OPEN if (method, path) in _OPEN else Route.GUARDED
+    if (method, path) in _OPEN or (method, path) in _PREFLIGHT:
+        return Route.OPEN
+    return Route.CONTROL if method in _LOOKS or (method, path) in _CONTROL else Route.GUARDED

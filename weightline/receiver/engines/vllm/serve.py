@@ -24,23 +24,14 @@ from weightline.format.manifest import Manifest
 from weightline.receiver.auth import load_token
 from weightline.receiver.engines.vllm.features import SERVER, require
 from weightline.receiver.engines.vllm.offline import WORKER_EXTENSION
-from weightline.receiver.engines.vllm.settings import SETTINGS_VARIABLE, VllmSettings, settings_chain
+from weightline.receiver.engines.vllm.refused import check_arguments, check_environment
+from weightline.receiver.engines.vllm.settings import SETTINGS_VARIABLE, VllmSettings
 from weightline.receiver.marker import read_mark
+from weightline.receiver.registration import require_free_name
 from weightline.receiver.server import ADDRESS_FILE, ServerSettings, own_folder, require_safe_binding, write_address
 
 MIDDLEWARE = "weightline.receiver.engines.vllm.middleware.ReplicaMiddleware"
 _DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
-#: Options that would undo what a replica rests on, and why.
-_REFUSED = {
-    "--load-format": "the replica loads the weights, from the chain",
-    "--worker-extension-cls": "the replica's own is the worker extension",
-    "--api-server-count": "one process answers requests, so that it can hold them back during a refresh",
-    "--data-parallel-size": "start one replica for each engine; they follow the chain by themselves",
-    "--quantization": "quantized weights are computed from the chain's, not copies of them",
-    "--enable-lora": "adapters wrap the layers that hold the weights",
-    "--speculative-config": "a draft model's weights are not in the chain",
-    "--headless": "the replica is the process that answers requests",
-}  # fmt: skip
 
 
 def serve_vllm(model: str, settings: ServerSettings, vllm_args: Sequence[str] = ()) -> None:
@@ -50,12 +41,15 @@ def serve_vllm(model: str, settings: ServerSettings, vllm_args: Sequence[str] = 
     without a chosen token, or a state folder in use; UnsupportedFeatureError when this vLLM lacks something.
     """
     check_arguments(vllm_args)
+    check_environment(os.environ)
     require_safe_binding(settings.host, settings.state_dir)
     require(SERVER)
     with own_folder(settings.state_dir):
         load_token(settings.state_dir)
         port = settings.port or _free_port(settings.host)
-        chain = settings_chain(settings)
+        chain = settings.open_chain()
+        # vLLM takes a minute to start: that the name is taken is told before.
+        require_free_name(chain, settings.name, settings.state_dir)
         first = _first_version(chain, settings.state_dir)
         folder = fetch_model_folder(chain, first.version, settings.state_dir / "model", fallback=Path(model))
         given = VllmSettings(server=_with_port(settings, port), model_folder=str(folder))
@@ -65,14 +59,6 @@ def serve_vllm(model: str, settings: ServerSettings, vllm_args: Sequence[str] = 
             run_vllm(vllm_argv(model, folder, first, given.server, vllm_args))
         finally:
             (settings.state_dir / ADDRESS_FILE).unlink(missing_ok=True)
-
-
-def check_arguments(vllm_args: Sequence[str]) -> None:
-    """InputError for the first option that a replica cannot be started with."""
-    for argument in vllm_args:
-        name = argument.partition("=")[0].replace("_", "-")
-        if name in _REFUSED:
-            raise InputError(f"vLLM's {name} cannot be given here: {_REFUSED[name]}", field=name)
 
 
 def vllm_argv(

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict
 
-from weightline.chain import Chain, open_chain
-from weightline.format.signature import load_trusted_keys
 from weightline.receiver.engines.vllm.engine import VllmEngine
 from weightline.receiver.replica import Replica, ReplicaSettings
 from weightline.receiver.server import ServerSettings
@@ -23,15 +21,9 @@ class VllmSettings(BaseModel):
     model_folder: str
 
 
-def settings_chain(server: ServerSettings) -> Chain:
-    """The chain that the replica serves, with the keys that it demands."""
-    trusted = None if server.trusted_keys is None else load_trusted_keys(server.trusted_keys)
-    return open_chain(server.chain_url, trusted)
-
-
 def build_service(settings: VllmSettings, engine: VllmEngine) -> ReplicaService:
     """The replica of these settings on an engine. Starts nothing."""
     server = settings.server
-    chain = settings_chain(server)
-    replica = Replica(chain, engine, server.state_dir, server.name, ReplicaSettings(drain_seconds=server.drain_seconds))
+    options = ReplicaSettings(drain_seconds=server.drain_seconds)
+    replica = Replica(server.open_chain(), engine, server.state_dir, server.name, options)
     return ReplicaService(replica, server.following, server.presence(server.port))
