@@ -2,21 +2,27 @@
 
 python -m benchmarks.hub_bench [--mib 64] [--repeats 5] [--settle-seconds 2]
 
-The Hub is the tests' emulator, a process of its own on this machine, which shares its cores with the clients: ratios
-carry over, megabytes a second do not.
+The Hub is the tests' emulator, a process of its own on this machine, which shares its cores with the clients: megabytes
+a second do not carry over, and the CPU seconds of both sides are shown. Where clients, Hub and whatever else runs leave
+no core free, work that a client does beside its transfer takes time from the transfer.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
+
+import psutil
 
 from benchmarks.commit_latency import PAYLOADS, commit_latency
 from benchmarks.timing import wall_seconds
@@ -26,9 +32,28 @@ _BUCKET = "user/bench"
 _MODES = {"claims": False, "s3-gateway": True}
 
 
+@dataclass(slots=True)
+class Runs:
+    """Of one contender in one direction, for each run: seconds on the clock, and CPU seconds here and in the Hub."""
+
+    wall: list[float] = field(default_factory=list)
+    client: list[float] = field(default_factory=list)
+    hub: list[float] = field(default_factory=list)
+
+    def add(self, hub: psutil.Process, work: Callable[[], object]) -> None:
+        hub_before, client_before = sum(hub.cpu_times()[:2]), time.process_time()
+        self.wall.append(wall_seconds(work))
+        self.client.append(time.process_time() - client_before)
+        self.hub.append(sum(hub.cpu_times()[:2]) - hub_before)
+
+    def cpu(self) -> str:
+        """CPU seconds of a run: they repeat on a machine that is busy otherwise, where seconds on the clock do not."""
+        return f"{statistics.median(self.client):.2f} s + the Hub's {statistics.median(self.hub):.2f} s"
+
+
 @contextmanager
-def _hub(folder: Path, settle_seconds: float) -> Iterator[str]:
-    """The emulator's URL, with an environment that leads to it. The clients' caches end with it."""
+def _hub(folder: Path, settle_seconds: float) -> Iterator[tuple[str, psutil.Process]]:
+    """The emulator's URL and process, with an environment that leads to it. The clients' caches end with it."""
     argv = [sys.executable, "-m", "tests.hub_emulator", "--root", str(folder / "hub")]
     with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True) as server:
         assert server.stdout is not None
@@ -39,12 +64,12 @@ def _hub(folder: Path, settle_seconds: float) -> Iterator[str]:
             "WEIGHTLINE_HUB_SETTLE_SECONDS": str(settle_seconds),
         }  # fmt: skip
         try:
-            yield url
+            yield url, psutil.Process(server.pid)
         finally:
             server.terminate()
 
 
-def _throughput(store: Store, url: str, folder: Path, nbytes: int, repeats: int) -> None:
+def _throughput(store: Store, url: str, hub: psutil.Process, folder: Path, nbytes: int, repeats: int) -> None:
     """Takes turns, in alternating order. New bytes each time: content that the Hub knows is not sent again."""
     from huggingface_hub import HfApi
 
@@ -57,22 +82,28 @@ def _throughput(store: Store, url: str, folder: Path, nbytes: int, repeats: int)
             lambda key: api.download_bucket_files(_BUCKET, [(key, copy)]),
         ),
     }
-    up: dict[str, list[float]] = {name: [] for name in contenders}
-    down: dict[str, list[float]] = {name: [] for name in contenders}
+    runs = {direction: {name: Runs() for name in contenders} for direction in ("upload", "download")}
     for number in range(repeats):
         for name in sorted(contenders, reverse=number % 2 == 0):
             upload, download = contenders[name]
             key = f"payload-{uuid.uuid4().hex}"
             source.write_bytes(os.urandom(nbytes))
-            up[name].append(wall_seconds(lambda: upload(key)))  # noqa: B023
-            down[name].append(wall_seconds(lambda: download(key)))  # noqa: B023
+            runs["upload"][name].add(hub, lambda: upload(key))  # noqa: B023
+            runs["download"][name].add(hub, lambda: download(key))  # noqa: B023
+            assert copy.stat().st_size == nbytes
             copy.unlink()
-    for title, seconds in (("upload", up), ("download", down)):
-        ours, theirs = min(seconds["weightline"]), min(seconds["huggingface_hub"])
-        print(
-            f"{title:9} {nbytes / ours / 1e6:6.0f} MB/s, {theirs / ours:.2f} x huggingface_hub "
-            f"({nbytes / theirs / 1e6:.0f} MB/s); best of {repeats}"
-        )
+    for direction, by_name in runs.items():
+        print(_compared(direction, nbytes, by_name["weightline"], by_name["huggingface_hub"]))
+
+
+def _compared(direction: str, nbytes: int, ours: Runs, theirs: Runs) -> str:
+    best, plain = min(ours.wall), min(theirs.wall)
+    median = statistics.median(theirs / ours for ours, theirs in zip(ours.wall, theirs.wall, strict=True))
+    return (
+        f"{direction:9} {nbytes / best / 1e6:6.0f} MB/s, {plain / best:.2f} x huggingface_hub "
+        f"({nbytes / plain / 1e6:.0f} MB/s) by the best of {len(ours.wall)}, {median:.2f} x by the median of pairs; "
+        f"CPU: {ours.cpu()}, plain {theirs.cpu()}"
+    )
 
 
 def main() -> None:
@@ -83,7 +114,7 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="weightline-bench-") as name:
         folder = Path(name)
-        with _hub(folder, options.settle_seconds) as url:
+        with _hub(folder, options.settle_seconds) as (url, hub):
             from weightline.store.hub import open_hub  # the clients read the environment when they are imported
 
             for mode, has_keys in _MODES.items():
@@ -95,7 +126,7 @@ def main() -> None:
                 store = open_hub(f"hf://buckets/{_BUCKET}/{mode}")
                 store.put_if_absent("warm", b"up")
                 if mode == "claims":
-                    _throughput(store, url, folder, options.mib * 2**20, options.repeats)
+                    _throughput(store, url, hub, folder, options.mib * 2**20, options.repeats)
                 latency = commit_latency(store, folder, options.repeats)
                 settled = f", of which {options.settle_seconds} s settling" if mode == "claims" else ""
                 print(f"encoded to visible, {mode}: {latency:.2f} s{settled} ({PAYLOADS})")

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+from check_hub import gateway_lag, pages_of_listings
 from safetensors.numpy import load_file, save_file
 
 from weightline.chain.author import commit_folder
@@ -27,7 +28,7 @@ from weightline.chain.history import Chain
 from weightline.chain.verify import verify_chain
 from weightline.errors import NotFoundError, ObjectExistsError, TransientStorageError, WeightlineError
 from weightline.format.envelope import sha256_of
-from weightline.store import Store, open_store
+from weightline.store import ObjectInfo, Store, open_store
 from weightline.store.contests import commit_mode, contests
 from weightline.store.open import check_writable
 from weightline.store.retry import RetryingStore
@@ -35,6 +36,7 @@ from weightline.store.retry import RetryingStore
 _NUM_THREADS = 8
 _NUM_RACES = 5
 _NUM_LISTED = 12
+_LATE_SECONDS = 30.0
 _LARGE_KEY = "payloads/large"
 _LOST_KEY = "lost/reply"
 
@@ -51,6 +53,8 @@ class Check:
     folder: Path
     large_nbytes: int
     written: set[str] = field(default_factory=set)
+    lag_seconds: float = 0.0
+    """How late a listing showed an object."""
 
     def create(self, key: str, body: bytes) -> None:
         self.written.add(key)
@@ -102,19 +106,20 @@ def a_listing_sees_the_write(check: Check) -> str:
         key = f"listed/{number:03}"
         check.create(key, b"")
         since = time.monotonic()
-        while key not in [info.key for info in check.store.list("listed/")]:
+        if key not in [info.key for info in check.store.list("listed/")]:
+            _listed(check, "listed/", {key})
             longest = max(longest, time.monotonic() - since)
-            _require(longest < 30, f"{key} is not listed after 30 seconds")
-            time.sleep(0.1)
-    _require(longest == 0, f"an object was listed up to {longest:.1f} s late: commits work, but readers lag behind")
+    check.lag_seconds = longest
+    _require(longest == 0, f"listed up to {longest:.1f} s late: a commit so soon after another is refused, readers lag")
     return f"{_NUM_LISTED} objects, no listing too early"
 
 
 def listings_are_in_order(check: Check) -> str:
     """Key order, by bytes, and a start."""
-    for key in ("order/b", "order/a/2", "order/a-1", "order/a/10", "order/B"):
+    created = {"order/b", "order/a/2", "order/a-1", "order/a/10", "order/B"}
+    for key in created:
         check.create(key, b"")
-    keys = [info.key for info in check.store.list("order/")]
+    keys = [info.key for info in _listed(check, "order/", created)]
     _require(keys == sorted(keys) and len(keys) == 5, f"listed as {keys}")
     after = [info.key for info in check.store.list("order/", "order/a/10")]
     _require(after == ["order/a/2", "order/b"], f"after order/a/10 come {after}")
@@ -152,10 +157,11 @@ def the_clock_goes_forward(check: Check) -> str:
     keys = [f"clock/{number}" for number in range(_NUM_LISTED)]
     for key in keys:
         check.create(key, b"")
-    found = {info.key: info.modified_at for info in check.store.list("clock/")}
+    now = time.time()
+    found = {info.key: info.modified_at for info in _listed(check, "clock/", set(keys))}
     times = [found[key] for key in keys]
     _require(times == sorted(times), f"times go back: {[f'{at:%H:%M:%S.%f}' for at in times]}")
-    skew = times[-1].timestamp() - time.time()
+    skew = times[-1].timestamp() - now
     return f"{_NUM_LISTED} objects in order; {abs(skew):.1f} s {'ahead of' if skew > 0 else 'behind'} this host"
 
 
@@ -176,18 +182,46 @@ def a_chain_goes_there_and_back(check: Check) -> str:
 
 
 def all_of_it_can_be_removed(check: Check) -> str:
-    """Deletes, also of what is gone; then nothing is left."""
+    """Deletes, also of what is gone; then nothing is left. What is listed late is deleted late."""
+    removed: set[str] = set()
+    time.sleep(2 * check.lag_seconds)
+    begun = time.monotonic()
     keys = {info.key for info in check.store.list("")} | check.written
-    for key in keys:
-        check.store.delete(key)
+    while keys:
+        _require(time.monotonic() - begun < _LATE_SECONDS or not keys & removed, f"still listed: {sorted(keys)[:3]}")
+        for key in keys:
+            check.store.delete(key)
+        removed |= keys
+        time.sleep(check.lag_seconds)
+        keys = {info.key for info in check.store.list("")}
     check.store.delete(_LARGE_KEY)
-    left = [info.key for info in check.store.list("")]
-    _require(not left, f"{len(left)} objects are still listed, as {left[:3]}")
     try:
         check.store.get(_LARGE_KEY)
     except NotFoundError:
-        return f"{len(keys)} objects"
+        return f"{len(removed)} objects"
     raise UnmetError("a deleted object can still be read")
+
+
+def _listed(check: Check, prefix: str, wanted: set[str]) -> list[ObjectInfo]:
+    """The listing that first shows all of these; UnmetError when none does."""
+    begun = time.monotonic()
+    while True:
+        infos = list(check.store.list(prefix))
+        if wanted <= {info.key for info in infos}:
+            return infos
+        late = time.monotonic() - begun
+        _require(late < _LATE_SECONDS, f"{len(wanted)} objects below {prefix} are not all listed after {late:.0f} s")
+        time.sleep(0.1)
+
+
+def hub_gateway_shows(check: Check) -> str:
+    """What the Hub's S3 gateway took shows in its API."""
+    return gateway_lag(check.store.url)
+
+
+def hub_lists_pages(check: Check) -> str:
+    """More files than a page of the Hub's listings holds."""
+    return pages_of_listings(check.store.url)
 
 
 POINTS: tuple[tuple[str, Callable[[Check], str]], ...] = (
@@ -200,7 +234,11 @@ POINTS: tuple[tuple[str, Callable[[Check], str]], ...] = (
     ("a lost reply is no conflict", a_lost_reply_is_no_conflict),
     ("the bucket's clock goes forward", the_clock_goes_forward),
     ("a chain is committed and pulled", a_chain_goes_there_and_back),
-    ("all of it can be removed", all_of_it_can_be_removed),
+)
+#: Of a Hub bucket.
+HUB_POINTS: tuple[tuple[str, Callable[[Check], str]], ...] = (
+    ("the gateway's files show in the API", hub_gateway_shows),
+    ("listings of several pages are whole", hub_lists_pages),
 )
 
 
@@ -234,17 +272,25 @@ def _require(holds: bool, otherwise: str) -> None:
 
 
 def run(url: str, large_nbytes: int) -> bool:
-    """Check every point, printing a line for each. Whether all hold."""
-    holds = True
+    """Check every point, printing a line for each. Whether all hold. What was written goes, whatever happens."""
     with tempfile.TemporaryDirectory(prefix="weightline-check-") as name:
         check = Check(open_store(f"{url.rstrip('/')}/check-{uuid.uuid4().hex[:12]}"), Path(name), large_nbytes)
         print(check.store.url)
-        for title, confirm in POINTS:
-            try:
-                print(f"ok    {title}: {confirm(check)}", flush=True)
-            except (WeightlineError, UnmetError) as error:
-                holds = False
-                print(f"FAIL  {title}: {error}", flush=True)
+        points = (*POINTS, *(HUB_POINTS if check.store.url.startswith("hf:") else ()))
+        try:
+            held = [_holds(check, title, confirm) for title, confirm in points]
+        finally:
+            is_empty = _holds(check, "all of it can be removed", all_of_it_can_be_removed)
+    return is_empty and all(held)
+
+
+def _holds(check: Check, title: str, confirm: Callable[[Check], str]) -> bool:
+    begun = time.monotonic()
+    try:
+        said, holds = confirm(check), True
+    except (WeightlineError, UnmetError) as error:
+        said, holds = str(error), False
+    print(f"{'ok   ' if holds else 'FAIL '} {title}: {said} ({time.monotonic() - begun:.1f} s)", flush=True)
     return holds
 
 

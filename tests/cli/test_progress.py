@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import pty
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -29,9 +31,23 @@ def _stderr_of(verb: list[str], is_terminal: bool) -> bytes:
     if not is_terminal:
         return subprocess.run(argv, capture_output=True, check=True, timeout=120, env=environment).stderr
     ours, theirs = pty.openpty()
-    try:
-        subprocess.run(argv, stdout=subprocess.DEVNULL, stderr=theirs, check=True, timeout=120, env=environment)
-        return os.read(ours, 100_000)
-    finally:
-        os.close(ours)
-        os.close(theirs)
+    with ThreadPoolExecutor(1) as reader:
+        shown = reader.submit(_read_to_the_end, ours)
+        try:
+            subprocess.run(argv, stdout=subprocess.DEVNULL, stderr=theirs, check=True, timeout=120, env=environment)
+        finally:
+            os.close(theirs)
+    return shown.result()
+
+
+def _read_to_the_end(terminal: int) -> bytes:
+    """While it is written: a terminal holds no more than some thousand bytes that nobody reads."""
+    shown = b""
+    with os.fdopen(terminal, "rb", buffering=0) as file:
+        try:
+            while piece := file.read(4096):
+                shown += piece
+        except OSError as error:
+            if error.errno != errno.EIO:  # the other side is closed
+                raise
+    return shown

@@ -28,6 +28,8 @@ class Status:
     """An answer by a proxy or a rate limiter: nothing happened."""
 
     code: int
+    name: str = "SlowDown"
+    """The error's code in S3's dialect."""
 
 
 @dataclass(frozen=True, slots=True)

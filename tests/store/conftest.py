@@ -34,7 +34,7 @@ def s3_port() -> Iterator[int]:
 @pytest.fixture(scope="session")
 def azure_port() -> Iterator[int]:
     if azurite_command() is None:
-        pytest.skip("Azure's emulator is not here: npm install -g azurite")
+        pytest.skip("Azure's emulator is not here: make test installs it where npm is")
     with azurite_server() as port:
         yield port
 

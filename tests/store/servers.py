@@ -15,16 +15,20 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 S3_ENVIRONMENT = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_REGION": "us-east-1"}
 #: The account and key that every Azure emulator knows: they are published, and secret nowhere.
 _AZURE_ACCOUNT = "devstoreaccount1"
+#: `make test` puts it there where npm is.
+_AZURITE = Path(__file__).parents[2] / ".venv" / "azurite" / "node_modules" / ".bin" / "azurite-blob"
 _AZURE_KEY = "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw=="
 
 
 def azurite_command() -> str | None:
-    """Where Microsoft's emulator stands (npm install -g azurite), if it does."""
-    return os.environ.get("WEIGHTLINE_TEST_AZURITE") or shutil.which("azurite-blob")
+    """Where Microsoft's emulator stands, if it does: named, in the repository's environment, or on the path."""
+    named = os.environ.get("WEIGHTLINE_TEST_AZURITE")
+    return named or shutil.which(str(_AZURITE)) or shutil.which("azurite-blob")
 
 
 @contextmanager

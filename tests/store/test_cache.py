@@ -17,9 +17,12 @@ from tests.store.proxy import Proxy
 from weightline.chain import Chain
 from weightline.chain.fetch import fetching
 from weightline.chain.state import read_state
+from weightline.chain.verify import verify_chain
 from weightline.errors import DigestMismatchError, InputError, TransientStorageError
+from weightline.store import cache as store_cache
 from weightline.store import open_store
 from weightline.store.cache import ObjectCache, host_cache
+from weightline.store.locks import FileLock
 
 
 def _sha256(body: bytes) -> str:
@@ -87,6 +90,77 @@ def test_a_file_of_the_wrong_size_is_fetched_again(cache: ObjectCache) -> None:
     path = _fetch(cache, b"payload")
     path.write_bytes(b"pay")
     assert _fetch(cache, b"payload").read_bytes() == b"payload"
+
+
+def test_a_file_that_was_changed_since_is_fetched_again(
+    cache: ObjectCache, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    calls: list[bytes] = []
+    path = _fetch(cache, b"payload", calls)
+    path.write_bytes(b"paYload")
+    monkeypatch.setattr(store_cache, "_sound", set())  # as another process
+    assert _fetch(cache, b"payload", calls).read_bytes() == b"payload"
+    assert len(calls) == 2
+    assert "other bytes" in caplog.text
+
+
+def test_a_process_hashes_an_object_once(cache: ObjectCache, monkeypatch: pytest.MonkeyPatch) -> None:
+    _fetch(cache, b"payload")
+    monkeypatch.setattr(store_cache, "_sound", set())
+    hashed: list[int] = []
+    digest = hashlib.file_digest
+    monkeypatch.setattr(hashlib, "file_digest", lambda file, name: (hashed.append(1), digest(file, name))[1])
+    for _ in range(3):
+        _fetch(cache, b"payload")
+    assert len(hashed) == 1
+
+
+def test_old_partial_files_go_whatever_their_names(cache: ObjectCache) -> None:
+    """Also those that a store hides beside the file it was asked for."""
+    partial = cache.folder / "partial"
+    partial.mkdir(parents=True)
+    names = [_sha256(b"a"), f"{_sha256(b'a')}.resume", f".{_sha256(b'b')}.1f2e.partial", _sha256(b"c")]
+    for name in names:
+        (partial / name).write_bytes(b"pa")
+        if name != names[-1]:
+            os.utime(partial / name, (0, 0))
+    calls: list[bytes] = []
+    for _ in range(2):
+        _fetch(cache, b"payload", calls)
+    assert len(calls) == 1
+    assert [path.name for path in partial.iterdir()] == [names[-1]]
+
+
+def test_a_cache_that_cannot_be_tidied_still_serves(
+    cache: ObjectCache, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail() -> None:
+        raise PermissionError("as planned")
+
+    monkeypatch.setattr(cache, "evict", fail)
+    assert _fetch(cache, b"payload").read_bytes() == b"payload"
+    assert "as planned" in caplog.text
+
+
+def test_an_object_is_on_disk_before_it_has_its_name(cache: ObjectCache, monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+    fsync, replace = os.fsync, Path.replace
+    monkeypatch.setattr(os, "fsync", lambda fd: (done.append("fsync"), fsync(fd))[1])
+    monkeypatch.setattr(Path, "replace", lambda old, new: (done.append("name"), replace(old, new))[1])
+    _fetch(cache, b"payload")
+    assert done == ["fsync", "name"]
+
+
+def test_no_lock_is_held_after_an_error(cache: ObjectCache, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cache, "evict", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        _fetch(cache, b"payload")
+    lock = FileLock(cache.folder / "locks" / _sha256(b"payload"))
+    assert lock.take(exclusive=True)
+    lock.release()
 
 
 def test_a_failed_download_leaves_no_object_and_no_lock(cache: ObjectCache) -> None:
@@ -192,6 +266,21 @@ def test_remote_chains_are_read_through_the_cache(
     with pytest.raises(DigestMismatchError), fetching(chain.store) as fetcher:
         fetcher.fetch(payload)
     assert not (tmp_path / "cache" / "objects" / payload.sha256).exists()
+
+
+def test_verify_looks_at_the_bucket_whatever_the_cache_holds(
+    s3_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WEIGHTLINE_CACHE", str(tmp_path / "cache"))
+    chain = Chain(open_store(s3_url))
+    commit_state(chain, random_state(0))
+    read_state(Chain(open_store(s3_url)), 0)
+    assert verify_chain(Chain(open_store(s3_url))).holds
+    payload = chain.manifest(0).payloads[0]
+    body = bytearray(chain.store.get(payload.key))
+    body[-3] ^= 4
+    chain.store.put(payload.key, bytes(body))
+    assert not verify_chain(Chain(open_store(s3_url))).holds
 
 
 def test_a_cache_that_cannot_be_written_is_no_obstacle(

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import json
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from tests.chains import commit_state, nudged, random_state
+from tests.chains import commit_state, make_manifest, nudged, random_state
 from tests.hub_emulator import Cut, Fault, HubEmulator, LoseReply, Status
 from tests.store.hub_racers import race
 from weightline.chain import Chain, open_chain
+from weightline.chain.commit import commit_manifest, new_commit_id
+from weightline.chain.gc import collect, plan_gc, view_chain
 from weightline.chain.state import read_state
 from weightline.chain.verify import verify_chain
 from weightline.cli.main import app
-from weightline.errors import CommitConflictError, TransientStorageError
+from weightline.errors import CommitConflictError, StorageError, TransientStorageError
+from weightline.format import keys
 from weightline.store.hub import open_hub
 
 STATES = [random_state(0, {"weight": (6, 4), "scale": ()})]
@@ -69,6 +73,81 @@ def test_two_writers_of_a_version_know_who_won(hub: HubEmulator, url: str) -> No
         commit_state(Stale(open_hub(url)), STATES[0], STATES[1], world_size=1)
     assert caught.value.facts["winner"] == won.commit_id
     assert verify_chain(chain).holds
+
+
+def test_a_winner_that_stopped_is_shown_and_finished_by_its_next_writer(
+    hub: HubEmulator, hub_url: str, hurried: None
+) -> None:
+    """Its claim stands, the version does not: readers go on seeing the version before, and verify says what to do."""
+    _committed(hub_url)
+    _stop_after_the_claim(hub, hub_url)
+    reader = open_chain(hub_url)
+    assert reader.tip_version() == 1
+    (finding,) = verify_chain(reader).findings
+    assert (finding.rule, finding.subject) == ("unpublished", keys.commit(2))
+    assert "Run that writer again" in finding.message
+    with pytest.raises(CommitConflictError):
+        commit_state(Chain(open_hub(hub_url)), STATES[0], STATES[1], world_size=1)
+    assert reader.tip_version() == 2
+    assert verify_chain(Chain(open_hub(hub_url))).holds
+
+
+def test_nothing_is_collected_while_a_won_version_is_not_published(
+    hub: HubEmulator, hub_url: str, hurried: None
+) -> None:
+    """Its payloads look like garbage, however old: no manifest names them yet, and the next writer publishes one."""
+    _committed(hub_url)
+    _stop_after_the_claim(hub, hub_url)
+    late = datetime.now(UTC) + timedelta(hours=25)
+    with pytest.raises(StorageError, match=f"{keys.commit(2)}.*weightline verify"):
+        view_chain(open_chain(hub_url))
+    assert isinstance(CliRunner().invoke(app, ["gc", hub_url]).exception, StorageError)
+    with pytest.raises(CommitConflictError):
+        commit_state(Chain(open_hub(hub_url)), STATES[0], STATES[1], world_size=1)
+    chain = open_chain(hub_url)
+    plan = plan_gc(view_chain(chain), now=late)
+    collect(chain, plan)
+    assert len(plan.payloads) == 1  # of the attempt that lost
+    assert verify_chain(Chain(open_hub(hub_url))).holds
+
+
+def _stop_after_the_claim(hub: HubEmulator, url: str) -> None:
+    """A writer of version 2 whose connection dies between its claim and the version."""
+    batches: list[str] = []
+
+    def plan(number: int, method: str, path: str) -> Fault | None:
+        batches.extend([path] if path.endswith("/batch") else [])
+        return Cut() if len(batches) > 2 else None  # the payload and the claim went through
+
+    hub.fault_plan = plan
+    with pytest.raises(TransientStorageError):
+        commit_state(Chain(open_hub(url)), STATES[0], STATES[1], world_size=1)
+    hub.fault_plan = None
+
+
+def test_a_commit_that_is_repeated_after_an_outage_knows_itself(hub: HubEmulator, url: str, hurried: None) -> None:
+    """The Hub goes away at request n of a commit, for longer than anybody asks again; later the same commit is made."""
+    chain = _committed(url)
+    outcomes = set()
+    for number, failing in enumerate((0, 2, 3, 5, 7, 9, 30)):
+        version = number + 2
+        commit_id = new_commit_id()
+        manifest = make_manifest(STATES[1], version, commit_id, (), is_anchor=False)
+        hub.requests.clear()
+        hub.fault_plan = lambda n, method, path, failing=failing: (  # type: ignore[misc]
+            None if n < failing else LoseReply() if n == failing else Cut()
+        )
+        try:
+            commit_manifest(Chain(open_hub(url)), manifest)
+            outcomes.add("at once")
+        except TransientStorageError:
+            outcomes.add("unknown")
+        hub.fault_plan = None
+        commit_manifest(Chain(open_hub(url)), manifest)
+        assert chain.manifest(version).commit_id == commit_id
+        assert chain.tip_version() == version
+    assert outcomes == {"at once", "unknown"}
+    assert open_hub(url).contests() == ()
 
 
 @pytest.mark.slow

@@ -55,11 +55,13 @@ def test_judging() -> None:
         contest and contest.kind
         for contest in (
             judge("k", [mine], None),
+            judge("k", [mine, other], None),
             judge("k", [mine, other], _file("k", "x", 4)),
             judge("k", [mine], _file("k", "y", 4)),
         )
     ]
-    assert kinds == ["unpublished", "fork", "fork"]
+    assert kinds == ["unpublished", "unpublished", "fork", "fork"]
+    assert judge("k", [mine], None) == judge("k", [mine, other], None)
 
 
 @pytest.fixture

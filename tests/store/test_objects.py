@@ -9,13 +9,15 @@ import random
 import re
 import subprocess
 import sys
+import time
+from datetime import timedelta
 from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
 
 from tests.hub_emulator.faults import Cut, LoseReply, Status, Truncate
-from tests.store.proxy import Proxy
+from tests.store.proxy import Proxy, Slow, Stall
 from tests.store.racers import write_checkpoint_folder
 from weightline.chain.author import commit_folder
 from weightline.chain.history import Chain
@@ -72,6 +74,54 @@ def test_large_files_go_in_parts_and_come_in_ranges(s3_url: str, s3_proxy: Proxy
     assert not note_of(tmp_path / "copy").exists()
 
 
+@pytest.mark.parametrize("num_parallel", [1, 3])
+def test_parts_and_ranges_move_several_at_a_time(
+    s3_url: str, s3_proxy: Proxy, large: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_parallel: int
+) -> None:
+    monkeypatch.setattr(objects, "_NUM_PARALLEL", num_parallel)
+    store = open_store(s3_url)
+    s3_proxy.plan = lambda number, method, path: Slow(0.5)
+    store.put_file("payloads/x", large)
+    store.get_file("payloads/x", tmp_path / "copy")
+    assert (s3_proxy.most_open["PUT"], s3_proxy.most_open["GET"]) == (num_parallel, num_parallel)
+
+
+_MEASURED = """
+import re, sys
+from pathlib import Path
+from weightline.store import objects, open_store
+
+def peak_nbytes():
+    return int(re.search("VmHWM: *\\t* *([0-9]+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+
+store, source = open_store(sys.argv[1]), Path(sys.argv[2])
+small = source.with_name("small")
+small.write_bytes(b"x")
+store.put_file("warm", small)
+store.get_file("warm", small)
+before = peak_nbytes()
+store.get_file("payloads/x", source.with_name("copy"))
+received = peak_nbytes()
+objects.PART_NBYTES = 5 * 2**20
+store.put_file("payloads/y", source)
+print(received - before, peak_nbytes() - received)
+"""
+
+
+@pytest.mark.slow
+def test_large_files_are_never_in_memory(s3_url: str, tmp_path: Path) -> None:
+    """Pieces of six ranges on the way down, six parts of 5 MiB on the way up, of 160 MiB."""
+    with (tmp_path / "payload").open("wb") as file:
+        for _ in range(160):
+            file.write(os.urandom(2**20))
+    open_store(s3_url).put_file("payloads/x", tmp_path / "payload")
+    argv = [sys.executable, "-c", _MEASURED, s3_url, str(tmp_path / "payload")]
+    done = subprocess.run(argv, check=True, capture_output=True, text=True, timeout=300)
+    down_nbytes, up_nbytes = map(int, done.stdout.split())
+    assert down_nbytes < 50 * 2**20
+    assert up_nbytes < 80 * 2**20
+
+
 def test_an_empty_file(s3_url: str, tmp_path: Path) -> None:
     (tmp_path / "empty").write_bytes(b"")
     store = open_store(s3_url)
@@ -80,7 +130,10 @@ def test_an_empty_file(s3_url: str, tmp_path: Path) -> None:
     assert (tmp_path / "copy").read_bytes() == b""
 
 
-def test_a_cut_download_goes_on_where_it_stopped(s3_url: str, s3_proxy: Proxy, large: Path, tmp_path: Path) -> None:
+def test_a_cut_download_goes_on_where_it_stopped(
+    s3_url: str, s3_proxy: Proxy, large: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(objects, "_NUM_PARALLEL", 1)  # ranges come in order: the last is the one that is cut
     store = _bare(s3_url)
     store.put_file("payloads/x", large)
     copy = tmp_path / "copy"
@@ -89,7 +142,7 @@ def test_a_cut_download_goes_on_where_it_stopped(s3_url: str, s3_proxy: Proxy, l
     with pytest.raises(TransientStorageError):
         store.get_file("payloads/x", copy)
     done = int(note_of(copy).read_text().splitlines()[1])
-    assert 0 < done < _LARGE_NBYTES
+    assert done == 3 * _PART_NBYTES
     s3_proxy.reset()
     store.get_file("payloads/x", copy)
     assert _sha256(copy) == _sha256(large)
@@ -99,6 +152,42 @@ def test_a_cut_download_goes_on_where_it_stopped(s3_url: str, s3_proxy: Proxy, l
 def _is_late(proxy: Proxy) -> bool:
     """All GETs after the third of a download: the client's own few repeats included."""
     return len([1 for method, _ in proxy.requests if method == "GET"]) > 3
+
+
+def test_slow_links_are_waited_for(
+    s3_url: str, s3_proxy: Proxy, large: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What moves slowly is not taken for what stalls: parts up may take long, and so may ranges that trickle."""
+    monkeypatch.setitem(objects._READING, "read_timeout", timedelta(seconds=1))
+    store = _bare(s3_url)
+    s3_proxy.plan = lambda number, method, path: Slow(1.5)
+    store.put_file("payloads/x", large)
+    store.get_file("payloads/x", tmp_path / "copy")
+    assert _sha256(tmp_path / "copy") == _sha256(large)
+    methods = [method for method, _ in s3_proxy.requests]
+    assert (methods.count("PUT"), methods.count("GET")) == (4, 4)
+
+
+def test_parts_under_way_fit_the_time_of_a_request_on_a_link_of_3_mbit_a_second() -> None:
+    nbytes = objects._NUM_PARALLEL * 16 * 1024 * 1024
+    for options in (objects._SENDING, objects._READING):
+        timeout = options["timeout"]
+        assert isinstance(timeout, timedelta)
+        assert 8 * nbytes / timeout.total_seconds() <= 3e6
+
+
+def test_a_download_that_stalls_goes_on_soon(
+    s3_url: str, s3_proxy: Proxy, large: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(objects._READING, "read_timeout", timedelta(seconds=0.5))
+    store = open_store(s3_url)
+    store.put_file("payloads/x", large)
+    is_first = iter([True])
+    s3_proxy.plan = lambda number, method, path: Stall(30) if method == "GET" and next(is_first, False) else None
+    begun = time.monotonic()
+    store.get_file("payloads/x", tmp_path / "copy")
+    assert time.monotonic() - begun < 20
+    assert _sha256(tmp_path / "copy") == _sha256(large)
 
 
 def test_another_object_is_not_continued(s3_url: str, large: Path, tmp_path: Path) -> None:
@@ -160,7 +249,40 @@ def test_a_lost_reply_is_no_conflict_and_a_conflict_stays_one(s3_url: str, s3_pr
     assert store.get("commits/1") == b"mine"
 
 
-def test_a_bucket_that_stays_away_is_a_transient_error_in_bounded_time(s3_url: str, s3_proxy: Proxy) -> None:
+def test_create_only_puts_that_met_are_asked_for_again(s3_url: str, s3_proxy: Proxy) -> None:
+    """S3 says 409 ConditionalRequestConflict when none of them won, which its client takes for "exists"."""
+    store = RetryingStore(_bare(s3_url), pause_seconds=0.01)
+    check_writable(store)
+    is_first = iter([True])
+    s3_proxy.plan = lambda number, method, path: Status(409) if method == "PUT" and next(is_first, False) else None
+    store.put_if_absent("commits/1", b"mine")
+    is_first = iter([True])
+    with pytest.raises(ObjectExistsError):
+        store.put_if_absent("commits/1", b"mine")
+    assert store.get("commits/1") == b"mine"
+
+
+def test_a_request_that_the_service_gave_up_on_is_asked_for_again(s3_url: str, s3_proxy: Proxy, large: Path) -> None:
+    """S3 says 400 RequestTimeout when a body came too slowly."""
+    store = RetryingStore(_bare(s3_url), pause_seconds=0.01)
+    is_first = iter([True])
+    s3_proxy.plan = lambda number, method, path: (
+        Status(400, "RequestTimeout") if method == "PUT" and next(is_first, False) else None
+    )
+    store.put_file("payloads/x", large)
+    found = store.head("payloads/x")
+    assert found is not None
+    assert found.nbytes == _LARGE_NBYTES
+    s3_proxy.plan = lambda number, method, path: Status(400, "InvalidArgument")
+    with pytest.raises(StorageError, match="InvalidArgument") as caught:
+        store.put_file("payloads/y", large)
+    assert not isinstance(caught.value, TransientStorageError)
+
+
+def test_a_bucket_that_stays_away_is_a_transient_error_in_bounded_time(
+    s3_url: str, s3_proxy: Proxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(objects, "_REPEATS", objects._ONCE)
     store = RetryingStore(_bare(s3_url), patience_seconds=0.5)
     s3_proxy.plan = lambda number, method, path: Cut()
     for ask in (lambda: store.get("x"), lambda: store.put_if_absent("x", b""), lambda: list(store.list(""))):
@@ -253,10 +375,26 @@ def test_a_profile_of_the_user_is_read(s3_url: str, monkeypatch: pytest.MonkeyPa
         open_store(s3_url)
 
 
-@pytest.mark.parametrize("url", ["s3:///prefix", "s3://key@bucket/x", "s3://bucket/x?region=y", "s3://", "gs://"])
+@pytest.mark.parametrize(
+    "url",
+    [
+        "s3:///prefix", "s3://key@bucket/x", "s3://bucket/x?region=y", "s3://", "gs://", "s3://bucket/a?", "s3://bucket/a#b",
+        "s3://bu cket/x", "s3://bucket:80/x", "s3://[bucket/x", "s3://bucket/a/../b", "s3://bucket/a//b", "s3://bucket//a",
+        "s3://bucket/a/%2e%2e/b", "s3://bucket/a\nb", "gs://bucket/.", "",
+        "file:///x/a#b", "file:///x/a?b", "file://host/x", "file://", "file:x",
+    ],
+)  # fmt: skip
 def test_urls_that_name_no_bucket(url: str) -> None:
     with pytest.raises(InputError):
         open_store(url)
+
+
+def test_file_urls_are_quoted_and_paths_are_not(tmp_path: Path) -> None:
+    folder = tmp_path / "a#b?c d%20"
+    by_path = open_store(str(folder))
+    by_path.put("x", b"1")
+    assert (folder / "x").read_bytes() == b"1"
+    assert open_store(by_path.url).get("x") == b"1"
 
 
 def test_a_bucket_without_a_prefix(s3_url: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import random
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from weightline.store import Store, open_store
 from weightline.store.local import LocalStore
 from weightline.store.memory import MemoryStore
 from weightline.store.open import check_writable
+from weightline.store.progress import watching
 
 
 def test_what_was_put_is_got(store: Store, tmp_path: Path) -> None:
@@ -26,6 +28,18 @@ def test_what_was_put_is_got(store: Store, tmp_path: Path) -> None:
     info = store.head("payloads/x")
     assert info is not None
     assert (info.key, info.nbytes) == ("payloads/x", 7)
+
+
+@pytest.mark.parametrize("any_url", ["local", "s3", "az", "gs", "hub"], indirect=True)
+def test_every_byte_of_a_file_is_told_to_who_watches(store: Store, tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(random.Random(0).randbytes(3_000_000))
+    sent: list[int] = []
+    received: list[int] = []
+    with watching(sent.append):
+        store.put_file("payloads/x", tmp_path / "file")
+    with watching(received.append):
+        store.get_file("payloads/x", tmp_path / "copy")
+    assert (sum(sent), sum(received)) == (3_000_000, 3_000_000)
 
 
 def test_create_only_keeps_the_first(store: Store) -> None:
@@ -85,7 +99,7 @@ def test_urls(tmp_path: Path) -> None:
     assert isinstance(local, LocalStore)
     assert local.root == tmp_path / "b c"
     assert open_store("memory://one") is open_store("memory://one")
-    for url in ("ftp://x/y", "file://host/path"):
+    for url in ("ftp://x/y", "file://host/path", "", " ", "file://"):
         with pytest.raises(InputError):
             open_store(url)
 

@@ -6,11 +6,14 @@
 
 Content-addressed: an object of any bucket is found by its sha256. Bounded: least recently used objects go first, by the
 modification time, which every use renews; objects in use stay, even beyond the bound. Locks die with their process, so
-a crash leaves nothing but a partial file. A hit is checked by its size; whoever reads weights checks their digests.
+a crash leaves nothing but a partial file. The first hit of a process on a file hashes it: what a disk or a hand has
+changed since is fetched again. Later hits of the process look at the size alone.
 """
 
 from __future__ import annotations
 
+import hashlib
+import logging
 import os
 import random
 import shutil
@@ -34,6 +37,7 @@ _POLL_SECONDS = 0.05
 #: Another process that holds an object and whose download does not grow for so long is not waited for.
 _STALL_SECONDS = 120.0
 _PARTIAL_SECONDS = 24 * 3600.0
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -64,26 +68,39 @@ class ObjectCache:
         if nbytes > self.max_nbytes:
             return None
         lock = FileLock(self.folder / "locks" / sha256)
-        path, partial = self.folder / "objects" / sha256, self.folder / "partial" / sha256
-        stalled = _Stall(partial)
-        is_held = False
+        path = self.folder / "objects" / sha256
         try:
-            while not (is_held or stalled()):
-                if lock.take(exclusive=False) and _is_whole(path, nbytes):
-                    os.utime(path)
-                    is_held = True
-                elif lock.take(exclusive=True):
-                    if not _is_whole(path, nbytes):
-                        self._insert(path, partial, download)
-                    # Held while others make room, so that this object is not what they remove.
-                    is_held = lock.take(exclusive=False) and _is_whole(path, nbytes)
-                    self.evict()
-                else:
-                    time.sleep(_POLL_SECONDS * random.uniform(0.5, 1.5))
-        finally:
-            if not is_held:
-                lock.release()
+            is_held = self._hold(lock, path, nbytes, download)
+        except BaseException:
+            lock.release()
+            raise
         return CachedObject(path, lock) if is_held else None
+
+    def _hold(self, lock: FileLock, path: Path, nbytes: int, download: Callable[[Path], None]) -> bool:
+        """Share the lock of a sound object, downloading it if nobody does. False, holding nothing, after a stall."""
+        partial = self.folder / "partial" / path.name
+        stalled = _Stall(partial)
+        while not stalled():
+            if lock.take(exclusive=False) and _is_sound(path, nbytes):
+                os.utime(path)
+                return True
+            if lock.take(exclusive=True):
+                if not _is_sound(path, nbytes):
+                    self._insert(path, partial, download)
+                # Held while others make room, so that this object is not what they remove.
+                if lock.take(exclusive=False) and _is_sound(path, nbytes):
+                    self._make_room()
+                    return True
+            else:
+                time.sleep(_POLL_SECONDS * random.uniform(0.5, 1.5))
+        lock.release()
+        return False
+
+    def _make_room(self) -> None:
+        try:
+            self.evict()
+        except OSError as error:
+            _logger.warning("the cache %s cannot be kept below %d bytes: %s", self.folder, self.max_nbytes, error)
 
     def evict(self) -> None:
         """Remove least recently used objects until the bound holds. Objects in use stay; safe at any time."""
@@ -106,13 +123,15 @@ class ObjectCache:
         with partial.open("rb") as file:
             os.fsync(file.fileno())
         partial.replace(path)
+        _sound.add(_file_of(path, path.stat()))
 
     def _remove_old_partials(self) -> None:
         for path, found in _files(self.folder / "partial"):
-            lock = FileLock(self.folder / "locks" / path.name.partition(".")[0])
+            # A store may have left a hidden file of its own beside the one it was asked for.
+            lock = FileLock(self.folder / "locks" / path.name.lstrip(".").partition(".")[0])
             if time.time() - found.st_mtime > _PARTIAL_SECONDS and lock.take(exclusive=True):
                 resume.discard(path)
-                lock.release()
+                lock.remove()
 
 
 class _Stall:
@@ -130,11 +149,29 @@ class _Stall:
         return time.monotonic() - self._since > _STALL_SECONDS
 
 
-def _is_whole(path: Path, nbytes: int) -> bool:
+#: Files that this process hashed and found to be what their names say. A file that replaces one is another.
+_sound: set[tuple[str, int, int]] = set()
+
+
+def _is_sound(path: Path, nbytes: int) -> bool:
+    """Whether the file has that size, and, when this process looks for the first time, the sha256 that is its name."""
     try:
-        return path.stat().st_size == nbytes
+        found = path.stat()
+        if found.st_size != nbytes:
+            return False
+        if _file_of(path, found) not in _sound:
+            with path.open("rb") as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() != path.name:
+                    _logger.warning("the cache's %s has other bytes than were put there; fetching it again", path)
+                    return False
+            _sound.add(_file_of(path, found))
     except FileNotFoundError:
         return False
+    return True
+
+
+def _file_of(path: Path, found: os.stat_result) -> tuple[str, int, int]:
+    return str(path), found.st_dev, found.st_ino
 
 
 def _files(folder: Path) -> list[tuple[Path, os.stat_result]]:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import os
 import time
-import uuid
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,11 +20,11 @@ from pathlib import Path
 from huggingface_hub import get_token
 
 from weightline.errors import InputError, NotFoundError, TransientStorageError
+from weightline.store import resume
 from weightline.store.base import ObjectInfo, Store, checked_key
 from weightline.store.contests import Contest
 from weightline.store.hub_bucket import HubBucket, HubFile
 from weightline.store.hub_claims import CLAIMS, ClaimLog
-from weightline.store.hub_content import content_of
 from weightline.store.hub_url import HubUrl, parse_hub_url
 from weightline.store.progress import moved
 
@@ -55,20 +54,13 @@ class HubStore:
         return "claims" if self._gateway is None else "s3-gateway"
 
     def get(self, key: str) -> bytes:
-        body = self._bucket.read(self._existing(key))
-        moved(len(body))
-        return body
+        return self._bucket.read(self._existing(key))
 
     def get_file(self, key: str, path: Path) -> None:
-        """Download beside `path`, check, rename. A crash leaves a hidden partial file, never a wrong one at `path`."""
+        """Download anew, whatever an attempt before left at `path`, and check. A failure leaves nothing there."""
         file = self._existing(key)
-        partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
-        try:
-            self._bucket.download(file, partial)
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
-        moved(file.content.nbytes)
+        resume.discard(path)
+        self._bucket.download(file, path)
 
     def put_if_absent(self, key: str, body: bytes) -> None:
         checked_key(key)
@@ -86,10 +78,9 @@ class HubStore:
         moved(len(body))
 
     def put_file(self, key: str, path: Path) -> None:
-        """Upload in one batch call, then ask the Hub for the size and content hash of what it holds."""
+        """Upload in one batch call, then compare what the Hub holds with the file: its size and content hash."""
         target = self._path(key)
-        self._bucket.upload_file(path, target)
-        content = content_of(path)
+        content = self._bucket.upload_file(path, target)
         self._bucket.await_content(target, content)
         moved(content.nbytes)
 

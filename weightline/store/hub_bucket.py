@@ -26,7 +26,7 @@ from huggingface_hub.utils import (
 )
 
 from weightline.errors import NotFoundError, StorageError, TransientStorageError, WeightlineError
-from weightline.store.hub_content import Content, HubContent
+from weightline.store.hub_content import Content, HubContent, content_beside
 from weightline.store.hub_errors import hub_errors, is_missing_bucket
 
 _HTTP_TIMEOUT_SECONDS = 60.0
@@ -112,15 +112,18 @@ class HubBucket:
         with hub_errors(self.url):
             return self._content.upload(body)
 
-    def upload_file(self, path: Path, target: str) -> None:
-        """A local file to the path, with the client's batch call."""
+    def upload_file(self, path: Path, target: str) -> Content:
+        """A local file to the path, with the client's batch call; its content, hashed here while it goes up."""
         self.require()
         with hub_errors(self.url, target), _without_bars():
-            try:
-                self._api.batch_bucket_files(self.bucket_id, add=[(path, target)])
-            except OSError as error:
-                _raise_failures(getattr(error, "failures", None) or (), self.url)
-                raise
+            return content_beside(path, lambda: self._add(path, target))
+
+    def _add(self, path: Path, target: str) -> None:
+        try:
+            self._api.batch_bucket_files(self.bucket_id, add=[(path, target)])
+        except OSError as error:
+            _raise_failures(getattr(error, "failures", None) or (), self.url)
+            raise
 
     def download(self, file: HubFile, path: Path) -> None:
         """The file's content to a new local file, checked."""

@@ -68,7 +68,7 @@ def first_claim(claims: Iterable[HubFile]) -> HubFile | None:
 def judge(key: str, claims: Collection[HubFile], published: HubFile | None) -> Contest | None:
     """What is wrong with a key, given its claims and what it stands for. Pure.
 
-    Claims with one content are one writer's attempts.
+    Claims with one content are one writer's attempts. An `unpublished` key is told the same way whoever claims it next.
     """
     winner = first_claim(claims)
     if winner is None:
@@ -76,14 +76,19 @@ def judge(key: str, claims: Collection[HubFile], published: HubFile | None) -> C
     names = ", ".join(sorted(claim.path.rpartition("/")[2] for claim in claims))
     if published is not None and published.content != winner.content:
         return Contest(key, "fork", f"was claimed first by {winner.path}, and holds other bytes (claims {names})")
+    if published is None:
+        return Contest(
+            key, "unpublished",
+            f"was won by {winner.path}, whose writer stopped before readers could see it. Run that writer again: it "
+            "publishes the key first, is told that it is taken, and goes on from there when it is run once more. To "
+            f"give it up instead, while no writer runs, delete {winner.path.rpartition('/')[0]}/",
+        )  # fmt: skip
     if len({claim.content for claim in claims}) > 1:
         return Contest(
             key, "fork",
             f"has the claims of several writers ({names}): one stopped before it withdrew, or two believe that they "
             f"won. It holds the first one's bytes ({winner.path}); once no other writer runs, delete the other claims",
         )  # fmt: skip
-    if published is None:
-        return Contest(key, "unpublished", f"was won by {winner.path}, whose writer stopped; its next writer publishes")
     return None
 
 

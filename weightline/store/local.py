@@ -20,6 +20,8 @@ from weightline.store.base import ObjectInfo, checked_key
 from weightline.store.progress import copy_counted
 
 _STAGING = ".staging"
+#: Where a crash leaves bytes that no key names: `list` shows them under this prefix and under no other.
+STAGING_PREFIX = f"{_STAGING}/"
 _TRANSIENT_ERRNOS = frozenset({errno.EINTR, errno.EAGAIN, errno.ESTALE, errno.ETIMEDOUT, errno.EIO, errno.EBUSY})
 
 
@@ -27,7 +29,8 @@ class LocalStore:
     """Implements `Store` on a folder. Safe for many processes of one host."""
 
     def __init__(self, root: Path) -> None:
-        self.root = root.absolute()
+        # One folder has one URL, however it is spelled and whichever links lead to it: locks and records go by it.
+        self.root = Path(os.path.realpath(root))
         self.url = self.root.as_uri()
 
     def get(self, key: str) -> bytes:
@@ -39,20 +42,19 @@ class LocalStore:
             copy_counted(source, target)
 
     def put_if_absent(self, key: str, body: bytes) -> None:
-        with self._storage_errors(key):
-            staged = self._stage(lambda file: file.write(body))
-            try:
-                self._publish(staged, self._path(key), replace=False)
-            finally:
-                staged.unlink(missing_ok=True)
+        with self._storage_errors(key), self._staged(lambda file: file.write(body)) as staged:
+            self._publish(staged, self._path(key), replace=False)
 
     def put(self, key: str, body: bytes) -> None:
-        with self._storage_errors(key):
-            self._publish(self._stage(lambda file: file.write(body)), self._path(key), replace=True)
+        with self._storage_errors(key), self._staged(lambda file: file.write(body)) as staged:
+            self._publish(staged, self._path(key), replace=True)
 
     def put_file(self, key: str, path: Path) -> None:
-        with self._storage_errors(key), path.open("rb") as source:
-            staged = self._stage(lambda file: copy_counted(source, file))
+        with (
+            self._storage_errors(key),
+            path.open("rb") as source,
+            self._staged(lambda file: copy_counted(source, file)) as staged,
+        ):
             self._publish(staged, self._path(key), replace=True)
 
     def head(self, key: str) -> ObjectInfo | None:
@@ -95,19 +97,26 @@ class LocalStore:
                 if prefix.startswith(f"{key}/") or key.startswith(prefix):
                     yield from self._walk(Path(entry.path), prefix, start_after)
             elif key.startswith(prefix) and key > start_after:
-                found = entry.stat()
+                try:
+                    found = entry.stat()
+                except FileNotFoundError:
+                    continue  # deleted since the folder was read
                 yield ObjectInfo(key, found.st_size, datetime.fromtimestamp(found.st_mtime, UTC))
 
-    def _stage(self, write: Callable[[BinaryIO], object]) -> Path:
-        """A hidden, fsynced file with the bytes. A crash leaves it behind; nothing ever reads it."""
+    @contextmanager
+    def _staged(self, write: Callable[[BinaryIO], object]) -> Iterator[Path]:
+        """A hidden, fsynced file with the bytes, gone when the block ends. A crash leaves it; nothing ever reads it."""
         staging = self.root / _STAGING
         _make_durable_directory(staging)
         staged = staging / uuid.uuid4().hex
-        with staged.open("xb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        return staged
+        try:
+            with staged.open("xb") as file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+            yield staged
+        finally:
+            staged.unlink(missing_ok=True)
 
     def _publish(self, staged: Path, target: Path, *, replace: bool) -> None:
         _make_durable_directory(target.parent)

@@ -8,6 +8,8 @@ from weightline.errors import NotFoundError, StorageError, TransientStorageError
 
 _STATUS = re.compile(r"non-2xx status code: (\d{3})")
 _TRANSIENT_STATUS = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 507, 509, 520, 522, 524, 529})
+#: Among the 400s: the body came too slowly.
+_TRANSIENT_CODES = ("<Code>RequestTimeout</Code>",)
 #: The client never got a whole answer: refused, reset, cut, timed out.
 _CUT = ("HTTP error", "error sending request", "error decoding response body", "timed out", "connection closed")
 #: Where clients look for an instance's role when the environment has no credentials.
@@ -43,9 +45,14 @@ def translated(
         )  # fmt: skip
     if status in (301, 307) or "redirect" in what:
         return StorageError(f"{url}: the bucket is elsewhere ({what}). Set AWS_REGION to its region", url=url, key=key)
-    is_transient = status in _TRANSIENT_STATUS if status is not None else any(text in message for text in _CUT)
-    cls = TransientStorageError if is_transient else StorageError
+    cls = TransientStorageError if _is_transient(message, status) else StorageError
     return cls(f"{url}: {what} at {key or 'the bucket'}", url=url, key=key)
+
+
+def _is_transient(message: str, status: int | None) -> bool:
+    if status is None:
+        return any(text in message for text in _CUT)
+    return status in _TRANSIENT_STATUS or any(code in message for code in _TRANSIENT_CODES)
 
 
 def _reason(message: str) -> str:

@@ -34,13 +34,18 @@ from weightline.store.progress import moved
 if TYPE_CHECKING:
     from obstore.store import ClientConfig, RetryConfig
 
+    Connect = Callable[[ClientConfig, RetryConfig], Any]
+
 PART_NBYTES = 16 * 1024 * 1024
 _NUM_PARALLEL = 6
 _PIECE_NBYTES = 1024 * 1024
 #: S3 takes 10,000 parts of an upload.
 _MAX_PARTS = 9_000
 
-_CLIENT_OPTIONS: ClientConfig = {"connect_timeout": timedelta(seconds=10), "timeout": timedelta(seconds=60)}
+#: All parts that are under way at once have this time: links down to 3 Mbit/s keep up.
+_SENDING: ClientConfig = {"connect_timeout": timedelta(seconds=10), "timeout": timedelta(minutes=5)}
+#: Who waits for an answer notices sooner that nothing comes. (Of a request that sends, this would bound the whole.)
+_READING: ClientConfig = {**_SENDING, "read_timeout": timedelta(seconds=20)}
 _REPEATS: RetryConfig = {
     "max_retries": 3,
     "retry_timeout": timedelta(seconds=20),
@@ -55,15 +60,16 @@ _home_pid: int | None = None
 class ObjectStore:
     """Implements `Store` on a bucket prefix. Safe for threads; for processes see the module.
 
-    `connect(retry_config)` makes an obstore client of the bucket.
+    `connect(client_config, retry_config)` makes an obstore client of the bucket.
     """
 
-    def __init__(self, url: str, prefix: str, connect: Callable[[RetryConfig], Any]) -> None:
+    def __init__(self, url: str, prefix: str, connect: Connect) -> None:
         _require_home(url)
         self.url = url
         self._root = f"{prefix.strip('/')}/" if prefix.strip("/") else ""
-        self._client = connect(_REPEATS)
-        self._once = connect(_ONCE)
+        self._client = connect(_READING, _REPEATS)
+        self._sender = connect(_SENDING, _REPEATS)
+        self._once = connect(_READING, _ONCE)
 
     def get(self, key: str) -> bytes:
         with self._storage_errors(key):
@@ -100,7 +106,7 @@ class ObjectStore:
         with path.open("rb") as file, self._storage_errors(key):
             source = cast(BinaryIO, _CountingReader(file))
             obstore.put(
-                self._client, self._path(key), source, chunk_size=part_nbytes, max_concurrency=_NUM_PARALLEL,
+                self._sender, self._path(key), source, chunk_size=part_nbytes, max_concurrency=_NUM_PARALLEL,
                 use_multipart=nbytes > part_nbytes,
             )  # fmt: skip
 
@@ -242,12 +248,10 @@ def open_s3(
     An endpoint may have a path, as in https://host/door/namespace; the bucket's name is added to it. An `http://`
     endpoint is taken at its word. InputError for a setting that the client does not take. Nothing is read or written.
     """
-    endpoint = endpoint or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    endpoint = endpoint or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
     config: dict[str, Any] = {"disable_bulk_delete": True}
-    options = _CLIENT_OPTIONS.copy()
     if endpoint:
         config |= {"endpoint": endpoint, "aws_endpoint_url_s3": endpoint}
-        options["allow_http"] = endpoint.startswith("http://")
     if access_key_id and secret_access_key:
         keys = {"access_key_id": access_key_id, "secret_access_key": secret_access_key, "expires_at": None}
         config["credential_provider"] = lambda: keys
@@ -255,28 +259,32 @@ def open_s3(
         config |= _aws_profile()
     if region:
         config["region"] = region
-    return _open(url, prefix, lambda retry: S3Store(bucket, client_options=options, retry_config=retry, **config))
+    return _open(url, prefix, endpoint.startswith("http://"), lambda options, retry: S3Store(
+        bucket, client_options=options, retry_config=retry, **config
+    ))  # fmt: skip
 
 
 def open_gs(url: str, bucket: str, prefix: str) -> ObjectStore:
     """A Google Cloud Storage bucket; credentials from the environment or the application defaults."""
-    options = _CLIENT_OPTIONS.copy()
-    options["allow_http"] = os.environ.get("GOOGLE_BASE_URL", "").startswith("http://")
-    return _open(url, prefix, lambda retry: GCSStore(bucket, client_options=options, retry_config=retry))
+    is_plain = os.environ.get("GOOGLE_BASE_URL", "").startswith("http://")
+    return _open(url, prefix, is_plain, lambda options, retry: GCSStore(
+        bucket, client_options=options, retry_config=retry
+    ))  # fmt: skip
 
 
 def open_az(url: str, container: str, prefix: str) -> ObjectStore:
     """An Azure Blob Storage container; account and credentials from the environment, a managed identity or az login."""
     is_emulator = os.environ.get("AZURE_STORAGE_USE_EMULATOR", "").lower() in ("1", "true")
     is_plain = os.environ.get("AZURE_STORAGE_ENDPOINT", "").startswith("http://")
-    options = _CLIENT_OPTIONS.copy()
-    options["allow_http"] = is_emulator or is_plain
-    return _open(url, prefix, lambda retry: AzureStore(container, client_options=options, retry_config=retry))
+    return _open(url, prefix, is_emulator or is_plain, lambda options, retry: AzureStore(
+        container, client_options=options, retry_config=retry
+    ))  # fmt: skip
 
 
-def _open(url: str, prefix: str, connect: Callable[[RetryConfig], Any]) -> ObjectStore:
+def _open(url: str, prefix: str, is_plain: bool, connect: Connect) -> ObjectStore:
+    """`is_plain`: the service speaks http."""
     try:
-        return ObjectStore(url, prefix, connect)
+        return ObjectStore(url, prefix, lambda options, retry: connect({**options, "allow_http": is_plain}, retry))
     except (BaseError, ValueError) as error:
         reason = str(error).partition("\n")[0]
         raise InputError(f"{url}: {reason}. docs/buckets.md lists the settings of each store", url=url) from error

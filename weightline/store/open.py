@@ -2,39 +2,47 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from urllib.parse import SplitResult, unquote, urlsplit
 
-from weightline.errors import InputError
-from weightline.store.base import Store
+from weightline.errors import InputError, NotFoundError, StorageError
+from weightline.store.base import Store, checked_key
 from weightline.store.local import LocalStore
 from weightline.store.memory import MemoryStore
 from weightline.store.probe import prove_create_only
-from weightline.store.retry import RetryingStore
+from weightline.store.retry import PATIENCE_SECONDS, RetryingStore
 
 _OBJECT_STORES = ("s3", "gs", "az")
+#: Of any service: none takes another character. Azure has `$root`.
+_BUCKET_NAME = re.compile(r"[A-Za-z0-9$][A-Za-z0-9._-]*")
 
 
-def open_store(url: str) -> Store:
-    """The store that the URL names. Nothing is read or written yet; InputError when no store has that scheme.
+def open_store(url: str, patience_seconds: float | None = None) -> Store:
+    """The store that the URL names. Nothing is read or written yet; InputError for no URL, or one that no store has.
 
-    Remote stores ask again when a bucket is away for a moment; docs/buckets.md lists their settings and credentials.
+    Remote stores ask again when a bucket is away for a moment: each operation for so many seconds, by default those of
+    `weightline.store.retry`. docs/buckets.md lists their settings and credentials.
     """
-    parts = urlsplit(url)
+    patience_seconds = PATIENCE_SECONDS if patience_seconds is None else patience_seconds
+    if not url.strip() or any(character < " " or character == "\x7f" for character in url):
+        raise InputError(f"{url!r} names no bucket: it is empty, or has control characters", url=url)
+    try:
+        parts = urlsplit(url)
+    except ValueError as error:
+        raise InputError(f"{url}: {error}", url=url) from error
     if parts.scheme == "file":
-        if parts.netloc not in ("", "localhost"):
-            raise InputError(f"{url}: a file URL has three slashes, as in file:///data/bucket/chain", url=url)
-        return LocalStore(Path(unquote(parts.path)))
+        return LocalStore(_folder_of(url, parts))
     if parts.scheme == "memory":
         return MemoryStore.named(url)
     if parts.scheme == "":
         return LocalStore(Path(url).expanduser())
     if parts.scheme in _OBJECT_STORES:
-        return RetryingStore(_open_objects(url, parts))
+        return RetryingStore(_open_objects(url, parts), patience_seconds)
     if parts.scheme == "hf":
         from weightline.store.hub import open_hub
 
-        return RetryingStore(open_hub(url))
+        return RetryingStore(open_hub(url), patience_seconds)
     raise InputError(
         f"{url}: no store for {parts.scheme}://. Use file:///path, a plain path, hf://buckets/owner/name, s3://bucket, "
         "gs://bucket, az://container or memory://name",
@@ -55,14 +63,26 @@ def check_writable(store: Store) -> None:
     """
     if isinstance(store, RetryingStore):
         store.prove()
-    else:
+        return
+    try:
         prove_create_only(store)
+    except NotFoundError as error:
+        raise StorageError(f"{store.url}: this folder cannot be made", url=store.url) from error
+
+
+def _folder_of(url: str, parts: SplitResult) -> Path:
+    if parts.netloc not in ("", "localhost") or not parts.path.startswith("/"):
+        raise InputError(f"{url}: a file URL has three slashes, as in file:///data/bucket/chain", url=url)
+    if "?" in url or "#" in url:
+        raise InputError(f"{url}: in a file URL, '?' and '#' are written %3F and %23. A plain path takes them", url=url)
+    return Path(unquote(parts.path))
 
 
 def _open_objects(url: str, parts: SplitResult) -> Store:
-    if not parts.netloc or parts.query or parts.fragment or "@" in parts.netloc:
+    if not _BUCKET_NAME.fullmatch(parts.netloc) or "?" in url or "#" in url:
         raise InputError(f"{url}: name a bucket and a prefix, as in {parts.scheme}://bucket/chains/my-model", url=url)
     from weightline.store import objects
 
     openers = {"s3": objects.open_s3, "gs": objects.open_gs, "az": objects.open_az}
-    return openers[parts.scheme](url.rstrip("/"), parts.netloc, unquote(parts.path))
+    prefix = unquote(parts.path).removeprefix("/").rstrip("/")
+    return openers[parts.scheme](url.rstrip("/"), parts.netloc, checked_key(prefix) if prefix else "")

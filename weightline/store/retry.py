@@ -1,12 +1,14 @@
 """Asking again: what every bucket that can be away for a moment is wrapped in.
 
-Only transient errors are repeated, with growing, jittered pauses, for a bounded time. Why each verb may be repeated:
+Only transient errors are repeated, with growing, jittered pauses, while the bucket is away for a bounded time
+(`_Patience`). Why each verb may be repeated:
 
 - reads and `delete` change nothing the second time; `put` is for hints; `put_file` has a key that nobody else writes;
 - `get_file` continues the file that the cut left; `list` goes on after the last key that was seen;
-- `put_if_absent` may have landed although its reply was lost. When a later try of the same call finds the key taken,
-  the object is read back: the very bytes of this call mean that this call created it. This is the one place that knows
-  of lost replies within a call. (A caller that repeats a whole commit is known by its commit id: chain/commit.py.)
+- `put_if_absent` may have landed although its reply was lost, and S3 answers 409 (ConditionalRequestConflict) when
+  requests met and none won. So a key that is said to be taken is read back: after a failed try the very bytes of this
+  call mean that this call created it; no object at all means to ask again. This is the one place that knows of lost
+  replies within a call. (A caller that repeats a whole commit is known by its commit id: chain/commit.py.)
 
 When the time is up, TransientStorageError is raised; a create-only put may then have landed or not.
 """
@@ -14,18 +16,23 @@ When the time is up, TransientStorageError is raised; a create-only put may then
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
-from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_random_exponential
+from tenacity import RetryCallState, Retrying, retry_if_exception_type, wait_random_exponential
 
 from weightline.errors import NotFoundError, ObjectExistsError, TransientStorageError
 from weightline.store.base import ObjectInfo, Store
 from weightline.store.probe import prove_create_only
 
-#: How long one operation is repeated. Longer outages are for the caller to wait out.
+#: How long one operation is repeated after it began to fail. Longer outages are for the caller to wait out.
 PATIENCE_SECONDS = 60.0
+#: A try that was at work for longer than this when it failed, such as a large file over a link that breaks at times,
+#: shows that the bucket was there. So many of them are made.
+_LONG_TRY_SECONDS = 60.0
+_MAX_LONG_TRIES = 5
 #: The first pause is up to so long, the next up to twice as long, and so on.
 _PAUSE_SECONDS = 0.2
 _MAX_PAUSE_SECONDS = 10.0
@@ -94,7 +101,7 @@ class RetryingStore:
         self._again(lambda: self.inner.delete(key))
 
     def prove(self) -> None:
-        """Once a process and URL: create-only is honoured here. Costs two small puts and a delete."""
+        """Once a process and URL: create-only is honoured here. Costs two small puts, a get and a delete."""
         with _proving:
             if self.url in _proven:
                 return
@@ -112,27 +119,54 @@ class RetryingStore:
                 is_repeated = True
                 raise
             except ObjectExistsError:
-                if not is_repeated or not self._holds(key, body):
+                if self._read_back(key) != body or not is_repeated:
                     raise
 
         self._again(once)
 
-    def _holds(self, key: str, body: bytes) -> bool:
+    def _read_back(self, key: str) -> bytes:
         try:
-            return self.inner.get(key) == body
+            return self.inner.get(key)
         except NotFoundError as error:
             raise TransientStorageError(
                 f"{key} in {self.url} was said to exist and cannot be read", key=key, url=self.url
             ) from error
 
     def _again(self, ask: Callable[[], Result]) -> Result:
+        patience = _Patience(self._patience_seconds)
         retrying = Retrying(
             retry=retry_if_exception_type(TransientStorageError),
             wait=wait_random_exponential(multiplier=self._pause_seconds, max=_MAX_PAUSE_SECONDS),
-            stop=stop_after_delay(self._patience_seconds),
+            before=patience.begin,
+            stop=patience.is_over,
             reraise=True,
         )
         return retrying(ask)
+
+
+class _Patience:
+    """How long one operation is asked for again: counted from its first try that failed, anew after every long one.
+
+    So a large transfer survives what a small one does, and still ends.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._begun_at = 0.0
+        self._away_since: float | None = None
+        self._num_long = 0
+
+    def begin(self, _: RetryCallState) -> None:
+        self._begun_at = time.monotonic()
+
+    def is_over(self, _: RetryCallState) -> bool:
+        now = time.monotonic()
+        if now - self._begun_at > _LONG_TRY_SECONDS:
+            self._num_long += 1
+            self._away_since = now
+        elif self._away_since is None:
+            self._away_since = self._begun_at
+        return self._num_long >= _MAX_LONG_TRIES or now - self._away_since >= self._seconds
 
 
 class _Unguarded:

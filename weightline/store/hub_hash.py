@@ -1,0 +1,120 @@
+"""Content hashes of local files, computed while the bytes are still on their way.
+
+hf_xet hashes files, on one core, and lets other threads run meanwhile. A file that goes up is hashed beside its upload.
+A file that comes down is hashed as it grows: the client writes it from front to back, what it wrote goes into a pipe at
+once, and hf_xet reads the pipe by its name as it would read a file.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import hf_xet
+
+#: Smaller files are hashed in less time than it takes to start threads.
+_MIN_NBYTES = 2 * 2**20
+_POLL_SECONDS = 0.002
+_PIECE_NBYTES = 2**20
+#: The end of a pipe does not show while a process that was forked meanwhile holds it open.
+_END_SECONDS = 10.0
+
+
+def xet_hash(path: Path) -> str:
+    """The content hash of a file that is whole and not empty."""
+    return str(hf_xet.hash_files([str(path)])[0].hash)
+
+
+def hash_beside(path: Path, work: Callable[[], None]) -> str:
+    """Run `work` and hash the file at the same time. What `work` raises goes first; OSError for an unreadable file."""
+    if path.stat().st_size < _MIN_NBYTES:
+        work()
+        return xet_hash(path)
+    hashing = _Hashing(path)
+    hashing.start()
+    try:
+        work()
+    finally:
+        hashing.join()
+    return hashing.xet_hash or xet_hash(path)
+
+
+def hash_arriving(path: Path, nbytes: int, write: Callable[[], None]) -> str:
+    """Run `write`, which fills the new file `path`, and give the hash of what it wrote there, front to back.
+
+    It is the hash of the file when `write` wrote each byte once and in order. Whatever else it did gives another hash:
+    whoever gets one that he did not expect hashes the file once more before he believes it.
+    """
+    if nbytes < _MIN_NBYTES or sys.platform != "linux":  # others have no sendfile(2) into a pipe
+        write()
+        return xet_hash(path)
+    path.touch()
+    reader, writer = os.pipe()
+    hashing, feeding = _Hashing(Path(f"/dev/fd/{reader}"), reader), _Feeding(path, writer)
+    hashing.start()
+    feeding.start()
+    try:
+        write()
+    except BaseException:
+        feeding.is_given_up = True
+        raise
+    finally:
+        feeding.is_written.set()
+        feeding.join()
+        hashing.join(_END_SECONDS)
+    return hashing.xet_hash or xet_hash(path)
+
+
+class _Hashing(threading.Thread):
+    """Hashes what can be read at a path; `xet_hash` is None until then, and when it cannot be read."""
+
+    def __init__(self, path: Path, owned: int | None = None) -> None:
+        super().__init__(name="weightline-hash", daemon=True)
+        self.xet_hash: str | None = None
+        self._path = path
+        self._owned = owned
+
+    def run(self) -> None:
+        try:
+            self.xet_hash = xet_hash(self._path)
+        except (OSError, RuntimeError):
+            return  # the caller reads the file again, and says what is wrong with it
+        except KeyboardInterrupt:
+            return  # hf_xet gives Ctrl-C to whoever hashes; the main thread, which is meant, gets it as well
+        finally:
+            if self._owned is not None:
+                os.close(self._owned)  # now nobody reads, and whoever feeds is told
+
+
+class _Feeding(threading.Thread):
+    """Sends a growing file into a pipe until it is written, then ends the pipe."""
+
+    def __init__(self, path: Path, writer: int) -> None:
+        super().__init__(name="weightline-feed", daemon=True)
+        self.is_written = threading.Event()
+        self.is_given_up = False
+        self._path = path
+        self._writer = writer
+
+    def run(self) -> None:
+        try:
+            with self._path.open("rb") as file:
+                self._follow(file.fileno())
+        except OSError:
+            return  # nobody reads any more, or this file system cannot: what was hashed so far is not the file's hash
+        finally:
+            os.close(self._writer)
+
+    def _follow(self, file: int) -> None:
+        position = 0
+        while not self.is_given_up:
+            is_last = self.is_written.is_set()  # asked before looking: what is written by then is seen
+            nbytes = os.sendfile(self._writer, file, position, _PIECE_NBYTES)
+            position += nbytes
+            if nbytes == 0:
+                if is_last:
+                    return
+                self.is_written.wait(_POLL_SECONDS)
