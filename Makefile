@@ -44,10 +44,11 @@ lint: $(VENV)/.test-ready  ## Style, types, and the direction of imports
 bench: $(VENV)/.test-ready  ## Sizes and speeds, as ratios measured in one run
 	$(BIN)/python -m benchmarks
 
-fuzz: $(VENV)/.test-ready  ## Hostile payloads and manifests, FUZZ_SECONDS each (60)
+fuzz: $(VENV)/.test-ready  ## Hostile payloads, manifests and chains, FUZZ_SECONDS each (60)
 	$(BIN)/python -c "import atheris" 2>/dev/null || $(BIN)/python -m pip install --quiet --disable-pip-version-check 'atheris>=3,<4'
 	$(BIN)/python -m fuzz.payload -max_total_time=$(FUZZ_SECONDS)
 	$(BIN)/python -m fuzz.manifest -max_total_time=$(FUZZ_SECONDS)
+	$(BIN)/python -m fuzz.chain -max_total_time=$(FUZZ_SECONDS)
 
 clean:  ## Remove the environment and caches; runs/ stays
 	rm -rf $(VENV) $(VLLM_VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache

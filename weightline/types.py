@@ -28,6 +28,10 @@ FLOAT_DTYPES = frozenset({"F8_E4M3", "F8_E5M2", "F16", "BF16", "F32", "F64"})
 #: Dtypes in two's complement.
 SIGNED_DTYPES = frozenset({"I8", "I16", "I32", "I64"})
 
+#: What a tensor may have at most: more is a broken or hostile claim.
+MAX_NDIM = 32
+MAX_ELEMENTS = 1 << 56
+
 _BITS_BY_ITEMSIZE: dict[int, type[np.unsignedinteger[Any]]] = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from tests.chains import commit_state, nudged, random_state
-from weightline.chain.author import commit_revert
+from weightline.chain.author import commit_folder, commit_fork, commit_revert
+from weightline.chain.checkpoint import assets_of
 from weightline.chain.compact import AnchorPolicy
 from weightline.chain.compaction import plan_compaction, write_compaction
 from weightline.chain.expire import expire_before
@@ -67,14 +70,14 @@ STEPS: list[Callable[[Chain], object]] = [
 ]
 
 
-def _run(store: FaultStore) -> int:
+def _run(store: FaultStore, steps: Sequence[Callable[[Chain], object]] = STEPS) -> int:
     """Run the steps until one crashes; how many went through."""
-    for number, step in enumerate(STEPS):
+    for number, step in enumerate(steps):
         try:
             step(Chain(store))
         except CrashError:
             return number
-    return len(STEPS)
+    return len(steps)
 
 
 def _check_goes_on(inner: MemoryStore, num_done: int) -> None:
@@ -144,6 +147,54 @@ class _CrashAfterWrite(FaultStore):
         self.num_writes += 1
         if self.num_writes == self._crash_after:
             raise CrashError
+
+
+def _folder_steps(root: Path) -> list[Callable[[Chain], object]]:
+    """Two checkpoint folders, committed one after the other."""
+
+    def step(number: int) -> Callable[[Chain], object]:
+        folder = root / str(number)
+        folder.mkdir()
+        save_file({name: np.array(bits) for name, bits in _STATES[number].items()}, folder / "model.safetensors")
+        (folder / "config.json").write_text(json.dumps({"number": number}))
+        return lambda chain: commit_folder(chain, folder) if chain.tip_version() in (None, number - 1) else None
+
+    return [step(0), step(1)]
+
+
+def _fork_steps(root: Path) -> list[Callable[[Chain], object]]:
+    """A fork of the second folder's version."""
+    source = Chain(MemoryStore("memory://source"))
+    for step in _folder_steps(root):
+        step(source)
+    return [lambda chain: commit_fork(source, 1, chain) if chain.tip_version() is None else None]
+
+
+@pytest.mark.parametrize("steps_of", [_folder_steps, _fork_steps])
+def test_a_crash_while_a_folder_or_a_fork_is_committed(
+    tmp_path: Path, steps_of: Callable[[Path], list[Callable[[Chain], object]]]
+) -> None:
+    steps = steps_of(tmp_path)
+    before, after = FaultStore(MemoryStore(), lambda *_: None), _CrashAfterWrite(MemoryStore(), -1)
+    assert _run(before, steps) == _run(after, steps) == len(steps)
+    assert before.num_operations > after.num_writes >= 5 * len(steps)
+    crashes = [lambda inner, at=at: FaultStore(inner, _crash_at(at)) for at in range(before.num_operations)]
+    crashes += [lambda inner, at=at: _CrashAfterWrite(inner, at) for at in range(1, after.num_writes + 1)]
+    for crash in crashes:
+        inner = MemoryStore()
+        num_done = _run(crash(inner), steps)
+        assert verify_chain(Chain(inner)).holds
+        for step in steps[num_done:]:
+            step(Chain(inner))
+        chain = Chain(inner)
+        _collect(chain)
+        report = verify_chain(chain)
+        assert report.holds, report.findings
+        assert chain.tip_version() == len(steps) - 1
+        state = read_state(chain, len(steps) - 1)
+        assert all(np.array_equal(state.bits[name], bits.reshape(-1)) for name, bits in _STATES[1].items())
+        [asset] = assets_of(chain, len(steps) - 1)
+        assert json.loads(inner.get(asset.key)) == {"number": 1}
 
 
 def test_a_conflict_loses_nothing_of_either_writer() -> None:

@@ -9,8 +9,9 @@ import pytest
 
 from tests.chains import commit_state, nudged, random_state
 from weightline.chain.expire import expire_before
-from weightline.chain.gc import collect, leased_versions, plan_gc, view_chain
+from weightline.chain.gc import collect, plan_gc, view_chain
 from weightline.chain.history import Chain
+from weightline.chain.kept import leased_versions
 from weightline.chain.leases import Lease, live_leases, read_lease, read_leases, write_lease
 from weightline.chain.state import read_state
 from weightline.chain.verify import verify_chain
@@ -73,6 +74,24 @@ def test_a_lease_expires_by_the_store_s_clock(chain: Chain, expires_in: float, l
     assert held is not None
     now = held.modified_at + timedelta(seconds=later)
     assert bool(live_leases(chain, now)) is is_live
+
+
+@pytest.mark.parametrize(
+    ("fields", "term"),
+    [
+        ({"ttl_seconds": 1e300}, timedelta(days=7)),
+        ({"expires_at": "2026-01-01T00:00:00"}, timedelta(minutes=1)),  # no zone: UTC
+        ({"expires_at": "9999-12-31T23:59:59"}, timedelta(minutes=1)),
+        ({"expires_at": "9999-12-31T23:59:59-23:59", "ttl_seconds": 1e300}, timedelta(days=7)),
+        ({"expires_at": "soon"}, timedelta(minutes=1)),
+    ],
+)
+def test_an_odd_lease_is_a_lease_for_a_bounded_time(chain: Chain, fields: dict[str, Any], term: timedelta) -> None:
+    write_lease(chain, make_lease("a", 1, **fields))
+    held = read_lease(chain, "a")
+    assert held is not None
+    assert held.is_live(held.modified_at + term - timedelta(seconds=1))
+    assert not held.is_live(held.modified_at + 2 * term + timedelta(seconds=1))
 
 
 def test_what_is_no_lease_is_passed_over_and_new_fields_are_ignored(chain: Chain) -> None:

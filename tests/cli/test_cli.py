@@ -168,6 +168,17 @@ def test_plan_cluster() -> None:
     assert 0.004 < cost["ratio_to_full"] < 0.006
     with pytest.raises(InputError, match="density"):
         run("plan-cluster", "--params", "1e9", "--ranks", "8", "--density", "1.5")
+    for part in ("capture", "encode", "decode", "apply"):
+        option = f"--{part}-elements-per-second"
+        slower = run_json("plan-cluster", "--params", "1e12", "--ranks", "512", option, "1e6")
+        assert slower["cluster"][f"{part}_elements_per_second"] == 1e6
+        assert slower["cost"]["publish_seconds"] + slower["cost"]["refresh_seconds"] > (
+            cost["publish_seconds"] + cost["refresh_seconds"]
+        )
+    assert (
+        run_json("plan-cluster", "--params", "1", "--ranks", "1", "--commit-seconds", "2")["cost"]["publish_seconds"]
+        > 2
+    )
 
 
 def test_a_chain_without_versions_is_said_to_be_empty(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import numpy as np
 from tests.codec import test_hostile as hostile
 from tests.codec.states import DTYPES, Pair, changed, random_bits, whole
 from tests.conformance.cases import entry_of, save
+from tests.conformance.objects import object_cases
 from weightline.codec.capture import capture
 from weightline.codec.coding import codings
 from weightline.codec.digest import format_digest, tensor_digest
@@ -125,6 +126,7 @@ def main() -> None:
     save("deltas", [delta_case(name, pairs, coding) for coding in codings() for name, pairs in found.items()])
     save("anchors", [anchor_case(name, pairs) for name, pairs in found.items()])
     save("refused", refused_cases())
+    save("objects", object_cases())
     save("digests", [case for name, pairs in found.items() for case in digest_cases(name, pairs)])
 
 

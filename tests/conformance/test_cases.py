@@ -1,4 +1,4 @@
-"""The conformance cases: expected bytes, bits, digests, or the rule that a payload breaks.
+"""The conformance cases: expected bytes, bits, digests, or what a payload, manifest or shortcut breaks.
 
 The coded table inside a payload depends on the zlib build (SPEC.md section Payload), so writers are held to the chunks
 and to what the table says; readers are held to the bytes as they stand.
@@ -6,6 +6,7 @@ and to what the table says; readers are held to the bytes as they stand.
 
 from __future__ import annotations
 
+import json
 import zlib
 from pathlib import Path
 from typing import Any
@@ -19,14 +20,17 @@ from weightline.codec.coding import codings
 from weightline.codec.digest import format_digest, tensor_digest
 from weightline.errors import CorruptError, UnsupportedFeatureError
 from weightline.format.envelope import read_envelope
+from weightline.format.manifest import Manifest
 from weightline.format.payload import open_payload, write_anchor, write_delta
+from weightline.format.shortcut import Shortcut
 from weightline.types import BitsArray, Segment
 
-DELTAS, ANCHORS, DIGESTS, REFUSED = (load(topic) for topic in ("deltas", "anchors", "digests", "refused"))
+TOPICS = ("deltas", "anchors", "digests", "refused", "objects")
+DELTAS, ANCHORS, DIGESTS, REFUSED, OBJECTS = (load(topic) for topic in TOPICS)
 
 
 def name_of(case: dict[str, Any]) -> str:
-    return " ".join(str(case[key]) for key in ("coding", "case", "name") if key in case)
+    return " ".join(str(case[key]) for key in ("coding", "object", "case", "name") if key in case)
 
 
 def contents(path: Path) -> tuple[bytes, bytes, dict[str, str]]:
@@ -44,6 +48,10 @@ def test_the_corpus_is_not_empty() -> None:
     assert len(ANCHORS) >= 25
     assert len(DIGESTS) >= 25
     assert len(REFUSED) >= 30
+    assert {(case["object"], "error" in case) for case in OBJECTS} == {
+        (kind, is_refused) for kind in ("manifest", "shortcut") for is_refused in (True, False)
+    }
+    assert len(OBJECTS) >= 90
 
 
 @pytest.mark.parametrize("case", DELTAS, ids=name_of)
@@ -86,6 +94,19 @@ def test_refused(tmp_path: Path, case: dict[str, Any]) -> None:
         list(open_payload(tmp_path / "given").read_changes(None, _zeros))
     assert caught.value.kind == case["error"]
     assert caught.value.facts.get("rule") == case.get("rule")
+
+
+@pytest.mark.parametrize("case", OBJECTS, ids=name_of)
+def test_manifests_and_shortcuts(case: dict[str, Any]) -> None:
+    parse = {"manifest": Manifest.from_bytes, "shortcut": Shortcut.from_bytes}[case["object"]]
+    raw = case["text"].encode()
+    if "error" in case:
+        with pytest.raises((CorruptError, UnsupportedFeatureError)) as caught:
+            parse(raw)
+        assert caught.value.kind == case["error"]
+        return
+    found = parse(raw)
+    assert json.loads(found.to_bytes()) == json.loads(raw)
 
 
 def _zeros(segment: Segment) -> BitsArray:

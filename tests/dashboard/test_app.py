@@ -122,9 +122,21 @@ def test_the_verb_serves_until_it_is_interrupted(broken: Chain) -> None:
                     assert next(lines) == "retry: 2000"
                     process.terminate()
                     assert all(line == "" or line.startswith("data: ") for line in lines)
-            assert process.wait(timeout=30) in (0, -signal.SIGTERM)
+            assert process.wait(timeout=30) == 128 + signal.SIGTERM
         finally:
             process.kill()
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "no.such.host.invalid"])
+def test_an_address_that_cannot_be_had_is_one_clear_error(host: str, tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        result = CliRunner().invoke(app, ["dashboard", str(tmp_path), "--host", host, "--port", port])
+    assert isinstance(result.exception, InputError)
+    assert f"port: nothing can listen on {host}:{port}" in str(result.exception)
+    assert "http://" not in result.output
 
 
 def test_a_url_that_no_store_has_is_one_clear_error() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,14 @@ from weightline.chain.state import read_state
 from weightline.chain.verify import verify_chain
 from weightline.chain.ways import Ways, plan_between
 from weightline.codec.torch_ops import bits_of
-from weightline.errors import BaseMismatchError, CommitConflictError, InputError, PublishError, TransientStorageError
+from weightline.errors import (
+    BaseMismatchError,
+    CommitConflictError,
+    InputError,
+    ObjectExistsError,
+    PublishError,
+    TransientStorageError,
+)
 from weightline.store.local import LocalStore
 from weightline.store.memory import MemoryStore
 from weightline.testing.faults import FaultStore, failing
@@ -192,13 +200,13 @@ def test_every_coding_publishes(coding: str) -> None:
     _assert_version_is(chain, 3, model)
 
 
-@pytest.mark.parametrize(("verb", "prefix"), [("put_file", "payloads/"), ("put_if_absent", "commits/")])
-def test_policy_skip_lets_the_next_version_span_the_gap(verb: str, prefix: str) -> None:
+@pytest.mark.parametrize(("verb", "prefix", "times"), [("put_file", "payloads/", 1), ("put_if_absent", "commits/", 2)])
+def test_policy_skip_lets_the_next_version_span_the_gap(verb: str, prefix: str, times: int) -> None:
     store = FaultStore(MemoryStore(), lambda *_: None)
     chain, model = Chain(store), Model()
     session = _session(chain, on_publish_error="skip_and_record", max_in_flight=3)
     session.start(model, None, 0)
-    store.plan = failing(verb=verb, key_prefix=prefix, times=1)
+    store.plan = failing(verb=verb, key_prefix=prefix, times=times)
     _train(session, model, 6)
     model.step(7)
     tip = chain.tip_version()
@@ -228,19 +236,71 @@ def test_after_a_skip_the_tip_is_the_trained_state() -> None:
     _assert_version_is(chain, 1, model)
 
 
-def test_a_foreign_commit_stops_training_whatever_the_policy() -> None:
+@pytest.mark.parametrize(
+    ("run_id", "who"), [("run", "an earlier attempt of this run, or another writer"), ("other", "another writer")]
+)
+def test_a_foreign_commit_stops_training_whatever_the_policy(run_id: str, who: str) -> None:
     chain, model = Chain(MemoryStore()), Model()
     ours = _session(chain, on_publish_error="skip_and_record")
     ours.start(model, None, 0)
-    foreign = _session(Chain(chain.store))
+    foreign = _session(Chain(chain.store), run_id=run_id)
     foreign.start(model, None, 0)
     model.step(1)
     foreign.sync(1)
     foreign.flush()
     ours.sync(1)
-    with pytest.raises(CommitConflictError, match="another writer"):
+    with pytest.raises(CommitConflictError, match=f"committed by {who}"):
         ours.flush()
     assert chain.tip_version() == 1
+
+
+class _LosingStore(MemoryStore):
+    """Creates of manifests take effect, and the next `num_lost` replies to them do not come."""
+
+    num_lost = 0
+
+    def put_if_absent(self, key: str, body: bytes) -> None:
+        if not self.num_lost or not key.startswith("commits/"):
+            return super().put_if_absent(key, body)
+        self.num_lost -= 1
+        with suppress(ObjectExistsError):
+            super().put_if_absent(key, body)
+        raise TransientStorageError("no reply", key=key)
+
+
+def test_a_commit_whose_reply_is_lost_is_asked_for_again() -> None:
+    store = _LosingStore()
+    chain, model = Chain(store), Model()
+    session = _session(chain, on_publish_error="stop")
+    session.start(model, None, 0)
+    store.num_lost = 1
+    _train(session, model, 2)
+    assert chain.tip_version() == 2
+    _assert_version_is(chain, 2, model)
+
+
+@pytest.mark.parametrize("policy", ["stop", "skip_and_record"])
+def test_a_commit_whose_reply_never_comes_is_not_built_upon_and_the_next_run_resumes_from_it(policy: str) -> None:
+    store = _LosingStore()
+    chain, model = Chain(store), Model()
+    session = _session(chain, on_publish_error=policy)
+    session.start(model, None, 0)
+    store.num_lost = 2
+    model.step(1)
+    session.sync(1)
+    if policy == "skip_and_record":
+        session.flush()
+        session.sync(2)
+    expected = CommitConflictError if policy == "skip_and_record" else PublishError
+    with pytest.raises(expected, match="an earlier attempt of this run" if policy == "skip_and_record" else "no reply"):
+        session.flush()
+    again = _session(chain)
+    assert again.start(model, None, 1).action == "continue"
+    model.step(2)
+    again.sync(2)
+    again.flush()
+    assert chain.tip_version() == 2
+    _assert_version_is(chain, 2, model)
 
 
 def test_fold_spans_syncs_while_the_bucket_is_slow() -> None:

@@ -7,7 +7,7 @@ Bytes: positions of a random set of density d cost H(d)/d bits a changed element
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from weightline.errors import InputError
 
@@ -15,6 +15,8 @@ from weightline.errors import InputError
 STEP_BITS = 1.3
 #: Measured bytes over the blind bound, by coding, on consecutive bf16 states of trained models.
 CODING_FACTORS = {"gap": 1.08, "gap-by-magnitude": 0.76}
+#: Numbers that mean something, whatever they count: beyond it a product may leave the floats.
+_SMALLEST, _LARGEST = 1e-9, 1e18
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,13 +47,14 @@ class Cluster:
     """Gathering the ranks' facts, and the one create-only put."""
 
     def __post_init__(self) -> None:
-        for name in ("num_params", "num_ranks", "uplink_gbps", "downlink_gbps", "num_reader_ranks"):
-            if getattr(self, name) <= 0:
-                raise InputError(f"{name} is {getattr(self, name)}: give a number above 0", field=name)
-        if not 0 < self.density <= 1:
-            raise InputError(f"density is {self.density}: give a share above 0 and up to 1", field="density")
+        """InputError names the field that cannot be."""
         if self.coding not in CODING_FACTORS:
             raise InputError(f"coding is {self.coding!r}: give one of {', '.join(CODING_FACTORS)}", field="coding")
+        for name, value in ((one.name, getattr(self, one.name)) for one in fields(self) if one.name != "coding"):
+            if not (_SMALLEST <= value <= _LARGEST or (name == "commit_seconds" and value == 0)):
+                raise InputError(f"{name} is {value}: give a number from {_SMALLEST:g} to {_LARGEST:g}", field=name)
+        if self.density > 1:
+            raise InputError(f"density is {self.density}: give a share above 0 and up to 1", field="density")
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,28 +14,49 @@ from weightline.format.manifest import AdapterBase
 from weightline.types import Segment
 
 
-def base_of_folder(folder: Path) -> AdapterBase | None:
-    """The base model of an adapter's folder (peft). None for another folder, or when the base is no folder here.
+def is_adapter(folder: Path) -> bool:
+    """Whether the folder says that it holds an adapter (peft)."""
+    return (folder / ADAPTER_CONFIG).is_file()
 
-    Reads the base's weights, once, some tensors at a time. InputError when adapter_config.json is broken.
+
+def base_of_folder(folder: Path, base: Path | None = None) -> AdapterBase | None:
+    """The base model of an adapter's folder. None for another folder, or when no folder here holds that model.
+
+    It lies at `base`, or where adapter_config.json says: as a path from here, else from the adapter's folder. Its
+    weights are read once, some tensors at a time. InputError when adapter_config.json is broken, when `base` holds no
+    model, and when there is no adapter to go with it.
     """
-    config = folder / ADAPTER_CONFIG
-    if not config.is_file():
+    if not is_adapter(folder):
+        if base is not None:
+            raise InputError(f"{folder} has no {ADAPTER_CONFIG}: only an adapter has a base model", path=str(folder))
         return None
-    try:
-        named = json.loads(config.read_bytes())["base_model_name_or_path"]
-        base = Path(named).expanduser() if named else None
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{config} is no adapter's configuration: {error!r}", path=str(config)) from error
-    if base is None or not any(base.glob("*.safetensors")):
+    named = _named_base(folder / ADAPTER_CONFIG)
+    found = base or _base_at(folder, named)
+    if found is None:
         return None
-    target = FileTarget(base)
+    target = FileTarget(found)
     specs, digests = target.specs, {}
     for names in tensor_groups(specs.values()):
         for name, bits_N in target.read(names).items():
             segment = Segment(specs[name], 0, specs[name].num_elements)
             digests[name] = format_digest(tensor_digest(segment, bits_N))
-    return AdapterBase.of(named, digests, sum(spec.num_elements for spec in specs.values()))
+    return AdapterBase.of(named or str(base), digests, sum(spec.num_elements for spec in specs.values()))
+
+
+def _named_base(config: Path) -> str:
+    """What the configuration calls the base; empty when it says nothing."""
+    try:
+        named = json.loads(config.read_bytes())["base_model_name_or_path"]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise InputError(f"{config} is no adapter's configuration: {error!r}", path=str(config)) from error
+    if not isinstance(named, str | None):
+        raise InputError(f"{config}: base_model_name_or_path is {named!r}, not a name", path=str(config))
+    return named or ""
+
+
+def _base_at(folder: Path, named: str) -> Path | None:
+    places = (Path(named).expanduser(), folder / named) if named else ()
+    return next((place for place in places if any(place.glob("*.safetensors"))), None)
 
 
 def require_base(recorded: AdapterBase | None, found: AdapterBase | None, *, chain_url: str) -> AdapterBase | None:

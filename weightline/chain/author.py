@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from weightline.chain.adapter import base_of_folder, require_base
-from weightline.chain.assets import upload_files
+from weightline.chain.assets import upload_file, upload_files
 from weightline.chain.authorship import Authorship, build_manifest
 from weightline.chain.checkpoint import assets_of
 from weightline.chain.commit import commit_manifest, new_commit_id, utc_now
@@ -28,7 +28,7 @@ from weightline.codec.coding import coding_named
 from weightline.codec.digest import add_digests, digest_change, tensor_digest
 from weightline.errors import BaseMismatchError, DigestMismatchError, InputError
 from weightline.format import keys
-from weightline.format.manifest import Manifest, Origin, PayloadRef
+from weightline.format.manifest import AssetRef, Manifest, Origin, PayloadRef
 from weightline.format.payload import write_anchor, write_delta
 from weightline.store.open import check_writable
 from weightline.types import BitsArray, Changes, Segment, TensorSpec
@@ -36,19 +36,24 @@ from weightline.types import BitsArray, Changes, Segment, TensorSpec
 DEFAULT_CODING = "gap-by-magnitude"
 
 
-def commit_folder(chain: Chain, folder: Path, *, stage: str = "import", coding: str = DEFAULT_CODING) -> Manifest:
+def commit_folder(
+    chain: Chain, folder: Path, *, stage: str = "import", coding: str = DEFAULT_CODING, base: Path | None = None
+) -> Manifest:
     """Commit a checkpoint folder as the chain's next version (its first: an anchor).
 
-    InputError for a folder without weights; BaseMismatchError when its tensors are not the chain's. An adapter's folder
-    (peft) brings its base model's digest when that is a folder too; another one is a BaseMismatchError. A crash leaves
-    orphaned payloads, which gc removes. Repeating commits another, empty, version.
+    InputError for what is no folder, or one whose weights are not whole; BaseMismatchError when its tensors are not the
+    chain's. An adapter's folder (peft) brings the digest of its base model, which is at `base` or where the adapter
+    says; another one than the chain's is a BaseMismatchError, and one that is not here leaves the version without it. A
+    crash leaves orphaned payloads, which gc removes. Repeating commits another, empty, version.
     """
+    if not folder.is_dir():
+        raise InputError(f"{folder} is no folder: name the checkpoint folder that its weights lie in", path=str(folder))
     target = FileTarget(folder)
     check_writable(chain.store)
     tip = chain.tip_version()
     recorded = None if tip is None else chain.manifest(tip).base_model
-    base_model = require_base(recorded, base_of_folder(folder), chain_url=chain.url)
-    assets = upload_files(chain.store, folder)
+    base_model = require_base(recorded, base_of_folder(folder, base), chain_url=chain.url)
+    assets = upload_files(chain.store, folder, () if tip is None else assets_of(chain, tip))
     kind: Literal["anchor", "delta"] = "anchor" if tip is None else "delta"
     author = Authorship(
         stage=stage, run_id="cli", global_step=0, kind=kind, coding=coding, base_model=base_model, is_milestone=True,
@@ -63,10 +68,10 @@ def commit_revert(chain: Chain, version: int, *, coding: str = DEFAULT_CODING) -
     if wanted.version == tip.version:
         raise InputError(f"version {version} is the tip of {chain.url}: there is nothing to revert", version=version)
     with fetching(chain.store) as fetcher:
-        assets = assets_of(chain, version)
         author = Authorship(
             stage=wanted.stage, run_id=wanted.run_id, global_step=wanted.global_step, kind="revert", coding=coding,
-            reverts_to=version, base_model=tip.base_model, is_milestone=True, assets=assets,
+            reverts_to=version, base_model=tip.base_model, is_milestone=True,
+            assets=_carry_assets(chain, version, chain, held=assets_of(chain, tip.version)),
         )  # fmt: skip
         return _commit(chain, VersionTarget(chain, version, fetcher), author)
 
@@ -77,16 +82,24 @@ def commit_fork(source: Chain, version: int, new: Chain) -> Manifest:
         raise InputError(f"{new.url} holds versions already: a fork starts an empty chain", chain=new.url)
     wanted = source.manifest(version)
     check_writable(new.store)
-    with fetching(source.store) as fetcher, tempfile.TemporaryDirectory(prefix="weightline-") as name:
-        for asset in assets_of(source, version):
-            fetch_object(source.store, asset, Path(name) / asset.name)
+    with fetching(source.store) as fetcher:
         origin = Origin(chain=source.url, version=version, commit_id=wanted.commit_id)
         author = Authorship(
             stage=wanted.stage, run_id=wanted.run_id, global_step=wanted.global_step, kind="anchor",
             coding=DEFAULT_CODING, forked_from=origin, base_model=wanted.base_model, is_milestone=True,
-            assets=upload_files(new.store, Path(name)),
+            assets=_carry_assets(source, version, new, held=()),
         )  # fmt: skip
         return _commit(new, VersionTarget(source, version, fetcher), author)
+
+
+def _carry_assets(source: Chain, version: int, new: Chain, *, held: tuple[AssetRef, ...]) -> tuple[AssetRef, ...]:
+    """The version's small files, put into `new` where none of its kept versions names them."""
+    assets = assets_of(source, version)
+    if set(assets) <= set(held):
+        return assets
+    with tempfile.TemporaryDirectory(prefix="weightline-") as name:
+        paths = [fetch_object(source.store, asset, Path(name) / asset.name) for asset in assets]
+        return tuple(upload_file(new.store, path, held) for path in paths)
 
 
 @dataclass(slots=True)

@@ -38,8 +38,10 @@ def commit_manifest(chain: Chain, manifest: Manifest) -> None:
     except ObjectExistsError as error:
         winner = chain.manifest(manifest.version)
         if winner.commit_id != manifest.commit_id:
+            is_same_run = winner.run_id == manifest.run_id
+            who = "an earlier attempt of this run, or another writer" if is_same_run else "another writer"
             raise CommitConflictError(
-                f"version {manifest.version} of {chain.url} was committed by another writer (run {winner.run_id!r}, "
+                f"version {manifest.version} of {chain.url} was committed by {who} (run {winner.run_id!r}, "
                 f"commit {winner.commit_id}): start again from that version, or commit to a chain of your own",
                 version=manifest.version,
                 commit_id=manifest.commit_id,

@@ -116,9 +116,12 @@ class Fetcher:
 
 
 @contextmanager
-def fetching(store: Store, cache: ObjectCache | None = None) -> Iterator[Fetcher]:
-    """A fetcher for one operation; its folder goes with it. Objects of remote buckets go through this host's cache."""
-    if cache is None and is_remote(store):
+def fetching(store: Store, cache: ObjectCache | None = None, *, is_cached: bool = True) -> Iterator[Fetcher]:
+    """A fetcher for one operation; its folder goes with it. Objects of remote buckets go through this host's cache...
+
+    unless `is_cached` is false: then what is read is what the bucket holds now.
+    """
+    if cache is None and is_cached and is_remote(store):
         cache = host_cache()
     with tempfile.TemporaryDirectory(prefix="weightline-") as folder:
         fetcher = Fetcher(store, Path(folder), cache)

@@ -6,23 +6,29 @@ the grace period, since a commit under way has payloads that no manifest names y
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
 from weightline.chain.history import Chain
-from weightline.chain.horizon import oldest_kept
-from weightline.chain.leases import Lease, live_leases
-from weightline.chain.plan import ReplayPlan
+from weightline.chain.kept import Kept, read_kept
 from weightline.chain.refs import current_refs
-from weightline.chain.ways import Ways, plan_between
-from weightline.errors import VersionNotFoundError
+from weightline.chain.ways import Ways
+from weightline.errors import StorageError
 from weightline.format import keys
 from weightline.format.manifest import Manifest
 from weightline.format.shortcut import Shortcut
 from weightline.store import ObjectInfo
+from weightline.store.contests import contests
+from weightline.store.local import STAGING_PREFIX
 
 DEFAULT_GRACE = timedelta(hours=24)
+#: Some stores tell whole seconds in one reply and fractions in another.
+_CLOCK_GRAIN = timedelta(seconds=1)
+_COLLECTED = (
+    keys.PAYLOADS, keys.ASSETS, keys.SHORTCUTS, keys.COMMITS, keys.SIGNATURES, keys.PROBES, keys.LEASES, STAGING_PREFIX,
+)  # fmt: skip
+#: What stands here says which other objects are needed.
+_LEADING = (keys.COMMITS, keys.SHORTCUTS, keys.REFS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,13 +43,16 @@ class GcPlan:
     probes: tuple[ObjectInfo, ...]
     leases: tuple[ObjectInfo, ...]
     """Of replicas that are gone."""
+    staged: tuple[ObjectInfo, ...]
+    """What writers that were killed left in a bucket that is a folder."""
 
     @property
     def objects(self) -> tuple[ObjectInfo, ...]:
         """In the order of deletion: what others may refer to goes last."""
         return (
-            self.shortcuts + self.manifests + self.signatures + self.payloads + self.assets + self.probes + self.leases
-        )
+            *self.shortcuts, *self.manifests, *self.signatures, *self.payloads, *self.assets, *self.probes,
+            *self.leases, *self.staged,
+        )  # fmt: skip
 
     @property
     def nbytes(self) -> int:
@@ -57,24 +66,13 @@ class GcView:
     objects: tuple[ObjectInfo, ...]
     manifests: tuple[Manifest, ...]
     shortcuts: tuple[Shortcut, ...]
-    kept_versions: frozenset[int]
-    """Versions from the horizon on, and those that refs and leases stand for, with all that replaying them needs."""
-    kept_shortcuts: frozenset[str]
-    """Keys of the shortcuts on their ways."""
-    live_leases: frozenset[str] = frozenset()
-    """Keys of the leases of replicas that are alive."""
+    kept: Kept
 
 
 def plan_gc(view: GcView, *, now: datetime, grace: timedelta = DEFAULT_GRACE) -> GcPlan:
     """Decide what to delete. Pure."""
-    kept_manifests = [m for m in view.manifests if m.version in view.kept_versions]
-    # A shortcut between kept versions stays even when no way leads over it today: it was written to be cheap.
-    kept_shortcuts = [
-        s
-        for s in view.shortcuts
-        if s.key in view.kept_shortcuts
-        or (s.version in view.kept_versions and (s.base_version is None or s.base_version in view.kept_versions))
-    ]
+    kept_manifests = [m for m in view.manifests if m.version in view.kept.versions]
+    kept_shortcuts = [s for s in view.shortcuts if view.kept.keeps_shortcut(s)]
     needed = {ref.key for m in kept_manifests for ref in (*m.payloads, *m.assets)}
     needed |= {ref.key for s in kept_shortcuts for ref in s.payloads}
     needed |= {m.key for m in kept_manifests} | {s.key for s in kept_shortcuts}
@@ -90,7 +88,8 @@ def plan_gc(view: GcView, *, now: datetime, grace: timedelta = DEFAULT_GRACE) ->
         signatures=tuple(s for s in under(keys.SIGNATURES) if keys.subject_of_signature(s.key) not in needed),
         assets=under(keys.ASSETS),
         probes=under(keys.PROBES),
-        leases=tuple(info for info in under(keys.LEASES) if info.key not in view.live_leases),
+        leases=tuple(info for info in under(keys.LEASES) if info.key not in view.kept.live_leases),
+        staged=under(STAGING_PREFIX),
     )
 
 
@@ -98,65 +97,41 @@ def view_chain(chain: Chain, now: datetime | None = None) -> GcView:
     """Read what `plan_gc` decides on; leases that have expired by `now` keep nothing.
 
     Objects are listed before manifests are read: a commit under way is safe. Signatures are not asked for: what an
-    unsigned object refers to is kept, too.
+    unsigned object refers to is kept, too. VersionNotFoundError, and nothing to collect, where a ref or the horizon
+    stands for a version that nothing leads to: verify such a chain first. StorageError, likewise, while a version, a
+    shortcut or a ref is won and not yet published.
     """
     chain = Chain(chain.store)
-    objects = tuple(
-        info
-        for prefix in (
-            keys.PAYLOADS,
-            keys.ASSETS,
-            keys.SHORTCUTS,
-            keys.COMMITS,
-            keys.SIGNATURES,
-            keys.PROBES,
-            keys.LEASES,
-        )
-        for info in chain.store.list(prefix)
-    )
+    objects = tuple(info for prefix in _COLLECTED for info in chain.store.list(prefix))
+    _require_published(chain)  # before manifests are read: what was published meanwhile is among them
     manifests = chain.manifests()
     ways = Ways(chain)
     shortcuts = tuple(s for m in manifests for s in ways.shortcuts_into(m.version))
-    horizon = oldest_kept(chain)
-    kept = {m.version for m in manifests if m.version >= horizon}
-    pinned = {ref.version for ref in current_refs(chain).values()} | ({horizon} if kept else set())
-    plans = [plan_between(chain, None, version) for version in sorted(pinned)]
-    leases = live_leases(chain, now)
-    plans += _plans_of_leases(chain, leased_versions(chain, leases) - pinned)
-    kept |= {hop.version for plan in plans for hop in plan.hops}
-    kept |= set(_bearers_of_assets(manifests, kept))
-    kept_shortcuts = {
-        keys.shortcut(hop.base_version, hop.version) for plan in plans for hop in plan.hops if hop.is_shortcut
-    }
-    live = frozenset(keys.lease(lease.replica) for lease in leases)
-    return GcView(objects, manifests, shortcuts, frozenset(kept), frozenset(kept_shortcuts), live)
+    kept = read_kept(chain, manifests, current_refs(chain).values(), now)
+    for error in kept.unreachable.values():
+        raise error
+    return GcView(objects, manifests, shortcuts, kept)
 
 
-def _bearers_of_assets(manifests: Iterable[Manifest], kept: set[int]) -> Iterable[int]:
-    """A version without assets of its own has those of the newest version before it that names any."""
-    bearer: int | None = None
-    for manifest in manifests:
-        bearer = manifest.version if manifest.assets else bearer
-        if manifest.version in kept and bearer is not None:
-            yield bearer
-
-
-def _plans_of_leases(chain: Chain, versions: set[int]) -> Iterable[ReplayPlan]:
-    """A replica may come back to a version that nothing leads to any more: its lease keeps nothing then."""
-    for version in sorted(versions):
-        try:
-            yield plan_between(chain, None, version)
-        except VersionNotFoundError:
-            continue
-
-
-def leased_versions(chain: Chain, leases: Iterable[Lease]) -> set[int]:
-    """Committed versions that live replicas stand at, or are on their way to."""
-    committed = set(chain.versions())
-    return {version for lease in leases for version in lease.versions if version in committed}
+def _require_published(chain: Chain) -> None:
+    """Whoever writes the key next publishes what its winner wrote, however old: that must find its objects."""
+    pending = [c.key for c in contests(chain.store) if c.kind == "unpublished" and c.key.startswith(_LEADING)]
+    if pending:
+        raise StorageError(
+            f"{chain.url} has keys that a writer won and never published ({', '.join(pending)}): nothing can be "
+            "collected, since what they need cannot be told. `weightline verify` says of each how to finish it",
+            keys=pending, url=chain.url,
+        )  # fmt: skip
 
 
 def collect(chain: Chain, plan: GcPlan) -> None:
     """Delete what was planned. Safe to repeat; a crash leaves the rest for the next time."""
     for info in plan.objects:
-        chain.store.delete(info.key)
+        if not _is_put_again(chain, info):
+            chain.store.delete(info.key)
+
+
+def _is_put_again(chain: Chain, info: ObjectInfo) -> bool:
+    """An asset's key names its content: a commit under way may have put it since the plan was made."""
+    found = chain.store.head(info.key) if info.key.startswith(keys.ASSETS) else None
+    return found is not None and found.modified_at - info.modified_at > _CLOCK_GRAIN

@@ -98,12 +98,15 @@ class Chain:
         """A recent tip, from an object that may be stale, missing or broken: only ever a place to start listing."""
         try:
             hint = json.loads(self.store.get(keys.TIP_HINT))
-        except (NotFoundError, ValueError):
+        except (NotFoundError, ValueError, RecursionError):
             return None
         version = hint.get("version") if isinstance(hint, dict) else None
         return version if isinstance(version, int) and version > 0 else None
 
 
-def open_chain(url: str, trusted: TrustedKeys | None = None) -> Chain:
-    """The chain at a bucket URL. Nothing is read yet. Without `trusted`: the keys that the environment demands."""
-    return Chain(open_store(url), trusted or trusted_from_environment())
+def open_chain(url: str, trusted: TrustedKeys | None = None, patience_seconds: float | None = None) -> Chain:
+    """The chain at a bucket URL. Nothing is read yet. Without `trusted`: the keys that the environment demands.
+
+    `patience_seconds`: see `open_store`.
+    """
+    return Chain(open_store(url, patience_seconds), trusted or trusted_from_environment())

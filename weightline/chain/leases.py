@@ -15,6 +15,9 @@ from weightline.chain.history import Chain
 from weightline.errors import NotFoundError
 from weightline.format import keys
 
+#: Anybody who may write to the bucket can write a lease: none holds versions for longer than a week.
+MAX_TTL_SECONDS = 7 * 86400.0
+
 
 class Lease(BaseModel):
     """One replica's account. Fields of later releases are ignored: nothing depends on them."""
@@ -48,7 +51,7 @@ class Lease(BaseModel):
     """UTC, the replica's clock."""
     expires_at: str
     ttl_seconds: float = Field(ge=0)
-    """How long after its last renewal, by the store's clock, it counts as alive."""
+    """How long after its last renewal, by the store's clock, it counts as alive: at most MAX_TTL_SECONDS."""
 
     @property
     def versions(self) -> frozenset[int]:
@@ -67,14 +70,16 @@ class HeldLease:
         """Whether the replica is to be taken for alive. By the later of both clocks: a wrong one loses nobody."""
         if self.lease.state == "ended":
             return False
-        by_store = self.modified_at + timedelta(seconds=self.lease.ttl_seconds)
+        term = timedelta(seconds=min(self.lease.ttl_seconds, MAX_TTL_SECONDS))
+        by_store = self.modified_at + term
         try:
             by_replica = datetime.fromisoformat(self.lease.expires_at)
         except ValueError:
             by_replica = by_store
+        if by_replica.tzinfo is None:
+            by_replica = by_replica.replace(tzinfo=UTC)
         # A replica whose clock is a day ahead would never expire: its own word counts for one more term at most.
-        latest = by_store + timedelta(seconds=self.lease.ttl_seconds)
-        return now < max(by_store, min(by_replica, latest))
+        return now < max(by_store, min(by_replica, by_store + term))
 
 
 def write_lease(chain: Chain, lease: Lease) -> None:

@@ -5,7 +5,7 @@ Legend: N elements of a tensor, K changed ones. Bits are flat (row-major) unsign
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 
@@ -17,7 +17,7 @@ from weightline.chain.plan import Hop
 from weightline.chain.ways import plan_between
 from weightline.codec.compose import taken_back
 from weightline.codec.digest import add_digests, digest_change, format_digest, parse_digest, tensor_digest
-from weightline.errors import DigestMismatchError, PayloadError
+from weightline.errors import DigestMismatchError, InputError, PayloadError
 from weightline.format.manifest import Manifest
 from weightline.format.payload import Payload, open_payload
 from weightline.types import BitsArray, Changes, Segment, TensorSpec, bits_dtype
@@ -45,10 +45,10 @@ class HostState:
         self.digests[name] = add_digests(self.digests[name], digest_change(changes))
 
     def allocate(self, specs: Iterable[TensorSpec]) -> None:
-        """Zeros for these tensors and no others: what an anchor fills."""
+        """Zeros for these tensors and no others: what an anchor fills. InputError when this host has no room."""
         self.version = None
         self.specs = {spec.name: spec for spec in specs}
-        self.bits = {name: np.zeros(spec.num_elements, bits_dtype(spec.dtype)) for name, spec in self.specs.items()}
+        self.bits = {name: _zeros(spec) for name, spec in self.specs.items()}
         self.digests = dict.fromkeys(self.specs, 0)
 
     def place(self, segment: Segment, bits_N: BitsArray) -> None:
@@ -97,19 +97,26 @@ def apply_hop(chain: Chain, state: HostState, hop: Hop, fetcher: Fetcher, select
     """Move the state along one hop and check it. On any error the state is torn: throw it away."""
     assert hop.target is not None
     manifest = chain.manifest(hop.target)
+    payloads = (open_payload(fetcher.fetch(ref)) for ref in hop.payloads)
     if hop.base_version is None:
-        state.allocate(spec for name, spec in manifest.specs.items() if select is None or select(name))
-    for ref in hop.payloads:
-        payload = open_payload(fetcher.fetch(ref))
-        _require_known_tensors(payload, state)
-        if payload.kind == "anchor":
-            for segment, bits_N in payload.read_anchor(lambda s: s.tensor.name in state.specs):
-                state.place(segment, bits_N)
-        else:
+        specs = {name: spec for name, spec in manifest.specs.items() if select is None or select(name)}
+        _place_anchor(state, specs, list(payloads))
+    else:
+        for payload in payloads:
+            _require_known_tensors(payload, state)
             for changes in read_changes(payload, hop, state.segment_bits, state.specs.__contains__):
                 state.apply(changes)
     state.version = hop.target
     state.check(manifest, select)
+
+
+def _place_anchor(state: HostState, specs: Mapping[str, TensorSpec], payloads: Sequence[Payload]) -> None:
+    """Make room for these tensors and fill it. All payloads are opened before: a manifest alone can claim any size."""
+    _require_cover(specs, payloads)
+    state.allocate(specs.values())
+    for payload in payloads:
+        for segment, bits_N in payload.read_anchor(lambda s: s.tensor.name in specs):
+            state.place(segment, bits_N)
 
 
 def read_changes(
@@ -124,3 +131,29 @@ def _require_known_tensors(payload: Payload, state: HostState) -> None:
     for segment in payload.segments:
         if state.specs.get(segment.tensor.name, segment.tensor) != segment.tensor:
             raise PayloadError(f"the payload covers {segment.tensor}, not in the base", rule="known-tensor")
+
+
+def _require_cover(specs: Mapping[str, TensorSpec], payloads: Iterable[Payload]) -> None:
+    """PayloadError unless the segments of these anchors hold each element of the tensors exactly once."""
+    held: dict[str, list[Segment]] = {name: [] for name in specs}
+    for payload in payloads:
+        if payload.kind != "anchor":
+            raise PayloadError(f"{payload.path.name}, a {payload.kind}, stands where an anchor must", rule="kind")
+        for segment in payload.segments:
+            if specs.get(segment.tensor.name) == segment.tensor and segment.length:
+                held[segment.tensor.name].append(segment)
+    for name, spec in specs.items():
+        end = 0
+        for segment in sorted(held[name], key=lambda segment: segment.start):
+            end = segment.stop if segment.start == end else -1
+        if end != spec.num_elements:
+            raise PayloadError(f"the anchor's payloads do not hold {spec} exactly once", rule="anchor-cover")
+
+
+def _zeros(spec: TensorSpec) -> BitsArray:
+    try:
+        return np.zeros(spec.num_elements, bits_dtype(spec.dtype))
+    except MemoryError as error:
+        raise InputError(
+            f"tensor {spec.name} takes {spec.nbytes} bytes, which this host cannot hold", tensor=spec.name
+        ) from error

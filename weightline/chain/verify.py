@@ -1,44 +1,32 @@
 """Everything that can be seen to hold in a bucket: the invariants of docs/design.md, as findings rather than errors.
 
-Reads only. Deep verification replays every kept version and every shortcut, a bounded group of tensors at a time.
+Reads only. What nothing kept needs is not looked at: gc may take it at any moment. Deep verification reads every kept
+object and replays every way into every kept version, a bounded group of tensors at a time.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
 
-from weightline.chain.fetch import Fetcher, fetching
-from weightline.chain.groups import GROUP_NBYTES, tensor_groups
+from weightline.chain.finding import Finding, noting
+from weightline.chain.groups import GROUP_NBYTES
 from weightline.chain.history import Chain
 from weightline.chain.horizon import oldest_kept
-from weightline.chain.plan import Hop
+from weightline.chain.kept import Kept, read_kept
 from weightline.chain.records import EVALUATIONS, REFRESHES, read_records
-from weightline.chain.refs import current_refs
-from weightline.chain.state import HostState, advance_state, apply_hop
-from weightline.chain.ways import Ways, hop_of, hop_of_shortcut
-from weightline.errors import (
-    CorruptError,
-    NotFoundError,
-    SignatureError,
-    StorageError,
-    UnsupportedFeatureError,
-    WeightlineError,
-)
+from weightline.chain.refs import Ref, current_refs
+from weightline.chain.verify_deep import Progress, asset_findings, replay_findings
+from weightline.chain.ways import Ways
+from weightline.errors import VersionNotFoundError
 from weightline.format import keys
 from weightline.format.manifest import Manifest, StoredObject
 from weightline.format.shortcut import Shortcut
 from weightline.store.contests import commit_mode, contests
 
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """One thing that does not hold."""
-
-    rule: str
-    subject: str
-    message: str
+__all__ = ["Finding", "VerifyReport", "verify_chain"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,27 +47,90 @@ class VerifyReport:
         return not self.findings
 
 
-Progress = Callable[[int, int], None]
-
-
 def verify_chain(
     chain: Chain, *, is_deep: bool = True, group_nbytes: int = GROUP_NBYTES, progress: Progress | None = None
 ) -> VerifyReport:
-    """Check the chain. StorageError only when the bucket cannot be read at all; what is wrong becomes a finding."""
+    """Check the chain. StorageError only when the bucket cannot be read at all; what is wrong becomes a finding.
+
+    Nothing is replayed where manifests, objects or refs do not hold already.
+    """
     findings: list[Finding] = []
-    manifests = list(_parsed_manifests(chain, findings))
-    shortcuts = list(_parsed_shortcuts(chain, manifests, findings))
-    findings += _history_findings(chain, manifests)
-    objects = {ref.key: ref for m in manifests if m.version >= oldest_kept(chain) for ref in (*m.payloads, *m.assets)}
-    objects |= {ref.key: ref for s in shortcuts for ref in s.payloads}
+    seen = _look(chain, findings)
+    objects = seen.objects()
     findings += _object_findings(chain, objects)
-    findings += _pointer_findings(chain, manifests)
-    if is_deep and manifests and not findings:
-        findings += _replay_findings(chain, manifests, shortcuts, group_nbytes, progress)
+    if is_deep and seen.manifests and not findings:
+        replayed = [m for m in seen.manifests if m.version in seen.kept.versions - seen.kept.bearers]
+        shortcuts = [s for s in seen.shortcuts if seen.replays(s)]
+        findings += asset_findings(chain, seen.kept_manifests())
+        findings += replay_findings(chain, replayed, shortcuts, group_nbytes=group_nbytes, progress=progress)
     findings += (Finding(contest.kind, contest.key, contest.message) for contest in contests(chain.store))
     return VerifyReport(
-        chain.url, commit_mode(chain.store), len(manifests), len(shortcuts), len(objects), is_deep, tuple(findings)
-    )
+        chain.url, commit_mode(chain.store), len(seen.manifests), len(seen.shortcuts), len(objects), is_deep,
+        tuple(findings),
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    """What could be read of the chain."""
+
+    manifests: tuple[Manifest, ...] = ()
+    """Oldest first."""
+    shortcuts: tuple[Shortcut, ...] = ()
+    kept: Kept = field(default_factory=Kept)
+
+    def kept_manifests(self) -> list[Manifest]:
+        return [m for m in self.manifests if m.version in self.kept.versions]
+
+    def objects(self) -> dict[str, StoredObject]:
+        """What kept versions and shortcuts need, by key."""
+        found: dict[str, StoredObject] = {}
+        for manifest in self.kept_manifests():
+            found |= {ref.key: ref for ref in (*manifest.payloads, *manifest.assets)}
+        for shortcut in filter(self.kept.keeps_shortcut, self.shortcuts):
+            found |= {ref.key: ref for ref in shortcut.payloads}
+        return found
+
+    def replays(self, shortcut: Shortcut) -> bool:
+        return self.kept.keeps_shortcut(shortcut) and shortcut.base_version not in self.kept.bearers
+
+
+def _look(chain: Chain, findings: list[Finding]) -> _Seen:
+    """Read what the chain says of itself. What points to versions is read first: a writer may add some meanwhile."""
+    with noting(findings, "horizon", keys.HISTORY):
+        oldest_kept(chain)
+    if findings:
+        return _Seen()  # everything else rests on it
+    refs = _refs(chain, findings)
+    recorded = list(_recorded_versions(chain, findings))
+    manifests = tuple(_parsed_manifests(chain, findings))
+    shortcuts = tuple(_parsed_shortcuts(chain, manifests, findings))
+    findings += _history_findings(chain, manifests)
+    findings += _pointer_findings(manifests, refs, recorded)
+    return _Seen(manifests, shortcuts, _kept(chain, manifests, refs, findings))
+
+
+def _kept(chain: Chain, manifests: Sequence[Manifest], refs: Sequence[Ref], findings: list[Finding]) -> Kept:
+    kept = Kept(frozenset(m.version for m in manifests if m.version >= oldest_kept(chain)))
+    if findings:
+        return kept  # what leads where cannot be told of a chain that cannot be read
+    with noting(findings, "kept", chain.url):
+        kept = read_kept(chain, manifests, refs)
+    findings += (Finding("unreachable", f"version {v}", str(error)) for v, error in kept.unreachable.items())
+    return kept
+
+
+def _refs(chain: Chain, findings: list[Finding]) -> list[Ref]:
+    found: list[Ref] = []
+    with noting(findings, "ref", keys.REFS):
+        found += current_refs(chain).values()
+    return found
+
+
+def _recorded_versions(chain: Chain, findings: list[Finding]) -> Iterator[tuple[str, int]]:
+    for kind in (EVALUATIONS, REFRESHES):
+        with noting(findings, "record", f"{keys.RECORDS}{kind}/"):
+            yield from [(kind, record["version"]) for record in read_records(chain, kind)]
 
 
 def _parsed_manifests(chain: Chain, findings: list[Finding]) -> Iterator[Manifest]:
@@ -88,37 +139,37 @@ def _parsed_manifests(chain: Chain, findings: list[Finding]) -> Iterator[Manifes
         if version is None:
             findings.append(Finding("commit-key", info.key, "is not the key of a version"))
             continue
-        try:
+        # One behind the horizon may go meanwhile; a kept one would be missed below.
+        with noting(findings, "manifest", info.key), suppress(VersionNotFoundError):
             yield chain.manifest(version)
-        except SignatureError as error:
-            findings.append(Finding("signature", info.key, str(error)))
-        except (CorruptError, UnsupportedFeatureError) as error:
-            findings.append(Finding("manifest", info.key, str(error)))
 
 
-def _parsed_shortcuts(chain: Chain, manifests: list[Manifest], findings: list[Finding]) -> Iterator[Shortcut]:
+def _parsed_shortcuts(chain: Chain, manifests: Sequence[Manifest], findings: list[Finding]) -> Iterator[Shortcut]:
     ways = Ways(chain)
+    commit_ids = {m.version: m.commit_id for m in manifests}
     for manifest in manifests:
-        try:
+        with noting(findings, "shortcut", f"into version {manifest.version}"):
             for shortcut in ways.shortcuts_into(manifest.version):
-                if shortcut.commit_id == manifest.commit_id:
+                base_id = commit_ids.get(-1 if shortcut.base_version is None else shortcut.base_version)
+                if shortcut.commit_id == manifest.commit_id and base_id in (None, shortcut.base_commit_id):
                     yield shortcut
                 else:
-                    findings.append(
-                        Finding("shortcut-commit", shortcut.key, "leads to a commit that the chain has not")
-                    )
-        except (CorruptError, UnsupportedFeatureError) as error:
-            findings.append(Finding("shortcut", f"into version {manifest.version}", str(error)))
+                    message = "leads from or to a commit that the chain has not: readers ignore it"
+                    findings.append(Finding("shortcut-commit", shortcut.key, message))
     findings += (Finding("signature", key, str(error)) for key, error in ways.refused.items())
 
 
-def _history_findings(chain: Chain, manifests: list[Manifest]) -> Iterator[Finding]:
+def _history_findings(chain: Chain, manifests: Sequence[Manifest]) -> Iterator[Finding]:
     by_version = {m.version: m for m in manifests}
     horizon = oldest_kept(chain)
     if manifests:
         expected = range(horizon, manifests[-1].version + 1)
         for version in (v for v in expected if v not in by_version):
             yield Finding("contiguous", keys.commit(version), "is missing between kept versions")
+        if horizon > manifests[-1].version:
+            yield Finding(
+                "horizon", keys.HISTORY, f"keeps nothing before {horizon}: the tip is {manifests[-1].version}"
+            )
     for commit_id, count in Counter(m.commit_id for m in manifests).items():
         if count > 1:
             yield Finding("commit-id", commit_id, f"stands in {count} manifests")
@@ -143,75 +194,13 @@ def _object_findings(chain: Chain, objects: dict[str, StoredObject]) -> Iterator
             yield Finding("object-size", key, f"has {info.nbytes} bytes, its manifest says {ref.nbytes}")
 
 
-def _pointer_findings(chain: Chain, manifests: list[Manifest]) -> Iterator[Finding]:
-    by_version = {m.version: m for m in manifests}
-    for ref in current_refs(chain).values():
-        found = by_version.get(ref.version)
-        if found is None or found.commit_id != ref.commit_id:
-            yield Finding("ref", ref.name, f"stands for version {ref.version}, commit {ref.commit_id}: not there")
-    for kind in (EVALUATIONS, REFRESHES):
-        for record in read_records(chain, kind):
-            if manifests and record["version"] > manifests[-1].version:
-                yield Finding("record", f"{kind}/{record['version']}", "speaks of a version that does not exist")
-
-
-def _replay_findings(
-    chain: Chain,
-    manifests: list[Manifest],
-    shortcuts: list[Shortcut],
-    group_nbytes: int,
-    progress: Progress | None,
+def _pointer_findings(
+    manifests: Sequence[Manifest], refs: Sequence[Ref], recorded: Sequence[tuple[str, int]]
 ) -> Iterator[Finding]:
-    """Every way into every version gives the state that its manifest says."""
-    horizon = oldest_kept(chain)
-    kept = [m for m in manifests if m.version >= horizon]
-    into: dict[int, list[Hop]] = {m.version: [] for m in kept}
-    for shortcut in shortcuts:
-        if shortcut.version in into and (shortcut.base_version is None or shortcut.base_version >= horizon):
-            into[shortcut.version].append(hop_of_shortcut(shortcut))
-    groups = list(tensor_groups(kept[-1].specs.values(), group_nbytes)) if kept else []
-    failed: set[tuple[int | None, int]] = set()
-    with fetching(chain.store) as fetcher:
-        for number, names in enumerate(groups):
-            state = HostState()
-            for manifest in kept:
-                for hop, error in _replay_into(chain, state, manifest, into[manifest.version], names, fetcher):
-                    if (hop.base_version, hop.version) not in failed:
-                        failed.add((hop.base_version, hop.version))
-                        yield Finding("replay", f"version {hop.version} from {_where(hop.base_version)}", str(error))
-                if state.version != manifest.version:
-                    return
-                if progress is not None:
-                    progress(number * len(kept) + manifest.version - horizon + 1, len(groups) * len(kept))
-
-
-def _where(version: int | None) -> str:
-    return "nothing" if version is None else f"version {version}"
-
-
-def _replay_into(
-    chain: Chain,
-    state: HostState,
-    manifest: Manifest,
-    shortcuts: list[Hop],
-    names: frozenset[str],
-    fetcher: Fetcher,
-) -> Iterator[tuple[Hop, WeightlineError]]:
-    """Try the shortcuts on states of their own, then move `state` to the version by its own payloads."""
-    for hop in shortcuts:
-        other = HostState()
-        try:
-            if hop.base_version is not None:
-                advance_state(chain, other, hop.base_version, names.__contains__, fetcher)
-            apply_hop(chain, other, hop, fetcher, names.__contains__)
-        except (CorruptError, NotFoundError, StorageError) as error:
-            yield hop, error
-    own = hop_of(manifest)
-    try:
-        if state.version is None and own.base_version is not None:
-            advance_state(chain, state, manifest.version, names.__contains__, fetcher)
-        else:
-            apply_hop(chain, state, own, fetcher, names.__contains__)
-    except (CorruptError, NotFoundError, StorageError) as error:
-        yield own, error
-        state.version = None
+    commit_ids = {m.version: m.commit_id for m in manifests}
+    for ref in refs:
+        if commit_ids.get(ref.version) != ref.commit_id:
+            yield Finding("ref", ref.name, f"stands for version {ref.version}, commit {ref.commit_id}: not there")
+    for kind, version in recorded:
+        if manifests and version > manifests[-1].version:
+            yield Finding("record", f"{kind}/{version}", "speaks of a version that does not exist")

@@ -16,7 +16,7 @@ from weightline.types import BitsArray, TensorSpec
 
 app = typer.Typer(help="Measure codings and peers on two states of one model.", no_args_is_help=True)
 
-State = Annotated[Path, typer.Argument(help="A .safetensors file, or a folder of them.")]
+State = Annotated[Path, typer.Argument(help="A .safetensors file, or a checkpoint folder.")]
 
 
 @app.command()
@@ -39,16 +39,23 @@ def codec(a: State, b: State, as_json: Json = False) -> None:
 
 @app.command()
 def peers(a: State, b: State, as_json: Json = False) -> None:
-    """The same step in the published layouts of other systems, beside ours."""
+    """The same step in the published layouts of other systems, beside ours. Each is decoded again."""
+    from weightline.bench.codings import bench_codings
     from weightline.bench.peers import bench_peers
 
-    results = bench_peers(_pairs(a, b))
-    rows = [(r.system, r.layout, size(r.payload_nbytes), f"{r.bytes_per_changed:.3f}") for r in results]
+    pairs = _pairs(a, b)
+    theirs, ours = bench_peers(pairs), bench_codings(pairs, repeats=1)
+    named = [(r.system, r.layout, r) for r in theirs] + [("weightline", r.coding, r) for r in ours]
+    rows = [
+        (system, layout, size(r.payload_nbytes), f"{r.bytes_per_changed:.3f}", r.exact) for system, layout, r in named
+    ]
     emit(
-        {"peers": [asdict(r) for r in results]},
-        table(("system", "layout", "bytes", "B/changed"), rows),
+        {"peers": [asdict(r) for r in theirs], "codings": [asdict(r) for r in ours]},
+        table(("system", "layout", "bytes", "B/changed", "exact"), rows),
         as_json=as_json,
     )
+    if not all(r.exact for _, _, r in named):
+        raise typer.Exit(1)
 
 
 def _pairs(a: Path, b: Path) -> list[tuple[TensorSpec, BitsArray, BitsArray]]:

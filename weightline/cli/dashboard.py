@@ -24,8 +24,9 @@ def run(
     """Show chains as a graph with curves, versions and comparisons. Reads the buckets and nothing else."""
     find_chains(buckets)
     try:
-        from weightline.dashboard.serve import serve
+        from weightline.dashboard.serve import listen, serve
     except ModuleNotFoundError as error:
         raise InputError(f"the dashboard needs {error.name}: pip install 'weightline[dashboard]'") from error
-    typer.echo(f"http://{host}:{port}")
-    serve(buckets, host=host, port=port, prefect_ui=prefect_ui)
+    with listen(host, port) as listener:
+        typer.echo(f"http://{host}:{port}")
+        serve(buckets, listener, host=host, prefect_ui=prefect_ui)

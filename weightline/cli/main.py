@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import signal
+import sys
+
 import typer
 
 from weightline.cli import (
@@ -62,7 +65,11 @@ app.add_typer(serve.app, name="serve")
 
 
 def main() -> None:
-    """Entry point. A WeightlineError is one line on stderr and exit code 1; wrong usage is exit code 2."""
+    """Entry point. A WeightlineError is one line on stderr and exit code 1; wrong usage is exit code 2.
+
+    SIGTERM leaves through the `finally`s too, which remove temporary files: exit code 143.
+    """
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
         app()
     except WeightlineError as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import Annotated
 
 import typer
@@ -19,10 +18,12 @@ def run(
     move: Annotated[bool, typer.Option("--move", help="A ref that may be moved later, instead of a tag.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Name a version, or list the names. A tag never moves; a ref made with --move may."""
+    """Name a version, or list the names. A tag never moves; one made with --move may, until it is named without."""
     chain = open_chain(bucket)
     if name is not None:
         move_ref(chain, name, resolve(chain, version), is_tag=not move)
     refs = sorted(current_refs(chain).values(), key=lambda ref: ref.name)
     rows = [(ref.name, ref.version, "tag" if ref.is_tag else "ref", ref.created_at) for ref in refs]
-    emit({"refs": [asdict(ref) for ref in refs]}, table(("name", "version", "kind", "since"), rows), as_json=as_json)
+    emit(
+        {"refs": [ref.model_dump() for ref in refs]}, table(("name", "version", "kind", "since"), rows), as_json=as_json
+    )

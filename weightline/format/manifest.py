@@ -15,7 +15,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from weightline.errors import ManifestError, UnsupportedFeatureError
 from weightline.format import keys
-from weightline.types import DTYPE_ITEMSIZE, TensorSpec
+from weightline.types import DTYPE_ITEMSIZE, MAX_ELEMENTS, MAX_NDIM, TensorSpec
 
 FORMAT = "weightline/1"
 #: Features of the format that this release reads. A manifest that names another one is refused, never guessed at.
@@ -33,6 +33,12 @@ def _key_inside_chain(key: str) -> str:
     if key.startswith("/") or "\\" in key or any(part in ("", ".", "..") for part in key.split("/")):
         raise ValueError(f"key {key!r} leaves the chain")
     return key
+
+
+def _shape_in_range(shape: tuple[int, ...]) -> tuple[int, ...]:
+    if len(shape) > MAX_NDIM or math.prod(shape) > MAX_ELEMENTS:
+        raise ValueError(f"more than {MAX_NDIM} dimensions or {MAX_ELEMENTS} elements")
+    return shape
 
 
 def _finite_only(metrics: dict[str, float]) -> dict[str, float]:
@@ -78,7 +84,7 @@ class TensorState(Frozen):
     """A tensor and the digest of its bits after this version."""
 
     dtype: Annotated[str, AfterValidator(_known_dtype)]
-    shape: Annotated[tuple[Count, ...], Field(strict=False)]
+    shape: Annotated[tuple[Count, ...], Field(strict=False), AfterValidator(_shape_in_range)]
     digest: Hex128
 
 

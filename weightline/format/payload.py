@@ -262,7 +262,10 @@ def _read_metadata(metadata: Mapping[str, str]) -> tuple[str, str]:
 
 
 def _check_tile(chunk: PlacedChunk) -> None:
-    if len(chunk.pieces) > 1 or chunk.entry.num_changed != chunk.entry.num_elements or chunk.entry.stream_nbytes[1]:
+    """One stream, with something in it: a tile of nothing would let a few bytes claim any number of elements."""
+    entry = chunk.entry
+    first_nbytes, second_nbytes = entry.stream_nbytes
+    if len(chunk.pieces) > 1 or entry.num_changed != entry.num_elements or second_nbytes or not first_nbytes:
         raise PayloadError("an anchor's chunk is one tile, all of it, in one stream", rule="anchor-chunk")
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from weightline.codec.varint import NumberReader, put_numbers
 from weightline.errors import PayloadError
-from weightline.types import Segment, TensorSpec
+from weightline.types import MAX_ELEMENTS, MAX_NDIM, Segment, TensorSpec
 
 #: The order is part of the format: append only.
 DTYPES = (
@@ -41,9 +41,7 @@ DTYPES = (
 MAX_TABLE_NBYTES = 1 << 23
 MAX_SEGMENTS = 1 << 18
 MAX_CHUNKS = 1 << 18
-_MAX_NDIM = 32
 MAX_NAME_NBYTES = 1 << 16
-_MAX_ELEMENTS = 1 << 56
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,10 +110,10 @@ def _read_segment(reader: NumberReader, name: bytes) -> Segment:
         raise PayloadError("a tensor's name is not UTF-8", rule="table-name") from error
     dtype = _dtype(reader)
     ndim = reader.number()
-    if ndim > _MAX_NDIM:
+    if ndim > MAX_NDIM:
         raise PayloadError(f"{text!r} has {ndim} dimensions", rule="table-shape")
     tensor = TensorSpec(text, dtype, tuple(reader.number() for _ in range(ndim)))
-    if tensor.num_elements > _MAX_ELEMENTS:
+    if tensor.num_elements > MAX_ELEMENTS:
         raise PayloadError(f"{text!r} has {tensor.num_elements} elements", rule="table-shape")
     flag = reader.number()
     if flag > 1:

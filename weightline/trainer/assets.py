@@ -13,8 +13,13 @@ from weightline.store import Store
 from weightline.trainer.adapter import is_peft_model, save_adapter_config
 
 
-def upload_assets(store: Store, model: Any, processing_class: Any = None) -> tuple[AssetRef, ...]:
-    """Put config, generation config and tokenizer into the chain; of an adapter, its config. Safe to repeat."""
+def upload_assets(
+    store: Store, model: Any, processing_class: Any = None, held: tuple[AssetRef, ...] = ()
+) -> tuple[AssetRef, ...]:
+    """Put config, generation config and tokenizer into the chain, but for `held` ones; of an adapter, its config.
+
+    Safe to repeat.
+    """
     with tempfile.TemporaryDirectory(prefix="weightline-assets-") as folder:
         parts: tuple[Any, ...] = (_config_of(model), getattr(model, "generation_config", None))
         if is_peft_model(model):
@@ -23,7 +28,7 @@ def upload_assets(store: Store, model: Any, processing_class: Any = None) -> tup
         for part in (*parts, processing_class):
             if hasattr(part, "save_pretrained"):
                 part.save_pretrained(folder)
-        return upload_files(store, Path(folder))
+        return upload_files(store, Path(folder), held)
 
 
 def _config_of(model: Any) -> Any:

@@ -161,8 +161,9 @@ class PublishSession:
         plan = plan_start(
             self.chain, loaded, specs, is_resumed=is_resumed, run_id=settings.run_id, stage=settings.stage
         )
-        assets = upload_assets(self.chain.store, model, processing_class)
-        if plan.tip is not None and assets == assets_of(self.chain, plan.tip):
+        held = () if plan.tip is None else assets_of(self.chain, plan.tip)
+        assets = upload_assets(self.chain.store, model, processing_class, held)
+        if assets == held:
             assets = ()
         return plan, base_model, assets, secrets.token_hex(16)
 

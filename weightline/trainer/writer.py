@@ -19,7 +19,7 @@ from weightline.chain.authorship import Authorship, build_manifest
 from weightline.chain.commit import commit_manifest, utc_now
 from weightline.chain.history import Chain
 from weightline.codec.digest import add_digests, digest_change, digest_to_limbs, limbs_to_digest
-from weightline.errors import ConflictError, WeightlineError
+from weightline.errors import ConflictError, TransientStorageError, WeightlineError
 from weightline.format import keys
 from weightline.format.manifest import AdapterBase, Manifest, PayloadRef
 from weightline.format.payload import PayloadInfo, write_anchor, write_delta
@@ -167,7 +167,12 @@ class _Attempt:
         return {"key": key, "payload_nbytes": path.stat().st_size}
 
     def _commit(self, manifest: Manifest) -> Facts:
-        commit_manifest(self.context.chain, manifest)
+        try:
+            commit_manifest(self.context.chain, manifest)
+        except TransientStorageError:
+            # The same commit_id: finds out whether the first took effect. Where the bucket stays away, the version is
+            # failed; had it been committed all the same, the next one will be a conflict, which stops training.
+            commit_manifest(self.context.chain, manifest)
         told = (
             "version", "commit_id", "kind", "stage", "run_id", "global_step", "is_milestone",
             "num_changed", "num_elements", "payload_nbytes", "full_nbytes",

@@ -1,0 +1,45 @@
+"""Any bytes in the place of one object of a chain: verify tells, and a reader reads on or gives a typed error.
+
+python -m fuzz.chain -max_total_time=60
+
+The chain is the newest frozen one. An input's first byte chooses the object, the rest takes its place.
+"""
+
+from __future__ import annotations
+
+import atheris
+
+from fuzz.inputs import ROOT, fuzz
+
+with atheris.instrument_imports(include=["weightline"]):
+    from weightline.chain.history import Chain
+    from weightline.chain.refs import current_refs
+    from weightline.chain.state import read_state
+    from weightline.chain.verify import verify_chain
+    from weightline.errors import WeightlineError
+    from weightline.store.memory import MemoryStore
+
+_FOLDER = max(path for path in (ROOT / "tests" / "compat" / "data").iterdir() if path.is_dir())
+_OBJECTS = {str(path.relative_to(_FOLDER)): path.read_bytes() for path in _FOLDER.rglob("*") if path.is_file()}
+_KEYS = sorted(_OBJECTS)
+
+
+def one_input(data: bytes) -> None:
+    store = MemoryStore()
+    for key, body in (_OBJECTS | {_KEYS[(data or b"\0")[0] % len(_KEYS)]: data[1:]}).items():
+        store.put(key, body)
+    verify_chain(Chain(store))
+    for read in (current_refs, lambda chain: read_state(chain, chain.versions()[-1])):
+        try:
+            read(Chain(store))
+        except WeightlineError:
+            continue
+
+
+def seeds() -> list[bytes]:
+    """Every object in its own place."""
+    return [bytes([number]) + _OBJECTS[key] for number, key in enumerate(_KEYS)]
+
+
+if __name__ == "__main__":
+    fuzz("chain", one_input, seeds())

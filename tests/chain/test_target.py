@@ -1,0 +1,177 @@
+"""What a checkpoint folder must be to become a version: whole, unambiguous, and what its headers say."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from weightline.chain.author import commit_folder
+from weightline.chain.history import Chain
+from weightline.chain.state import read_state
+from weightline.chain.target import FileTarget
+from weightline.errors import InputError
+from weightline.store.memory import MemoryStore
+
+_A, _B = np.arange(6, dtype=np.uint16), np.arange(4, dtype=np.float32)
+_MAP = {"a": "model-1-of-2.safetensors", "b": "model-2-of-2.safetensors"}
+
+
+def _save(path: Path, **tensors: Any) -> None:
+    save_file(tensors, path)
+
+
+def _index(folder: Path, weight_map: object, name: str = "model.safetensors.index.json") -> None:
+    (folder / name).write_text(json.dumps({"metadata": {"total_size": 28}, "weight_map": weight_map}))
+
+
+@pytest.fixture
+def sharded(tmp_path: Path) -> Path:
+    _save(tmp_path / _MAP["a"], a=_A)
+    _save(tmp_path / _MAP["b"], b=_B)
+    _index(tmp_path, _MAP)
+    return tmp_path
+
+
+def test_an_index_names_the_files(sharded: Path) -> None:
+    _save(sharded / "consolidated.safetensors", a=_A, other=_B)
+    target = FileTarget(sharded)
+    assert set(target.specs) == {"a", "b"}
+    assert np.array_equal(target.read(["b"])["b"], _B.view(np.uint32))
+
+
+def test_a_tensor_is_taken_from_the_file_that_the_index_names(sharded: Path) -> None:
+    _save(sharded / _MAP["b"], a=_A + 1, b=_B)
+    assert np.array_equal(FileTarget(sharded).read(["a"])["a"], _A)
+
+
+def test_a_torn_checkpoint_is_not_committed(sharded: Path) -> None:
+    (sharded / _MAP["b"]).unlink()
+    chain = Chain(MemoryStore())
+    with pytest.raises(InputError, match=r"names 'model-2-of-2\.safetensors', which .* does not hold"):
+        commit_folder(chain, sharded)
+    assert chain.tip_version() is None
+
+
+@pytest.mark.parametrize(
+    ("held", "told"),
+    [({"c": _B}, "lacks tensor b"), ({"b": _B, "c": _B}, "holds tensor c, which the index does not name")],
+)
+def test_an_index_and_its_files_name_the_same_tensors(sharded: Path, held: dict[str, Any], told: str) -> None:
+    _save(sharded / _MAP["b"], **held)
+    with pytest.raises(InputError, match=told):
+        FileTarget(sharded)
+
+
+@pytest.mark.parametrize("weight_map", [None, [], {"a": 1}, {"a": "../a.safetensors"}, {"a": "/a"}, {"a": ""}])
+def test_an_index_that_is_none_is_refused(sharded: Path, weight_map: object) -> None:
+    _index(sharded, weight_map)
+    with pytest.raises(InputError, match=r"index\.json (is no index|names)"):
+        FileTarget(sharded)
+
+
+def test_model_safetensors_is_the_model_whatever_lies_beside_it(tmp_path: Path) -> None:
+    _save(tmp_path / "model.safetensors", a=_A)
+    _save(tmp_path / "consolidated.safetensors", b=_B)
+    assert set(FileTarget(tmp_path).specs) == {"a"}
+
+
+def test_an_adapter_folder_holds_an_adapter(tmp_path: Path) -> None:
+    _save(tmp_path / "model.safetensors", a=_A)
+    _save(tmp_path / "adapter_model.safetensors", b=_B)
+    (tmp_path / "adapter_config.json").write_text("{}")
+    assert set(FileTarget(tmp_path).specs) == {"b"}
+
+
+def test_one_file_of_another_name_will_do(tmp_path: Path) -> None:
+    _save(tmp_path / "weights.safetensors", a=_A)
+    assert set(FileTarget(tmp_path).specs) == {"a"}
+
+
+def _two_files(folder: Path) -> None:
+    _save(folder / "one.safetensors", a=_A)
+    _save(folder / "two.safetensors", b=_B)
+
+
+def _whole_and_index(folder: Path) -> None:
+    _save(folder / "model.safetensors", a=_A)
+    _save(folder / "part.safetensors", a=_A)
+    _index(folder, {"a": "part.safetensors"})
+
+
+def _two_indices(folder: Path) -> None:
+    _save(folder / "part.safetensors", a=_A)
+    for kind in ("fp16", "fp32"):
+        _index(folder, {"a": "part.safetensors"}, f"model.{kind}.safetensors.index.json")
+
+
+@pytest.mark.parametrize("make", [_two_files, _whole_and_index, _two_indices, lambda folder: None])
+def test_a_folder_that_loaders_would_read_in_two_ways_is_refused(tmp_path: Path, make: Any) -> None:
+    make(tmp_path)
+    with pytest.raises(InputError, match=r"one|left over|checkpoint folder"):
+        FileTarget(tmp_path)
+
+
+def _file(folder: Path, header: object, data: bytes = b"abcdefgh") -> Path:
+    raw = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path = folder / "model.safetensors"
+    path.write_bytes(len(raw).to_bytes(8, "little") + raw + data)
+    return path
+
+
+def _tensor(shape: object, offsets: object, dtype: object = "F16") -> dict[str, object]:
+    return {"dtype": dtype, "shape": shape, "data_offsets": offsets}
+
+
+HOSTILE: dict[str, object] = {
+    "a list": [1, 2],
+    "nothing": {},
+    "an entry that is no object": {"a": 5},
+    "no dtype": {"a": {"shape": [1], "data_offsets": [0, 2]}},
+    "a dtype that is no text": {"a": _tensor([1], [0, 2], dtype=["F16"])},
+    "an unknown dtype": {"a": _tensor([1], [0, 2], dtype="F4")},
+    "a size that is no number": {"a": _tensor(["1"], [0, 2])},
+    "sizes below zero": {"a": _tensor([-2, -2], [0, 8])},
+    "offsets below zero": {"a": _tensor([2], [-4, 0])},
+    "offsets in the wrong order": {"a": _tensor([0], [2, 0])},
+    "three offsets": {"a": _tensor([1], [0, 2, 4])},
+    "a size beyond every file": {"a": _tensor([1 << 60], [0, 1 << 61])},
+    "offsets of another size": {"a": _tensor([2], [0, 2])},
+    "offsets beyond the file": {"a": _tensor([2], [6, 10])},
+    "overlapping tensors": {"a": _tensor([2], [0, 4]), "b": _tensor([2], [2, 6])},
+    "one tensor inside another": {"a": _tensor([4], [0, 8]), "b": _tensor([1], [2, 4]), "c": _tensor([1], [6, 8])},
+    "a name twice": b'{"a":{"dtype":"F16","shape":[1],"data_offsets":[0,2]},"a":{"dtype":"F16","shape":[1],'
+    b'"data_offsets":[2,4]}}',
+    "a name that is no text": b'{"\\ud800":{"dtype":"F16","shape":[1],"data_offsets":[0,2]}}',
+    "no json": b"{",
+    "no utf-8": b'{"\xff": 1}',
+    "a deep nest": b"[" * 100_000,
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_header_that_cannot_be_is_refused(tmp_path: Path, name: str) -> None:
+    path = _file(tmp_path, HOSTILE[name])
+    with pytest.raises(InputError) as caught:
+        FileTarget(path)
+    assert str(path) in str(caught.value)
+
+
+def test_what_the_format_allows_is_taken(tmp_path: Path) -> None:
+    """Scalars, empty tensors, any order, any place in the file."""
+    header = {
+        "__metadata__": {"format": "pt"},
+        "late": _tensor([], [6, 8]),
+        "empty": _tensor([0, 3], [2, 2]),
+        "early": _tensor([1], [0, 2], dtype="BF16"),
+    }
+    target = FileTarget(_file(tmp_path, header))
+    assert target.read(["late"])["late"].tobytes() == b"gh"
+    assert target.read(["empty"])["empty"].size == 0
+    chain = Chain(MemoryStore())
+    commit_folder(chain, tmp_path)
+    assert read_state(chain, 0).bits["early"].tobytes() == b"ab"
