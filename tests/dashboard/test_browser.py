@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Page, expect
 
-from tests.chains import random_state
+from tests.chains import commit_state, random_state
 from tests.dashboard.chains import HOSTILE, commit_step, model_shapes, record_life, trained
 from tests.dashboard.conftest import Open, Serve
 from weightline.chain import Chain, open_chain
@@ -213,3 +213,27 @@ def test_a_bucket_that_cannot_be_reached_is_told_as_such(open_page: Open, serve:
     page = open_page(url)
     expect(page.locator("#notices h2")).to_have_text("This bucket cannot be reached")
     expect(page.locator("#notices")).to_contain_text("Not a directory")
+
+
+def test_a_link_to_a_chain_that_is_not_here_shows_no_other(open_page: Open, serve: Serve, broken: Chain) -> None:
+    url = serve(broken.url)
+    page = open_page(f"{url}/#/gamma-abc123/v2")
+    expect(page.locator("#head")).to_contain_text("There is no chain gamma-abc123 here")
+    expect(page.locator("#panel")).to_be_hidden()
+    expect(page.locator("#graph")).to_be_hidden()
+    page.get_by_role("link", name="Show the first chain").click()
+    expect(page.locator("#panel h2")).to_have_text("v6")
+    page.evaluate("location.hash = '#/gamma-abc123/v2'")
+    expect(page.locator("#head h1")).to_have_text("No chain")
+    expect(page.locator("#graph")).to_be_hidden()
+
+
+def test_chains_that_are_left_out_are_counted(
+    open_page: Open, serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("weightline.dashboard.buckets.MAX_CHAINS", 2)
+    for number in range(5):
+        commit_state(open_chain((tmp_path / str(number)).as_uri()), random_state(number))
+    page = open_page(serve(f"{tmp_path}/"))
+    expect(page.locator("#sidebar a")).to_have_count(2)
+    expect(page.locator("#sidebar")).to_contain_text("3 older chains are not shown")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,11 +18,14 @@ from weightline.chain.author import commit_fork, commit_revert
 from weightline.chain.horizon import move_horizon
 from weightline.chain.leases import Lease, write_lease
 from weightline.chain.refs import move_ref
+from weightline.dashboard import buckets as buckets_module
 from weightline.dashboard import index as index_module
 from weightline.dashboard.buckets import chain_id, find_chains
 from weightline.dashboard.index import ChainIndex
+from weightline.dashboard.pages import card, glance
 from weightline.errors import InputError
 from weightline.format import keys
+from weightline.store.memory import MemoryStore
 
 
 @pytest.fixture
@@ -72,6 +77,34 @@ def test_a_long_chain_is_read_newest_first(pool: ThreadPoolExecutor, monkeypatch
         seen.append([row.version for row in index.snapshot.rows])
     assert seen == [[3, 4], [1, 2, 3, 4], [0, 1, 2, 3, 4]]
     assert index.snapshot.versions == (0, 1, 2, 3, 4)
+
+
+class _CountingStore(MemoryStore):
+    num_read = 0
+
+    def get(self, key: str) -> bytes:
+        self.num_read += 1
+        return super().get(key)
+
+
+def test_the_first_look_at_ten_thousand_versions_reads_a_screenful(pool: ThreadPoolExecutor) -> None:
+    """What makes the first paint quick, without a clock: benchmarks/dashboard_bench.py measures it with one."""
+    store = _CountingStore("memory://dashboard-long")
+    chain = Chain(store)
+    _grow(chain, 2)
+    delta = chain.manifest(1)
+    for version in range(2, 10_000):
+        later = delta.model_copy(update={"version": version, "base_version": version - 1})
+        store.put(keys.commit(version), later.to_bytes())
+    store.delete(keys.TIP_HINT)
+    store.num_read = 0
+    index = ChainIndex(Chain(store), pool)
+    assert index.refresh()
+    assert store.num_read < 60
+    assert (index.snapshot.state, index.snapshot.tip, len(index.snapshot.versions)) == ("ready", 9_999, 10_000)
+    assert [row.version for row in index.snapshot.rows][-1] == 9_999
+    assert len(glance(index.snapshot, 400)["bins"]) <= 400
+    assert len(json.dumps(card("long", "long", chain.url, index.snapshot))) < 20_000
 
 
 def test_a_broken_manifest_and_a_gap_are_told_and_hide_nothing(pool: ThreadPoolExecutor, tmp_path: Path) -> None:
@@ -183,11 +216,39 @@ def test_chains_below_a_folder_are_found(tmp_path: Path) -> None:
     for run in ("a", "b"):
         _grow(open_chain((tmp_path / run / "bucket" / run).as_uri()), 1)
     (tmp_path / ".stack" / "x" / "commits").mkdir(parents=True)
-    found = find_chains([str(tmp_path)])
-    assert [chain.name for chain in found] == ["a", "b"]
+    found = find_chains([str(tmp_path)]).chains
+    assert sorted(chain.name for chain in found) == ["a", "b"]
     assert len({chain_id(chain) for chain in found}) == 2
-    assert [chain.url for chain in find_chains([found[0].url, found[0].url])] == [found[0].url]
-    assert [chain.name for chain in find_chains([str(tmp_path / "not-yet")])] == ["not-yet"]
-    assert find_chains([f"{tmp_path / 'not-yet'}/"]) == []
+    assert [chain.url for chain in find_chains([found[0].url, found[0].url]).chains] == [found[0].url]
+    assert [chain.name for chain in find_chains([str(tmp_path / "not-yet")]).chains] == ["not-yet"]
+    assert find_chains([f"{tmp_path / 'not-yet'}/"]).chains == ()
     with pytest.raises(InputError, match="no store"):
         find_chains(["gopher://hole"])
+
+
+def test_of_too_many_chains_the_newest_are_shown_and_the_others_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for age, run in enumerate(("newest", "a", "oldest")):
+        _grow(open_chain((tmp_path / run / "bucket" / run).as_uri()), 1)
+        os.utime(tmp_path / run / "bucket" / run, (10**9 - age, 10**9 - age))
+    assert [chain.name for chain in find_chains([f"{tmp_path}/"]).chains] == ["newest", "a", "oldest"]
+    monkeypatch.setattr(buckets_module, "MAX_CHAINS", 2)
+    found = find_chains([f"{tmp_path}/", "memory://named"])
+    assert ([chain.name for chain in found.chains], found.num_left_out) == (["named", "newest"], 2)
+
+
+def test_whatever_goes_wrong_is_told_on_the_page_and_passes(
+    pool: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    chain = open_chain("memory://dashboard-odd")
+    _grow(chain, 1)
+    index = ChainIndex(chain, pool)
+    with monkeypatch.context() as patch:
+        patch.setattr(index_module, "read_leases", lambda _: 1 / 0)
+        assert index.refresh() is False
+    assert index.snapshot.state == "unreachable"
+    assert "ZeroDivisionError" in str(index.snapshot.problem)
+    assert "cannot be read" in caplog.text
+    _read_all(index)
+    assert (index.snapshot.state, index.snapshot.problem) == ("ready", None)

@@ -95,7 +95,7 @@ def _add_chains(app: FastAPI, board: Board) -> None:
             card(identifier, index.chain.name, index.chain.url, index.snapshot)
             for identifier, index in list(board.indexes.items())
         ]
-        return {"buckets": list(board.urls), "chains": cards}
+        return {"buckets": list(board.urls), "chains": cards, "num_left_out": board.num_left_out}
 
     @app.get("/api/chains/{identifier}/glance")
     def chain_glance(identifier: str, bins: Annotated[int, Query(ge=1, le=2_000)] = 400) -> dict[str, Any]:

@@ -9,17 +9,20 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 from weightline.chain import Chain
-from weightline.dashboard.buckets import chain_id, find_chains
+from weightline.dashboard.buckets import MAX_CHAINS, FoundChains, chain_id, find_chains
 from weightline.dashboard.differing import DifferingCounts
 from weightline.dashboard.index import ChainIndex
 from weightline.errors import NotFoundError, StorageError
+from weightline.store.open import is_remote
 
 POLL_SECONDS = 2.0
 #: How long a bucket that cannot be reached is left alone.
 _AWAY_SECONDS = 10.0
+#: A look that takes longer, the first or a later one, is told on the page while it goes on.
+_SILENT_AT_FIRST_SECONDS = 8.0
+_SILENT_SECONDS = 30.0
 _DISCOVER_SECONDS = 5.0
 _NUM_FETCHES = 8
-_NUM_REFRESHES = 4
 
 Result = TypeVar("Result")
 
@@ -30,10 +33,13 @@ class Board:
     def __init__(self, urls: Sequence[str], poll_seconds: float = POLL_SECONDS) -> None:
         self.urls = tuple(urls)
         self.indexes: dict[str, ChainIndex] = {}
+        self.num_left_out = 0
         self.differing = DifferingCounts()
         self._poll_seconds = poll_seconds
-        self._fetches = ThreadPoolExecutor(_NUM_FETCHES, "weightline-fetch")
-        self._refreshes = ThreadPoolExecutor(_NUM_REFRESHES, "weightline-refresh")
+        self._local_fetches = ThreadPoolExecutor(_NUM_FETCHES, "weightline-fetch")
+        self._remote_fetches: dict[str, ThreadPoolExecutor] = {}
+        # A thread a chain, and one that looks for chains: a bucket that hangs keeps no other waiting.
+        self._refreshes = ThreadPoolExecutor(MAX_CHAINS + 1, "weightline-refresh")
         self._changed = asyncio.Event()
         self._is_ending = False
         self.take(find_chains(self.urls))
@@ -44,14 +50,17 @@ class Board:
             raise NotFoundError(f"no chain {identifier!r} on this page", key=identifier)
         return self.indexes[identifier]
 
-    def take(self, chains: Sequence[Chain]) -> None:
+    def take(self, found: FoundChains) -> None:
         """Follow these chains from now on, and no others."""
-        wanted = {chain_id(chain): chain for chain in chains}
+        self.num_left_out = found.num_left_out
+        wanted = {chain_id(chain): chain for chain in found.chains}
         for identifier, chain in wanted.items():
             if identifier not in self.indexes:
-                self.indexes[identifier] = ChainIndex(chain, self._fetches)
+                self.indexes[identifier] = ChainIndex(chain, self._fetches_of(identifier, chain))
         for gone in self.indexes.keys() - wanted.keys():
             del self.indexes[gone]
+            if gone in self._remote_fetches:
+                self._remote_fetches.pop(gone).shutdown(wait=False, cancel_futures=True)
 
     @property
     def generations(self) -> dict[str, int]:
@@ -91,17 +100,34 @@ class Board:
     def close(self) -> None:
         """Let the threads go."""
         self._refreshes.shutdown(wait=False, cancel_futures=True)
-        self._fetches.shutdown(wait=False, cancel_futures=True)
+        for pool in (self._local_fetches, *self._remote_fetches.values()):
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    def _fetches_of(self, identifier: str, chain: Chain) -> ThreadPoolExecutor:
+        """Threads for the chain's objects: its own where they come over a network, which may hang."""
+        if not is_remote(chain.store):
+            return self._local_fetches
+        return self._remote_fetches.setdefault(identifier, ThreadPoolExecutor(_NUM_FETCHES, "weightline-fetch"))
 
     async def _follow_chain(self, identifier: str, index: ChainIndex) -> None:
         while self.indexes.get(identifier) is index:
             before = index.snapshot.generation
-            has_more = await self._in_thread(index.refresh)
+            has_more = await self._look(index)
             if index.snapshot.generation != before:
                 self._tell()
             if not has_more:
                 is_away = index.snapshot.state == "unreachable"
                 await asyncio.sleep(_AWAY_SECONDS if is_away else self._poll_seconds)
+
+    async def _look(self, index: ChainIndex) -> bool:
+        """One refresh. When the bucket keeps it waiting, the page says so meanwhile."""
+        looking = asyncio.ensure_future(self._in_thread(index.refresh))
+        seconds = _SILENT_AT_FIRST_SECONDS if index.snapshot.state == "loading" else _SILENT_SECONDS
+        done, _ = await asyncio.wait({looking}, timeout=seconds)
+        if not done:
+            index.tell_waiting(seconds)
+            self._tell()
+        return await looking
 
     async def _in_thread(self, work: Callable[[], Result]) -> Result:
         return await asyncio.get_running_loop().run_in_executor(self._refreshes, work)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import re
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from weightline.chain import Chain
@@ -17,22 +19,44 @@ from weightline.store.local import LocalStore
 #: `runs/<run>/bucket/<chain>`: how far below a folder chains are looked for, and how many are shown.
 _MAX_DEPTH = 3
 MAX_CHAINS = 200
+#: A page says soon that a bucket is away, and asks again by itself.
+_PATIENCE_SECONDS = 5.0
 
 
-def find_chains(urls: Iterable[str]) -> list[Chain]:
-    """The chains that the URLs name now, the given order kept; those below a folder by name.
+@dataclass(frozen=True, slots=True)
+class FoundChains:
+    """Chains to show, and how many more there are: the oldest of those below folders."""
+
+    chains: tuple[Chain, ...]
+    num_left_out: int = 0
+
+
+def find_chains(urls: Iterable[str]) -> FoundChains:
+    """The chains that the URLs name now, the given order kept; those below a folder newest first.
 
     InputError for a URL that no store has. Where nothing is yet, an empty chain will be; not so for a URL that ends in
     a slash: it names a folder of chains and nothing else.
     """
-    found: dict[str, Chain] = {}
+    named: dict[str, Chain] = {}
+    below: dict[str, Chain] = {}
     for url in urls:
-        store = open_store(url)
-        inside = list(_chains_below(store.root)) if isinstance(store, LocalStore) else []
-        itself = [] if url.endswith("/") and isinstance(store, LocalStore) else [Chain(store)]
-        for chain in [Chain(LocalStore(folder)) for folder in inside] or itself:
-            found.setdefault(chain.url, chain)
-    return list(found.values())[:MAX_CHAINS]
+        store = open_store(url, _PATIENCE_SECONDS)
+        inside = _newest_first(_chains_below(store.root)) if isinstance(store, LocalStore) else []
+        for chain in (Chain(LocalStore(folder)) for folder in inside):
+            below.setdefault(chain.url, chain)
+        if not inside and not (url.endswith("/") and isinstance(store, LocalStore)):
+            named.setdefault(store.url, Chain(store))
+    found = list((named | below).values())
+    return FoundChains(tuple(found[:MAX_CHAINS]), max(0, len(found) - MAX_CHAINS))
+
+
+def _newest_first(folders: Iterable[Path]) -> list[Path]:
+    """By when something of a new kind was first written there, which is about when the chain began."""
+    dated = []
+    for folder in folders:
+        with contextlib.suppress(FileNotFoundError):
+            dated.append((-folder.stat().st_mtime, folder))
+    return [folder for _, folder in sorted(dated)]
 
 
 def chain_id(chain: Chain) -> str:

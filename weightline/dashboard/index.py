@@ -5,6 +5,7 @@ A long chain is read newest first, a batch at a time, so that there is something
 
 from __future__ import annotations
 
+import logging
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Executor
@@ -25,6 +26,8 @@ from weightline.format.manifest import Manifest
 from weightline.lineage.edges import Shortcut
 from weightline.lineage.read import read_shortcuts
 from weightline.lineage.rows import LineageRow, row_of, with_records
+
+logger = logging.getLogger(__name__)
 
 #: Manifests read by one refresh, few at first so that something shows soon.
 BATCH = 200
@@ -59,16 +62,29 @@ class ChainIndex:
     def refresh(self) -> bool:
         """Look at the bucket once. True when there is more to read: call again at once.
 
-        A bucket that cannot be reached is told by the snapshot, beside what was known before; never raised.
+        A bucket that cannot be reached is told by the snapshot, beside what was known before; never raised. So is
+        whatever else goes wrong: it must not end who follows the chain.
         """
         try:
             has_more = self._look(self._num_refreshes)
         except WeightlineError as error:
-            self._publish(replace(self.snapshot, state="unreachable", problem=str(error)))
+            self._tell_unreachable(str(error))
+            return False
+        except Exception as error:
+            logger.exception("%s cannot be read", self.chain.url)
+            self._tell_unreachable(f"{self.chain.url} cannot be read: {error!r}")
             return False
         self._is_caught_up = not has_more
         self._num_refreshes = 0 if has_more else self._num_refreshes + 1
         return has_more
+
+    def tell_waiting(self, seconds: float) -> None:
+        """Say on the page that a look is taking so long: the chain is large, or its bucket says nothing."""
+        problem = f"{self.chain.url} has not been read for {seconds:.0f} s: it is far away, or does not answer."
+        self._publish(replace(self.snapshot, problem=problem))
+
+    def _tell_unreachable(self, problem: str) -> None:
+        self._publish(replace(self.snapshot, state="unreachable", problem=problem))
 
     def manifest(self, version: int) -> Manifest:
         """The whole manifest, read anew: the index keeps none. ManifestError, VersionNotFoundError."""
@@ -89,7 +105,7 @@ class ChainIndex:
             changed |= self._read_names()
         leases = self._read_leases()
         changed, self._leases = changed | (leases != self._leases), leases
-        if changed or self.snapshot.state != "ready":
+        if changed or self.snapshot.state != "ready" or self.snapshot.problem is not None:
             self._publish(self._take_snapshot())
         return has_more
 

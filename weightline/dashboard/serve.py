@@ -10,16 +10,30 @@ import uvicorn
 
 from weightline.dashboard.app import make_app
 from weightline.dashboard.board import Board
+from weightline.errors import InputError
 
 _LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 
 
-def serve(urls: Sequence[str], *, host: str, port: int, prefect_ui: str | None = None) -> None:
-    """Serve until interrupted. InputError for a URL that no store has. Writes nothing; safe to repeat."""
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that listens there, before anybody is told the address. InputError when it is taken, or no address."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family)
+    except OSError as error:
+        message = f"port: nothing can listen on {host}:{port}: {error.strerror}. Name another --port or --host"
+        raise InputError(message, field="port", host=host, port=port) from error
+
+
+def serve(urls: Sequence[str], listener: socket.socket, *, host: str, prefect_ui: str | None = None) -> None:
+    """Serve until interrupted. InputError for a URL that no store has. Writes nothing; safe to repeat.
+
+    `host`: what the listener was opened for, which says the names that are answered to.
+    """
     board = Board(urls)
     app = make_app(board, prefect_ui=prefect_ui, hosts=allowed_hosts(host))
-    config = uvicorn.Config(app, host=host, port=port, log_level="warning", timeout_graceful_shutdown=2)
-    BoardServer(config, board).run()
+    config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=2)
+    BoardServer(config, board).run(sockets=[listener])
 
 
 class BoardServer(uvicorn.Server):

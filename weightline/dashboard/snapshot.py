@@ -24,7 +24,7 @@ class Snapshot:
     state: ChainState = "loading"
     """`loading` until the first look at the bucket; `unreachable`: what is told here is older than the bucket."""
     problem: str | None = None
-    """Why it is unreachable."""
+    """Why it is unreachable, or that a look at it takes long."""
     versions: tuple[int, ...] = ()
     """Committed, ascending."""
     rows: tuple[LineageRow, ...] = ()

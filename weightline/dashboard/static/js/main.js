@@ -26,11 +26,12 @@ const state = {
 const curves = new Curves($("charts"), $("add-curve"), { onSelect: select, onChange: () => refreshCurves(), stageColour: (stage) => colour(`--stage-${stageIndex(stage)}`) });
 let curvesOf = null;
 
-const card = () => state.cards.find((one) => one.id === state.route.chain) ?? state.cards[0];
+/** The chain of the address, the first one where it names none; undefined for a name that is not here. */
+const card = () => (state.route.chain === null ? state.cards[0] : state.cards.find((one) => one.id === state.route.chain));
 const tip = () => card()?.tip ?? null;
 const selected = () => state.route.version ?? tip();
 const isFollowing = () => state.route.version === null && state.route.compared === null;
-const stageIndex = (stage) => Math.max(0, card().stages.indexOf(stage)) % NUM_COLOURS;
+const stageIndex = (stage) => Math.max(0, (card()?.stages ?? []).indexOf(stage)) % NUM_COLOURS;
 const stageClass = (stage) => `stage-${stageIndex(stage)}`;
 const nameOf = (chain) => state.cards.find((one) => one.id === chain)?.name ?? chain;
 
@@ -53,11 +54,8 @@ async function refresh() {
   const told = await api.readChains();
   state.cards = told.chains;
   const chosen = card();
-  drawChains($("sidebar"), $("switcher"), state.cards, chosen?.id, (chain) => { location.hash = `#/${chain}`; });
-  if (!chosen) {
-    put($("head"), el("h1", {}, "No chain"), el("p", { class: "soft" }, `Nothing is at ${told.buckets.join(", ")} yet.`));
-    return;
-  }
+  drawChains($("sidebar"), $("switcher"), told, chosen?.id, (chain) => { location.hash = `#/${chain}`; });
+  if (!chosen) return drawNobody(told);
   document.title = chosen.tip === null ? `${chosen.name} \u00b7 weightline` : `v${chosen.tip} ${chosen.name} \u00b7 weightline`;
   drawHead($("head"), chosen);
   const isEmpty = chosen.tip === null;
@@ -66,6 +64,16 @@ async function refresh() {
   if (isEmpty) return drawEmpty($("notices"), chosen);
   drawNotices($("notices"), chosen);
   await refreshChain();
+}
+
+/** Nothing is there yet, or the address names a chain that is not among those of this page. */
+function drawNobody(told) {
+  const text = state.route.chain === null ? `Nothing is at ${told.buckets.join(", ")} yet.` : `There is no chain ${state.route.chain} here. Was it served from another folder, or has it gone?`;
+  document.title = "No chain \u00b7 weightline";
+  for (const id of ["graph", "curves", "panel"]) $(id).hidden = true;
+  $("app").classList.add("no-panel");
+  put($("notices"));
+  put($("head"), el("h1", {}, "No chain"), el("p", { class: "soft break" }, text), told.chains.length && state.route.chain !== null ? el("p", {}, el("a", { href: "#/" }, "Show the first chain")) : null);
 }
 
 async function refreshChain() {
@@ -141,7 +149,7 @@ async function refreshPanel() {
   if (state.isChoosing) return drawChoice($("panel"), version, tip(), { onChoose: (other) => select(other), onCancel: () => { state.isChoosing = false; refreshPanel(); } });
   try {
     const told = compared === null ? await api.readVersion(id, version) : await api.readComparison(id, compared, version);
-    const isStale = id !== card().id || version !== selected() || compared !== state.route.compared || state.isChoosing;
+    const isStale = id !== card()?.id || version !== selected() || compared !== state.route.compared || state.isChoosing;
     const drawn = JSON.stringify(told);
     if (isStale || drawn === state.panelOf) return;
     state.panelOf = drawn;

@@ -2,12 +2,13 @@
 import { el, put, svg } from "./dom.js";
 import * as show from "./format.js";
 
-/** The chains, forks below the chain that they come from. */
-export function drawChains(sidebar, switcher, cards, chosen, onChain) {
+/** The chains, forks below the chain that they come from, and how many older ones are not shown. */
+export function drawChains(sidebar, switcher, { chains: cards, num_left_out: numLeftOut }, chosen, onChain) {
   const ordered = inOrder(cards);
   sidebar.hidden = cards.length < 2;
   document.getElementById("app").classList.toggle("has-sidebar", cards.length > 1);
-  put(sidebar, el("ul", {}, ordered.map(([card, depth]) => el("li", { class: depth ? "child" : null }, chainLink(card, chosen)))));
+  put(sidebar, el("ul", {}, ordered.map(([card, depth]) => el("li", { class: depth ? "child" : null }, chainLink(card, chosen)))),
+    numLeftOut ? el("p", { class: "soft left-out" }, `${show.count(numLeftOut)} older ${numLeftOut === 1 ? "chain is" : "chains are"} not shown: name the one you want on the command line.`) : null);
   const select = el("select", { "aria-label": "Chain", onchange: (event) => onChain(event.target.value) }, ordered.map(([card]) => el("option", { value: card.id, selected: card.id === chosen }, card.name)));
   put(switcher, cards.length > 1 ? select : null);
 }
@@ -79,6 +80,7 @@ export function drawNotices(host, card) {
   if (card.state === "unreachable") {
     notices.push(notice("bad", "The bucket cannot be reached.", `${card.problem} What is shown is what was read before.`));
   }
+  if (card.state === "ready" && card.problem) notices.push(notice("bad", "Nothing new is seen.", card.problem));
   for (const { version, reason } of card.broken.slice(0, 3)) notices.push(notice("bad", `Version ${version} is broken.`, reason));
   if (card.num_broken > 3) notices.push(notice("bad", `${card.num_broken - 3} more versions are broken.`));
   if (card.missing.length) {
@@ -99,7 +101,7 @@ export function drawEmpty(host, card) {
     card.state === "unreachable"
       ? ["This bucket cannot be reached", card.problem]
       : card.state === "loading"
-        ? ["Looking at the bucket", ""]
+        ? ["Looking at the bucket", card.problem]
         : ["No version yet", "The first commit appears here by itself. Train with the callback, or commit a checkpoint:"];
   const command = card.state === "ready" ? el("code", {}, `weightline commit ${card.url} ./checkpoint`) : null;
   put(host, el("div", { class: "card empty" }, picture, el("h2", {}, title), text ? el("p", { class: "break" }, text) : null, command));
