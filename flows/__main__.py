@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
+import httpx
 import typer
 from rich.console import Console
 
@@ -20,8 +21,8 @@ console = Console(width=None if sys.stdout.isatty() else 160)
 
 INTERRUPTED = 130
 DEFAULT_RECIPE = Path("deployments/recipes/arithmetic.yaml")
-RunsDir = Annotated[Path, typer.Option(help="Folder of all runs and of the stack.")]
-Port = Annotated[int, typer.Option(help="Port of the Prefect server; another one if it is taken.")]
+RunsDir = Annotated[Path, typer.Option(help="Folder of all runs and of the stack.", file_okay=False)]
+Port = Annotated[int, typer.Option(help="Port of the Prefect server; another one if it is taken.", min=0, max=65535)]
 
 
 @app.command()
@@ -66,7 +67,8 @@ def main() -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         app()
-    except WeightlineError as error:
+    # Beside our own errors, what a folder or a Prefect server answers: a disk that is full, a password that is wrong.
+    except (WeightlineError, OSError, httpx.HTTPError) as error:
         errors.print(f"error: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
         return 1
     except SystemExit as end:

@@ -8,6 +8,7 @@ from prefect import flow
 from prefect.runtime import flow_run
 
 from flows.forms import ChainUrl, label
+from tasks.form_checks import PATIENCE_SECONDS, check_chain
 from tasks.maintenance import Outcome, collect_garbage, compact, expire, show_maintenance, verify
 from tasks.names import chain_name
 
@@ -37,6 +38,7 @@ def maintain_chain(
         delete_garbage: Really delete what nothing can reach. Off: only say what would go.
         grace_hours: Leave objects alone that are younger than this: a commit under way has some that nothing names yet.
     """
+    check_chain(chain, PATIENCE_SECONDS)
     outcomes = [verify(chain, is_deep=check == "replay every version")]
     if write_shortcuts:
         outcomes.append(compact(chain))

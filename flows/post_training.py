@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any
 
-from prefect import flow, get_run_logger
+from prefect import flow, get_run_logger, tags
 from prefect.runtime import flow_run
 
 from flows.forms import RunsDir, StageNames, label
+from tasks.automations import WATCHED_TAG
 from tasks.chain_lock import the_only_training
 from tasks.names import lineage_key
 from tasks.run_folder import default_runs_dir, open_run
@@ -59,7 +60,9 @@ def post_training(
     get_run_logger().info("run %s commits to %s; its lineage is artifact %s", run.run_id, run.chain_url, lineage)
     with the_only_training(run.chain_url, run.run_id):
         make_start_model(run)
-        equality = {stage.kind: train_stage(str(run.folder), stage.kind) for stage in run.recipe.stages}
+        # By the tag, runs are marked as crashed when they no longer live. A stage has none from its deployment.
+        with tags(WATCHED_TAG):
+            equality = {stage.kind: train_stage(str(run.folder), stage.kind) for stage in run.recipe.stages}
     return {"run_id": run.run_id, "chain": run.chain_url, "equality": equality}
 
 

@@ -35,5 +35,5 @@ def publish_model(
         is_private: Whether a repository that is made now is private.
         license_id: Licence to state on the card, as the Hub calls it: apache-2.0, mit, ... Empty: none is stated.
     """
-    check_release(folder, repo_id)
+    check_release(chain, version, folder, repo_id)
     return release(chain, version, folder, repo_id, is_private, license_id)

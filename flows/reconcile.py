@@ -7,8 +7,19 @@ from typing import Annotated
 from prefect import flow, get_run_logger
 
 from flows.forms import Chains, RunsDir, label
-from tasks.reconciling import announce_again, configured_chains, find_owed, start_missing
+from tasks.form_checks import check_runs_dir
+from tasks.reconciling import (
+    Owed,
+    announce_again,
+    configured_chains,
+    find_owed,
+    find_under_way,
+    give_up,
+    start_missing,
+    take_turns,
+)
 from tasks.run_folder import default_runs_dir
+from weightline.errors import WeightlineError
 
 
 @flow(name="reconcile", persist_result=False)
@@ -21,25 +32,40 @@ def reconcile(
 
     Args:
         chains: URLs of chains. Empty: those that the environment variable WEIGHTLINE_CHAINS names, and those of the
-            runs folder: of these, an older run has its turn when the newer ones owe nothing.
+            runs folder. A chain that cannot be read fails the run when the others have got what they are owed.
         runs_dir: Folder of all runs. Empty: that of the stack, or `runs`.
         grace_seconds: Leave versions that are younger than this to their events.
     """
-    named, of_runs = (chains, []) if chains else configured_chains(runs_dir or default_runs_dir())
-    num_owed = sum(_make_good(chain, grace_seconds) for chain in named)
-    for chain in of_runs:
-        owed = _make_good(chain, grace_seconds)
-        num_owed += owed
-        if owed:
-            break
-    get_run_logger().info("%d chains are looked after, %d things were owed", len(named) + len(of_runs), num_owed)
+    if runs_dir is not None:
+        check_runs_dir(runs_dir)
+    wanted = chains or configured_chains(runs_dir or default_runs_dir())
+    under_way = find_under_way()
+    found: list[Owed] = []
+    problems: dict[str, Exception] = {}
+    for chain in wanted:
+        try:
+            owed = find_owed(chain, grace_seconds, under_way)
+            _tell(chain, owed)
+        except (WeightlineError, ValueError, OSError) as error:
+            problems[chain] = error
+            continue
+        found.append(owed)
+        if owed.unreadable:
+            problems[chain] = owed.unreadable[0]
+    started = take_turns([owed.to_start for owed in found], under_way)
+    for missing in started:
+        start_missing(missing)
+    num_owed = len(started) + sum(len(owed.unannounced) for owed in found)
+    get_run_logger().info("%d chains are looked after, %d things were owed", len(wanted), num_owed)
+    if problems:
+        told = "; ".join(f"{chain}: {error}" for chain, error in problems.items())
+        raise ExceptionGroup(f"chains: not all could be looked after: {told}", list(problems.values()))
     return num_owed
 
 
-def _make_good(chain: str, grace_seconds: float) -> int:
-    owed = find_owed(chain, grace_seconds)
+def _tell(chain: str, owed: Owed) -> None:
+    """Announce what the server has not heard of, and write down what no run brought about."""
     for manifest in owed.unannounced:
         announce_again(chain, manifest)
-    for missing in owed.missing:
-        start_missing(chain, missing)
-    return owed.num_owed
+    for missing, why in owed.hopeless:
+        give_up(missing, why)

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 from prefect import flow, get_run_logger
 
 from flows.forms import ChainUrl, VersionNumber, label
+from tasks.form_checks import check_version
 from tasks.lineage import draw_lineage
 from tasks.rollout import Move, Rollout, RolloutSettings, problem_of
 from tasks.serving import conclude, judge_version, move_wave, plan_rollout, take_back
@@ -49,6 +50,7 @@ def refresh_serving(
     settings = RolloutSettings(
         wave_size, canary, ScoreGate(min_score, max_drop), max_failed, allow_backward, task, limit, wait_seconds
     )
+    check_version(chain, version)
     rollout = plan_rollout(chain, version, settings)
     record = rollout.outcome or _roll_out(rollout)
     draw_lineage(chain, version)

@@ -8,6 +8,7 @@ from prefect import flow, get_run_logger
 
 from flows.forms import ChainUrl, VersionNumber, label
 from tasks.evaluation import evaluate
+from tasks.form_checks import check_version
 from tasks.lineage import draw_lineage
 
 
@@ -26,6 +27,7 @@ def evaluate_version(
         task: Task of lm-evaluation-harness. Empty: what the recipe of the version's run says.
         limit: Use the first so many problems. Empty: what the recipe says.
     """
+    check_version(chain, version)
     record = evaluate(chain, version, task, limit)
     get_run_logger().info("version %d: %s, score %s", version, record["status"], record.get("score"))
     draw_lineage(chain, version)

@@ -2,8 +2,9 @@
 
 Prefect's own worker starts a process a flow run: 5 to 15 s of CPU for importing torch and the evaluation harness, on
 the two cores that train. This one starts a process a lane (tasks.lanes) and hands it one flow run after another. To the
-server it is a worker like any other: it takes scheduled runs from the pool's queues, claims each by proposing Pending
-(the server lets one claimant win), sends heartbeats, cancels on request, and marks a run whose process died as Crashed.
+server it is a worker like any other: it keeps the limits and pauses of pool and queues, claims a scheduled run by
+proposing Pending (the server lets one claimant win), sends heartbeats, cancels on request, and marks a run whose
+process died as Crashed. The pool's own offer is not asked for: that writes on every look.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import signal
 import socket
 import sys
 import time
+import uuid
 from datetime import timedelta
 from pathlib import Path
 from uuid import UUID
@@ -32,22 +34,26 @@ from prefect.client.schemas.filters import (
     WorkQueueFilter,
     WorkQueueFilterName,
 )
-from prefect.client.schemas.objects import StateType
+from prefect.client.schemas.objects import FlowRun, StateType
 from prefect.client.schemas.sorting import FlowRunSort
 from prefect.exceptions import Abort, ObjectNotFound, Pause
-from prefect.states import Cancelled, Crashed, Pending
+from prefect.states import Cancelled, Crashed
 from prefect.types._datetime import now
 from prefect.utilities.engine import propose_state_sync
 
 from tasks.lanes import WORK_POOL, WaitingRun, choose_runs, lanes_named
+from tasks.slots import free_queues, orphans, taken_by
 from tasks.warm_worker import Ending, WarmWorker
+from weightline.errors import InputError
 
 logger = logging.getLogger("weightline.runner")
 
-POLL_SECONDS = 0.5
+POLL_SECONDS = 0.3
 _CANCEL_POLL_SECONDS = 2.0
 _HEARTBEAT_SECONDS = 30.0
 _AWAY_SECONDS = 2.0
+#: How often the pool is asked again for runs that it has held back: they are over a limit, or paused.
+_HELD_BACK_SECONDS = 2.0
 #: Enough to find the oldest of every lane; how many wait does not matter.
 _MAX_READ = 50
 
@@ -59,9 +65,13 @@ class WarmRunner:
         self._client = client
         self._workers = workers
         self._pool = pool
-        self._name = f"warm {'+'.join(worker.lane.name for worker in workers)} {socket.gethostname()} {os.getpid()}"
+        # A container that is started again has the host name and pid of the one before.
+        token = f"{os.getpid()}-{uuid.uuid4().hex[:4]}"
+        self._name = f"warm {'+'.join(worker.lane.name for worker in workers)} {socket.gethostname()} {token}"
         self._endings: list[Ending] = []
         self._next: dict[str, float] = {}
+        self._held_back: set[str] = set()
+        self._suspects: set[UUID] = set()
         self._is_stopping = False
 
     def stop(self) -> None:
@@ -86,6 +96,7 @@ class WarmRunner:
             del self._endings[0]
         if self._is_due("heartbeat", _HEARTBEAT_SECONDS):
             self._show_up()
+            self._free_slots()
         if self._is_due("cancel", _CANCEL_POLL_SECONDS):
             self._cancel_on_request()
         self._start_runs()
@@ -102,22 +113,43 @@ class WarmRunner:
         """Let the server know that the pool has a worker and its queues are polled: the UI says so."""
         self._client.send_worker_heartbeat(self._pool, self._name, heartbeat_interval_seconds=_HEARTBEAT_SECONDS)
         queues = [queue for worker in self._workers for queue in worker.lane.queues]
-        # Long past: what is due is found by `_waiting_runs`.
-        before = now("UTC") - timedelta(days=365)
-        self._client.get_scheduled_flow_runs_for_work_pool(self._pool, queues, scheduled_before=before)
+        # The offer is what says so; long past, since nothing of it is taken.
+        long_past = now("UTC") - timedelta(days=365)
+        self._client.get_scheduled_flow_runs_for_work_pool(self._pool, queues, scheduled_before=long_past)
+
+    def _free_slots(self) -> None:
+        """Where runs wait for slots, mark those as crashed that hold slots for a runner that is gone.
+
+        At the second look: after the server was away, every runner is offline for a moment.
+        """
+        queues = [queue for worker in self._workers for queue in worker.lane.queues]
+        own = {worker.flow_run_id for worker in self._workers if worker.flow_run_id is not None}
+        found = orphans(self._client, self._pool, queues, self._name, own) if self._held_back else set()
+        for flow_run_id in found & self._suspects:
+            self._mark_unfinished(flow_run_id, "Its runner is gone")
+        self._suspects = found
 
     def _start_runs(self) -> None:
         idle = [worker for worker in self._workers if worker.is_idle]
-        if not idle:
-            return
-        chosen = choose_runs([worker.lane for worker in idle], self._waiting_runs(idle))
+        chosen = choose_runs([worker.lane for worker in idle], self._startable_runs(idle)) if idle else {}
         for worker in idle:
             run = chosen.get(worker.lane.name)
             if run is not None and self._claim(UUID(run.flow_run_id)):
                 worker.give(run.flow_run_id)
 
+    def _startable_runs(self, idle: list[WarmWorker]) -> list[WaitingRun]:
+        """What is due in the idle lanes' queues and may start, by the limits and pauses of pool and queues."""
+        waiting = self._waiting_runs(idle)
+        ids = {run.flow_run_id for run in waiting}
+        if not ids or (ids == self._held_back and not self._is_due("held back", _HELD_BACK_SECONDS)):
+            return []
+        free = free_queues(self._client, self._pool, {run.queue for run in waiting})
+        startable = [run for run in waiting if run.queue in free]
+        self._held_back = set() if startable else ids
+        return startable
+
     def _waiting_runs(self, idle: list[WarmWorker]) -> list[WaitingRun]:
-        """What is due in the idle lanes' queues. Reads only: asking the pool, as workers do, makes the server write."""
+        """What is due in the idle lanes' queues, held back or not."""
         queues = [queue for worker in idle for queue in worker.lane.queues]
         found = self._client.read_flow_runs(
             flow_run_filter=FlowRunFilter(
@@ -138,7 +170,7 @@ class WarmRunner:
     def _claim(self, flow_run_id: UUID) -> bool:
         """Whether the run is ours. Another worker may have been faster, or a person may have cancelled it."""
         try:
-            return propose_state_sync(self._client, Pending(), flow_run_id).is_pending()
+            return propose_state_sync(self._client, taken_by(self._name), flow_run_id).is_pending()
         except (Abort, Pause, ObjectNotFound):
             return False
 
@@ -154,7 +186,7 @@ class WarmRunner:
     def _mark_unfinished(self, flow_run_id: UUID, message: str) -> None:
         """Mark the run, and its subflows, as crashed unless their own process has brought them to an end."""
         try:
-            for one in (flow_run_id, *self._subflows(flow_run_id)):
+            for one in (flow_run_id, *(subflow.id for subflow in self._subflows(flow_run_id))):
                 state = self._client.read_flow_run(one).state
                 if state is not None and (state.is_pending() or state.is_running()):
                     propose_state_sync(self._client, Crashed(message=message), one)
@@ -168,17 +200,19 @@ class WarmRunner:
                 continue
             flow_run_id = UUID(worker.flow_run_id)
             state = self._client.read_flow_run(flow_run_id).state
-            if state is not None and (state.is_cancelling() or state.is_cancelled()):
+            subflows = self._subflows(flow_run_id)
+            # A stage is cancelled on its own page; it is a part of the run's process, and goes with it.
+            states = [state, *(subflow.state for subflow in subflows)]
+            if any(one is not None and (one.is_cancelling() or one.is_cancelled()) for one in states):
                 logger.info("cancelling flow run %s", flow_run_id)
-                subflows = self._subflows(flow_run_id)
                 worker.end_run()
-                self._mark_cancelled([flow_run_id, *subflows])
+                self._mark_cancelled([flow_run_id, *(subflow.id for subflow in subflows)])
 
-    def _subflows(self, flow_run_id: UUID) -> list[UUID]:
+    def _subflows(self, flow_run_id: UUID) -> list[FlowRun]:
         """Runs that end with this one, as long as it is under way."""
         of_run = FlowRunFilter(parent_flow_run_id=FlowRunFilterParentFlowRunId(any_=[flow_run_id]))
         found = self._client.read_flow_runs(flow_run_filter=of_run)
-        return [run.id for run in found if run.state is None or not run.state.is_final()]
+        return [run for run in found if run.state is None or not run.state.is_final()]
 
     def _mark_cancelled(self, flow_run_ids: list[UUID]) -> None:
         """Their own processes may have said that they crashed, which is not the cause."""
@@ -201,9 +235,13 @@ def main(argv: list[str]) -> None:
     """Serve the lanes named, or all, until SIGTERM or Ctrl-C. WEIGHTLINE_LOG_DIR takes a log file a lane."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
+    try:
+        lanes = lanes_named(argv)
+    except InputError as error:
+        sys.exit(f"error: {error}")
     log_dir = os.environ.get("WEIGHTLINE_LOG_DIR")
-    logs = {lane.name: Path(log_dir) / f"lane-{lane.name}.log" if log_dir else None for lane in lanes_named(argv)}
-    workers = [WarmWorker(lane, logs[lane.name]) for lane in lanes_named(argv)]
+    logs = {lane.name: Path(log_dir) / f"lane-{lane.name}.log" if log_dir else None for lane in lanes}
+    workers = [WarmWorker(lane, logs[lane.name]) for lane in lanes]
     with get_client(sync_client=True) as client:
         runner = WarmRunner(client, workers)
         signal.signal(signal.SIGTERM, lambda *_: runner.stop())

@@ -1,8 +1,8 @@
 """One training a chain: whoever trains holds a lock of this host. Free of Prefect.
 
 The lock is the kernel's, so it goes with its holder, however that ends; no server has to be there, and none can take it
-away from a training that goes on. Between hosts, the queue `training` lets one run go on at a time, and the bucket has
-the last word: the second writer of a version loses.
+away from a training that goes on. It goes by the bucket, not by how its URL is spelled. Between hosts, the queue
+`training` lets one run go on at a time, and the bucket has the last word: the second writer of a version loses.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from weightline.errors import InputError
+from weightline.store import open_store
 
 
 @contextmanager
@@ -40,6 +41,6 @@ def the_only_training(chain_url: str, run_id: str) -> Iterator[None]:
 
 
 def lock_path(chain_url: str) -> Path:
-    """Where this host keeps the chain's lock."""
-    digest = hashlib.sha256(chain_url.rstrip("/").encode()).hexdigest()[:24]
+    """Where this host keeps the chain's lock: the same file for every URL that leads to the chain."""
+    digest = hashlib.sha256(open_store(chain_url).url.rstrip("/").encode()).hexdigest()[:24]
     return Path(tempfile.gettempdir()) / f"weightline-locks-{os.getuid()}" / f"{digest}.lock"

@@ -11,12 +11,13 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
 
+from tasks.form_checks import check_form
 from tasks.run_folder import RUNS
 from weightline.chain import Chain, open_chain
 from weightline.chain.records import Record, read_records
 from weightline.errors import InputError, TransientStorageError
 from weightline.evaluation.evaluate import evaluate_or_skip
-from weightline.evaluation.task import ARITHMETIC, EvaluationTask, arithmetic_task
+from weightline.evaluation.task import ARITHMETIC, EvaluationTask, arithmetic_task, check_name
 from weightline.stages.arithmetic import write_heldout
 from weightline.stages.load import parse_recipe
 from weightline.stages.recipe import Recipe
@@ -41,7 +42,11 @@ def evaluate(chain: str, version: int, task_name: str | None, limit: int | None)
     recipe = recipe_of(opened, version)
     # One folder for all versions: the harness keeps its copy of the problems there.
     work_dir = Path(tempfile.gettempdir()) / "weightline-evaluation"
-    return evaluate_or_skip(opened, version, evaluation_task(recipe, task_name, limit, work_dir), work_dir)
+    with check_form("task"):
+        asked = evaluation_task(recipe, task_name, limit, work_dir)
+        if task_name is not None:
+            check_name(asked)
+    return evaluate_or_skip(opened, version, asked, work_dir)
 
 
 def recipe_of(chain: Chain, version: int) -> Recipe | None:

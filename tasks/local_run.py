@@ -18,7 +18,7 @@ from rich.console import Console
 
 from tasks.run_folder import Run, prepare_run, runs_dir_of
 from tasks.screen import RunScreen
-from tasks.stack import DEFAULT_PORT, Stack, StackFolder, free_port, port_of, running_stack
+from tasks.stack import DEFAULT_PORT, Stack, StackFolder, free_port, port_of, require_answer, running_stack
 from tasks.summary import stage_lines, versions_table, write_summary
 from tasks.supervisor import start_supervisor
 from tasks.watch import RunProgress, RunWatch
@@ -102,9 +102,11 @@ def bring_down(runs_dir: Path) -> bool:
 def deploy_everything(runs_dir: Path, root: Path) -> str:
     """Deploy to the server of PREFECT_API_URL, or to the stack that is up. Returns the server's URL. Safe to repeat.
 
-    InputError when there is neither; LaunchError with Prefect's own words when it refuses.
+    InputError when there is neither, or nothing answers there; LaunchError with Prefect's own words when it refuses.
     """
-    if not os.environ.get("PREFECT_API_URL"):
+    if url := os.environ.get("PREFECT_API_URL"):
+        require_answer(url)
+    else:
         folder = StackFolder.under(runs_dir_of(runs_dir))
         found = running_stack(folder)
         if found is None:
@@ -148,7 +150,7 @@ def _start(stack: Stack, root: Path, console: Console) -> None:
         with get_client(sync_client=True) as client:
             end_stale_runs(client)
         stack.start_runner()  # its processes import what they need while the flows are deployed
-        deploy_all(root)
+        deploy_all(root, keeps_toggles=True)
     console.print(f"Prefect UI: {stack.ui_url}", highlight=False)
 
 

@@ -18,7 +18,7 @@ from weightline.chain.expire import expire_before
 from weightline.chain.gc import collect, plan_gc, view_chain
 from weightline.chain.horizon import oldest_kept
 from weightline.chain.verify import VerifyReport, verify_chain
-from weightline.errors import ChainEmptyError, CorruptError
+from weightline.errors import CorruptError
 from weightline.lineage.table import escape_markdown_url
 from weightline.lineage.text import escape_markdown, format_nbytes
 
@@ -37,8 +37,6 @@ class Outcome:
 def verify(chain: str, is_deep: bool) -> Outcome:
     """Everything that can be seen to hold, holds; else CorruptError, with what does not. Reads only."""
     report = verify_chain(open_chain(chain), is_deep=is_deep)
-    if report.num_versions == 0:
-        raise ChainEmptyError(f"chain: {chain} holds no version: is the URL right?", chain=chain)
     if not report.holds:
         raise CorruptError(f"{chain} does not hold, nothing was changed:\n{told_findings(report)}", chain=chain)
     looked = (

@@ -4,24 +4,36 @@ Prefect's own client reconnects for seconds per event, and at exit waits for the
 for six steps after the server was killed, 115 s with a server that hangs. A rank must lose neither. So events are put
 here (no network), and a daemon thread posts them in batches: at least once while the server is there, the newest
 10,000 when it comes back, none when it stays away. The server drops an event whose id it has.
+
+Password, key, certificates and headers are those of Prefect's settings. A server that wants others is one that is away:
+events wait, and it is told once.
 """
 
 from __future__ import annotations
 
 import atexit
+import contextvars
 import json
+import logging
 import threading
 import time
 from collections import deque
 from typing import Any, Protocol
 
 import httpx
+from prefect.client.orchestration import SyncPrefectClient
+from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_KEY
 
 MAX_WAITING = 10_000
 _MAX_BATCH = 200
 _POST_TIMEOUT_SECONDS = 2.0
 _RETRY_SECONDS = 5.0
 _FLUSH_SECONDS = 2.0
+#: The same bytes would be refused again. Whatever else a server or a proxy answers may be another answer later.
+_FINAL_REFUSALS = frozenset({400, 413, 422})
+_JSON = {"Content-Type": "application/json"}
+
+logger = logging.getLogger(__name__)
 
 
 class Dumpable(Protocol):
@@ -34,11 +46,14 @@ class EventOutbox:
     """What prefect's forwarding events client takes for its queue: `put` never blocks and never raises."""
 
     def __init__(self, api_url: str) -> None:
-        self._url = f"{api_url.rstrip('/')}/events"
+        self._api_url = api_url
         self._waiting: deque[dict[str, Any]] = deque(maxlen=MAX_WAITING)
         self._changed = threading.Condition()
         self._is_closing = False
-        self._thread = threading.Thread(target=self._run, name="weightline-outbox", daemon=True)
+        self._is_warned = False
+        # In the context of whoever makes this, which has Prefect's settings.
+        run = contextvars.copy_context().run
+        self._thread = threading.Thread(target=run, args=(self._run,), name="weightline-outbox", daemon=True)
         self._thread.start()
         atexit.register(self.close)
 
@@ -62,14 +77,30 @@ class EventOutbox:
         self._thread.join(timeout=_FLUSH_SECONDS)
 
     def _run(self) -> None:
-        # trust_env off: a proxy of the environment has no business between a rank and its own server.
-        with httpx.Client(timeout=_POST_TIMEOUT_SECONDS, trust_env=False) as client:
+        with _client_of(self._api_url) as client:
             while batch := self._next_batch():
-                if _post(client, self._url, batch):
+                if self._post(client, batch):
                     for _ in batch:
                         self._waiting.popleft()
                 elif self._pause():
                     return
+
+    def _post(self, client: SyncPrefectClient, batch: list[dict[str, Any]]) -> bool:
+        """Whether the server has settled the matter. What it refuses is told once; that it is away is no news."""
+        try:
+            client.request("POST", "/events", content=json.dumps(batch), headers=_JSON)
+        except httpx.HTTPStatusError as error:
+            status = error.response.status_code
+            if not self._is_warned and status < 500:
+                logger.warning(
+                    "the Prefect server refuses events of this process (HTTP %d): %s", status, _remedy(status)
+                )
+                self._is_warned = True
+            return status in _FINAL_REFUSALS
+        # ValueError: a token against forgery was asked for, and something else came.
+        except (httpx.HTTPError, ValueError):
+            return False
+        return True
 
     def _next_batch(self) -> list[dict[str, Any]]:
         """Blocks until something waits. Empty when closing and done."""
@@ -85,10 +116,17 @@ class EventOutbox:
             return self._is_closing
 
 
-def _post(client: httpx.Client, url: str, batch: list[dict[str, Any]]) -> bool:
-    try:
-        response = client.post(url, content=json.dumps(batch), headers={"Content-Type": "application/json"})
-    except httpx.HTTPError:
-        return False
-    # A refusal is final: the same bytes would be refused again.
-    return response.status_code < 500
+def _client_of(api_url: str) -> SyncPrefectClient:
+    # trust_env off: a proxy of the environment has no business between a rank and its own server.
+    return SyncPrefectClient(
+        api_url,
+        auth_string=PREFECT_API_AUTH_STRING.value(),
+        api_key=PREFECT_API_KEY.value(),
+        httpx_settings={"timeout": _POST_TIMEOUT_SECONDS, "trust_env": False},
+    )
+
+
+def _remedy(status: int) -> str:
+    if status in _FINAL_REFUSALS:
+        return "they are lost"
+    return "they wait here. Is PREFECT_API_AUTH_STRING (or PREFECT_API_KEY) what the server wants?"

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tasks.launch import run_ranks, with_rank_logs
 from tasks.machines import Call, calls_dir, read_call, standing_calls
-from weightline.errors import LaunchError
+from weightline.errors import WeightlineError
 from weightline.stages.job import StageJob
 from weightline.stages.launch import launch_environment
 
@@ -42,7 +42,20 @@ def main(argv: list[str]) -> None:
 
 
 def answer(call: Call, runs_dir: Path, machine_rank: int) -> None:
-    """Run this machine's ranks to their end, or until the call is withdrawn. No process is left."""
+    """Run this machine's ranks to their end, or until the call is withdrawn. No process is left.
+
+    A call that this machine cannot answer, such as one whose job it cannot read, is told on stderr: the flow's ranks
+    miss these, and fail by themselves.
+    """
+    try:
+        _take_part(call, runs_dir, machine_rank)
+    except _WithdrawnError:
+        _tell("the call was withdrawn: its ranks were ended")
+    except (WeightlineError, OSError) as error:
+        _tell(str(error))
+
+
+def _take_part(call: Call, runs_dir: Path, machine_rank: int) -> None:
     job = StageJob.load(call.job_path)
     env = launch_environment(job, {**os.environ, **call.environment})
     log_dir = job.output_dir / f"rank-logs-{machine_rank}"
@@ -53,12 +66,7 @@ def answer(call: Call, runs_dir: Path, machine_rank: int) -> None:
             raise _WithdrawnError
 
     log_path = job.output_dir / f"ranks-{machine_rank}.log"
-    try:
-        run_ranks(with_rank_logs(call.argv(machine_rank), log_dir), env, log_path, _tell, tick)
-    except _WithdrawnError:
-        _tell("the call was withdrawn: its ranks were ended")
-    except LaunchError as error:
-        _tell(str(error))
+    run_ranks(with_rank_logs(call.argv(machine_rank), log_dir), env, log_path, _tell, tick)
 
 
 def _tell(text: str) -> None:

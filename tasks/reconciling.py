@@ -7,95 +7,91 @@ keeps one; a run is started under a key, so that the server starts one, however 
 from __future__ import annotations
 
 import os
-import time
-from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
+from itertools import chain as joined
+from itertools import zip_longest
 from pathlib import Path
 
 from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.orchestration import SyncPrefectClient, get_client
-from prefect.client.schemas.filters import (
-    DeploymentFilter,
-    DeploymentFilterName,
-    FlowRunFilter,
-    FlowRunFilterExpectedStartTime,
-    FlowRunFilterState,
-    FlowRunFilterStateType,
-)
-from prefect.client.schemas.objects import StateType
+from prefect.client.schemas.objects import FlowRun
 from prefect.deployments import run_deployment
 
-from tasks.publish import announce_commit, event_id
+from tasks.consumer_runs import (
+    EVALUATE,
+    MAX_RUNS,
+    REFRESH,
+    Missing,
+    UnderWay,
+    ended_at,
+    next_step,
+    read_announced,
+    read_runs_of,
+    read_under_way,
+    url_of,
+)
+from tasks.form_checks import PATIENCE_SECONDS
+from tasks.publish import announce_commit
 from tasks.run_folder import chain_of_run, runs_dir_of
-from weightline.chain import open_chain
-from weightline.chain.records import EVALUATIONS, REFRESHES, Record, read_records
-from weightline.errors import WeightlineError
+from weightline.chain import Chain, open_chain
+from weightline.chain.records import EVALUATIONS, REFRESHES, recorded_versions, write_record
+from weightline.errors import CorruptError, NotFoundError, UnsupportedFeatureError, WeightlineError
 from weightline.format.manifest import Manifest
+from weightline.lineage.rows import parse_time
 
-EVALUATE = "evaluate-version/evaluate-version"
-REFRESH = "refresh-serving/refresh-serving"
 #: Chains that are looked after beside those of the runs folder: URLs with spaces between them.
 CHAINS_VARIABLE = "WEIGHTLINE_CHAINS"
-#: A run that was started for a version and crashed is started again in the next window, and not before.
-WINDOW_SECONDS = 300
+#: So many runs of a consumer wait or go on for all chains together; so many versions of a chain are announced at once.
 MAX_STARTED = 50
 #: The server forgets events after seven days; what is older is announced to nobody.
 ANNOUNCED_DAYS = 6
-_UNDER_WAY = [StateType.SCHEDULED, StateType.PENDING, StateType.RUNNING, StateType.PAUSED, StateType.CANCELLING]
-_MAX_READ = 200
-#: A consumer's run that takes longer is taken for dead.
-_MAX_SECONDS = 3600.0
-_MAX_EVENTS = 50
-
-
-@dataclass(frozen=True, slots=True)
-class Missing:
-    """A version that a consumer owes a record."""
-
-    version: int
-    commit_id: str
-    deployment: str
-
-    def idempotency_key(self, now_seconds: float) -> str:
-        """The same within a window, however many reconcile at once: the server starts one run for it."""
-        return f"{self.deployment}:{self.commit_id}:{int(now_seconds // WINDOW_SECONDS)}"
+#: Where a consumer's records are.
+_KINDS = {EVALUATE: EVALUATIONS, REFRESH: REFRESHES}
+_LONG_AGO = datetime.min.replace(tzinfo=UTC)
 
 
 @dataclass(frozen=True, slots=True)
 class Owed:
-    """What a chain's versions lack."""
+    """What a chain's versions lack, and what is to be done about it now."""
 
     unannounced: tuple[Manifest, ...]
-    missing: tuple[Missing, ...]
+    to_start: tuple[Missing, ...]
+    hopeless: tuple[tuple[Missing, str], ...]
+    """What no run has achieved, with the last word of the last."""
+    unreadable: tuple[WeightlineError, ...]
+    """Of versions whose manifest cannot be read: the others get what they are owed."""
 
-    @property
-    def num_owed(self) -> int:
-        return len(self.unannounced) + len(self.missing)
 
+def lacking_versions(
+    versions: Iterable[int], evaluated: Collection[int], refreshed: Collection[int]
+) -> Mapping[int, tuple[str, ...]]:
+    """The versions that lack a record, with the deployments that owe it. Pure.
 
-def plan_reconcile(
-    manifests: Sequence[Manifest],
-    evaluations: Iterable[Record],
-    refreshes: Iterable[Record],
-    committed_before: datetime,
-    max_started: int = MAX_STARTED,
-    under_way: Collection[tuple[str, int]] = frozenset(),
-) -> tuple[Missing, ...]:
-    """What to start, oldest first, at most `max_started`. Younger versions are left to their events. Pure.
-
-    `under_way`: deployments and versions for which a run waits or goes on already.
+    One that lacks none was heard of: nothing else of it is read.
     """
-    evaluated, refreshed = ({record["version"] for record in records} for records in (evaluations, refreshes))
-    missing = [
-        Missing(manifest.version, manifest.commit_id, deployment)
+    recorded = ((EVALUATE, evaluated), (REFRESH, refreshed))
+    found = {version: tuple(who for who, known in recorded if version not in known) for version in versions}
+    return {version: owed for version, owed in found.items() if owed}
+
+
+def plan_missing(
+    chain: str,
+    manifests: Sequence[Manifest],
+    lacking: Mapping[int, Sequence[str]],
+    committed_before: datetime,
+    under_way: Collection[UnderWay] = frozenset(),
+) -> tuple[Missing, ...]:
+    """What is owed, oldest first. Younger versions are left to their events, and what is under way to itself. Pure."""
+    return tuple(
+        Missing(chain, manifest.version, manifest.commit_id, deployment)
         for manifest in manifests
-        if datetime.fromisoformat(manifest.created_at) < committed_before
-        for deployment, recorded in ((EVALUATE, evaluated), (REFRESH, refreshed))
-        if manifest.version not in recorded and (deployment, manifest.version) not in under_way
-    ]
-    return tuple(missing[:max_started])
+        if _committed_at(manifest) < committed_before
+        for deployment in lacking[manifest.version]
+        if (deployment, chain, manifest.version) not in under_way
+    )
 
 
 def plan_announcements(
@@ -105,30 +101,64 @@ def plan_announcements(
     unannounced = (
         manifest
         for manifest in manifests
-        if committed_after < datetime.fromisoformat(manifest.created_at) < committed_before
-        and manifest.commit_id not in told
+        if committed_after < _committed_at(manifest) < committed_before and manifest.commit_id not in told
     )
     return tuple(unannounced)[:MAX_STARTED]
 
 
+def sort_out(
+    missing: Sequence[Missing], runs: Mapping[str, FlowRun], now: datetime
+) -> tuple[tuple[Missing, ...], tuple[tuple[Missing, str], ...]]:
+    """What to start a run for now, and what to give up, with the last run's word. `runs`: by key. Pure."""
+    to_start: list[Missing] = []
+    hopeless: list[tuple[Missing, str]] = []
+    for one in missing:
+        tried = [runs[key] for key in one.idempotency_keys if key in runs]
+        match next_step([ended_at(run, now) for run in tried], now):
+            case "start":
+                to_start.append(replace(one, num_tried=len(tried)))
+            case "give up":
+                state = tried[-1].state
+                hopeless.append((one, (state and state.message) or "it said nothing"))
+    return tuple(to_start), tuple(hopeless)
+
+
+def take_turns(chains: Sequence[Sequence[Missing]], under_way: Collection[UnderWay]) -> list[Missing]:
+    """What to start of what all chains would: every chain has its turn, and no consumer more than it can do. Pure."""
+    turns = [one for one in joined.from_iterable(zip_longest(*chains)) if one is not None]
+    started: list[Missing] = []
+    for deployment in (EVALUATE, REFRESH):
+        room = MAX_STARTED - sum(going_on[0] == deployment for going_on in under_way)
+        started += [one for one in turns if one.deployment == deployment][: max(0, room)]
+    return started
+
+
+@task(task_run_name="look at what is under way", cache_policy=NO_CACHE, persist_result=False)
+def find_under_way() -> frozenset[UnderWay]:
+    """Consumers' runs of all chains that wait or go on. Reads only."""
+    with get_client(sync_client=True) as client:
+        return read_under_way(client, datetime.now(UTC))
+
+
 @task(task_run_name="look for what {chain} owes", cache_policy=NO_CACHE, persist_result=False)
-def find_owed(chain: str, grace_seconds: float) -> Owed:
-    """Read the bucket and the server, and plan. Reads only.
+def find_owed(chain: str, grace_seconds: float, under_way: frozenset[UnderWay] = frozenset()) -> Owed:
+    """Read the bucket and the server, and plan. Reads only: three listings, and manifests that lack a record.
 
     A version that is announced now is left to that event; it comes up again when that did not help.
     """
-    opened = open_chain(chain)
+    opened = open_chain(chain, patience_seconds=PATIENCE_SECONDS)
     now = datetime.now(UTC)
     before, after = now - timedelta(seconds=grace_seconds), now - timedelta(days=ANNOUNCED_DAYS)
-    evaluations, refreshes = (read_records(opened, kind) for kind in (EVALUATIONS, REFRESHES))
-    manifests = opened.manifests()
+    evaluated, refreshed = (recorded_versions(opened, kind) for kind in (EVALUATIONS, REFRESHES))
+    lacking = lacking_versions(opened.versions(), evaluated, refreshed)
+    manifests, unreadable = read_manifests(opened, lacking)
     with get_client(sync_client=True) as client:
-        young = [m for m in manifests if datetime.fromisoformat(m.created_at) > after]
-        unannounced = plan_announcements(young, _announced(client, chain, young), before, after)
-        under_way = _under_way(client, chain)
-    told_now = {manifest.version for manifest in unannounced}
-    known = [manifest for manifest in manifests if manifest.version not in told_now]
-    return Owed(unannounced, plan_reconcile(known, evaluations, refreshes, before, under_way=under_way))
+        unannounced = _unannounced(client, opened.url, manifests, before, after)
+        told_now = {manifest.version for manifest in unannounced}
+        known = [manifest for manifest in manifests if manifest.version not in told_now]
+        missing = plan_missing(opened.url, known, lacking, before, under_way)
+        to_start, hopeless = sort_out(missing, read_runs_of(client, missing), now)
+    return Owed(unannounced, to_start, hopeless, unreadable)
 
 
 @task(task_run_name="announce v{manifest.version} again", cache_policy=NO_CACHE, persist_result=False)
@@ -145,19 +175,31 @@ def announce_again(chain: str, manifest: Manifest) -> None:
 
 
 @task(task_run_name="start {missing.deployment} v{missing.version}", cache_policy=NO_CACHE, persist_result=False)
-def start_missing(chain: str, missing: Missing) -> None:
-    """Start the consumer's deployment for the version. Safe to repeat: the same run within a window."""
-    parameters = {"chain": chain, "version": missing.version}
-    key = missing.idempotency_key(time.time())
-    run_deployment(missing.deployment, parameters=parameters, idempotency_key=key, timeout=0, as_subflow=False)
-    get_run_logger().info("started %s for version %d of %s", missing.deployment, missing.version, chain)
+def start_missing(missing: Missing) -> None:
+    """Start the consumer's deployment for the version. Safe to repeat: it is one run."""
+    run_deployment(
+        missing.deployment, parameters={"chain": missing.chain, "version": missing.version},
+        idempotency_key=missing.idempotency_key, timeout=0, as_subflow=False,
+    )  # fmt: skip
+    get_run_logger().info("started %s for version %d of %s", missing.deployment, missing.version, missing.chain)
 
 
-def configured_chains(runs_dir: str | Path) -> tuple[list[str], list[str]]:
-    """The chains of WEIGHTLINE_CHAINS, and those of the runs folder, the run that was started last first."""
+@task(task_run_name="give up {missing.deployment} v{missing.version}", cache_policy=NO_CACHE, persist_result=False)
+def give_up(missing: Missing, why: str) -> None:
+    """Write down that no run brought it about: nothing is started for it any more. Safe to repeat.
+
+    A run that a person starts leaves its own record, which then counts.
+    """
+    reason = f"{MAX_RUNS} runs left no record; the last: {why}"
+    told = {"status": "failed", "reason": reason, "commit_id": missing.commit_id}
+    write_record(open_chain(missing.chain), _KINDS[missing.deployment], missing.version, "reconcile", told)
+    get_run_logger().warning("version %d, %s: %s", missing.version, missing.deployment, reason)
+
+
+def configured_chains(runs_dir: str | Path) -> list[str]:
+    """The chains of WEIGHTLINE_CHAINS, then those of the runs folder, the run that was started last first."""
     named = os.environ.get(CHAINS_VARIABLE, "").split()
-    of_runs = (chain for chain in chains_of_runs(runs_dir) if chain not in named)
-    return list(dict.fromkeys(named)), list(dict.fromkeys(of_runs))
+    return list(dict.fromkeys(url_of(chain) for chain in (*named, *chains_of_runs(runs_dir))))
 
 
 def chains_of_runs(runs_dir: str | Path) -> Iterator[str]:
@@ -170,31 +212,27 @@ def chains_of_runs(runs_dir: str | Path) -> Iterator[str]:
             continue
 
 
-def _announced(client: SyncPrefectClient, chain: str, manifests: Sequence[Manifest]) -> set[str]:
-    """Commit ids of those whose event the server has."""
-    by_event = {str(event_id(chain, manifest.commit_id)): manifest.commit_id for manifest in manifests}
-    found: set[str] = set()
-    ids = list(by_event)
-    for first in range(0, len(ids), _MAX_EVENTS):
-        some = ids[first : first + _MAX_EVENTS]
-        asked = {"filter": {"id": {"id": some}}, "limit": _MAX_EVENTS}
-        response = client.request("POST", "/events/filter", json=asked)
-        found |= {by_event[event["id"]] for event in response.json()["events"]}
-    return found
+def read_manifests(chain: Chain, versions: Iterable[int]) -> tuple[tuple[Manifest, ...], tuple[WeightlineError, ...]]:
+    """The manifests of these versions, and why some cannot be read. One that has expired meanwhile is left out."""
+    manifests: list[Manifest] = []
+    errors: list[WeightlineError] = []
+    for version in versions:
+        try:
+            manifests.append(chain.manifest(version))
+        except NotFoundError:
+            continue
+        except (CorruptError, UnsupportedFeatureError) as error:
+            errors.append(error)
+    return tuple(manifests), tuple(errors)
 
 
-def _under_way(client: SyncPrefectClient, chain: str) -> set[tuple[str, int]]:
-    """Consumers' runs of this chain that have not ended. One that began long ago has ended without a word."""
-    found = set()
-    since = datetime.now(UTC) - timedelta(seconds=_MAX_SECONDS)
-    for deployment in (EVALUATE, REFRESH):
-        runs = client.read_flow_runs(
-            deployment_filter=DeploymentFilter(name=DeploymentFilterName(any_=[deployment.rpartition("/")[2]])),
-            flow_run_filter=FlowRunFilter(
-                state=FlowRunFilterState(type=FlowRunFilterStateType(any_=_UNDER_WAY)),
-                expected_start_time=FlowRunFilterExpectedStartTime(after_=since),
-            ),
-            limit=_MAX_READ,
-        )
-        found |= {(deployment, run.parameters["version"]) for run in runs if run.parameters.get("chain") == chain}
-    return found
+def _unannounced(
+    client: SyncPrefectClient, chain: str, manifests: Sequence[Manifest], before: datetime, after: datetime
+) -> tuple[Manifest, ...]:
+    young = [manifest for manifest in manifests if _committed_at(manifest) > after]
+    return plan_announcements(young, read_announced(client, chain, young), before, after)
+
+
+def _committed_at(manifest: Manifest) -> datetime:
+    """By the writer's clock. What tells no time is old."""
+    return parse_time(manifest.created_at) or _LONG_AGO

@@ -11,6 +11,7 @@ from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 
 from tasks.evaluation import recipe_of
+from tasks.form_checks import PATIENCE_SECONDS, check_chain, check_folder, check_form
 from tasks.hub_repo import upload_model
 from tasks.model_card import CARD, CardFacts, model_card
 from tasks.names import artifact_key
@@ -33,13 +34,14 @@ class Release:
     repo_url: str | None
 
 
-def check_release(folder: str | None, repo_id: str | None) -> None:
-    """InputError when there is nowhere to write to, or the folder is another one's. Before anything is read."""
+def check_release(chain: str, version: str, folder: str | None, repo_id: str | None) -> None:
+    """Before anything is read: there is somewhere to write to, and the version is there. Errors name the field."""
     if folder is None and repo_id is None:
         raise InputError("folder, repo_id: name a folder, a Hub repository, or both", field="folder")
-    target = Path(folder).expanduser() if folder is not None else None
-    if target is not None and target.exists() and not target.is_dir():
-        raise InputError(f"folder: {target} is a file", field="folder")
+    opened = check_chain(chain, PATIENCE_SECONDS)
+    with check_form("version"):
+        resolve(opened, version)
+    check_folder(folder)
 
 
 @task(task_run_name="publish {version}", cache_policy=NO_CACHE, persist_result=False)

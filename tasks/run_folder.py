@@ -10,23 +10,26 @@ runs/<id>/summary.json          the end of `python -m flows run`
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import NoReturn
 
 from pydantic import ValidationError
 
+from tasks.form_checks import PATIENCE_SECONDS, check_form
 from tasks.names import RUNS_DIR_VARIABLE
 from weightline.chain import Chain, open_chain
 from weightline.chain.records import write_record
 from weightline.chain.refs import resolve
-from weightline.errors import InputError, NotFoundError
+from weightline.errors import InputError, NotFoundError, RecipeError
 from weightline.format.keys import checked_name
 from weightline.stages.job import StageJob, write_atomically
 from weightline.stages.load import load_recipe
 from weightline.stages.preflight import Placement, check_recipe
-from weightline.stages.recipe import FrozenModel, Recipe, StageConfig, StageKind, parse_start
+from weightline.stages.recipe import FrozenModel, ModelConfig, Recipe, StageConfig, StageKind, parse_start
 from weightline.store import open_store
 from weightline.store.open import check_writable
 
@@ -45,7 +48,7 @@ class _RunFile(FrozenModel):
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """A run that passed every check. `folder` and `chain_url` are absolute."""
+    """A run that passed every check. `folder` is absolute, and `chain_url` how the store itself spells it."""
 
     run_id: str
     folder: Path
@@ -116,23 +119,25 @@ def prepare_run(
     A `run_id` that has a folder is resumed: with its own recipe; another recipe is refused. Safe to repeat. RecipeError
     names the field and the remedy, InputError or StorageError the bucket that cannot be written.
     """
-    start = parse_start(start_from) if start_from is not None else None
+    with check_form("start_from"):
+        start = parse_start(start_from) if start_from is not None else None
     if run_id is not None and (runs_dir_of(runs_dir) / run_id / _RUN_FILE).exists():
         run = open_run(runs_dir_of(runs_dir) / run_id)
         if recipe_path is not None:
             _require_same_recipe(run, load_recipe(recipe_path).choose(kinds, start), recipe_path)
         return run
     if recipe_path is None:
-        message = f"run_id: there is no run {run_id} in {runs_dir}: name one that is there, or a recipe"
-        raise NotFoundError(message, key=run_id)
+        _refuse_without_recipe(run_id, runs_dir)
     recipe = load_recipe(recipe_path).choose(kinds, start)
-    placement = check_recipe(recipe)
+    with _told_as_start_from(start):
+        placement = check_recipe(recipe)
     recipe = _pinned(recipe)
     run_id = checked_name(run_id or new_run_id(recipe.name))
     folder = runs_dir_of(runs_dir) / run_id
-    url = chain_url or (folder / "bucket" / run_id).as_uri()
-    check_writable(open_store(url))
-    run = Run(run_id, folder, url, recipe, placement)
+    with check_form("chain" if chain_url else "runs_dir"):
+        store = open_store(chain_url or (folder / "bucket" / run_id).as_uri(), PATIENCE_SECONDS)
+        check_writable(store)
+    run = Run(run_id, folder, store.url, recipe, placement)
     _write(run)
     return run
 
@@ -164,6 +169,25 @@ def default_runs_dir() -> str:
 def runs_dir_of(runs_dir: str | Path) -> Path:
     """The folder of all runs, absolute."""
     return Path(runs_dir).expanduser().absolute()
+
+
+def _refuse_without_recipe(run_id: str | None, runs_dir: str | Path) -> NoReturn:
+    if run_id is None:
+        raise InputError("recipe: name one, or the run to resume", field="recipe")
+    message = f"run_id: there is no run {run_id} in {runs_dir}: name one that is there, or a recipe"
+    raise NotFoundError(message, key=run_id, field="run_id")
+
+
+@contextmanager
+def _told_as_start_from(start: ModelConfig | None) -> Iterator[None]:
+    """What is wrong with the model is wrong with `start_from`, where that named it."""
+    try:
+        yield
+    except RecipeError as error:
+        if start is None or not str(error.facts.get("field")).startswith("model."):
+            raise
+        with check_form("start_from"):
+            raise
 
 
 def _pinned(recipe: Recipe) -> Recipe:

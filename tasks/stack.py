@@ -219,6 +219,18 @@ def is_healthy(api_url: str) -> bool:
         return False
 
 
+def require_answer(api_url: str) -> None:
+    """InputError at once when no server answers at the URL, whatever it says: Prefect's client would ask for long."""
+    try:
+        httpx.get(f"{api_url}/health", timeout=10.0)
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        raise InputError(
+            f"PREFECT_API_URL: no Prefect server answers at {api_url} ({error}): start one, or unset the variable to "
+            "use the stack that is up (make up)",
+            field="PREFECT_API_URL",
+        ) from error
+
+
 def port_of(facts: StackFacts) -> int:
     """Where a stack's server listens."""
     return int(facts.api_url.rsplit(":", 1)[1].split("/")[0])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -117,7 +117,7 @@ def prove_equality(run: Run, job: StageJob) -> dict[str, Any]:
     DigestMismatchError names the tensors that differ.
     """
     chain = run.open_chain()
-    manifest = last_version(chain.manifests(), job.stage.kind, run.run_id)
+    manifest = last_version(newest_first(chain), job.stage.kind, run.run_id)
     if manifest is None:
         raise InputError(f"{chain.url} has no version of stage {job.stage.kind} of run {run.run_id}")
     different = differing_tensors(chain, manifest.version, job.final_model_dir)
@@ -136,15 +136,20 @@ def prove_equality(run: Run, job: StageJob) -> dict[str, Any]:
     return proof
 
 
-def last_version(manifests: Sequence[Manifest], stage: str, run_id: str) -> Manifest | None:
-    """The newest version that this stage of this run committed. Pure."""
-    return next((m for m in reversed(manifests) if m.stage == stage and m.run_id == run_id), None)
+def newest_first(chain: Chain) -> Iterator[Manifest]:
+    """The chain's manifests, each read when it is asked for: what a run looks for is near the tip."""
+    return (chain.manifest(version) for version in reversed(chain.versions()))
+
+
+def last_version(manifests: Iterable[Manifest], stage: str, run_id: str) -> Manifest | None:
+    """The newest version that this stage of this run committed. `manifests`: newest first. Pure."""
+    return next((m for m in manifests if m.stage == stage and m.run_id == run_id), None)
 
 
 def finished_version(job: StageJob, chain: Chain) -> Manifest | None:
     """The stage's last version when the stage is finished: its marker stands, and the chain has what it vouches for."""
     result = StageResult.load(job)
-    manifest = last_version(chain.manifests(), job.stage.kind, job.run_id)
+    manifest = None if result is None else last_version(newest_first(chain), job.stage.kind, job.run_id)
     if result is None or manifest is None or not manifest.is_milestone:
         return None
     return manifest if manifest.global_step == result.global_step else None

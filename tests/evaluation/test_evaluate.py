@@ -15,12 +15,14 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.receiver.model_chains import ModelChain, make_chain
+from weightline.chain import Chain
 from weightline.chain.checkpoint import write_checkpoint
 from weightline.chain.records import EVALUATIONS, read_record, read_records
 from weightline.errors import DigestMismatchError, InputError, VersionNotFoundError
 from weightline.evaluation.checkpoint import prove_checkpoint
 from weightline.evaluation.evaluate import evaluate_or_skip, evaluate_version
 from weightline.evaluation.task import EvaluationTask, arithmetic_task
+from weightline.format import keys
 
 NUM_PROBLEMS = 40
 MAX_NEW_TOKENS = 3
@@ -123,6 +125,16 @@ def test_the_newest_wins_and_the_passed_over_one_is_recorded(task: EvaluationTas
     assert records[1]["newer_version"] == 2
     assert [r["version"] for r in read_records(grown.chain, EVALUATIONS)] == [0, 1, 2]
     assert evaluate_or_skip(grown.chain, 1, task, tmp_path) == records[1]
+
+
+def test_a_request_reads_no_more_of_a_long_chain(task: EvaluationTask, tmp_path: Path) -> None:
+    grown = make_chain(f"memory://{uuid.uuid4().hex}/toy", num_versions=0)
+    for _ in range(4):
+        grown.grow()
+    for version in (0, 2):
+        grown.chain.store.put(keys.commit(version), b"nobody reads this")
+    record = evaluate_or_skip(Chain(grown.chain.store), 1, task, tmp_path)
+    assert (record["status"], record["newer_version"]) == ("skipped", 3)
 
 
 def test_another_checkpoint_than_the_versions_is_not_measured(grown: ModelChain, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import pytest
 import yaml
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterName
+from prefect.client.schemas.objects import State
 
 from tasks.automations import WATCHED_TAG, ZOMBIES, ensure_automation, zombie_automation
 from tests.flows.conftest import ROOT
@@ -21,10 +22,13 @@ from tests.flows.conftest import ROOT
 _PROGRAM = (
     "from prefect import flow, tags\n"
     "import sys, time\n"
-    "@flow(flow_run_name='doomed')\n"
-    "def doomed():\n"
+    "@flow(flow_run_name='doomed part')\n"
+    "def part():\n"
     "    print('begun', flush=True)\n"
     "    time.sleep(300)\n"
+    "@flow(flow_run_name='doomed')\n"
+    "def doomed():\n"
+    "    part()\n"
     "with tags(sys.argv[1]):\n"
     "    doomed()\n"
 )
@@ -36,7 +40,7 @@ def test_trainings_bear_the_tag_that_is_watched() -> None:
 
 
 @pytest.mark.slow
-def test_a_training_whose_process_and_worker_are_gone_is_marked(
+def test_a_training_whose_process_and_worker_are_gone_is_marked_with_its_stages(
     client: SyncPrefectClient, server_environment: None, tmp_path: Path
 ) -> None:
     before = client.read_automations_by_name(ZOMBIES)
@@ -52,12 +56,14 @@ def test_a_training_whose_process_and_worker_are_gone_is_marked(
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
         process.stdout.close()
-    named = FlowRunFilter(name=FlowRunFilterName(any_=["doomed"]))
+    named = FlowRunFilter(name=FlowRunFilterName(any_=["doomed", "doomed part"]))
     deadline = time.monotonic() + 90
-    while not (run := client.read_flow_runs(flow_run_filter=named)[0]).state or not run.state.is_crashed():
-        assert time.monotonic() < deadline, run.state
+    states: list[State | None] = []
+    while len(states) < 2 or not all(state and state.is_crashed() for state in states):
+        assert time.monotonic() < deadline, states
         time.sleep(0.5)
-    assert "no longer said that it lives" in (run.state.message or "")
+        states = [run.state for run in client.read_flow_runs(flow_run_filter=named)]
+    assert ["no longer said that it lives" in ((state and state.message) or "") for state in states] == [True, True]
     if before:
         ensure_automation(client, zombie_automation())
     else:

@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 
 from tasks.chain_lock import lock_path, the_only_training
+from tasks.run_folder import prepare_run
 from tests.flows.conftest import ROOT
+from tests.flows.recipes import write_recipe
 from weightline.errors import InputError
 
 _HOLDER = (
@@ -40,3 +42,25 @@ def test_the_second_training_is_refused_until_the_first_has_gone_however_it_went
     holder.stdout.close()
     with the_only_training(chain, "mine"):
         assert "run mine" in lock_path(chain).read_text()
+
+
+@pytest.mark.parametrize(
+    "spelling",
+    [
+        "{folder}", "chain", "./chain/", "../{parent}/chain", "file://{folder}/", "file://localhost{folder}",
+        "file:///{folder}", "file://{folder}/../chain", "file://{escaped}", "link", "{folder}//",
+    ],
+)  # fmt: skip
+def test_a_chain_has_one_lock_and_one_url_however_it_is_spelled(
+    spelling: str, chain: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "chain"
+    (tmp_path / "link").symlink_to(folder)
+    escaped = str(folder).replace("chain", "%63hain")
+    spelled = spelling.format(folder=folder, parent=tmp_path.name, escaped=escaped)
+    assert spelled != chain
+    with the_only_training(spelled, "first"):
+        with pytest.raises(InputError, match="is being trained by run first"), the_only_training(chain, "second"):
+            raise AssertionError("two trainings of one chain")
+    assert prepare_run(write_recipe(tmp_path), tmp_path / "runs", chain_url=spelled).chain_url == chain

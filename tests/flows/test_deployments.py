@@ -7,11 +7,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.actions import DeploymentScheduleCreate
 from prefect.client.schemas.filters import (
     DeploymentFilter,
     DeploymentFilterName,
@@ -19,19 +21,24 @@ from prefect.client.schemas.filters import (
     FlowRunFilterState,
     FlowRunFilterStateType,
 )
-from prefect.client.schemas.objects import FlowRun, StateType
+from prefect.client.schemas.objects import DeploymentSchedule, FlowRun, StateType
+from prefect.client.schemas.schedules import CronSchedule
 from prefect.events import emit_event
 from prefect.events.worker import EventsWorker
 from prefect.exceptions import PrefectHTTPStatusError
-from prefect.states import Crashed
+from prefect.states import Crashed, Failed, Scheduled
+from prefect.types._datetime import now
 
 from flows.reconcile import reconcile
+from tasks.consumer_runs import MAX_RUNS
 from tasks.deploy import deploy_all, end_stale_runs
 from tasks.lanes import LANES, WORK_POOL
 from tasks.publish import announce_commit
 from tests.chains import commit_state, nudged, random_state
 from tests.flows.conftest import ROOT
 from weightline.chain import Chain, open_chain
+from weightline.chain.records import EVALUATIONS, REFRESHES, read_records
+from weightline.format import keys
 
 CONSUMERS = ("evaluate-version", "refresh-serving")
 
@@ -118,6 +125,41 @@ def test_what_an_announcement_did_not_start_is_started_once(deployed: SyncPrefec
         assert sorted(run.parameters["version"] for run in waiting) == [0, 1]
 
 
+def test_a_chain_that_cannot_be_read_costs_the_others_nothing(deployed: SyncPrefectClient) -> None:
+    torn, good = _committed_unheard("torn-chain"), _committed_unheard("good-chain")
+    torn.store.put(keys.commit(0), b"{torn")
+    with pytest.raises(ExceptionGroup, match=r"memory://torn-chain: .*; ftp://nowhere: "):
+        reconcile(chains=[torn.url, "ftp://nowhere", good.url], grace_seconds=0.0)
+    for name in CONSUMERS:
+        runs = _wait_for(lambda name=name: _runs(deployed, name, good.url), lambda found: len(found) >= 2)
+        assert sorted(run.parameters["version"] for run in runs) == [0, 1]
+        (run,) = _wait_for(lambda name=name: _runs(deployed, name, torn.url), bool)
+        assert run.parameters["version"] == 1
+
+
+def test_what_fails_for_good_is_written_down_and_not_started_again(
+    deployed: SyncPrefectClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tasks.consumer_runs.WINDOW_SECONDS", 0)
+    chain = _committed_unheard("hopeless")
+    for manifest in chain.manifests():
+        announce_commit(chain.url, {"version": manifest.version, "commit_id": manifest.commit_id})
+    for tried in range(MAX_RUNS + 1):
+        for name in CONSUMERS:
+            runs = _wait_for(lambda name=name: _runs(deployed, name, chain.url), lambda found: len(found) >= 2)
+            assert len(runs) == 2 * (tried + 1)
+            for run in (run for run in runs if run.state and not run.state.is_final()):
+                deployed.set_flow_run_state(run.id, Failed(message="no such task"), force=True)
+        assert reconcile(chains=[chain.url], grace_seconds=0.0) == (4 if tried < MAX_RUNS else 0)
+    for kind in (EVALUATIONS, REFRESHES):
+        records = read_records(chain, kind)
+        assert [(record["version"], record["status"]) for record in records] == [(0, "failed"), (1, "failed")]
+        assert all("no such task" in record["reason"] for record in records)
+    for version in (0, 1):
+        chain.store.put(keys.commit(version), b"nobody reads a version that has its records")
+    assert reconcile(chains=[chain.url], grace_seconds=0.0) == 0
+
+
 @pytest.mark.parametrize(
     ("name", "wrong", "field"),
     [
@@ -171,10 +213,48 @@ def test_deploying_again_changes_nothing_that_a_person_sees(deployed: SyncPrefec
     assert run.parameters["version"] == 0
 
 
-def test_what_an_earlier_stack_left_behind_is_cancelled(deployed: SyncPrefectClient) -> None:
+def test_a_stack_that_comes_up_leaves_toggles_and_limits_as_a_person_set_them(deployed: SyncPrefectClient) -> None:
+    def nightly() -> DeploymentSchedule:
+        (schedule,) = deployed.read_deployment_by_name("post-training/post-training").schedules
+        return schedule
+
+    def monthly() -> list[DeploymentSchedule]:
+        return deployed.read_deployment_by_name("maintain-chain/maintain-chain").schedules
+
+    found = deployed.read_deployment_by_name("post-training/post-training")
+    queue = deployed.read_work_queue_by_name("evaluation", work_pool_name=WORK_POOL)
+    maintained = deployed.read_deployment_by_name("maintain-chain/maintain-chain")
+    monthly_at_three = CronSchedule(cron="0 3 1 * *")
+    deployed.create_deployment_schedules(maintained.id, [DeploymentScheduleCreate(schedule=monthly_at_three)])
+    deployed.update_deployment_schedule(found.id, nightly().id, active=True)
+    deployed.update_work_queue(queue.id, concurrency_limit=3)
+    try:
+        deploy_all(ROOT, keeps_toggles=True)
+        assert nightly().active
+        assert [schedule.active for schedule in monthly()] == [True]
+        assert deployed.read_work_queue(queue.id).concurrency_limit == 3
+        deploy_all(ROOT)
+        assert not nightly().active
+        assert deployed.read_work_queue(queue.id).concurrency_limit == 3
+    finally:
+        deployed.update_work_queue(queue.id, concurrency_limit=1)
+        for schedule in monthly():
+            deployed.delete_deployment_schedule(maintained.id, schedule.id)
+
+
+def test_what_an_earlier_stack_left_behind_is_cancelled_and_plans_are_kept(deployed: SyncPrefectClient) -> None:
     found = deployed.read_deployment_by_name("reconcile/reconcile")
     left_behind = deployed.create_flow_run_from_deployment(found.id, parameters={"chains": ["memory://past"]})
+    planned = deployed.create_flow_run_from_deployment(
+        found.id,
+        parameters={"chains": ["memory://future"]},
+        state=Scheduled(scheduled_time=now("UTC") + timedelta(hours=3)),
+    )
     assert end_stale_runs(deployed) >= 1
+    kept = deployed.read_flow_run(planned.id).state
+    assert kept is not None
+    assert kept.is_scheduled()
+    deployed.delete_flow_run(planned.id)
     state = deployed.read_flow_run(left_behind.id).state
     assert state is not None
     assert state.is_cancelled()

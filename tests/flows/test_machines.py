@@ -14,6 +14,7 @@ import pytest
 
 from tasks.launch import run_ranks
 from tasks.machines import MAIN_ADDRESS_VARIABLE, MAIN_PORT_VARIABLE, Call, calling, new_call, standing_calls
+from tasks.peer import answer
 from tasks.run_folder import Run, prepare_run
 from tasks.training import launching
 from tests.flows.conftest import ROOT
@@ -50,6 +51,13 @@ def test_a_call_replaces_what_a_crash_left(tmp_path: Path) -> None:
         again = _call(tmp_path / "job.json")
         with calling(tmp_path, again):
             assert {call.call_id for call in standing_calls(tmp_path)} == {again.call_id, other.call_id}
+
+
+def test_a_call_that_cannot_be_answered_is_told_and_the_machine_goes_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    answer(_call(tmp_path / "gone" / "job.json"), tmp_path, 1)
+    assert "gone/job.json is not a stage job" in capsys.readouterr().err
 
 
 def test_ranks_spread_evenly_over_the_machines(tmp_path: Path) -> None:

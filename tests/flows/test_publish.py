@@ -16,14 +16,16 @@ from typing import Any
 
 import pytest
 from prefect import flow
-from prefect.client.orchestration import SyncPrefectClient
+from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
 from prefect.events import Event
 from prefect.runtime import flow_run as current
+from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
 from tasks.outbox import EventOutbox
 from tasks.publish import OnceOnly, RecordedSteps, describe, event_id, is_recorded, prefect_steps
 from tasks.rank_context import RANK_CONTEXT_VARIABLE, STEPS, rank_environment, write_rank_context
+from tasks.stack import Stack, StackFolder, free_port
 from tests.flows.conftest import ROOT
 from weightline.errors import StorageError
 from weightline.trainer.steps import Facts, PlainSteps, StepWork
@@ -170,6 +172,53 @@ def test_events_wait_for_a_server_that_comes_back(monkeypatch: pytest.MonkeyPatc
     assert outbox.num_waiting == 0
 
 
+def test_a_refusal_that_may_pass_keeps_the_events_and_is_told_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("tasks.outbox._RETRY_SECONDS", 0.05)
+    received: list[dict[str, Any]] = []
+    answers = [401, 403, 408, 429, 404, 500, 204, 422, 204]
+    with ThreadingHTTPServer(("127.0.0.1", 0), _receiver(received, answers)) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}):
+            outbox = EventOutbox(f"http://127.0.0.1:{server.server_address[1]}/api")
+            outbox.put(("event", _event(0)))
+            _wait_for(lambda: outbox.num_waiting, lambda num_waiting: num_waiting == 0)
+            assert len(answers) == 2
+            for number in (1, 2):
+                outbox.put(("event", _event(number)))
+                _wait_for(lambda: outbox.num_waiting, lambda num_waiting: num_waiting == 0)
+        outbox.close()
+        server.shutdown()
+    assert [event["payload"]["number"] for event in received] == [0] * 7 + [1, 2]
+    (warning,) = [record.message for record in caplog.records if record.name == "tasks.outbox"]
+    assert "(HTTP 401)" in warning
+    assert "PREFECT_API_AUTH_STRING" in warning
+
+
+@pytest.mark.slow
+def test_events_reach_a_server_that_has_a_password(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tasks.outbox._RETRY_SECONDS", 0.1)
+    monkeypatch.setenv("PREFECT_SERVER_API_AUTH_STRING", "weightline:secret")
+    stack = Stack(StackFolder.under(tmp_path), free_port(0))
+    try:
+        stack.start_server()
+        wrong = EventOutbox(stack.api_url)
+        wrong.put(("event", _event(0)))
+        with temporary_settings({PREFECT_API_URL: stack.api_url, PREFECT_API_AUTH_STRING: "weightline:secret"}):
+            outbox = EventOutbox(stack.api_url)
+            outbox.put(("event", _event(1)))
+            _wait_for(lambda: outbox.num_waiting, lambda num_waiting: num_waiting == 0)
+            with get_client(sync_client=True) as client:
+                found = _wait_for(lambda: _read_events(client, "toy"), bool)
+        assert [event["payload"]["number"] for event in found] == [1]
+        assert wrong.num_waiting == 1
+        for one in (outbox, wrong):
+            one.close()
+    finally:
+        stack.end()
+
+
 def test_closing_the_outbox_never_waits_long_for_a_server_that_hangs() -> None:
     hangs = ThreadingHTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler)  # accepts, and never answers
     outbox = EventOutbox(f"http://127.0.0.1:{hangs.server_address[1]}/api")
@@ -205,11 +254,16 @@ def _event(number: int) -> Event:
     return Event(event="toy", resource={"prefect.resource.id": f"toy.{number}"}, payload={"number": number})
 
 
-def _receiver(received: list[dict[str, Any]]) -> type[BaseHTTPRequestHandler]:
+def _receiver(received: list[dict[str, Any]], answers: list[int] | None = None) -> type[BaseHTTPRequestHandler]:
+    """A server of events that gives these answers, first to last, then 204. It has no tokens against forgery."""
+
     class Receiver(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_error(404)
+
         def do_POST(self) -> None:
             received.extend(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
-            self.send_response(204)
+            self.send_response(answers.pop(0) if answers else 204)
             self.end_headers()
 
         def log_message(self, *_: Any) -> None:
@@ -219,9 +273,13 @@ def _receiver(received: list[dict[str, Any]]) -> type[BaseHTTPRequestHandler]:
 
 
 def _events(client: SyncPrefectClient, name: str) -> list[dict[str, Any]]:
+    return [event for event in _read_events(client, name) if event["payload"]["chain"] == "memory://toy"]
+
+
+def _read_events(client: SyncPrefectClient, name: str) -> list[dict[str, Any]]:
     found = client.request("POST", "/events/filter", json={"filter": {"event": {"name": [name]}}})
     events: list[dict[str, Any]] = found.json()["events"]
-    return [event for event in events if event["payload"]["chain"] == "memory://toy"]
+    return events
 
 
 def _wait_for(read: Callable[[], Any], is_enough: Callable[[Any], bool], seconds: float = 60.0) -> Any:

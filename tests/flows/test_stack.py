@@ -169,3 +169,36 @@ def test_a_wrong_recipe_is_one_clear_error_before_anything_is_started(tmp_path: 
     assert err.startswith("error: stages[0].max_step")
     assert len(err.strip().splitlines()) == 1
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("argv", "environment", "returncode", "told"),
+    [
+        (["up", "--port", "99999"], {}, 2, "Invalid value for '--port'"),
+        (["up", "--port", "-1"], {}, 2, "Invalid value for '--port'"),
+        (["up", "--runs-dir", "{file}"], {}, 2, "Invalid value for '--runs-dir'"),
+        (["up", "--runs-dir", "{file}/below"], {}, 1, "error: [Errno 20] Not a directory"),
+        (["deploy"], {"PREFECT_API_URL": "http://127.0.0.1:9/api"}, 1, "error: PREFECT_API_URL: no Prefect server"),
+        (["deploy"], {"PREFECT_API_URL": "not-a-url"}, 1, "error: PREFECT_API_URL: no Prefect server"),
+        (["deploy"], {"PREFECT_API_URL": "http://[::1"}, 1, "error: PREFECT_API_URL: no Prefect server"),
+    ],
+)
+def test_wrong_usage_is_one_clear_error(
+    tmp_path: Path, argv: list[str], environment: dict[str, str], returncode: int, told: str
+) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    done = subprocess.run(
+        [sys.executable, "-m", "flows", *(part.format(file=file) for part in argv)],
+        env=os.environ | environment, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert done.returncode == returncode, done.stderr
+    assert told in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_runner_of_no_lane_is_one_clear_error() -> None:
+    argv = [sys.executable, "-m", "flows.warm_runner", "nolane"]
+    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 1
+    assert done.stderr.strip() == "error: no lane is called 'nolane': use training, evaluation, serving, upkeep"

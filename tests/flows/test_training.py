@@ -11,18 +11,20 @@ import pytest
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterName
 from prefect.logging import disable_run_logger
+from safetensors.torch import load_file, save_file
 
 from flows.post_training import post_training, train_stage
 from tasks import training
+from tasks.automations import WATCHED_TAG
 from tasks.bit_equality import differing_tensors
 from tasks.metrics import MetricsFollower
 from tasks.run_folder import Run, prepare_run
 from tests.chains import commit_state, nudged, random_state
 from tests.flows.recipes import write_recipe
 from weightline.chain import Chain
-from weightline.chain.checkpoint import write_weights
-from weightline.chain.state import read_state
+from weightline.chain.checkpoint import write_checkpoint
 from weightline.errors import DigestMismatchError, InputError, LaunchError
+from weightline.format import keys
 from weightline.stages.job import StageResult
 
 
@@ -32,9 +34,7 @@ def _trained(run: Run) -> Chain:
     state = random_state(0)
     commit_state(chain, state, is_milestone=True)
     commit_state(chain, nudged(state, 1), state, is_milestone=True)
-    job = run.job("sft")
-    job.final_model_dir.mkdir(parents=True)
-    write_weights(read_state(chain, 1), job.final_model_dir)
+    write_checkpoint(chain, 1, run.job("sft").final_model_dir)
     return chain
 
 
@@ -65,11 +65,22 @@ def test_a_stage_is_finished_when_marker_and_chain_agree(run: Run) -> None:
 
 
 def test_versions_of_other_stages_and_runs_do_not_count(run: Run) -> None:
-    manifests = _trained(run).manifests()
-    assert training.last_version(manifests, "sft", "run-1") == manifests[1]
+    manifests = list(training.newest_first(_trained(run)))
+    assert [manifest.version for manifest in manifests] == [1, 0]
+    assert training.last_version(manifests, "sft", "run-1") == manifests[0]
     assert training.last_version(manifests, "dpo", "run-1") is None
     assert training.last_version(manifests, "sft", "run-2") is None
     assert training.last_version((), "sft", "run-1") is None
+
+
+def test_what_is_near_the_tip_is_found_without_reading_history(run: Run) -> None:
+    chain = _trained(run)
+    chain.store.delete(keys.commit(0))
+    chain.store.put(keys.commit(0), b"nobody reads this")
+    _mark_done(run, global_step=1)
+    finished = training.finished_version(run.job("sft"), run.open_chain())
+    assert finished is not None
+    assert finished.version == 1
 
 
 def test_equal_bits_are_proved_and_written_down(run: Run) -> None:
@@ -94,10 +105,10 @@ def test_one_wrong_bit_is_found_and_named(run: Run) -> None:
 
 def test_a_missing_and_an_additional_tensor_are_found(run: Run, tmp_path: Path) -> None:
     chain = _trained(run)
-    state = read_state(chain, 1)
-    name = next(iter(state.specs))
-    state.specs["added"], state.bits["added"] = state.specs.pop(name), state.bits.pop(name)
-    write_weights(state, tmp_path)
+    tensors = load_file(run.job("sft").final_model_dir / "model.safetensors")
+    name = next(iter(random_state(0)))
+    tensors["added"] = tensors.pop(name)
+    save_file(tensors, tmp_path / "model.safetensors")
     assert differing_tensors(chain, 1, tmp_path) == sorted([name, "added"])
 
 
@@ -131,10 +142,14 @@ def test_a_failing_rank_fails_the_run_with_its_own_last_lines(
     with pytest.raises(LaunchError, match="ValueError: the data are gone"):
         post_training(recipe=str(recipe), run_id="failing-1", runs_dir=str(tmp_path / "runs"))
 
-    (told,) = client.read_flow_runs(flow_run_filter=FlowRunFilter(name=FlowRunFilterName(any_=["failing-1"])))
-    assert told.state is not None
-    assert told.state.is_failed()
-    assert "rank 1 ended with exit code 3" in (told.state.message or "")
+    whole, stage = ("failing-1", "sft of failing-1")
+    found = client.read_flow_runs(flow_run_filter=FlowRunFilter(name=FlowRunFilterName(any_=[whole, stage])))
+    told = {flow_run.name: flow_run for flow_run in found}
+    for flow_run in (told[whole], told[stage]):
+        assert flow_run.state is not None
+        assert flow_run.state.is_failed()
+        assert "rank 1 ended with exit code 3" in (flow_run.state.message or "")
+    assert WATCHED_TAG in told[stage].tags
     assert "the data are gone" in (run.stage_dir("sft") / "ranks.log").read_text()
 
 

@@ -16,9 +16,9 @@ import yaml
 from prefect.events import DeploymentEventTrigger
 from prefect.flows import Flow
 
+from tasks.consumer_runs import EVALUATE, REFRESH
 from tasks.lanes import LANES, WORK_POOL
 from tasks.publish import COMMITTED
-from tasks.reconciling import EVALUATE, REFRESH
 from tasks.trigger import POST_TRAINING, RECONCILE
 from tests.flows.conftest import ROOT
 from weightline.stages.load import load_recipe

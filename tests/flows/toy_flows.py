@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 from prefect import flow
+from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY
 
 
 @flow(name="toy-tell")
@@ -27,6 +28,15 @@ def fail() -> None:
 def die() -> None:
     """Take the process along."""
     os._exit(7)
+
+
+@flow(name="toy-hold")
+def hold(path: str) -> None:
+    """Say when this began and ended, and what TOY_WORD was."""
+    for moment in ("begun", "ended"):
+        with Path(path).open("a") as file:
+            file.write(f"{moment} {os.environ.get('TOY_WORD')} {PREFECT_FLOWS_HEARTBEAT_FREQUENCY.value()}\n")
+        time.sleep(0.5)
 
 
 @flow(name="toy-hang")

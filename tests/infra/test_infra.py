@@ -17,6 +17,7 @@ from jsonschema import Draft7Validator
 from prefect.settings import get_current_settings
 from prefect.utilities.templating import apply_values
 
+from tasks.lanes import lanes_named
 from tests.flows.conftest import ROOT
 from weightline.stages.launch import RANK_PROGRAM
 
@@ -76,6 +77,57 @@ def test_the_work_pool_starts_a_pod_a_machine() -> None:
     assert pod["subdomain"] in {document["metadata"]["name"] for document in _documents("machines")}
     assert pod["containers"][0]["resources"]["limits"] == {"nvidia.com/gpu": 4}
     assert "{{" not in json.dumps(job)
+
+
+def _containers() -> Iterator[tuple[str, dict[str, Any]]]:
+    """Of all pods that Kubernetes starts, by name."""
+    objects = [*(document for name in OBJECT_FILES for document in _documents(name)), _job_of_the_work_pool()]
+    for one in objects:
+        pod = one.get("spec", {}).get("template", {}).get("spec", {})
+        for container in (*pod.get("initContainers", ()), *pod.get("containers", ())):
+            yield container["name"], container
+
+
+def test_who_mounts_the_folder_of_runs_names_it_in_kubernetes() -> None:
+    mounted = {
+        name: (mount["mountPath"], container["env"])
+        for name, container in _containers()
+        for mount in container.get("volumeMounts", ())
+        if mount["name"] == "runs"
+    }
+    assert set(mounted) == {"runner", "prefect-job"}
+    name, value = "WEIGHTLINE_RUNS_DIR", mounted["runner"][0]
+    assert {"name": name, "value": value} in mounted["runner"][1]
+    template = json.loads((KUBERNETES / "work-pool.json").read_text())
+    assert template["variables"]["properties"]["env"]["default"] == {name: mounted["prefect-job"][0]}
+
+
+def test_who_mounts_the_folder_of_runs_names_it_in_compose() -> None:
+    mounted = {name: s for name, s in _compose()["services"].items() if "runs:/runs" in s.get("volumes", ())}
+    assert set(mounted) == {"runner", "dashboard"}
+    assert all(service["environment"]["WEIGHTLINE_RUNS_DIR"] == "/runs" for service in mounted.values())
+    assert all("WEIGHTLINE_CHAINS" in service["environment"] for service in mounted.values())
+    assert " /runs/ ${WEIGHTLINE_CHAINS:-} " in mounted["dashboard"]["command"]
+
+
+def test_the_runner_of_kubernetes_looks_after_chains() -> None:
+    (runner,) = (container for name, container in _containers() if name == "runner")
+    assert "upkeep" in runner["command"]
+    assert any(one["name"] == "WEIGHTLINE_CHAINS" and one["value"] for one in runner["env"])
+
+
+def test_no_deployment_waits_for_a_lane_that_no_runner_has() -> None:
+    """Those of deployments/prefect.yaml are deployed first; of one with the same name the later stands."""
+    deployed: dict[str, Any] = {}
+    for path in (ROOT / "deployments/prefect.yaml", KUBERNETES / "prefect.yaml"):
+        deployed |= {one["name"]: one for one in yaml.safe_load(path.read_text())["deployments"]}
+    (runner,) = (container for name, container in _containers() if name == "runner")
+    queues = {queue for lane in lanes_named(runner["command"][3:]) for queue in lane.queues}
+    for one in deployed.values():
+        pool = one["work_pool"]
+        assert pool["name"] == "machines" or pool["work_queue_name"] in queues
+    (nightly,) = deployed["post-training"]["schedules"]
+    assert (nightly["slug"], nightly["active"]) == ("nightly", False)
 
 
 def test_the_deployment_for_machines_sets_variables_that_the_pool_has() -> None:

@@ -149,6 +149,8 @@ def test_what_counts_as_local(tmp_path: Path) -> None:
     ("report_to", "problem", "remedy"),
     [
         (["swanlab"], "swanlab needs the package swanlab", "pip install swanlab"),
+        ("codecarbon", "codecarbon needs the package codecarbon", "pip install codecarbon"),
+        ("kubeflow", "its own trainer", "KUBEFLOW_TRAINER_SERVER_URL"),
         ("tensorbord", "no reporter 'tensorbord'", "did you mean `tensorboard`?"),
         ([3], "is no name of a reporter", "trackio"),
     ],
@@ -160,8 +162,9 @@ def test_a_reporter_that_would_fail_in_a_rank(report_to: Any, problem: str, reme
     assert remedy in str(error.facts["remedy"])
 
 
-def test_reporters_that_are_there_pass() -> None:
-    for report_to in ("none", [], ["none"]):
+def test_reporters_that_are_there_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KUBEFLOW_TRAINER_SERVER_URL", "http://trainer")
+    for report_to in ("none", [], ["none"], "kubeflow", ["tensorboard"]):
         assert check_recipe(parse_recipe(changed(stages=stage(trainer_args={"report_to": report_to}))), 0)
 
 
@@ -172,7 +175,7 @@ def test_reporters_are_those_of_transformers() -> None:
     assert spec.origin is not None
     source = (Path(spec.origin).parent / "integrations" / "integration_utils.py").read_text()
     table = source.partition("INTEGRATION_TO_CALLBACK = {")[2].partition("}")[0]
-    assert set(REPORTERS) <= set(re.findall(r'"(\w+)":', table))
+    assert set(REPORTERS) == set(re.findall(r'"(\w+)":', table))
 
 
 def test_a_version_to_start_from(tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ _RECIPE = {
     "model": {"tiny": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 8}},
     "arithmetic": {"num_heldout": 20},
     "stages": [
-        {"kind": "sft", **_QUICK},
+        {"kind": "sft", **_QUICK, "trainer_args": {"report_to": ["tensorboard"]}},
         {"kind": "dpo", **_QUICK},
         {
             "kind": "grpo",
@@ -106,6 +106,13 @@ def test_every_step_is_logged_with_what_the_stage_is_about(jobs: list[StageJob])
         steps = [line for line in lines if "loss" in line]
         assert [line["step"] for line in steps] == [1, 2, 3, 4]
         assert all(number in line for line in steps)
+
+
+def test_a_reporter_of_the_recipe_hears_of_every_step(jobs: list[StageJob]) -> None:
+    heard = {job.stage.kind: list(job.output_dir.rglob("events.out.tfevents.*")) for job in jobs}
+    assert {kind: len(files) > 0 for kind, files in heard.items()} == {"sft": True, "dpo": False, "grpo": False}
+    told = b"".join(file.read_bytes() for file in heard["sft"])
+    assert told.count(b"train/loss") >= 4
 
 
 def test_checkpoints_are_whole_and_the_marker_comes_last(jobs: list[StageJob]) -> None:

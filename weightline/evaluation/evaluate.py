@@ -8,7 +8,7 @@ from pathlib import Path
 
 from weightline.chain import Chain
 from weightline.chain.checkpoint import write_checkpoint
-from weightline.chain.records import EVALUATIONS, Record, read_record, read_records, write_record
+from weightline.chain.records import EVALUATIONS, Record, read_record, write_record
 from weightline.evaluation.plan import Done, Evaluate, Skip, plan_evaluation
 from weightline.evaluation.task import EvaluationTask, check_task
 
@@ -20,10 +20,12 @@ def evaluate_or_skip(
 
     Returns the record that stands. Safe to repeat; a crash leaves no record, and repeating it makes up for that.
     """
-    records = (record for record in read_records(chain, EVALUATIONS) if record["name"] == task.name)
-    match plan_evaluation(chain.manifests(), records, version):
-        case Done(record=record):
-            return record
+    # All that the plan asks of a chain, however long: the version, the tip, and the version's record.
+    manifests = [chain.manifest(number) for number in {version, chain.tip_version() or version}]
+    record = read_record(chain, EVALUATIONS, version, task.name)
+    match plan_evaluation(manifests, [] if record is None else [record], version):
+        case Done(record=standing):
+            return standing
         case Skip(newer_version=newer):
             return write_record(chain, EVALUATIONS, version, task.name, {"status": "skipped", "newer_version": newer})
         case Evaluate():

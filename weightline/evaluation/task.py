@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib.resources import files
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +55,28 @@ def check_task(task: EvaluationTask) -> None:
         value = getattr(task, field)
         if value is not None and value < 1:
             raise InputError(f"{field} of task {task.name} is {value}: give 1 or more", field=field)
+
+
+def check_name(task: EvaluationTask) -> None:
+    """InputError for a name that stands in no task file of the harness: told at once, before its index is made.
+
+    Reads every file of the collection until one has it, a second or two. Imports neither the harness nor torch.
+    """
+    if task.problems is not None:
+        return
+    found = find_spec("lm_eval")
+    places = [Path(place) / "tasks" for place in (found.submodule_search_locations or ())] if found else []
+    if task.include_path is not None:
+        places.insert(0, task.include_path)
+    wanted = task.name.encode()
+    if not any(wanted in path.read_bytes() for path in _task_files(places)):
+        raise InputError(f"lm-evaluation-harness knows no task {task.name!r}: see `lm-eval ls tasks`", field="task")
+
+
+def _task_files(places: Iterable[Path]) -> Iterator[Path]:
+    for place in places:
+        for folder, _, names in os.walk(place):
+            yield from (Path(folder, name) for name in names if name.endswith((".yaml", ".yml", ".py")))
 
 
 def harness_config(task: EvaluationTask, cache_dir: Path) -> dict[str, Any]:

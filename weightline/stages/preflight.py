@@ -26,18 +26,25 @@ REQUIRED_COLUMNS: dict[str, tuple[frozenset[str], ...]] = {
     "dpo": (frozenset({"chosen", "rejected"}),),
     "grpo": (frozenset({"prompt"}),),
 }
-#: Reporters of transformers, and the modules of which each needs one.
+#: Reporters of transformers, and the packages of which each needs one. Kubeflow needs none: it tells its training pods
+#: where to report by an environment variable.
 REPORTERS: dict[str, tuple[str, ...]] = {
     "trackio": ("trackio",),
     "wandb": ("wandb",),
     "mlflow": ("mlflow",),
     "tensorboard": ("tensorboard", "tensorboardX"),
+    "azure_ml": ("azureml",),
     "comet_ml": ("comet_ml",),
     "clearml": ("clearml",),
+    "codecarbon": ("codecarbon",),
+    "dagshub": ("dagshub",),
     "dvclive": ("dvclive",),
+    "flyte": ("flytekit",),
+    "kubeflow": (),
     "neptune": ("neptune",),
     "swanlab": ("swanlab",),
 }
+_KUBEFLOW_VARIABLE = "KUBEFLOW_TRAINER_SERVER_URL"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _DATA_SUFFIXES = frozenset({".jsonl", ".json", ".parquet", ".csv"})
 
@@ -163,7 +170,9 @@ def _check_reporters(report_to: object, field: str) -> None:
             close = difflib.get_close_matches(name, REPORTERS, n=1)
             remedy = f"did you mean `{close[0]}`?" if close else f"some of {', '.join(REPORTERS)}"
             raise recipe_error(field, f"there is no reporter {name!r}", remedy)
-        if not any(find_spec(module) for module in REPORTERS[name]):
+        if name == "kubeflow" and _KUBEFLOW_VARIABLE not in os.environ:
+            raise recipe_error(field, "kubeflow reports from the pods of its own trainer", f"set {_KUBEFLOW_VARIABLE}")
+        if REPORTERS[name] and not any(find_spec(module) for module in REPORTERS[name]):
             package = REPORTERS[name][0]
             raise recipe_error(field, f"{name} needs the package {package}", f"pip install {package}")
 

@@ -1,0 +1,47 @@
+"""A schedule of deployments/prefect.yaml fires, and a runner runs what it made."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+from prefect.client.orchestration import SyncPrefectClient
+from prefect.client.schemas.filters import DeploymentFilter, DeploymentFilterName
+from prefect.client.schemas.objects import FlowRun
+from prefect.client.schemas.schedules import IntervalSchedule
+
+from tasks.deploy import deploy_all
+from tests.flows.conftest import ROOT
+
+pytestmark = pytest.mark.slow
+
+
+def _scheduled_runs(client: SyncPrefectClient) -> list[FlowRun]:
+    named = DeploymentFilter(name=DeploymentFilterName(any_=["reconcile"]))
+    return [run for run in client.read_flow_runs(deployment_filter=named) if run.auto_scheduled]
+
+
+def test_what_a_schedule_makes_is_run(client: SyncPrefectClient, server_environment: None, tmp_path: Path) -> None:
+    deploy_all(ROOT)
+    found = client.read_deployment_by_name("reconcile/reconcile")
+    (often,) = client.create_deployment_schedules(found.id, [(IntervalSchedule(interval=timedelta(seconds=5)), True)])
+    began_at = time.time()
+    env = {**os.environ, "WEIGHTLINE_RUNS_DIR": str(tmp_path), "WEIGHTLINE_CHAINS": (tmp_path / "chain").as_uri()}
+    argv = [sys.executable, "-m", "flows.warm_runner", "upkeep"]
+    with (tmp_path / "log").open("wb") as log, subprocess.Popen(argv, env=env, stdout=log, stderr=log) as runner:
+        try:
+            while not any(run.state and run.state.is_completed() for run in _scheduled_runs(client)):
+                assert time.time() - began_at < 120, (tmp_path / "log").read_text()
+                time.sleep(0.5)
+        finally:
+            client.delete_deployment_schedule(found.id, often.id)
+            runner.terminate()
+    done = next(run for run in _scheduled_runs(client) if run.state and run.state.is_completed())
+    assert done.start_time is not None
+    assert done.start_time.timestamp() >= began_at - 1
+    assert done.work_queue_name == "upkeep"
