@@ -59,12 +59,12 @@ class Killer:
 
     @property
     def write_half_and_reach(self) -> Any:
-        def write(place: staging.StagedPlace) -> None:
+        def write(place: staging.StagedPlace) -> bool:
             half = place.at_K.numel() // 2
             place.flat[place.at_K[:half]] = place.new_K[:half]
             self.reach(str(self._num_places))
             self._num_places += 1
-            self._write(place)
+            return self._write(place)
 
         return write
 
