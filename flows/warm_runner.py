@@ -17,6 +17,7 @@ import socket
 import sys
 import time
 import uuid
+from collections.abc import Iterable
 from datetime import timedelta
 from pathlib import Path
 from uuid import UUID
@@ -112,7 +113,7 @@ class WarmRunner:
     def _show_up(self) -> None:
         """Let the server know that the pool has a worker and its queues are polled: the UI says so."""
         self._client.send_worker_heartbeat(self._pool, self._name, heartbeat_interval_seconds=_HEARTBEAT_SECONDS)
-        queues = [queue for worker in self._workers for queue in worker.lane.queues]
+        queues = _queues_of(self._workers)
         # The offer is what says so; long past, since nothing of it is taken.
         long_past = now("UTC") - timedelta(days=365)
         self._client.get_scheduled_flow_runs_for_work_pool(self._pool, queues, scheduled_before=long_past)
@@ -122,7 +123,7 @@ class WarmRunner:
 
         At the second look: after the server was away, every runner is offline for a moment.
         """
-        queues = [queue for worker in self._workers for queue in worker.lane.queues]
+        queues = _queues_of(self._workers)
         own = {worker.flow_run_id for worker in self._workers if worker.flow_run_id is not None}
         found = orphans(self._client, self._pool, queues, self._name, own) if self._held_back else set()
         for flow_run_id in found & self._suspects:
@@ -150,7 +151,7 @@ class WarmRunner:
 
     def _waiting_runs(self, idle: list[WarmWorker]) -> list[WaitingRun]:
         """What is due in the idle lanes' queues, held back or not."""
-        queues = [queue for worker in idle for queue in worker.lane.queues]
+        queues = _queues_of(idle)
         found = self._client.read_flow_runs(
             flow_run_filter=FlowRunFilter(
                 state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.SCHEDULED])),
@@ -229,6 +230,10 @@ class WarmRunner:
         """Until a run ends, at most so long."""
         fds = [worker.reply_fd for worker in self._workers if worker.flow_run_id and worker.reply_fd is not None]
         select.select(fds, [], [], seconds)
+
+
+def _queues_of(workers: Iterable[WarmWorker]) -> list[str]:
+    return [queue for worker in workers for queue in worker.lane.queues]
 
 
 def main(argv: list[str]) -> None:

@@ -37,6 +37,7 @@ from tasks.form_checks import PATIENCE_SECONDS
 from tasks.publish import announce_commit
 from tasks.run_folder import chain_of_run, runs_dir_of
 from weightline.chain import Chain, open_chain
+from weightline.chain.commit import committed_facts
 from weightline.chain.records import EVALUATIONS, REFRESHES, recorded_versions, write_record
 from weightline.errors import CorruptError, NotFoundError, UnsupportedFeatureError, WeightlineError
 from weightline.format.manifest import Manifest
@@ -164,13 +165,7 @@ def find_owed(chain: str, grace_seconds: float, under_way: frozenset[UnderWay] =
 @task(task_run_name="announce v{manifest.version} again", cache_policy=NO_CACHE, persist_result=False)
 def announce_again(chain: str, manifest: Manifest) -> None:
     """Send the version's event: consumers start as if it had just been committed. Safe to repeat."""
-    facts = manifest.model_dump(
-        include={
-            "version", "commit_id", "kind", "stage", "run_id", "global_step", "is_milestone", "num_changed",
-            "num_elements", "payload_nbytes", "full_nbytes",
-        }
-    )  # fmt: skip
-    announce_commit(chain, facts)
+    announce_commit(chain, committed_facts(manifest))
     get_run_logger().info("announced version %d of %s", manifest.version, chain)
 
 

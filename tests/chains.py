@@ -18,6 +18,7 @@ from weightline.codec.digest import format_digest, tensor_digest
 from weightline.format import keys
 from weightline.format.manifest import AssetRef, Manifest, PayloadRef, TensorState
 from weightline.format.payload import write_anchor, write_delta
+from weightline.store.memory import MemoryStore
 from weightline.types import Segment, TensorSpec, bits_dtype
 
 State = Mapping[str, npt.NDArray[np.uint16]]
@@ -91,6 +92,14 @@ def make_manifest(
         payload_nbytes=payload_nbytes, full_nbytes=sum(spec.nbytes for spec in specs), payloads=payloads,
         tensors=tensors,
     )  # fmt: skip
+
+
+def copy_of(store: MemoryStore) -> MemoryStore:
+    """Another bucket of the same name with the same objects, for a test to spoil."""
+    copied = MemoryStore(store.url)
+    for info in store.list(""):
+        copied.put(info.key, store.get(info.key))
+    return copied
 
 
 def random_state(seed: int, shapes: Mapping[str, tuple[int, ...]] | None = None) -> dict[str, npt.NDArray[np.uint16]]:

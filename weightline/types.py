@@ -26,7 +26,6 @@ DTYPE_ITEMSIZE: dict[str, int] = {
 #: Dtypes whose top bit is a sign with a magnitude below it (IEEE-like floats).
 FLOAT_DTYPES = frozenset({"F8_E4M3", "F8_E5M2", "F16", "BF16", "F32", "F64"})
 #: Dtypes in two's complement.
-SIGNED_DTYPES = frozenset({"I8", "I16", "I32", "I64"})
 
 #: What a tensor may have at most: more is a broken or hostile claim.
 MAX_NDIM = 32

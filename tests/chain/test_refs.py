@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.chains import commit_state, nudged, random_state
+from tests.chains import commit_state, copy_of, nudged, random_state
 from weightline.chain.history import Chain
 from weightline.chain.refs import history_of, move_ref, resolve
 from weightline.errors import InputError, NotFoundError, VersionNotFoundError
@@ -23,10 +23,7 @@ def grown() -> MemoryStore:
 
 @pytest.fixture
 def chain(grown: MemoryStore) -> Chain:
-    copied = MemoryStore(grown.url)
-    for info in grown.list(""):
-        copied.put(info.key, grown.get(info.key))
-    return Chain(copied)
+    return Chain(copy_of(grown))
 
 
 @pytest.mark.parametrize("name", ["tip", "nothing", "5", "007", "", ".x", "a/b", "\u00b2"])

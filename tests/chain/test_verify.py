@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.chains import commit_state, nudged, random_state
+from tests.chains import commit_state, copy_of, nudged, random_state
 from weightline.chain.assets import upload_files
 from weightline.chain.author import commit_revert
 from weightline.chain.compact import AnchorPolicy
@@ -59,10 +59,7 @@ def grown(tmp_path_factory: pytest.TempPathFactory) -> MemoryStore:
 
 @pytest.fixture
 def chain(grown: MemoryStore) -> Chain:
-    copied = MemoryStore(grown.url)
-    for info in grown.list(""):
-        copied.put(info.key, grown.get(info.key))
-    return Chain(copied)
+    return Chain(copy_of(grown))
 
 
 def edit(chain: Chain, key: str, **fields: Any) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import secrets
 from datetime import UTC, datetime
+from typing import Any
 
 from weightline.chain.history import Chain
 from weightline.chain.signing import put_signed
@@ -48,6 +49,15 @@ def commit_manifest(chain: Chain, manifest: Manifest) -> None:
                 winner=winner.commit_id,
             ) from error
     _hint_tip(chain, manifest.version)
+
+
+def committed_facts(manifest: Manifest) -> dict[str, Any]:
+    """What is told of a commit: in its event, and as the result of the step that made it. Pure."""
+    told = {
+        "version", "commit_id", "kind", "stage", "run_id", "global_step", "is_milestone",
+        "num_changed", "num_elements", "payload_nbytes", "full_nbytes",
+    }  # fmt: skip
+    return manifest.model_dump(include=told)
 
 
 def _require_base(chain: Chain, manifest: Manifest) -> None:

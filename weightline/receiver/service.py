@@ -35,7 +35,10 @@ class ReplicaService:
         self._stopping = threading.Event()
         self._threads = [threading.Thread(target=self._run, name="weightline-follower", daemon=True)]
         if self._registration is not None:
-            self._threads.append(threading.Thread(target=self._renew, name="weightline-lease", daemon=True))
+            renew = self._registration.renew_until
+            self._threads.append(
+                threading.Thread(target=renew, args=(self._stopping,), name="weightline-lease", daemon=True)
+            )
 
     def start(self) -> None:
         """Claim the replica's name, come back to where it was in the background, then follow the chain if asked to.
@@ -103,25 +106,13 @@ class ReplicaService:
 
     @contextmanager
     def _moving_to(self, version: int | None) -> Iterator[None]:
-        """The lease says where the replica goes before it reads anything on the way, and where it ended afterwards."""
-        registration = self._registration
-        if registration is None:
+        """Announced in the lease, where there is one."""
+        if self._registration is None:
             yield
             self.status()
             return
-        if version is not None and version != self.replica.version:
-            registration.moving_to = version
-            registration.renew()
-        try:
+        with self._registration.moving(None if version == self.replica.version else version):
             yield
-        finally:
-            registration.moving_to = None
-            registration.renew()
-
-    def _renew(self) -> None:
-        assert self._registration is not None
-        while not self._stopping.wait(self._registration.presence.ttl_seconds / 3):
-            self._registration.renew()
 
     def _run(self) -> None:
         self._recover()

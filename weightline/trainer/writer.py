@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from weightline.chain.authorship import Authorship, build_manifest
-from weightline.chain.commit import commit_manifest, utc_now
+from weightline.chain.commit import commit_manifest, committed_facts, utc_now
 from weightline.chain.history import Chain
 from weightline.codec.digest import add_digests, digest_change, digest_to_limbs, limbs_to_digest
 from weightline.errors import ConflictError, TransientStorageError, WeightlineError
@@ -173,11 +173,7 @@ class _Attempt:
             # The same commit_id: finds out whether the first took effect. Where the bucket stays away, the version is
             # failed; had it been committed all the same, the next one will be a conflict, which stops training.
             commit_manifest(self.context.chain, manifest)
-        told = (
-            "version", "commit_id", "kind", "stage", "run_id", "global_step", "is_milestone",
-            "num_changed", "num_elements", "payload_nbytes", "full_nbytes",
-        )  # fmt: skip
-        return manifest.model_dump(include=set(told))
+        return committed_facts(manifest)
 
     def _digests_after(self, totals: torch.Tensor) -> dict[str, int]:
         before = {} if self.sync.kind == "anchor" else self.writer.digests

@@ -78,14 +78,9 @@ class Publisher:
         tip = self._chain.tip_version()
         if tip is None or tip == newest_published(self._source_dir):
             return
-        registration.moving_to = tip
-        registration.renew()
-        try:
+        with registration.moving(tip):
             for folder in publish_up_to(self._chain, tip, self._source_dir, is_full=self._is_full):
                 self._told(folder)
-        finally:
-            registration.moving_to = None
-            registration.renew()
 
     @contextmanager
     def _registered(self, state_dir: Path) -> Iterator[Registration]:
@@ -93,12 +88,9 @@ class Publisher:
         registration = Registration(self._chain, state_dir, Presence(), self.status)
         registration.claim()
         is_over = threading.Event()
-
-        def renew() -> None:
-            while not is_over.wait(registration.presence.ttl_seconds / 3):
-                registration.renew()
-
-        renewing = threading.Thread(target=renew, name="weightline-lease", daemon=True)
+        renewing = threading.Thread(
+            target=registration.renew_until, args=(is_over,), name="weightline-lease", daemon=True
+        )
         renewing.start()
         try:
             yield registration
