@@ -41,7 +41,7 @@ def test_sigterm_leaves_no_temporary_files(tmp_path: Path) -> None:
             assert process.stdout.readline() == b"written\n"
             assert len(list(scratch.glob("weightline-*/*"))) > 0
             process.terminate()
-            assert process.wait(timeout=30) == 128 + signal.SIGTERM
+            assert process.wait(timeout=240) == 128 + signal.SIGTERM
         finally:
             process.kill()
     assert list(scratch.glob("weightline-*")) == []

@@ -14,10 +14,10 @@ import pytest
 import yaml
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterName
-from prefect.client.schemas.objects import State
 
 from tasks.automations import WATCHED_TAG, ZOMBIES, ensure_automation, zombie_automation
 from tests.flows.conftest import ROOT
+from tests.waiting import wait_until
 
 _PROGRAM = (
     "from prefect import flow, tags\n"
@@ -57,12 +57,11 @@ def test_a_training_whose_process_and_worker_are_gone_is_marked_with_its_stages(
         process.wait()
         process.stdout.close()
     named = FlowRunFilter(name=FlowRunFilterName(any_=["doomed", "doomed part"]))
-    deadline = time.monotonic() + 90
-    states: list[State | None] = []
-    while len(states) < 2 or not all(state and state.is_crashed() for state in states):
-        assert time.monotonic() < deadline, states
-        time.sleep(0.5)
-        states = [run.state for run in client.read_flow_runs(flow_run_filter=named)]
+    states = wait_until(
+        lambda: [run.state for run in client.read_flow_runs(flow_run_filter=named)],
+        lambda found: len(found) == 2 and all(state and state.is_crashed() for state in found),
+        every_seconds=0.5,
+    )
     assert ["no longer said that it lives" in ((state and state.message) or "") for state in states] == [True, True]
     if before:
         ensure_automation(client, zombie_automation())

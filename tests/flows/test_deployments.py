@@ -5,8 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -36,6 +35,7 @@ from tasks.lanes import LANES, WORK_POOL
 from tasks.publish import announce_commit
 from tests.chains import commit_state, nudged, random_state
 from tests.flows.conftest import ROOT
+from tests.waiting import wait_until
 from weightline.chain import Chain, open_chain
 from weightline.chain.records import EVALUATIONS, REFRESHES, read_records
 from weightline.format import keys
@@ -60,26 +60,18 @@ def _runs(client: SyncPrefectClient, deployment: str, chain: str) -> list[FlowRu
     return [run for run in client.read_flow_runs(deployment_filter=named) if run.parameters.get("chain") == chain]
 
 
-def _wait_for(read: Callable[[], Any], is_enough: Callable[[Any], bool], seconds: float = 60.0) -> Any:
-    deadline = time.monotonic() + seconds
-    while not is_enough(found := read()):
-        assert time.monotonic() < deadline, f"still {found}"
-        time.sleep(0.2)
-    return found
-
-
 def test_a_commit_starts_evaluation_and_refresh_once_with_typed_parameters(deployed: SyncPrefectClient) -> None:
     chain = "memory://triggered"
     facts = {"version": 7, "commit_id": "ab" * 16, "kind": "delta", "stage": "sft", "run_id": "r"}
     for _ in range(3):
         announce_commit(chain, facts)
     for name in CONSUMERS:
-        (run,) = _wait_for(lambda name=name: _runs(deployed, name, chain), bool)
+        (run,) = wait_until(lambda name=name: _runs(deployed, name, chain), bool)
         assert run.parameters == {"chain": chain, "version": 7}
         assert run.work_queue_name in {queue for lane in LANES for queue in lane.queues}
     announce_commit(chain, {**facts, "version": 8, "commit_id": "cd" * 16})
     for name in CONSUMERS:
-        runs = _wait_for(lambda name=name: _runs(deployed, name, chain), lambda found: len(found) >= 2)
+        runs = wait_until(lambda name=name: _runs(deployed, name, chain), lambda found: len(found) >= 2)
         assert sorted(run.parameters["version"] for run in runs) == [7, 8]
 
 
@@ -87,7 +79,7 @@ def test_other_events_start_nothing(deployed: SyncPrefectClient) -> None:
     payload = {"chain": "memory://other", "version": 1}
     emit_event("weightline.delta.committed", resource={"prefect.resource.id": "someone.else"}, payload=payload)
     announce_commit("memory://after-the-other", {"version": 0, "commit_id": "00" * 16})
-    _wait_for(lambda: _runs(deployed, "evaluate-version", "memory://after-the-other"), bool)
+    wait_until(lambda: _runs(deployed, "evaluate-version", "memory://after-the-other"), bool)
     assert _runs(deployed, "evaluate-version", "memory://other") == []
 
 
@@ -106,7 +98,7 @@ def test_commits_while_the_server_is_down_are_made_good(deployed: SyncPrefectCli
     assert reconcile(chains=[chain.url], grace_seconds=3600.0) == 0
     assert reconcile(chains=[chain.url], grace_seconds=0.0) == 2  # both are announced, and that starts the consumers
     for name in CONSUMERS:
-        runs = _wait_for(lambda name=name: _runs(deployed, name, chain.url), lambda found: len(found) >= 2)
+        runs = wait_until(lambda name=name: _runs(deployed, name, chain.url), lambda found: len(found) >= 2)
         assert sorted(run.parameters["version"] for run in runs) == [0, 1]
     assert reconcile(chains=[chain.url], grace_seconds=0.0) == 0  # known, and under way
 
@@ -116,7 +108,7 @@ def test_what_an_announcement_did_not_start_is_started_once(deployed: SyncPrefec
     for manifest in chain.manifests():
         announce_commit(chain.url, {"version": manifest.version, "commit_id": manifest.commit_id})
     for name in CONSUMERS:
-        for run in _wait_for(lambda name=name: _runs(deployed, name, chain.url), lambda found: len(found) >= 2):
+        for run in wait_until(lambda name=name: _runs(deployed, name, chain.url), lambda found: len(found) >= 2):
             deployed.set_flow_run_state(run.id, Crashed(), force=True)
     for _ in range(2):
         assert reconcile(chains=[chain.url], grace_seconds=0.0) in (4, 0)
@@ -131,9 +123,9 @@ def test_a_chain_that_cannot_be_read_costs_the_others_nothing(deployed: SyncPref
     with pytest.raises(ExceptionGroup, match=r"memory://torn-chain: .*; ftp://nowhere: "):
         reconcile(chains=[torn.url, "ftp://nowhere", good.url], grace_seconds=0.0)
     for name in CONSUMERS:
-        runs = _wait_for(lambda name=name: _runs(deployed, name, good.url), lambda found: len(found) >= 2)
+        runs = wait_until(lambda name=name: _runs(deployed, name, good.url), lambda found: len(found) >= 2)
         assert sorted(run.parameters["version"] for run in runs) == [0, 1]
-        (run,) = _wait_for(lambda name=name: _runs(deployed, name, torn.url), bool)
+        (run,) = wait_until(lambda name=name: _runs(deployed, name, torn.url), bool)
         assert run.parameters["version"] == 1
 
 
@@ -146,7 +138,7 @@ def test_what_fails_for_good_is_written_down_and_not_started_again(
         announce_commit(chain.url, {"version": manifest.version, "commit_id": manifest.commit_id})
     for tried in range(MAX_RUNS + 1):
         for name in CONSUMERS:
-            runs = _wait_for(lambda name=name: _runs(deployed, name, chain.url), lambda found: len(found) >= 2)
+            runs = wait_until(lambda name=name: _runs(deployed, name, chain.url), lambda found: len(found) >= 2)
             assert len(runs) == 2 * (tried + 1)
             for run in (run for run in runs if run.state and not run.state.is_final()):
                 deployed.set_flow_run_state(run.id, Failed(message="no such task"), force=True)
@@ -189,10 +181,10 @@ def test_nightly_training_is_off_until_it_is_switched_on(deployed: SyncPrefectCl
         return [run for run in runs if run.auto_scheduled]
 
     reconciled = DeploymentFilter(name=DeploymentFilterName(any_=["reconcile"]))
-    _wait_for(lambda: deployed.read_flow_runs(deployment_filter=reconciled, flow_run_filter=scheduled), bool)
+    wait_until(lambda: deployed.read_flow_runs(deployment_filter=reconciled, flow_run_filter=scheduled), bool)
     assert runs_of_the_schedule() == []
     deployed.update_deployment_schedule(found.id, nightly.id, active=True)
-    run = _wait_for(runs_of_the_schedule, bool)[0]
+    run = wait_until(runs_of_the_schedule, bool)[0]
     assert run.work_queue_name == "training"
     assert run.expected_start_time is not None
     assert run.expected_start_time.hour == 2
@@ -209,7 +201,7 @@ def test_deploying_again_changes_nothing_that_a_person_sees(deployed: SyncPrefec
     queues = {queue.name: queue.concurrency_limit for queue in deployed.read_work_queues(work_pool_name=WORK_POOL)}
     assert all(queues[queue] == 1 for lane in LANES for queue in lane.queues)
     announce_commit("memory://deployed-twice", {"version": 0, "commit_id": "11" * 16})
-    (run,) = _wait_for(lambda: _runs(deployed, "evaluate-version", "memory://deployed-twice"), bool)
+    (run,) = wait_until(lambda: _runs(deployed, "evaluate-version", "memory://deployed-twice"), bool)
     assert run.parameters["version"] == 0
 
 

@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +15,7 @@ import pytest
 
 from tasks.launch import run_ranks, with_rank_logs
 from tests.flows.conftest import ROOT
+from tests.waiting import wait_until
 from weightline.errors import LaunchError
 from weightline.stages.launch import launch_argv
 
@@ -37,10 +37,7 @@ def _rank_pids(folder: Path) -> list[int]:
 
 def _assert_gone(pids: list[int]) -> None:
     assert len(pids) == 2
-    deadline = time.monotonic() + 10
-    while any(_is_running(pid) for pid in pids):
-        assert time.monotonic() < deadline, "ranks outlived their launcher"
-        time.sleep(0.05)
+    wait_until(lambda: not any(_is_running(pid) for pid in pids))
 
 
 def _is_running(pid: int) -> bool:
@@ -98,19 +95,13 @@ def test_a_launcher_goes_when_its_flow_is_killed(tmp_path: Path) -> None:
     )
     argv = [sys.executable, "-c", program, str(tmp_path), *_argv("hang", tmp_path)]
     flow = subprocess.Popen(argv, env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 30
-    while not _rank_pids(tmp_path):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    launcher = psutil.Process(_rank_pids(tmp_path)[0]).parent()
+    pids = wait_until(lambda: _rank_pids(tmp_path))
+    launcher = psutil.Process(pids[0]).parent()
     assert launcher is not None
     os.kill(flow.pid, signal.SIGKILL)
     flow.wait()
-    deadline = time.monotonic() + 10
-    while launcher.is_running() and launcher.status() != psutil.STATUS_ZOMBIE:
-        assert time.monotonic() < deadline, "the launcher outlived its flow"
-        time.sleep(0.05)
-    for pid in _rank_pids(tmp_path):  # torchrun ends its ranks when it is told to end; this stand-in does not
+    wait_until(lambda: not _is_running(launcher.pid))
+    for pid in pids:  # torchrun ends its ranks when it is told to end; this stand-in does not
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
 

@@ -7,7 +7,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -19,6 +18,7 @@ from tasks.run_folder import Run, prepare_run
 from tasks.training import launching
 from tests.flows.conftest import ROOT
 from tests.flows.recipes import write_recipe
+from tests.waiting import PATIENCE_SECONDS, wait_until
 from weightline.chain.verify import verify_chain
 from weightline.errors import RecipeError
 from weightline.stages.job import StageResult
@@ -95,10 +95,11 @@ def test_two_machines_train_one_stage(tmp_path: Path, monkeypatch: pytest.Monkey
         env = launch_environment(job, os.environ)
         with launching(run, job.output_dir / "job.json", {}) as argv:
             run_ranks(argv, env, job.output_dir / "ranks.log", lambda _: None, lambda: None)
-        _wait_for_end_of_part(job.output_dir / "ranks-1.log")
+        # The second machine's launcher may end a moment after the first one's.
+        wait_until((job.output_dir / "ranks-1.log").exists)
     finally:
         peer.send_signal(signal.SIGTERM)
-        _, told = peer.communicate(timeout=60)
+        _, told = peer.communicate(timeout=PATIENCE_SECONDS)
     result = StageResult.load(job)
     assert result is not None, told
     assert result.global_step == 4
@@ -106,11 +107,3 @@ def test_two_machines_train_one_stage(tmp_path: Path, monkeypatch: pytest.Monkey
     assert [(m.global_step, m.world_size) for m in chain.manifests()] == [(0, 2), (2, 2), (4, 2)]
     assert {payload.rank for payload in chain.tip().payloads} == {0, 1}
     assert verify_chain(chain).holds
-
-
-def _wait_for_end_of_part(log: Path) -> None:
-    """The second machine's launcher may end a moment after the first one's."""
-    deadline = time.monotonic() + 20
-    while not log.exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)

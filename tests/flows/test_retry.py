@@ -26,6 +26,7 @@ from tasks.run_folder import Run, open_run
 from tasks.warm_worker import WarmWorker
 from tests.flows.conftest import ROOT
 from tests.flows.recipes import write_recipe
+from tests.waiting import wait_until
 from weightline.chain.verify import verify_chain
 from weightline.stages.job import StageJob, StageResult
 from weightline.stages.launch import launch_argv, launch_environment
@@ -49,12 +50,8 @@ def turn_until(client: SyncPrefectClient, tmp_path: Path, server_environment: No
     worker = WarmWorker(Lane("training", (QUEUE,), preload=("flows.post_training",), is_fresh=True), log)
     runner = WarmRunner(client, [worker], POOL)
 
-    def turn(is_reached: Callable[[], bool], seconds: float = 240.0) -> None:
-        deadline = time.monotonic() + seconds
-        while not is_reached():
-            assert time.monotonic() < deadline, log.read_text()[-4000:]
-            runner.turn()
-            time.sleep(0.05)
+    def turn(is_reached: Callable[[], bool]) -> None:
+        wait_until(is_reached, meanwhile=runner.turn, told=lambda: log.read_text()[-4000:])
 
     yield turn
     runner.close()
@@ -134,7 +131,7 @@ def test_a_training_survives_cancel_and_kill(
     cancelled_at = time.monotonic()
     turn_until(lambda: state().is_final())
     assert state().is_cancelled()
-    _assert_gone_within(max(0.1, 15.0 - (time.monotonic() - cancelled_at)), ranks)
+    _assert_gone_within(max(0.1, 60.0 - (time.monotonic() - cancelled_at)), ranks)
     assert verify_chain(open_run(folder).open_chain()).holds
 
     sft_done = (folder / "stages" / "sft" / "done.json").stat().st_mtime_ns

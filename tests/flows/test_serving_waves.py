@@ -18,8 +18,9 @@ from tasks.replicas import REPLICAS_DIR_VARIABLE
 from tasks.rollout import RolloutSettings, open_rollout
 from tasks.run_folder import RUNS
 from tests.flows.recipes import TOY
-from tests.receiver.doors import TOKEN, OpenDoor, open_door, wait_until
+from tests.receiver.doors import TOKEN, OpenDoor, open_door
 from tests.receiver.model_chains import ModelChain, assert_same_bits, engine_bits, fresh_bits, make_chain
+from tests.waiting import wait_until
 from weightline.chain.records import EVALUATIONS, REFRESHES, ROLLOUTS, read_record, read_records, write_record
 from weightline.chain.refs import history_of
 from weightline.errors import ApplyError, DigestMismatchError
@@ -94,7 +95,7 @@ class _Evaluation(threading.Thread):
         self.start()
 
     def run(self) -> None:
-        wait_until(lambda: self.version in self.three.versions().values(), 60)
+        wait_until(lambda: self.version in self.three.versions().values())
         self.seen = self.three.versions()
         self.three.score(self.version, self.score)
 

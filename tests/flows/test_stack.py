@@ -7,7 +7,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from datetime import timedelta
@@ -22,6 +21,7 @@ from tasks.processes import ProcessTree, marked_environment
 from tasks.stack import StackFolder, free_port, is_healthy, running_stack, stack_environment
 from tasks.stack_registry import StackFacts, read_facts
 from tests.flows.conftest import ROOT
+from tests.waiting import PATIENCE_SECONDS, wait_until
 
 StartFlows = Callable[..., subprocess.Popen[str]]
 
@@ -91,19 +91,16 @@ def _heed_interrupts() -> None:
 
 
 def _answers(url: str) -> bool:
-    deadline = time.monotonic() + 30
-    while time.monotonic() < deadline:
-        try:
-            return httpx.get(url, trust_env=False).is_success
-        except httpx.TransportError:
-            time.sleep(0.2)
-    return False
+    try:
+        return httpx.get(url, trust_env=False).is_success
+    except httpx.TransportError:
+        return False
 
 
 @pytest.mark.slow
 def test_up_leaves_a_stack_and_down_ends_all_of_it(tmp_path: Path, flows: StartFlows) -> None:
     up = flows("up", "--port", "0")
-    out, err = up.communicate(timeout=180)
+    out, err = up.communicate(timeout=PATIENCE_SECONDS)
     assert up.returncode == 0, err
     folder = StackFolder.under(tmp_path / "runs")
     facts = running_stack(folder)
@@ -111,29 +108,31 @@ def test_up_leaves_a_stack_and_down_ends_all_of_it(tmp_path: Path, flows: StartF
     assert facts.ui_url in out
     assert {process.name for process in facts.processes} == {"server", "runner", "dashboard", "supervisor"}
     assert f"Dashboard: {facts.dashboard_url}" in out
-    assert _answers(f"{facts.dashboard_url}/api/chains")
+    wait_until(lambda url=f"{facts.dashboard_url}/api/chains": _answers(url))
     members = [child for p in facts.processes for child in psutil.Process(p.pid).children(recursive=True)]
 
     _kill(facts, "server")
     _kill(facts, "runner")
-    deadline = time.monotonic() + 90
     names = {process.name for process in facts.processes}
-    while (repaired := running_stack(folder)) is None or {process.name for process in repaired.processes} != names:
-        assert time.monotonic() < deadline, (folder.log_dir / "supervisor.log").read_text()
-        time.sleep(0.2)
+    repaired = wait_until(
+        lambda: running_stack(folder),
+        lambda found: found is not None and {process.name for process in found.processes} == names,
+        told=(folder.log_dir / "supervisor.log").read_text,
+    )
+    assert repaired is not None
     assert (repaired.api_url, repaired.dashboard_url) == (facts.api_url, facts.dashboard_url)
     facts = repaired
 
     again = flows("up")
-    assert facts.ui_url in again.communicate(timeout=60)[0]
+    assert facts.ui_url in again.communicate(timeout=PATIENCE_SECONDS)[0]
     assert read_facts(folder.facts_path) == facts
 
     down = flows("down")
-    assert down.communicate(timeout=60)[0] == "down\n"
+    assert down.communicate(timeout=PATIENCE_SECONDS)[0] == "down\n"
     assert not any(process.is_alive() for process in facts.processes)
     assert not any(member.is_running() and member.status() != psutil.STATUS_ZOMBIE for member in members)
     assert not folder.facts_path.exists()
-    assert flows("down").communicate(timeout=60)[0] == "nothing was up\n"
+    assert flows("down").communicate(timeout=PATIENCE_SECONDS)[0] == "nothing was up\n"
 
 
 @pytest.mark.slow
@@ -142,28 +141,26 @@ def test_a_run_that_is_interrupted_leaves_no_process(tmp_path: Path, flows: Star
     run = flows("run", "--port", "0")
     folder = StackFolder.under(tmp_path / "runs")
     num_processes = 2 if how is signal.SIGINT else 1
-    deadline = time.monotonic() + 120
-    while (facts := read_facts(folder.facts_path)) is None or len(facts.processes) < num_processes:
-        assert time.monotonic() < deadline
-        assert run.poll() is None, run.communicate()
-        time.sleep(0.1)
+    facts = wait_until(
+        lambda: read_facts(folder.facts_path),
+        lambda found: run.poll() is not None or (found is not None and len(found.processes) >= num_processes),
+    )
+    assert run.poll() is None, run.communicate()
+    assert facts is not None
     members = [child for p in facts.processes for child in psutil.Process(p.pid).children(recursive=True)]
     os.kill(run.pid, how)
-    _, err = run.communicate(timeout=60)
+    _, err = run.communicate(timeout=PATIENCE_SECONDS)
     assert run.returncode == (130 if how is signal.SIGINT else -how)
     if how is signal.SIGINT:
         assert err.strip().splitlines()[-1] == "interrupted: everything was ended"
-    deadline = time.monotonic() + 20
-    while any(p.is_alive() for p in facts.processes) or any(m.is_running() for m in members):
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    wait_until(lambda: not any(p.is_alive() for p in facts.processes) and not any(m.is_running() for m in members))
 
 
 def test_a_wrong_recipe_is_one_clear_error_before_anything_is_started(tmp_path: Path, flows: StartFlows) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("name: toy\nmodel: {tiny: {}}\nstages: [{kind: sft, max_step: 3, learning_rate: 1.0e-3}]\n")
     run = flows("run", "--recipe", str(recipe))
-    out, err = run.communicate(timeout=60)
+    out, err = run.communicate(timeout=PATIENCE_SECONDS)
     assert run.returncode == 1
     assert out == ""
     assert err.startswith("error: stages[0].max_step")
@@ -190,7 +187,7 @@ def test_wrong_usage_is_one_clear_error(
     file.touch()
     done = subprocess.run(
         [sys.executable, "-m", "flows", *(part.format(file=file) for part in argv)],
-        env=os.environ | environment, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False,
+        env=os.environ | environment, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_SECONDS, check=False,
     )  # fmt: skip
     assert done.returncode == returncode, done.stderr
     assert told in done.stderr
@@ -199,6 +196,6 @@ def test_wrong_usage_is_one_clear_error(
 
 def test_a_runner_of_no_lane_is_one_clear_error() -> None:
     argv = [sys.executable, "-m", "flows.warm_runner", "nolane"]
-    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_SECONDS, check=False)
     assert done.returncode == 1
     assert done.stderr.strip() == "error: no lane is called 'nolane': use training, evaluation, serving, upkeep"

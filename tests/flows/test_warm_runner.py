@@ -23,6 +23,7 @@ from tasks.lanes import LANES, Lane, WaitingRun, choose_runs, lanes_named
 from tasks.slots import taken_by
 from tasks.warm_worker import WarmWorker
 from tests.flows import toy_flows
+from tests.waiting import wait_until
 from weightline.errors import InputError
 
 POOL = "toy-pool"
@@ -57,15 +58,14 @@ def run_until(client: SyncPrefectClient, tmp_path: Path, server_environment: Non
     """Turns runners of one lane until something holds."""
     runners: list[WarmRunner] = []
 
-    def turn_until(is_reached: Callable[[], bool], num_runners: int = 1, seconds: float = 60.0) -> None:
+    def turn_until(is_reached: Callable[[], bool], num_runners: int = 1) -> None:
         while len(runners) < num_runners:
             runners.append(WarmRunner(client, [WarmWorker(Lane("toy", ("toy",)), tmp_path / "lane.log")], POOL))
-        deadline = time.monotonic() + seconds
-        while not is_reached():
-            assert time.monotonic() < deadline, (tmp_path / "lane.log").read_text()
-            for runner in runners:
-                runner.turn()
-            time.sleep(0.1)
+        wait_until(is_reached, meanwhile=turn, told=(tmp_path / "lane.log").read_text, every_seconds=0.1)
+
+    def turn() -> None:
+        for runner in runners:
+            runner.turn()
 
     yield turn_until
     for runner in runners:
@@ -148,7 +148,7 @@ def test_cancelling_a_part_of_a_run_ends_the_run(
     run_until(lambda: bool(client.read_flow_runs(flow_run_filter=of_hanging)))
     (subflow,) = client.read_flow_runs(flow_run_filter=of_hanging)
     client.set_flow_run_state(subflow.id, Cancelling())
-    run_until(lambda: _state(client, hanging).is_final(), seconds=30)
+    run_until(lambda: _state(client, hanging).is_final())
     assert _state(client, hanging).is_cancelled()
     run_until(lambda: _state(client, subflow.id).is_cancelled())
     child = int(told.read_text())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import uvicorn
 
+from tests.waiting import wait_until
 from weightline.chain import Chain
 from weightline.receiver.door import build_door
 from weightline.receiver.engines.transformers import TransformersEngine
@@ -63,11 +63,3 @@ def open_door(
             server.should_exit = True
             thread.join(20)
             service.close()
-
-
-def wait_until(is_true: object, seconds: float = 30.0) -> None:
-    """Poll a callable. Fails the test when the time is over."""
-    deadline = time.monotonic() + seconds
-    while not is_true():  # type: ignore[operator]
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.02)

@@ -25,7 +25,7 @@ def test_a_replica_killed_at_any_step_comes_back_at_a_checked_version(tmp_path: 
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=240,
         check=False,
     )
     assert killed.returncode == 0, killed.stderr

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.receiver.doors import open_door, wait_until
+from tests.receiver.doors import open_door
 from tests.receiver.model_chains import ModelChain, make_chain
+from tests.waiting import wait_until
 from weightline.chain import Chain
 from weightline.chain.expire import expire_before
 from weightline.chain.gc import collect, plan_gc, view_chain

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +19,7 @@ import httpx
 import pytest
 
 from tests.receiver.model_chains import ModelChain, make_chain
+from tests.waiting import wait_until
 from weightline.chain.checkpoint import write_checkpoint
 from weightline.chain.leases import live_leases
 from weightline.errors import ApplyError, InputError, VersionNotFoundError
@@ -46,29 +47,22 @@ def running_server(
     process = subprocess.Popen([*argv, *options], cwd=REPOSITORY, env=environment)
     try:
         address = state_dir / "address.json"
-        _wait_until(lambda: address.exists() or process.poll() is not None, 60)
+        wait_until(lambda: address.exists() or process.poll() is not None)
         told = json.loads(address.read_text())
         assert told["pid"] == process.pid
         assert told["host"] == "127.0.0.1"
         yield told["url"]
         process.send_signal(ends_by)
-        assert process.wait(20) == 0
+        assert process.wait(240) == 0
         assert not address.exists()
     finally:
         process.kill()
         process.wait()
 
 
-def _wait_until(is_true: Callable[[], bool], seconds: float) -> None:
-    deadline = time.monotonic() + seconds
-    while not is_true():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.02)
-
-
 def _complete(url: str) -> httpx.Response:
     body = {"prompt": PROMPT, "max_tokens": 12, "temperature": 0}
-    return httpx.post(f"{url}/v1/completions", json=body, timeout=60, trust_env=False)
+    return httpx.post(f"{url}/v1/completions", json=body, timeout=240, trust_env=False)
 
 
 @dataclass(frozen=True)
@@ -87,7 +81,7 @@ def following(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Following]:
     grown = make_chain((folder / "bucket").as_uri(), num_versions=0)
     state_dir = folder / "state"
     with running_server(grown.chain.url, state_dir, "--every", "0.1", "--name", "r-7") as url:
-        _wait_until(lambda: _answers(url), 60)
+        wait_until(lambda: _answers(url))
         yield Following(url, read_token(state_dir / "token"), state_dir, grown)
 
 
@@ -98,7 +92,7 @@ def test_a_server_waits_for_the_first_version_and_follows_the_chain(following: F
     assert _complete(url).status_code == 503
     for version in (0, 1):
         grown.grow()
-        _wait_until(lambda expected=version: client.status(url).version == expected, 60)
+        wait_until(lambda expected=version: client.status(url).version == expected)
         assert _complete(url).json()["weightline_version"] == version
 
 
@@ -149,7 +143,7 @@ def test_a_restarted_server_comes_back_to_its_version_and_not_to_the_tip(tmp_pat
     before = Replica(grown.chain, TransformersEngine("cpu"), tmp_path / "state", "replica-0")
     before.refresh(1)
     with running_server(grown.chain.url, tmp_path / "state", "--every", "0", ends_by=signal.SIGINT) as url:
-        _wait_until(lambda: _answers(url) and client.status(url).version is not None, 60)
+        wait_until(lambda: _answers(url) and client.status(url).version is not None)
         assert client.status(url).version == 1
         assert client.refresh(url, read_token(tmp_path / "state" / "token")).version == 2
         (lease,) = live_leases(grown.chain)

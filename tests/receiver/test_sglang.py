@@ -16,7 +16,7 @@ import zstandard
 from safetensors import safe_open
 
 from tests.chains import commit_state, nudged, random_state
-from tests.receiver.doors import wait_until
+from tests.waiting import wait_until
 from weightline.chain import Chain, open_chain
 from weightline.chain.checkpoint import write_checkpoint
 from weightline.chain.leases import live_leases

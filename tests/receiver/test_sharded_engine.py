@@ -231,7 +231,7 @@ def test_what_a_killed_process_left_in_shared_memory_is_removed_and_what_a_livin
         "    print(folder, flush=True)\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"
     )
-    killed = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
+    killed = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=240, check=False)
     left = Path(killed.stdout.strip())
     assert left.is_dir()
     with exchange_folder() as held:

@@ -8,7 +8,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from urllib.parse import unquote, urlsplit
 
@@ -119,14 +119,14 @@ class _Handler(QuietHandler):
     do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = _handle
 
     def _forward(self, body: bytes) -> tuple[int, list[tuple[str, str]], bytes]:
-        connection = http.client.HTTPConnection("127.0.0.1", self.proxy.server_port, timeout=60)
         translated = self.proxy.translated_headers
         pairs = [translated.get((k.lower(), v), (k, v)) for k, v in self.headers.items()]
         headers = {k: v for k, v in pairs if k.lower() not in self.proxy.dropped_headers}
-        connection.request(self.command, self.path, body, headers)
-        reply = connection.getresponse()
-        content = reply.read()
-        connection.close()
+        # The server may hang up, in which case the client behind this proxy is hung up on, too.
+        with closing(http.client.HTTPConnection("127.0.0.1", self.proxy.server_port, timeout=60)) as connection:
+            connection.request(self.command, self.path, body, headers)
+            reply = connection.getresponse()
+            content = reply.read()
         kept = [(k, v) for k, v in reply.getheaders() if k.lower() not in ("transfer-encoding", "connection")]
         return reply.status, [*kept, *self.proxy.added_reply_headers.items()], content
 

@@ -73,7 +73,7 @@ def azure_environment(port: int) -> dict[str, str]:
 
 
 def _put(port: int, path: str, headers: dict[str, str], expected: int) -> None:
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=240)
     connection.request("PUT", path, headers=headers)
     reply = connection.getresponse()
     assert reply.status == expected, reply.read()
@@ -92,7 +92,7 @@ def _running(argv: list[str], port: int) -> Iterator[None]:
 
 
 def _wait_for(port: int, process: subprocess.Popen[bytes]) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 240
     while True:
         try:
             socket.create_connection(("127.0.0.1", port), timeout=1).close()

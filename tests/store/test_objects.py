@@ -183,10 +183,10 @@ def test_a_download_that_stalls_goes_on_soon(
     store = open_store(s3_url)
     store.put_file("payloads/x", large)
     is_first = iter([True])
-    s3_proxy.plan = lambda number, method, path: Stall(30) if method == "GET" and next(is_first, False) else None
+    s3_proxy.plan = lambda number, method, path: Stall(120) if method == "GET" and next(is_first, False) else None
     begun = time.monotonic()
     store.get_file("payloads/x", tmp_path / "copy")
-    assert time.monotonic() - begun < 20
+    assert time.monotonic() - begun < 60
     assert _sha256(tmp_path / "copy") == _sha256(large)
 
 
@@ -426,7 +426,7 @@ open_store({str(tmp_path)!r}).put("a", b"")
 assert "obstore" not in sys.modules, "obstore"
 assert "huggingface_hub" not in sys.modules, "huggingface_hub"
 """
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=240)
 
 
 def _read_in_child(url: str, key: str, answers: Connection) -> None:

@@ -121,7 +121,7 @@ def test_one_of_several_processes_wins_each_key(tmp_path: Path) -> None:
     racers = [context.Process(target=_race, args=(tmp_path, n, barrier, wins)) for n in range(3)]
     for racer in racers:
         racer.start()
-    won = [wins.get(timeout=60) for _ in range(20)]
+    won = [wins.get(timeout=240) for _ in range(20)]
     for racer in racers:
         racer.join(60)
     assert sorted(key for key, _ in won) == list(range(20))

@@ -103,7 +103,7 @@ def _kill_a_rank_at(stage: Stage, step: int) -> None:
         time.sleep(0.02)
     ranks = [c for c in psutil.Process(process.pid).children(recursive=True) if c.environ().get("RANK") == "1"]
     ranks[0].kill()
-    assert process.wait(timeout=120) != 0
+    assert process.wait(timeout=240) != 0
 
 
 @pytest.fixture(scope="module", params=["sft", "dpo"])

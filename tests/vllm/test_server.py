@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -22,6 +22,7 @@ import httpx
 import pytest
 
 from tests.vllm.parts import MAX_TOKENS, PROMPTS, FolderChain, ask, make_chain, reference_tokens
+from tests.waiting import wait_until
 from weightline.receiver import client
 from weightline.receiver.auth import read_token
 from weightline.receiver.engines.vllm.engine import VllmEngine
@@ -65,9 +66,9 @@ def serving(made: FolderChain, state_dir: Path, *options: str) -> Iterator[Servi
     )
     try:
         address = state_dir / "address.json"
-        _wait_until(lambda: _told(address).get("pid") == process.pid or process.poll() is not None, 60)
+        wait_until(lambda: _told(address).get("pid") == process.pid or process.poll() is not None)
         url = _told(address)["url"]
-        _wait_until(lambda: _is_up(url) or process.poll() is not None, 300)
+        wait_until(lambda: _is_up(url) or process.poll() is not None)
         assert process.poll() is None
         yield Serving(url, read_token(state_dir / "token"), made, process)
         if process.poll() is None:
@@ -108,13 +109,6 @@ def _is_up(url: str) -> bool:
         return False
 
 
-def _wait_until(is_true: Callable[[], bool], seconds: float) -> None:
-    deadline = time.monotonic() + seconds
-    while not is_true():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.05)
-
-
 def _complete(
     url: str,
     prompt: str = PROMPTS[0],
@@ -126,7 +120,7 @@ def _complete(
         "model": "tiny", "prompt": list(prompt.encode()), "max_tokens": MAX_TOKENS, "min_tokens": MAX_TOKENS,
         "temperature": 0, "ignore_eos": True, "return_token_ids": True,
     }  # fmt: skip
-    return httpx.post(url + path, json=body | fields, headers=headers, timeout=120, trust_env=False)
+    return httpx.post(url + path, json=body | fields, headers=headers, timeout=240, trust_env=False)
 
 
 def _tokens(answer: httpx.Response) -> tuple[int, ...]:
@@ -155,10 +149,10 @@ def test_nothing_is_answered_before_a_version_is_checked(server: Serving) -> Non
 )  # fmt: skip
 def test_every_route_but_the_public_ones_needs_the_token(server: Serving, method: str, path: str) -> None:
     for headers in ({}, {"authorization": "Bearer wrong"}, {"authorization": server.token}):
-        answer = httpx.request(method, server.url + path, json={}, headers=headers, timeout=30, trust_env=False)
+        answer = httpx.request(method, server.url + path, json={}, headers=headers, timeout=240, trust_env=False)
         assert answer.status_code == 401, answer.text
     for path in ("/health", "/metrics", "/v1/models", "/weightline/status", "/weightline/metrics"):
-        assert httpx.get(server.url + path, timeout=30, trust_env=False).status_code == 200
+        assert httpx.get(server.url + path, timeout=240, trust_env=False).status_code == 200
 
 
 class Asker(threading.Thread):
@@ -226,14 +220,14 @@ def test_a_stalled_upload_holds_nobody_up(server: Serving) -> None:
 
 def test_an_answer_that_would_be_generated_later_is_refused(server: Serving) -> None:
     asked = {"model": "tiny", "input": "a", "background": True, "store": True}
-    refused = httpx.post(f"{server.url}/v1/responses", json=asked, timeout=30, trust_env=False)
+    refused = httpx.post(f"{server.url}/v1/responses", json=asked, timeout=240, trust_env=False)
     assert refused.status_code == 400
     assert "comes from one version" in refused.text
 
 
 def test_vllms_metrics_tell_of_the_replica(server: Serving) -> None:
     def count() -> float:
-        shown = httpx.get(f"{server.url}/metrics", timeout=30, trust_env=False).text
+        shown = httpx.get(f"{server.url}/metrics", timeout=240, trust_env=False).text
         assert "vllm:" in shown
         return float(re.findall(r'^weightline_completions_total\{replica="replica-0"\} (.*)$', shown, re.MULTILINE)[0])
 
@@ -324,12 +318,12 @@ def test_a_server_that_was_killed_comes_back_to_its_version(tmp_path: Path) -> N
     """kill -9 of all its processes: the mark says where it was, and the tip is not taken for it."""
     made = make_chain(tmp_path, "llama", num_versions=3)
     with serving(made, tmp_path / "state", "--every", "0.2") as running:
-        _wait_until(lambda: client.status(running.url).version == 2, 60)
+        wait_until(lambda: client.status(running.url).version == 2)
         version = made.grow()
-        _wait_until(lambda: client.status(running.url).version == version, 60)
+        wait_until(lambda: client.status(running.url).version == version)
         os.killpg(running.process.pid, 9)
         running.process.wait()
     made.grow()
     with serving(made, tmp_path / "state", "--every", "0") as again:
-        _wait_until(lambda: client.status(again.url).version == version, 60)
+        wait_until(lambda: client.status(again.url).version == version)
         assert _tokens(_complete(again.url)) == reference_tokens(made.folders[version], PROMPTS[:1])[0]
