@@ -50,6 +50,29 @@ def test_flattened_changes_are_distances_and_steps_by_position(pieces: list[Rank
     assert_steps(numbers, pieces, np.arange(at_K.size))
 
 
+@pytest.mark.parametrize("dtype", ["BF16", "F16", "I16", "U16"])
+def test_steps_between_any_two_patterns_of_16_bits(dtype: str) -> None:
+    """Pieces of less than a group, of whole groups and of some more, from and to the ends of the range."""
+    edges = np.array([0, 1, 2, 0x7FFE, 0x7FFF, 0x8000, 0x8001, 0xFFFE, 0xFFFF, 0x3F80, 0xBF80], np.uint16)
+    old_N, new_N = (pattern.ravel() for pattern in np.meshgrid(edges, edges))
+    pieces = [ranked((whole("w", dtype, n), old_N[:n], new_N[:n])) for n in (1, 69, 70, 71, old_N.size)]
+    numbers = flatten_changes(pieces)
+    assert {63, 64, 65} & {piece.num_changed for piece in pieces}
+    assert_steps(numbers, pieces, np.arange(numbers.sizes_K.size))
+
+
+@pytest.mark.parametrize("dtype", ["BF16", "F32"])
+def test_columns_need_not_lie_in_one_piece(dtype: str) -> None:
+    rng = np.random.default_rng(0)
+    old_N = random_bits(rng, dtype, 1000)
+    changes = ranked((whole("w", dtype, 1000), old_N, changed(rng, old_N, 0.5)))
+    apart = [np.repeat(column, 2)[::2] for column in (changes.positions_K, changes.old_K, changes.new_K)]
+    numbers, expected = flatten_changes([Changes(changes.segment, *apart)]), flatten_changes([changes])
+    assert np.array_equal(numbers.gaps_K, expected.gaps_K)
+    assert np.array_equal(numbers.sizes_K, expected.sizes_K)
+    assert np.array_equal(numbers.negative_K, expected.negative_K)
+
+
 @given(chunks())
 def test_grouped_changes_are_sorted_by_class_piece_and_position(pieces: list[RankedChanges]) -> None:
     dtype = pieces[0].segment.tensor.dtype
@@ -72,9 +95,9 @@ def test_grouped_changes_are_sorted_by_class_piece_and_position(pieces: list[Ran
 def test_large_steps_are_listed_with_the_unit_steps_before_them(dtype: type, num_steps: int, share: float) -> None:
     rng = np.random.default_rng(num_steps)
     sizes_K = np.where(rng.random(num_steps) < share, rng.integers(1, 2**15, num_steps), 0).astype(dtype)
-    columns = np.empty((2, num_steps + 1), np.uint64)
-    num_large = grouping.large_steps(sizes_K, columns)
+    values = np.empty(2 * num_steps + 1, np.uint64)
+    num_large = grouping.large_steps(sizes_K, values)
     large_J = np.flatnonzero(sizes_K)
     assert num_large == large_J.size
-    assert np.array_equal(columns[0, :num_large], np.diff(large_J, prepend=-1) - 1)
-    assert np.array_equal(columns[1, :num_large], sizes_K[large_J] - dtype(1))
+    assert np.array_equal(values[:num_large], np.diff(large_J, prepend=-1) - 1)
+    assert np.array_equal(values[num_large : 2 * num_large], sizes_K[large_J] - dtype(1))

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -15,7 +16,7 @@ from weightline.codec.capture import capture
 from weightline.codec.coding import codings
 from weightline.codec.pieces import TILE
 from weightline.errors import InputError, PayloadError, UnsupportedFeatureError
-from weightline.format import layout
+from weightline.format import envelope, layout
 from weightline.format.payload import Payload, PayloadInfo, open_payload, write_anchor, write_delta
 from weightline.types import BitsArray, Changes, Segment, TensorSpec
 
@@ -93,6 +94,19 @@ def test_same_input_gives_same_bytes_on_any_number_of_threads(tmp_path: Path, co
     infos = [write_pairs(tmp_path / str(n), states, coding, num_threads=n) for n in (1, 1, 3)]
     assert infos[0] == infos[1] == infos[2]
     assert len({(tmp_path / str(n)).read_bytes() for n in (1, 3)}) == 1
+
+
+@pytest.mark.parametrize("limit", [0, 1000, 1 << 23])
+def test_the_hash_is_that_of_the_file_however_much_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int
+) -> None:
+    monkeypatch.setattr(envelope, "_ECHO_NBYTES", limit)
+    path = tmp_path / "p"
+    bits_N = random_bits(np.random.default_rng(0), "BF16", TILE + 5000)
+    segments = [(whole("a", "BF16", bits_N.size), bits_N), (whole("b", "BF16", 100), bits_N[:100])]
+    info = write_anchor(path, segments)
+    raw = path.read_bytes()
+    assert (info.nbytes, info.sha256) == (len(raw), hashlib.sha256(raw).hexdigest())
 
 
 def test_stock_tools_open_payloads(tmp_path: Path) -> None:

@@ -43,6 +43,26 @@ def test_values_around_the_escape(quotient: int, parameter: int) -> None:
     assert decode_rice(stream, 3, parameter).tolist() == values
 
 
+@pytest.mark.parametrize("num_values", [*range(18), 64, 65])
+@pytest.mark.parametrize("large", [0, 130, 383, 384, 1100, 2**31, 2**32 - 1])
+def test_values_one_by_one_among_those_coded_at_once(num_values: int, large: int) -> None:
+    """One value that is clipped, makes its word too long, or is escaped, at each place of a group, and in the rest."""
+    for place in range(num_values):
+        values = [12] * num_values
+        values[place] = large
+        stream = encode_rice(np.array(values, np.uint32), 4)
+        assert stream == reference.encode_rice(values, 4)
+
+
+@pytest.mark.parametrize("parameter", [0, 6, 7, 8, 20, 21, 22, 25, 31])
+def test_means_that_rise_and_fall_through_all_parameters(parameter: int) -> None:
+    rng = np.random.default_rng(5)
+    rising = rng.integers(0, 2 ** np.linspace(1, 32, 1501), dtype=np.uint64).astype(np.uint32)
+    values_K = np.concatenate([rising, rising[::-1], np.zeros(700, np.uint32), rising[:700]])
+    stream = encode_rice(values_K, parameter)
+    assert stream == reference.encode_rice(values_K.tolist(), parameter)
+
+
 @pytest.mark.parametrize("mean", [8.0, 23.0, 100.0, 1e4, 1e7])
 def test_geometric_numbers_cost_little_more_than_their_entropy(mean: float) -> None:
     rng = np.random.default_rng(7)
@@ -50,6 +70,11 @@ def test_geometric_numbers_cost_little_more_than_their_entropy(mean: float) -> N
     p = 1 / (1 + mean)
     entropy_bits = -(p * math.log2(p) + (1 - p) * math.log2(1 - p)) / p
     assert 8 * len(encode_rice(values_K, parameter_of(mean))) / values_K.size < 1.03 * entropy_bits
+
+
+def test_values_need_not_lie_in_one_piece() -> None:
+    values_K = np.arange(100, dtype=np.uint64)
+    assert encode_rice(values_K[::2], 4) == reference.encode_rice(values_K[::2].tolist(), 4)
 
 
 def test_a_parameter_serves_the_mean_that_it_starts_at() -> None:

@@ -36,15 +36,16 @@ def flatten_changes(pieces: Sequence[Changes]) -> CodedNumbers:
     dtype = pieces[0].segment.tensor.dtype
     numbers = _allocate(sum(piece.num_changed for piece in pieces), dtype)
     flatten = grouping.flatten_16 if DTYPE_ITEMSIZE[dtype] == 2 else grouping.flatten
+    sign, unused = _ordering(dtype)
     first, last = 0, -1
     for piece in pieces:
         if piece.num_changed:
-            part = slice(first, first + piece.num_changed)
-            flatten(
-                piece.positions_K, piece.old_K, piece.new_K, last, *_ordering(dtype),
-                numbers.gaps_K[part], numbers.sizes_K[part], numbers.negative_K[part],
+            old_K, new_K = np.ascontiguousarray(piece.old_K), np.ascontiguousarray(piece.new_K)
+            last = flatten(
+                piece.positions_K, old_K, new_K, first, last, sign, unused,
+                numbers.gaps_K, numbers.sizes_K, numbers.negative_K,
             )  # fmt: skip
-            first, last = part.stop, int(piece.positions_K[-1])
+            first += piece.num_changed
         last -= piece.segment.length
     return numbers
 
@@ -70,10 +71,11 @@ def group_changes(pieces: Sequence[RankedChanges], field: tuple[int, int]) -> tu
     packed_K = np.empty(numbers.gaps_K.size if is_16_bit else 0, np.uint64)
     group = grouping.group_16 if is_16_bit else grouping.group
     columns = (packed_K,) if is_16_bit else (numbers.gaps_K, numbers.sizes_K, numbers.negative_K)
+    sign, unused = _ordering(dtype)
     for piece in (piece for piece in pieces if piece.num_changed):
         after_C = np.zeros(NUM_CLASSES, np.uint64)
         group(
-            piece.old_K, piece.new_K, piece.ranks_K, shift, mask, *_ordering(dtype), next_C, after_C, *columns
+            piece.old_K, piece.new_K, piece.ranks_K, shift, mask, sign, unused, next_C, after_C, *columns
         )  # fmt: skip
     if is_16_bit:
         grouping.unpack_16(packed_K, numbers.gaps_K, numbers.sizes_K, numbers.negative_K)

@@ -54,7 +54,7 @@ def pack_class_counts(counts_PC: Counts, gaps_K: Numbers) -> bytes:
     zigzag = np.where(deviations < 0, -2 * deviations - 1, 2 * deviations)
     counts_R, levels_R = _runs(rows_Q.size, totals_C[present_S], levels_S)
     values = gaps_K if rows_Q.size < 2 else np.concatenate([zigzag.T.ravel().astype(gaps_K.dtype), gaps_K])
-    return bytes(head) + encode_runs(values, counts_R, levels_R)
+    return encode_runs(values, counts_R, levels_R, head)
 
 
 def unpack_class_counts(stream: bytes, num_changed: int, lengths_P: Sequence[int]) -> tuple[ClassCounts, Counts]:

@@ -38,7 +38,8 @@ class GapCoding:
 
     def encode(self, pieces: Sequence[Changes]) -> Streams:
         numbers = flatten_changes(pieces)
-        return _encode_positions(numbers.gaps_K), encode_steps(numbers.sizes_K, numbers.negative_K)
+        steps = encode_steps(numbers.sizes_K, numbers.negative_K)
+        return _encode_positions(numbers.gaps_K), steps
 
     def decode(
         self, streams: Streams, pieces: Sequence[Segment], num_changed: int, base: ChunkBase
@@ -69,10 +70,10 @@ def _encode_positions(gaps_K: Numbers) -> bytes:
     if mean < LEAST_MEAN:
         level = level_of(mean)
         put_numbers(head, level)
-        return bytes(head) + encode_runs(gaps_K, np.array([gaps_K.size]), np.array([level]))
+        return encode_runs(gaps_K, np.array([gaps_K.size]), np.array([level]), head)
     parameter = parameter_of(mean)
     put_numbers(head, _RICE + parameter)
-    return bytes(head) + encode_rice(gaps_K, parameter)
+    return encode_rice(gaps_K, parameter, head)
 
 
 def _decode_positions(stream: bytes, num_changed: int, num_elements: int) -> Counts:

@@ -143,10 +143,11 @@ def _start_means(values_K: Numbers, counts_R: Counts) -> Counts:
     return means_R
 
 
-def encode_runs(values_K: Numbers, counts_R: Counts, levels_R: Counts) -> bytes:
+def encode_runs(values_K: Numbers, counts_R: Counts, levels_R: Counts, head: bytes | bytearray = b"") -> bytes:
     """Code `values_K` (each below 2**63), cut into runs of `counts_R` values that start at the means of `levels_R`.
 
-    The stream is the number of token words, these words, then the words of the raw bits; 32-bit, little-endian.
+    After `head`, the stream is the number of token words, these words, then the words of the raw bits; 32-bit,
+    little-endian.
     """
     from weightline.codec.kernels import geometric as kernel
 
@@ -156,10 +157,10 @@ def encode_runs(values_K: Numbers, counts_R: Counts, levels_R: Counts) -> bytes:
         values_K, counts_R, t.bounds_L[levels_R],
         t.bounds_L, t.shifts_L, t.rows_L, t.cumulative, t.small, t.starts_T, t.bits_T, words, raws,
     )  # fmt: skip
-    head = bytearray()
-    put_numbers(head, int(num_words))
-    written = words[1 : 1 + num_words], raws[:num_raws]
-    return b"".join([head, *(array.astype("<u4", copy=False).data for array in written)])
+    count = bytearray()
+    put_numbers(count, int(num_words))
+    written = words[:num_words], raws[:num_raws]
+    return b"".join([head, count, *(array.astype("<u4", copy=False).data for array in written)])
 
 
 def decode_runs(stream: bytes, counts_R: Counts, levels_R: Counts) -> npt.NDArray[np.uint64]:

@@ -9,6 +9,8 @@ Legend: K values.
 
 from __future__ import annotations
 
+from bisect import bisect_right
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -42,17 +44,16 @@ def start_mean(parameter: int) -> int:
 
 def parameter_of(mean: float) -> int:
     """The parameter for a mean: the writer's choice of where a stream starts."""
-    scaled = int(mean * (1 << 16))
-    return next(k for k, bound in enumerate(bounds()) if scaled < bound)
+    return bisect_right(bounds(), int(mean * (1 << 16)))
 
 
-def encode_rice(values_K: Numbers, parameter: int) -> bytes:
-    """The 64-bit words, little-endian, of `values_K` (each below 2**32), started at `parameter`."""
+def encode_rice(values_K: Numbers, parameter: int, head: bytes | bytearray = b"") -> bytes:
+    """`head`, then the 64-bit words, little-endian, of `values_K` (each below 2**32), started at `parameter`."""
     from weightline.codec.kernels import rice as kernel
 
     words = np.empty(values_K.size + 2, np.uint64)
-    num_words = kernel.encode(values_K, start_mean(parameter), _bounds_array(), words)
-    return words[:num_words].astype("<u8", copy=False).tobytes()
+    num_words = kernel.encode(np.ascontiguousarray(values_K, np.uint32), start_mean(parameter), _bounds_array(), words)
+    return b"".join([head, words[:num_words].astype("<u8", copy=False).data])
 
 
 def decode_rice(stream: bytes, num_values: int, parameter: int) -> npt.NDArray[np.uint32]:
@@ -71,5 +72,6 @@ def decode_rice(stream: bytes, num_values: int, parameter: int) -> npt.NDArray[n
     return values_K
 
 
+@cache
 def _bounds_array() -> npt.NDArray[np.int64]:
     return np.array(bounds(), np.int64)

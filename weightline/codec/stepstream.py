@@ -27,16 +27,16 @@ def encode_steps(sizes_K: Numbers, negative_K: npt.NDArray[np.bool_]) -> bytes:
     if not sizes_K.size:
         return b""
     head = bytearray(np.packbits(negative_K, bitorder="little").tobytes())
-    columns = np.empty((2, sizes_K.size + 1), np.uint64 if sizes_K.itemsize == 8 else np.uint32)
-    num_large = int(grouping.large_steps(sizes_K, columns))
+    values: Numbers = np.empty(2 * sizes_K.size + 1, np.uint64 if sizes_K.itemsize == 8 else np.uint32)
+    num_large = int(grouping.large_steps(sizes_K, values))
     put_numbers(head, num_large)
     if not num_large:
         return bytes(head)
-    values = columns[:, :num_large].reshape(-1)
+    values = values[: 2 * num_large]
     counts_R = np.array([num_large, num_large], np.int64)
     levels_R = start_levels(values, counts_R)
     put_numbers(head, *levels_R.tolist())
-    return bytes(head) + encode_runs(values, counts_R, levels_R)
+    return encode_runs(values, counts_R, levels_R, head)
 
 
 def decode_steps(stream: bytes, num_changed: int, dtype: str) -> StepArray:

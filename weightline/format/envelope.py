@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
@@ -18,6 +18,8 @@ from weightline.errors import InputError, PayloadError
 #: With the eight bytes of its length, 256: room for payloads of any size.
 _HEADER_NBYTES = 248
 _MAX_HEADER_NBYTES = 1 << 16
+#: A file of at most this many bytes after its header is hashed from memory.
+_ECHO_NBYTES = 1 << 23
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,8 +37,8 @@ def reserve_header(file: BinaryIO) -> None:
     file.write(b" " * (8 + _HEADER_NBYTES))
 
 
-def write_header(file: BinaryIO, metadata: Mapping[str, str], chunks_nbytes: int, table_nbytes: int) -> None:
-    """Fill the reserved room. Raises InputError when sizes beyond 10**14 bytes do not fit."""
+def write_header(file: BinaryIO, metadata: Mapping[str, str], chunks_nbytes: int, table_nbytes: int) -> bytes:
+    """Fill the reserved room; return what fills it. Raises InputError when sizes beyond 10**14 bytes do not fit."""
     end = chunks_nbytes + table_nbytes
     entries = {
         "__metadata__": dict(metadata),
@@ -46,8 +48,10 @@ def write_header(file: BinaryIO, metadata: Mapping[str, str], chunks_nbytes: int
     header = json.dumps(entries, separators=(",", ":")).encode().ljust(_HEADER_NBYTES)
     if len(header) > _HEADER_NBYTES:
         raise InputError(f"a payload of {end} bytes is larger than its header can say", nbytes=end)
+    header = len(header).to_bytes(8, "little") + header
     file.seek(0)
-    file.write(len(header).to_bytes(8, "little") + header)
+    file.write(header)
+    return header
 
 
 def read_envelope(file: BinaryIO, nbytes: int) -> Envelope:
@@ -71,6 +75,31 @@ def read_envelope(file: BinaryIO, nbytes: int) -> Envelope:
         raise PayloadError("the header's entries do not cover the file", rule="header-entries")
     start = 8 + header_nbytes
     return Envelope(metadata, start, start + chunks_nbytes, nbytes)
+
+
+@dataclass(slots=True)
+class Echo:
+    """What was written after the header, kept while it is little: the hash begins with the header, which comes last."""
+
+    _parts: list[bytes] = field(default_factory=list)
+    nbytes: int = 0
+
+    def add(self, *parts: bytes) -> None:
+        """Take note of the next bytes of the file."""
+        self.nbytes += sum(map(len, parts))
+        if self.nbytes <= _ECHO_NBYTES:
+            self._parts += parts
+        else:
+            self._parts.clear()
+
+    def sha256_after(self, header: bytes, path: Path) -> str:
+        """Hex sha256 of the header and all that was added, which `path` holds: read again when it is too much."""
+        if self.nbytes > _ECHO_NBYTES:
+            return sha256_of(path)
+        digest = hashlib.sha256(header)
+        for part in self._parts:
+            digest.update(part)
+        return digest.hexdigest()
 
 
 def _without_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:

@@ -24,7 +24,7 @@ from weightline.codec.coding import ChunkBase, DeltaCoding, coding_named
 from weightline.codec.parallel import ordered_map
 from weightline.codec.pieces import cut, num_tiles, tiles_of
 from weightline.errors import InputError, PayloadError, UnsupportedFeatureError
-from weightline.format.envelope import read_envelope, reserve_header, sha256_of, write_header
+from weightline.format.envelope import Echo, read_envelope, reserve_header, write_header
 from weightline.format.layout import (
     CHUNK_CHANGED,
     CHUNK_ELEMENTS,
@@ -90,10 +90,13 @@ def _gather(changes: Iterable[Changes]) -> Iterator[_OpenChunk]:
     open_chunks: dict[str, _OpenChunk] = {}
     for change in changes:
         for piece in cut(change):
-            chunk = open_chunks.setdefault(piece.segment.tensor.dtype, _OpenChunk())
+            dtype = piece.segment.tensor.dtype
+            chunk = open_chunks.get(dtype)
+            if chunk is None:
+                chunk = open_chunks[dtype] = _OpenChunk()
             chunk.add(piece)
             if chunk.is_full:
-                yield open_chunks.pop(piece.segment.tensor.dtype)
+                yield open_chunks.pop(dtype)
     yield from open_chunks.values()
 
 
@@ -150,6 +153,7 @@ class _Writer:
     coding: str
     segments: list[Segment] = field(default_factory=list)
     chunks: list[ChunkEntry] = field(default_factory=list)
+    echo: Echo = field(default_factory=Echo)
 
     def __post_init__(self) -> None:
         reserve_header(self.file)
@@ -162,19 +166,24 @@ class _Writer:
 
     def put_chunk(self, entry: ChunkEntry, *streams: bytes) -> None:
         self.chunks.append(entry)
-        self.file.write(b"".join(streams))
+        self._write(*streams)
 
     def finish(self, path: Path) -> PayloadInfo:
         _require_valid(self.segments)
         table = pack_table(self.segments, self.chunks)
-        self.file.write(table)
+        chunks_nbytes = self.echo.nbytes
+        self._write(table)
         metadata = {"weightline": FORMAT, "kind": self.kind, "coding": self.coding}
-        write_header(self.file, metadata, sum(sum(chunk.stream_nbytes) for chunk in self.chunks), len(table))
+        header = write_header(self.file, metadata, chunks_nbytes, len(table))
         self.file.flush()
         num_changed = sum(chunk.num_changed for chunk in self.chunks)
         num_elements = sum(segment.length for segment in self.segments)
-        nbytes, sha256 = path.stat().st_size, sha256_of(path)
+        nbytes, sha256 = len(header) + self.echo.nbytes, self.echo.sha256_after(header, path)
         return PayloadInfo(nbytes, sha256, num_changed, num_elements, self.kind, self.coding, len(self.segments))
+
+    def _write(self, *parts: bytes) -> None:
+        self.file.writelines(parts)
+        self.echo.add(*parts)
 
 
 def _require_valid(segments: Sequence[Segment]) -> None:

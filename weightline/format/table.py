@@ -60,13 +60,14 @@ def pack_table(segments: Sequence[Segment], chunks: Sequence[ChunkEntry]) -> byt
     put_numbers(out, len(segments))
     previous = b""
     for segment in segments:
-        name = segment.tensor.name.encode()
+        tensor = segment.tensor
+        name = tensor.name.encode()
         shared = _shared_prefix(previous, name)
         put_numbers(out, shared, len(name) - shared)
         out += name[shared:]
-        put_numbers(out, DTYPES.index(segment.tensor.dtype), len(segment.tensor.shape), *segment.tensor.shape)
-        is_whole = segment.start == 0 and segment.length == segment.tensor.num_elements
-        put_numbers(out, *((1,) if is_whole else (0, segment.start, segment.length)))
+        is_whole = segment.start == 0 and segment.length == tensor.num_elements
+        span = (1,) if is_whole else (0, segment.start, segment.length)
+        put_numbers(out, DTYPES.index(tensor.dtype), len(tensor.shape), *tensor.shape, *span)
         previous = name
     put_numbers(out, len(chunks))
     for chunk in chunks:
@@ -144,4 +145,5 @@ def _dtype(reader: NumberReader) -> str:
 
 def _shared_prefix(a: bytes, b: bytes) -> int:
     limit = min(len(a), len(b))
-    return next((at for at in range(limit) if a[at] != b[at]), limit)
+    differing = int.from_bytes(a[:limit], "big") ^ int.from_bytes(b[:limit], "big")
+    return limit - (differing.bit_length() + 7) // 8

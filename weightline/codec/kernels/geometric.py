@@ -16,7 +16,7 @@ from weightline.codec.kernels import inlined, jit
 
 Array = npt.NDArray[Any]
 State = tuple[np.uint64, np.uint64, np.uint64]
-Coder = tuple[np.uint64, np.uint64, np.uint64, np.uint64]
+Coder = tuple[np.uint64, np.uint64, np.uint64]
 
 _WORD = np.uint64(32)
 _LOG_WORD = np.uint64(5)
@@ -104,24 +104,21 @@ def _carry(words: Array, at: np.uint64) -> None:
 
 @inlined
 def _put(words: Array, coder: Coder, start: np.uint64, width: np.uint64, bits: np.uint64) -> Coder:
-    """Narrow (low, span) to [start, start + width) of 2**bits parts; then come the last full word and how many before.
+    """Narrow (low, span) to [start, start + width) of 2**bits parts; then comes where the next word goes.
 
-    Whether a word is full is as good as random: no branch, the last one is stored in any case and kept when it is.
+    Whether a word is full is as good as random: no branch, it is stored in any case and kept when it is.
     """
-    low, span, last, at = coder
+    low, span, at = coder
     part = span >> bits
     add = part * start
     low += add
-    last += np.uint64(low < add)
-    if last > _LOW_WORD:
-        last = _ZERO
+    if low < add:
         _carry(words, at)
-    words[at] = last
+    words[at] = low >> _WORD
     span = part * width
     is_full = np.uint64(span < _TOP)
-    last = low >> _WORD if is_full else last
     shift = is_full << _LOG_WORD
-    return low << shift, span << shift, last, at + is_full
+    return low << shift, span << shift, at + is_full
 
 
 @inlined
@@ -168,26 +165,28 @@ def encode_runs(
     bounds_L: Array, shifts_L: Array, rows_L: Array, cumulative: Array, small: Array, starts_T: Array, bits_T: Array,
     words: Array, raws: Array,
 ) -> tuple[np.uint64, np.uint64]:  # fmt: skip
-    """Write the words of the tokens, from words[1] on, and those of the raw bits; return how many of each.
+    """Write the words of the tokens and those of the raw bits; return how many of each.
 
     A value's bucket starts at a multiple of its width, so the raw bits are the value's lowest ones.
     """
-    coder, raw_state, k = (_ZERO, _FULL, _ZERO, _ZERO), (_ZERO, _ZERO, _ZERO), _ZERO
+    coder, raw_state, k = (_ZERO, _FULL, _ZERO), (_ZERO, _ZERO, _ZERO), _ZERO
     # Of the current level, looked up again when the mean leaves [low, high).
-    low, high, shift, row, limit = _NOWHERE, _NOWHERE, _ZERO, _ZERO, _ZERO
+    low, high, shift, row, limit, entry = _NOWHERE, _NOWHERE, _ZERO, _ZERO, _ZERO, _ZERO
+    entries, row_length = small.reshape(-1), np.uint64(small.shape[1])
     for run in range(counts_R.size):
         mean = means_R[run]
         for _ in range(counts_R[run]):
             if mean < low or mean >= high:
                 level = _level(mean)
                 low, high, shift, row = bounds_L[level], bounds_L[level + _ONE], shifts_L[level], rows_L[level]
-                limit = _tame_limit(low, shift)
+                limit, entry = _tame_limit(low, shift), row * row_length
             value = np.uint64(values_K[k])
             if value >> shift < limit:
-                packed = small[row, value >> shift]
+                packed = entries[entry + (value >> shift)]
                 start, width, num_raw = packed & _LOW_WORD, packed >> _WIDTH_AT, (packed >> _WORD) & _BITS_MASK
                 coder, num_raw = _put(words, coder, start, width, _PROBABILITY_BITS), num_raw + shift
-                raw_state = _put_raw(raws, raw_state, value & ((_ONE << num_raw) - _ONE), num_raw)
+                if num_raw:
+                    raw_state = _put_raw(raws, raw_state, value & ((_ONE << num_raw) - _ONE), num_raw)
                 mean = tame_mean(mean, value)
             else:
                 coder, raw_state = _put_any(
@@ -196,10 +195,9 @@ def encode_runs(
                 mean = next_mean(mean, value)
             k += _ONE
     # Round low up to whole words: any number in [low, low + span) will do, and the span holds one of those.
-    coder = _put(words, (coder[0], _ONE, coder[2], coder[3]), _LOW_WORD, _ONE, _ZERO)
-    words[coder[3]] = coder[2]
+    coder = _put(words, (coder[0], _ONE, coder[2]), _LOW_WORD, _ONE, _ZERO)
     raw_state = _put_raw(raws, raw_state, _ZERO, _WORD - _ONE)
-    return coder[3], raw_state[2]
+    return coder[2], raw_state[2]
 
 
 @jit

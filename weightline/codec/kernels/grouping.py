@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from weightline.codec.kernels import inlined, jit
-from weightline.codec.kernels.lanes import GROUP, above_zero, count_ones, lowest_one
+from weightline.codec.kernels.lanes import GROUP, above_zero, count_ones, lowest_one, put_steps_16
 
 Array = npt.NDArray[Any]
 
@@ -44,23 +44,27 @@ def _step(old: np.uint64, new: np.uint64, sign: np.uint64, unused: np.uint64) ->
 @inlined
 def _gaps(positions_K: Array, gaps_K: Array, last: int) -> None:
     """Unchanged elements before each change of one piece; `last`: the change before, counted from the piece's start."""
-    if positions_K.size:
-        gaps_K[0] = np.uint32(positions_K[0] - last - 1)
-    for k in range(1, positions_K.size):
-        gaps_K[k] = np.uint32(positions_K[k] - positions_K[k - 1] - 1)
+    gaps_K[0] = np.uint32(positions_K[0] - last - 1)
+    for k in range(_ONE, np.uint64(positions_K.size)):
+        gaps_K[k] = np.uint32(positions_K[k] - positions_K[k - _ONE] - 1)
 
 
 @jit
 def flatten(
-    positions_K: Array, old_K: Array, new_K: Array, last: int, sign: np.uint64, unused: np.uint64,
+    positions_K: Array, old_K: Array, new_K: Array, first: int, last: int, sign: np.uint64, unused: np.uint64,
     gaps_K: Array, sizes_K: Array, negative_K: Array,
-) -> None:  # fmt: skip
-    """Gaps and steps of one piece by position. A step s is kept as its size |s| - 1 and whether it is negative."""
+) -> int:  # fmt: skip
+    """Gaps and steps of one piece by position, written from `first` on; return the last position.
+
+    The piece has changes. A step s is kept as its size |s| - 1 and whether it is negative.
+    """
+    gaps_K, sizes_K, negative_K = gaps_K[first:], sizes_K[first:], negative_K[first:]
     _gaps(positions_K, gaps_K, last)
-    for k in range(old_K.size):
+    for k in range(np.uint64(old_K.size)):
         step = _step(np.uint64(old_K[k]), np.uint64(new_K[k]), sign, unused)
         negative_K[k] = step < 0
         sizes_K[k] = ~step if step < 0 else step - 1
+    return int(positions_K[-1])
 
 
 @inlined
@@ -74,36 +78,41 @@ def _step_16(old: Any, new: Any, float_mask: Any) -> Any:
 
 @jit
 def flatten_16(
-    positions_K: Array, old_K: Array, new_K: Array, last: int, sign: np.uint64, unused: np.uint64,
+    positions_K: Array, old_K: Array, new_K: Array, first: int, last: int, sign: np.uint64, unused: np.uint64,
     gaps_K: Array, sizes_K: Array, negative_K: Array,
-) -> None:  # fmt: skip
+) -> int:  # fmt: skip
     """`flatten` of 16-bit elements."""
+    gaps_K, sizes_K, negative_K = gaps_K[first:], sizes_K[first:], negative_K[first:]
     _gaps(positions_K, gaps_K, last)
-    float_mask = np.int32(-1 if sign else 0)
-    for k in range(old_K.size):
+    float_mask, size = np.int32(-1 if sign else 0), np.uint64(old_K.size)
+    whole = size & ~np.uint64(GROUP - 1)
+    for at in range(_ZERO, whole, np.uint64(GROUP)):
+        put_steps_16(old_K, new_K, at, sign - _ONE if sign else _ZERO, sizes_K, negative_K)
+    for k in range(whole, size):
         step = _step_16(old_K[k], new_K[k], float_mask)
         negative_K[k] = step < 0
         sizes_K[k] = np.uint16((step ^ (step >> 31)) - np.int32(step >= 0))
+    return int(positions_K[-1])
 
 
 @jit
 def large_steps(sizes_K: Array, values: Array) -> int:
-    """Of the steps larger than one: the unit steps before each, and their sizes |s| - 2, one column each; how many."""
+    """Of the steps larger than one: the unit steps before each, then their sizes |s| - 2; return how many there are."""
     found, size = _ZERO, np.uint64(sizes_K.size)
     whole = size & ~np.uint64(GROUP - 1)
     for base in range(_ZERO, whole, np.uint64(GROUP)):
         large = above_zero(sizes_K, base)
         for _ in range(count_ones(large)):
-            values[0, found] = base + lowest_one(large)
+            values[found] = base + lowest_one(large)
             large &= large - _ONE
             found += _ONE
     for k in range(whole, size):
-        values[0, found] = k
+        values[found] = k
         found += np.uint64(sizes_K[k] > 0)
     after = _ZERO
     for j in range(found):
-        place = np.uint64(values[0, j])
-        values[0, j], values[1, j] = place - after, np.uint64(sizes_K[place]) - _ONE
+        place = np.uint64(values[j])
+        values[j], values[found + j] = place - after, np.uint64(sizes_K[place]) - _ONE
         after = place + _ONE
     return int(found)
 

@@ -23,7 +23,7 @@ _INDEX = ir.IntType(32)
 _BYTES = ir.VectorType(ir.IntType(8), GROUP)
 
 
-def _operation(describe: Callable[..., Any]) -> Operation:
+def operation(describe: Callable[..., Any]) -> Operation:
     """Callable from kernels, without `typing`: `describe` gives a signature for the types, and what writes the code."""
     return cast("Operation", intrinsic(describe))
 
@@ -44,7 +44,7 @@ def _in_every_lane(builder: Any, value: Any) -> Any:
     return builder.shuffle_vector(first, undefined, ir.Constant(ir.VectorType(_INDEX, GROUP), [0] * GROUP))
 
 
-@_operation
+@operation
 def differing(typing: Any, old_N: Any, new_N: Any, at: Any) -> Any:
     """Which of the 64 elements from `at` on differ."""
 
@@ -57,7 +57,7 @@ def differing(typing: Any, old_N: Any, new_N: Any, at: Any) -> Any:
     return types.uint64(old_N, new_N, types.uint64), write
 
 
-@_operation
+@operation
 def above_zero(typing: Any, numbers_N: Any, at: Any) -> Any:
     """Which of the 64 unsigned numbers from `at` on are not zero."""
 
@@ -68,7 +68,7 @@ def above_zero(typing: Any, numbers_N: Any, at: Any) -> Any:
     return types.uint64(numbers_N, types.uint64), write
 
 
-@_operation
+@operation
 def equal(typing: Any, bytes_B: Any, at: Any, byte: Any) -> Any:
     """Which of the 64 bytes from `at` on equal this one."""
 
@@ -79,7 +79,7 @@ def equal(typing: Any, bytes_B: Any, at: Any, byte: Any) -> Any:
     return types.uint64(bytes_B, types.uint64, types.uint8), write
 
 
-@_operation
+@operation
 def put_classes(typing: Any, bits_N: Any, at: Any, shift: Any, mask: Any, classes_B: Any, place: Any) -> Any:
     """Write the classes, bits >> shift & mask, of the 64 elements from `at` on as bytes from `place` on."""
 
@@ -100,13 +100,37 @@ def put_classes(typing: Any, bits_N: Any, at: Any, shift: Any, mask: Any, classe
     return types.void(bits_N, types.uint64, types.uint64, types.uint64, classes_B, types.uint64), write
 
 
-@_operation
+@operation
+def put_steps_16(typing: Any, old_K: Any, new_K: Any, at: Any, float_mask: Any, sizes_K: Any, negative_K: Any) -> Any:
+    """Write the steps s of the 64 elements of 16 bits from `at` on, as |s| - 1 and whether they are negative.
+
+    float_mask: the bits below a float's sign; zero for integers.
+    """
+
+    def write(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        at, below = arguments[2], _in_every_lane(builder, builder.trunc(arguments[3], ir.IntType(16)))
+        old, new = (_load(context, builder, signature.args[n], arguments[n], at) for n in (0, 1))
+        top = ir.Constant(old.type, [15] * GROUP)
+        old, new = (builder.xor(bits, builder.and_(builder.ashr(bits, top), below)) for bits in (old, new))
+        step = builder.sub(new, old)
+        sign = builder.ashr(step, top)
+        sizes = builder.sub(builder.xor(step, sign), builder.add(sign, ir.Constant(old.type, [1] * GROUP)))
+        negative = builder.trunc(builder.lshr(step, top), _BYTES)
+        for n, lanes, nbytes in ((4, sizes, 2), (5, negative, 1)):
+            start = builder.gep(context.make_array(signature.args[n])(context, builder, arguments[n]).data, [at])
+            builder.store(lanes, builder.bitcast(start, lanes.type.as_pointer()), align=nbytes)
+        return context.get_dummy_value()
+
+    return types.void(old_K, new_K, types.uint64, types.uint64, sizes_K, negative_K), write
+
+
+@operation
 def count_ones(typing: Any, bits: Any) -> Any:
     """How many bits are set."""
     return types.uint64(types.uint64), lambda _context, builder, _signature, arguments: builder.ctpop(arguments[0])
 
 
-@_operation
+@operation
 def lowest_one(typing: Any, bits: Any) -> Any:
     """The number of the lowest bit that is set; 64 when none is."""
 

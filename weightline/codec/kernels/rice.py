@@ -1,6 +1,6 @@
 """The loops of adaptive Rice coding. What they compute is stated in weightline/codec/rice.py and SPEC.md.
 
-Bits fill 64-bit words from the lowest up. No branch but the change of the parameter depends on a value.
+Bits fill 64-bit words from the lowest up. Branches that depend on a value seldom go the other way.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from weightline.codec.kernels import inlined, jit
 from weightline.codec.kernels.geometric import next_mean, tame_mean
+from weightline.codec.kernels.ricelanes import LANES, put_codes
 
 Array = npt.NDArray[Any]
 
@@ -21,11 +22,20 @@ _ZERO = np.uint64(0)
 _ONE = np.uint64(1)
 _TWO = np.uint64(2)
 _THREE = np.uint64(3)
-_FOUR = np.uint64(4)
-#: The largest parameter under which four values below 8 << k take at most 64 bits.
-_MAX_FOURFOLD = np.uint64(8)
+_LANES = np.uint64(LANES)
+#: The largest parameter that eight values are coded at once around: with larger ones, four codes seldom fit a word.
+_MAX_PARAMETER = np.uint64(12)
+#: Of a code that has 32 bits, how many are not the parameter's, nor the one after the quotient.
+_QUOTIENT_BITS = np.uint64(31)
+#: From this mean on, one of the next eight may have more than 31 bits above the unused ones.
+_MAX_MEAN = np.int64(1 << 38)
+_FRACTION_BITS = 16
+_LOG_CLIP = 3
+#: All bounds are multiples of 2**10.
+_UNUSED_BITS = np.int64(10)
 _NOWHERE = np.int64(0)
-_STEP = np.int64(1)
+_NEVER = np.int64(-1)
+_WORD_BITS = np.uint64(64)
 _LAST_BIT = np.uint64(63)
 _LOG_WORD = np.uint64(6)
 _ESCAPE = np.uint64(24)
@@ -66,55 +76,67 @@ def _put_value(words: Array, state: State, value: np.uint64, low_bits: np.uint64
     return _put(words, state, (low << _ONE | _ONE) << quotient, quotient + _ONE + low_bits)
 
 
-@inlined
-def _code(value: np.uint64, k: np.uint64) -> tuple[np.uint64, np.uint64]:
-    """(bits, how many) of a value that is not escaped."""
-    quotient, low = value >> k, value & ((_ONE << k) - _ONE)
-    return (low << _ONE | _ONE) << quotient, quotient + _ONE + k
+@jit
+def _put_values(values_K: Array, first: Any, stop: Any, mean: Any, bounds: Array, words: Array, state: State) -> State:
+    """Append the values [first, stop), one by one, from the mean before the first."""
+    k = _ZERO
+    for i in range(first, stop):
+        value = np.uint64(values_K[i])
+        k = _parameter(k, mean, bounds)
+        state = _put_value(words, state, value, k)
+        mean = next_mean(mean, value)
+    return state
+
+
+@jit
+def _set_limits(limits: Array, mean: Any, bounds: Array) -> None:
+    """For put_codes: the parameter that serves the mean, the one before and the one after; none if they are large."""
+    k = _parameter(_ZERO, mean, bounds)
+    least = max(k, _ONE) - _ONE
+    for n in range(_LANES):
+        limits[0, n], limits[1, n] = least, bounds[least - _ONE] >> _UNUSED_BITS if least > _ZERO else _NOWHERE
+        for row in range(_THREE):
+            limits[_TWO + row, n] = (bounds[least + row] >> _UNUSED_BITS) - 1 if k <= _MAX_PARAMETER else _NEVER
+        limits[_TWO + _THREE, n] = min(_ESCAPE - _ONE, _QUOTIENT_BITS - min(least + _TWO, _QUOTIENT_BITS))
 
 
 @inlined
-def _put_four(
-    words: Array, state: State, k: np.uint64, v0: np.uint64, v1: np.uint64, v2: np.uint64, v3: np.uint64
-) -> State:
-    """Append four values below 8 << k; k is at most _MAX_FOURFOLD."""
-    c0, n0 = _code(v0, k)
-    c1, n1 = _code(v1, k)
-    c2, n2 = _code(v2, k)
-    c3, n3 = _code(v3, k)
-    return _put(words, state, (c0 | c1 << n0) | (c2 | c3 << n2) << (n0 + n1), (n0 + n1) + (n2 + n3))
+def _put_means(values_K: Array, first: Any, mean: Any, means: Array, place: Any) -> Any:
+    """Write the mean before each of eight values, without its unused bits; return the one after."""
+    for n in range(_LANES):
+        value = np.uint64(values_K[first + n])
+        means[place + n] = np.uint32(mean >> _UNUSED_BITS)
+        is_large = np.int64(value) << _FRACTION_BITS > mean << _LOG_CLIP
+        mean = next_mean(mean, value) if is_large else tame_mean(mean, value)
+    return mean
 
 
 @jit
 def encode(values_K: Array, mean: int, bounds: Array, words: Array) -> int:
     """Write the values' bits; return how many words they take.
 
-    Four values go at once when none is large and one parameter serves them all, as nearly always. A value below 8 << k
-    is not clipped, since its mean is at least (1 << k) - 1.
+    Each mean waits for the one before. So the means of eight values are computed while the eight before are coded, all
+    at once; but one by one where a value is escaped or a mean has left the limits, as seldom happens.
     """
-    state, i, k, low, high = (_ZERO, _ZERO, _ZERO), _ZERO, _ZERO, _NOWHERE, _NOWHERE
-    size = np.uint64(values_K.size)
-    while i < size:
-        if mean < low or mean >= high:
-            k = _parameter(k, mean, bounds)
-            low, high = bounds[k - _ONE] if k > _ZERO else _NOWHERE, bounds[k]
-        if i + _FOUR <= size and k <= _MAX_FOURFOLD:
-            v0, v1 = np.uint64(values_K[i]), np.uint64(values_K[i + _ONE])
-            v2, v3 = np.uint64(values_K[i + _TWO]), np.uint64(values_K[i + _THREE])
-            if (v0 | v1 | v2 | v3) >> (k + _THREE) == _ZERO:
-                mean_1 = tame_mean(mean, v0)
-                mean_2 = tame_mean(mean_1, v1)
-                mean_3 = tame_mean(mean_2, v2)
-                last = high - _STEP
-                within = (mean_1 - low) | (mean_2 - low) | (mean_3 - low)
-                within |= (last - mean_1) | (last - mean_2) | (last - mean_3)
-                if within >= 0:
-                    state = _put_four(words, state, k, v0, v1, v2, v3)
-                    mean, i = tame_mean(mean_3, v3), i + _FOUR
-                    continue
-        value = np.uint64(values_K[i])
-        state = _put_value(words, state, value, k)
-        mean, i = next_mean(mean, value), i + _ONE
+    state, size, before = (_ZERO, _ZERO, _ZERO), np.uint64(values_K.size), mean
+    means, limits = np.empty(_TWO * _LANES, np.uint32), np.empty((6, _LANES), np.int32)
+    codes_2, lengths_2 = np.empty(_TWO, np.uint64), np.empty(_TWO, np.uint64)
+    whole = size & ~(_LANES - _ONE)
+    _set_limits(limits, mean, bounds)
+    for first in range(_ZERO, whole + _LANES, _LANES):
+        start, place = mean, first & _LANES
+        if first < whole:
+            mean = _put_means(values_K, first, mean, means, place)
+        if first > _ZERO:
+            missing = put_codes(values_K, first - _LANES, means, place ^ _LANES, limits, codes_2, lengths_2)
+            if missing or max(lengths_2[0], lengths_2[1]) > _WORD_BITS or before >= _MAX_MEAN:
+                state = _put_values(values_K, first - _LANES, first, before, bounds, words, state)
+                _set_limits(limits, start, bounds)
+            else:
+                state = _put(words, state, codes_2[0], lengths_2[0])
+                state = _put(words, state, codes_2[1], lengths_2[1])
+        before = start
+    state = _put_values(values_K, whole, size, mean, bounds, words, state)
     words[state[2]] = state[0]
     return int(state[2] + np.uint64(state[1] > _ZERO))
 
