@@ -13,9 +13,10 @@ from pathlib import Path
 
 import pytest
 import uvicorn
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from tests.dashboard.chains import broken_chain, demo_chains
+from tests.waiting import PATIENCE_SECONDS
 from weightline.chain import Chain
 from weightline.dashboard.app import make_app
 from weightline.dashboard.board import Board
@@ -57,6 +58,7 @@ def browser() -> Iterator[Browser]:
     found = next((path for name in _BROWSERS if (path := shutil.which(name))), None)
     if found is None:
         pytest.skip("no Chromium on this machine: apt-get install chromium")
+    expect.set_options(timeout=1000 * PATIENCE_SECONDS)
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=found, args=_ARGUMENTS)
         yield browser

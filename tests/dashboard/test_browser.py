@@ -27,7 +27,7 @@ def _selected(page: Page) -> str | None:
 
 def _counted(page: Page) -> None:
     """Wait until elements were counted."""
-    expect(page.locator("#panel .heat-legend")).to_contain_text("of a tensor's elements", timeout=30_000)
+    expect(page.locator("#panel .heat-legend")).to_contain_text("of a tensor's elements")
 
 
 def test_the_tip_is_shown_with_its_graph_curves_and_layers(open_page: Open, demo_url: str, picture: Picture) -> None:

@@ -95,7 +95,7 @@ def test_a_server_that_is_away_costs_a_step_nothing(server: str, tmp_path: Path)
     told = _run_rank(tmp_path / "flow_run.json", DEAD_API)
     assert told["steps"] == "RecordedSteps"
     _assert_each_ran_once(told)
-    assert max(told["seconds"]) < 0.5
+    assert max(told["seconds"]) < 2.0
 
 
 def test_without_a_server_or_a_flow_run_the_steps_are_plain(monkeypatch: pytest.MonkeyPatch) -> None:
