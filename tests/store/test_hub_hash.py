@@ -211,7 +211,17 @@ def test_a_download_grows_at_the_callers_own_partial_name(
     assert out.read_bytes() == body
 
 
-def test_ctrl_c_ends_a_download_at_once(hub: HubEmulator, hub_url: str, body: bytes, tmp_path: Path) -> None:
+@pytest.fixture
+def heeds_interrupts() -> Iterator[None]:
+    """A shell's background job, as a CI's may be, has SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_ends_a_download_at_once(
+    hub: HubEmulator, hub_url: str, body: bytes, tmp_path: Path, heeds_interrupts: None
+) -> None:
     source, out, store = tmp_path / "source", tmp_path / "down" / "out", open_hub(hub_url)
     out.parent.mkdir()
     source.write_bytes(body)
