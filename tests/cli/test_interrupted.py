@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 from tests.store.racers import write_checkpoint_folder
+from tests.waiting import PATIENCE_SECONDS
 from weightline.chain.history import Chain
 from weightline.store.local import LocalStore
 
@@ -41,7 +42,7 @@ def test_sigterm_leaves_no_temporary_files(tmp_path: Path) -> None:
             assert process.stdout.readline() == b"written\n"
             assert len(list(scratch.glob("weightline-*/*"))) > 0
             process.terminate()
-            assert process.wait(timeout=240) == 128 + signal.SIGTERM
+            assert process.wait(timeout=PATIENCE_SECONDS) == 128 + signal.SIGTERM
         finally:
             process.kill()
     assert list(scratch.glob("weightline-*")) == []

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.store.racers import write_checkpoint_folder
+from tests.waiting import PATIENCE_SECONDS
 
 
 @pytest.mark.parametrize("is_terminal", [True, False], ids=["terminal", "pipe"])
@@ -29,12 +30,14 @@ def _stderr_of(verb: list[str], is_terminal: bool) -> bytes:
     argv = [sys.executable, "-m", "weightline.cli.main", *verb]
     environment = os.environ | {"TERM": "xterm", "COLUMNS": "120"}
     if not is_terminal:
-        return subprocess.run(argv, capture_output=True, check=True, timeout=240, env=environment).stderr
+        return subprocess.run(argv, capture_output=True, check=True, timeout=PATIENCE_SECONDS, env=environment).stderr
     ours, theirs = pty.openpty()
     with ThreadPoolExecutor(1) as reader:
         shown = reader.submit(_read_to_the_end, ours)
         try:
-            subprocess.run(argv, stdout=subprocess.DEVNULL, stderr=theirs, check=True, timeout=240, env=environment)
+            subprocess.run(
+                argv, stdout=subprocess.DEVNULL, stderr=theirs, check=True, timeout=PATIENCE_SECONDS, env=environment
+            )
         finally:
             os.close(theirs)
     return shown.result()

@@ -16,6 +16,7 @@ import pytest
 from typer.testing import CliRunner
 
 from tests.dashboard.conftest import served
+from tests.waiting import PATIENCE_SECONDS
 from weightline.chain import Chain
 from weightline.cli.main import app
 from weightline.dashboard.buckets import chain_id
@@ -26,7 +27,7 @@ from weightline.errors import InputError
 @pytest.fixture
 def api(demo: tuple[Chain, Chain], demo_url: str) -> Iterator[httpx.Client]:
     """The demo chain's documents, once it was read."""
-    with httpx.Client(base_url=f"{demo_url}/api/", trust_env=False, timeout=240) as client:
+    with httpx.Client(base_url=f"{demo_url}/api/", trust_env=False, timeout=PATIENCE_SECONDS) as client:
         while any(card["state"] == "loading" for card in client.get("chains").json()["chains"]):
             time.sleep(0.05)
         client.base_url = client.base_url.join(f"chains/{chain_id(demo[0])}/")
@@ -98,7 +99,7 @@ def test_nothing_is_loaded_from_elsewhere() -> None:
 
 
 def test_changes_are_streamed(demo_url: str, demo: tuple[Chain, Chain]) -> None:
-    with httpx.stream("GET", f"{demo_url}/api/events", trust_env=False, timeout=240) as stream:
+    with httpx.stream("GET", f"{demo_url}/api/events", trust_env=False, timeout=PATIENCE_SECONDS) as stream:
         assert stream.headers["content-type"].startswith("text/event-stream")
         line = next(line for line in stream.iter_lines() if line.startswith("data: "))
     assert json.loads(line.removeprefix("data: ")).keys() == {chain_id(chain) for chain in demo}
@@ -117,12 +118,12 @@ def test_the_verb_serves_until_it_is_interrupted(broken: Chain) -> None:
         try:
             with httpx.Client(base_url=url, trust_env=False, transport=httpx.HTTPTransport(retries=10)) as http:
                 assert http.get("/api/chains").json()["chains"][0]["url"] == broken.url
-                with http.stream("GET", "/api/events", timeout=240) as stream:
+                with http.stream("GET", "/api/events", timeout=PATIENCE_SECONDS) as stream:
                     lines = stream.iter_lines()
                     assert next(lines) == "retry: 2000"
                     process.terminate()
                     assert all(line == "" or line.startswith("data: ") for line in lines)
-            assert process.wait(timeout=240) == 128 + signal.SIGTERM
+            assert process.wait(timeout=PATIENCE_SECONDS) == 128 + signal.SIGTERM
         finally:
             process.kill()
 

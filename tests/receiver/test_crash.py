@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from tests.receiver.model_chains import assert_same_bits, engine_bits, fresh_bits, make_chain
+from tests.waiting import PATIENCE_SECONDS
 from weightline.receiver.engines.base import GenerationRequest
 from weightline.receiver.engines.transformers import TransformersEngine
 from weightline.receiver.marker import read_mark
@@ -25,7 +26,7 @@ def test_a_replica_killed_at_any_step_comes_back_at_a_checked_version(tmp_path: 
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=PATIENCE_SECONDS,
         check=False,
     )
     assert killed.returncode == 0, killed.stderr

@@ -19,7 +19,7 @@ import httpx
 import pytest
 
 from tests.receiver.model_chains import ModelChain, make_chain
-from tests.waiting import wait_until
+from tests.waiting import PATIENCE_SECONDS, wait_until
 from weightline.chain.checkpoint import write_checkpoint
 from weightline.chain.leases import live_leases
 from weightline.errors import ApplyError, InputError, VersionNotFoundError
@@ -53,7 +53,7 @@ def running_server(
         assert told["host"] == "127.0.0.1"
         yield told["url"]
         process.send_signal(ends_by)
-        assert process.wait(240) == 0
+        assert process.wait(PATIENCE_SECONDS) == 0
         assert not address.exists()
     finally:
         process.kill()
@@ -62,7 +62,7 @@ def running_server(
 
 def _complete(url: str) -> httpx.Response:
     body = {"prompt": PROMPT, "max_tokens": 12, "temperature": 0}
-    return httpx.post(f"{url}/v1/completions", json=body, timeout=240, trust_env=False)
+    return httpx.post(f"{url}/v1/completions", json=body, timeout=PATIENCE_SECONDS, trust_env=False)
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ import pytest
 
 from tests.chains import commit_state, nudged, random_state
 from tests.receiver.sharded import SHAPES, ToyTransport, toy_engine
+from tests.waiting import PATIENCE_SECONDS
 from weightline.chain import Chain, open_chain
 from weightline.errors import ApplyError, BaseMismatchError, DigestMismatchError, UnsupportedFeatureError
 from weightline.format import keys
@@ -231,7 +232,9 @@ def test_what_a_killed_process_left_in_shared_memory_is_removed_and_what_a_livin
         "    print(folder, flush=True)\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"
     )
-    killed = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=240, check=False)
+    killed = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=PATIENCE_SECONDS, check=False
+    )
     left = Path(killed.stdout.strip())
     assert left.is_dir()
     with exchange_folder() as held:

@@ -12,10 +12,11 @@ import shutil
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from tests.waiting import PATIENCE_SECONDS, wait_until
 
 S3_ENVIRONMENT = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_REGION": "us-east-1"}
 #: The account and key that every Azure emulator knows: they are published, and secret nowhere.
@@ -73,7 +74,7 @@ def azure_environment(port: int) -> dict[str, str]:
 
 
 def _put(port: int, path: str, headers: dict[str, str], expected: int) -> None:
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=240)
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE_SECONDS)
     connection.request("PUT", path, headers=headers)
     reply = connection.getresponse()
     assert reply.status == expected, reply.read()
@@ -85,23 +86,19 @@ def _running(argv: list[str], port: int) -> Iterator[None]:
     environment = os.environ | {"PYTHONWARNINGS": "ignore"}
     with subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment) as process:
         try:
-            _wait_for(port, process)
+            wait_until(lambda: process.poll() is not None or _answers(port))
+            assert process.poll() is None, "the server ended at once"
             yield
         finally:
             process.terminate()
 
 
-def _wait_for(port: int, process: subprocess.Popen[bytes]) -> None:
-    deadline = time.monotonic() + 240
-    while True:
-        try:
-            socket.create_connection(("127.0.0.1", port), timeout=1).close()
-        except OSError:
-            assert process.poll() is None, "the server ended at once"
-            assert time.monotonic() < deadline, "the server does not answer"
-            time.sleep(0.05)
-        else:
-            return
+def _answers(port: int) -> bool:
+    try:
+        socket.create_connection(("127.0.0.1", port), timeout=1).close()
+    except OSError:
+        return False
+    return True
 
 
 def _free_port() -> int:

@@ -15,6 +15,7 @@ import pytest
 
 from tests.hub_emulator import Cut, Fault, HubEmulator, LoseReply, Status, Truncate
 from tests.store.hub_fixtures import gateway_environment
+from tests.waiting import PATIENCE_SECONDS
 from weightline.chain.fetch import fetch_object
 from weightline.errors import (
     CorruptError,
@@ -314,7 +315,7 @@ def test_spawned_processes(store: HubStore) -> None:
     answers = context.Queue()
     child = context.Process(target=_read_in_child, args=(store.url, answers))
     child.start()
-    assert answers.get(timeout=240) == b"1"
+    assert answers.get(timeout=PATIENCE_SECONDS) == b"1"
     child.join(60)
 
 
@@ -325,4 +326,4 @@ from weightline.store import open_store
 list(open_store({tmp_path.as_uri()!r}).list(""))
 assert not {{"huggingface_hub", "hf_xet"}} & set(sys.modules)
 """
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=240)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=PATIENCE_SECONDS)

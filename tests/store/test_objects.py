@@ -19,6 +19,7 @@ import pytest
 from tests.hub_emulator.faults import Cut, LoseReply, Status, Truncate
 from tests.store.proxy import Proxy, Slow, Stall
 from tests.store.racers import write_checkpoint_folder
+from tests.waiting import PATIENCE_SECONDS
 from weightline.chain.author import commit_folder
 from weightline.chain.history import Chain
 from weightline.errors import (
@@ -426,7 +427,7 @@ open_store({str(tmp_path)!r}).put("a", b"")
 assert "obstore" not in sys.modules, "obstore"
 assert "huggingface_hub" not in sys.modules, "huggingface_hub"
 """
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=240)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=PATIENCE_SECONDS)
 
 
 def _read_in_child(url: str, key: str, answers: Connection) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.waiting import PATIENCE_SECONDS
 from weightline.errors import InputError, NotFoundError, ObjectExistsError, StorageError
 from weightline.store import Store, open_store
 from weightline.store.local import LocalStore
@@ -121,7 +122,7 @@ def test_one_of_several_processes_wins_each_key(tmp_path: Path) -> None:
     racers = [context.Process(target=_race, args=(tmp_path, n, barrier, wins)) for n in range(3)]
     for racer in racers:
         racer.start()
-    won = [wins.get(timeout=240) for _ in range(20)]
+    won = [wins.get(timeout=PATIENCE_SECONDS) for _ in range(20)]
     for racer in racers:
         racer.join(60)
     assert sorted(key for key, _ in won) == list(range(20))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.waiting import PATIENCE_SECONDS, wait_until
 from weightline.chain import open_chain
 from weightline.chain.state import read_state
 from weightline.codec.torch_ops import bits_of
@@ -96,14 +96,14 @@ class Stage:
 def _kill_a_rank_at(stage: Stage, step: int) -> None:
     """kill -9 rank 1 once that step is logged, and wait until the launcher has ended the others."""
     process = stage.start()
-    deadline = time.monotonic() + 240
-    while not stage.job.metrics_path.exists() or len(stage.losses()) < step:
-        assert process.poll() is None, stage.log_tail
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    wait_until(
+        lambda: process.poll() is not None or (stage.job.metrics_path.exists() and len(stage.losses()) >= step),
+        every_seconds=0.02,
+    )
+    assert process.poll() is None, stage.log_tail
     ranks = [c for c in psutil.Process(process.pid).children(recursive=True) if c.environ().get("RANK") == "1"]
     ranks[0].kill()
-    assert process.wait(timeout=240) != 0
+    assert process.wait(timeout=PATIENCE_SECONDS) != 0
 
 
 @pytest.fixture(scope="module", params=["sft", "dpo"])

@@ -22,7 +22,7 @@ import httpx
 import pytest
 
 from tests.vllm.parts import MAX_TOKENS, PROMPTS, FolderChain, ask, make_chain, reference_tokens
-from tests.waiting import wait_until
+from tests.waiting import PATIENCE_SECONDS, wait_until
 from weightline.receiver import client
 from weightline.receiver.auth import read_token
 from weightline.receiver.engines.vllm.engine import VllmEngine
@@ -120,7 +120,7 @@ def _complete(
         "model": "tiny", "prompt": list(prompt.encode()), "max_tokens": MAX_TOKENS, "min_tokens": MAX_TOKENS,
         "temperature": 0, "ignore_eos": True, "return_token_ids": True,
     }  # fmt: skip
-    return httpx.post(url + path, json=body | fields, headers=headers, timeout=240, trust_env=False)
+    return httpx.post(url + path, json=body | fields, headers=headers, timeout=PATIENCE_SECONDS, trust_env=False)
 
 
 def _tokens(answer: httpx.Response) -> tuple[int, ...]:
@@ -149,10 +149,12 @@ def test_nothing_is_answered_before_a_version_is_checked(server: Serving) -> Non
 )  # fmt: skip
 def test_every_route_but_the_public_ones_needs_the_token(server: Serving, method: str, path: str) -> None:
     for headers in ({}, {"authorization": "Bearer wrong"}, {"authorization": server.token}):
-        answer = httpx.request(method, server.url + path, json={}, headers=headers, timeout=240, trust_env=False)
+        answer = httpx.request(
+            method, server.url + path, json={}, headers=headers, timeout=PATIENCE_SECONDS, trust_env=False
+        )
         assert answer.status_code == 401, answer.text
     for path in ("/health", "/metrics", "/v1/models", "/weightline/status", "/weightline/metrics"):
-        assert httpx.get(server.url + path, timeout=240, trust_env=False).status_code == 200
+        assert httpx.get(server.url + path, timeout=PATIENCE_SECONDS, trust_env=False).status_code == 200
 
 
 class Asker(threading.Thread):
@@ -220,14 +222,14 @@ def test_a_stalled_upload_holds_nobody_up(server: Serving) -> None:
 
 def test_an_answer_that_would_be_generated_later_is_refused(server: Serving) -> None:
     asked = {"model": "tiny", "input": "a", "background": True, "store": True}
-    refused = httpx.post(f"{server.url}/v1/responses", json=asked, timeout=240, trust_env=False)
+    refused = httpx.post(f"{server.url}/v1/responses", json=asked, timeout=PATIENCE_SECONDS, trust_env=False)
     assert refused.status_code == 400
     assert "comes from one version" in refused.text
 
 
 def test_vllms_metrics_tell_of_the_replica(server: Serving) -> None:
     def count() -> float:
-        shown = httpx.get(f"{server.url}/metrics", timeout=240, trust_env=False).text
+        shown = httpx.get(f"{server.url}/metrics", timeout=PATIENCE_SECONDS, trust_env=False).text
         assert "vllm:" in shown
         return float(re.findall(r'^weightline_completions_total\{replica="replica-0"\} (.*)$', shown, re.MULTILINE)[0])
 

@@ -28,10 +28,21 @@ def operation(describe: Callable[..., Any]) -> Operation:
     return cast("Operation", intrinsic(describe))
 
 
+def pointer(context: Any, builder: Any, array_type: Any, array: Any, at: Any, vector: Any) -> Any:
+    """A pointer to an array's elements from `at` on, seen as this vector."""
+    start = builder.gep(context.make_array(array_type)(context, builder, array).data, [at])
+    return builder.bitcast(start, vector.as_pointer())
+
+
 def _lanes_at(context: Any, builder: Any, array_type: Any, array: Any, at: Any) -> Any:
     """A pointer to the 64 elements of an array from `at` on."""
-    start = builder.gep(context.make_array(array_type)(context, builder, array).data, [at])
-    return builder.bitcast(start, ir.VectorType(ir.IntType(array_type.dtype.bitwidth), GROUP).as_pointer())
+    vector = ir.VectorType(ir.IntType(array_type.dtype.bitwidth), GROUP)
+    return pointer(context, builder, array_type, array, at, vector)
+
+
+def in_every(vector: Any, number: int) -> Any:
+    """A vector of one number."""
+    return ir.Constant(vector, [number] * vector.count)
 
 
 def _load(context: Any, builder: Any, array_type: Any, array: Any, at: Any) -> Any:
@@ -110,15 +121,15 @@ def put_steps_16(typing: Any, old_K: Any, new_K: Any, at: Any, float_mask: Any, 
     def write(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         at, below = arguments[2], _in_every_lane(builder, builder.trunc(arguments[3], ir.IntType(16)))
         old, new = (_load(context, builder, signature.args[n], arguments[n], at) for n in (0, 1))
-        top = ir.Constant(old.type, [15] * GROUP)
+        top = in_every(old.type, 15)
         old, new = (builder.xor(bits, builder.and_(builder.ashr(bits, top), below)) for bits in (old, new))
         step = builder.sub(new, old)
         sign = builder.ashr(step, top)
-        sizes = builder.sub(builder.xor(step, sign), builder.add(sign, ir.Constant(old.type, [1] * GROUP)))
+        sizes = builder.sub(builder.xor(step, sign), builder.add(sign, in_every(old.type, 1)))
         negative = builder.trunc(builder.lshr(step, top), _BYTES)
         for n, lanes, nbytes in ((4, sizes, 2), (5, negative, 1)):
-            start = builder.gep(context.make_array(signature.args[n])(context, builder, arguments[n]).data, [at])
-            builder.store(lanes, builder.bitcast(start, lanes.type.as_pointer()), align=nbytes)
+            start = pointer(context, builder, signature.args[n], arguments[n], at, lanes.type)
+            builder.store(lanes, start, align=nbytes)
         return context.get_dummy_value()
 
     return types.void(old_K, new_K, types.uint64, types.uint64, sizes_K, negative_K), write

@@ -7,22 +7,13 @@ from typing import Any
 from llvmlite import ir
 from numba import types
 
-from weightline.codec.kernels.lanes import operation
+from weightline.codec.kernels.lanes import in_every, operation, pointer
 
 LANES = 8
 _LANES_32 = ir.VectorType(ir.IntType(32), LANES)
 _LANES_64 = ir.VectorType(ir.IntType(64), LANES // 2)
 _HALVES = ir.VectorType(ir.IntType(64), LANES // 4)
 _PLACES = ir.VectorType(ir.IntType(32), LANES // 4)
-
-
-def _in_every(kind: Any, number: int) -> Any:
-    return ir.Constant(kind, [number] * kind.count)
-
-
-def _pointer(context: Any, builder: Any, array_type: Any, array: Any, at: Any, kind: Any) -> Any:
-    start = builder.gep(context.make_array(array_type)(context, builder, array).data, [at])
-    return builder.bitcast(start, kind.as_pointer())
 
 
 def _parameters(builder: Any, means: Any, least: Any, limits: list[Any]) -> tuple[Any, Any]:
@@ -37,7 +28,7 @@ def _parameters(builder: Any, means: Any, least: Any, limits: list[Any]) -> tupl
 
 def _join_words(builder: Any, codes: Any, lengths: Any) -> tuple[Any, Any]:
     """Every two neighbours of 32 bits as one of 64: the bits of the first, then those of the second."""
-    low, half = _in_every(_LANES_64, (1 << 32) - 1), _in_every(_LANES_64, 32)
+    low, half = in_every(_LANES_64, (1 << 32) - 1), in_every(_LANES_64, 32)
     codes, lengths = builder.bitcast(codes, _LANES_64), builder.bitcast(lengths, _LANES_64)
     first_lengths = builder.and_(lengths, low)
     seconds = builder.shl(builder.lshr(codes, half), first_lengths)
@@ -70,21 +61,21 @@ def put_codes(
         values_K, at, means, place, limits, codes_2, lengths_2 = arguments
 
         def load(number: int, array: Any, at: Any) -> Any:
-            lanes = _pointer(context, builder, signature.args[number], array, at, _LANES_32)
+            lanes = pointer(context, builder, signature.args[number], array, at, _LANES_32)
             return builder.load(lanes, align=4)
 
         values = load(0, values_K, at)
         rows = (load(4, limits, ir.Constant(ir.IntType(64), LANES * row)) for row in range(6))
         least, *bounds, largest_quotients = rows
         parameters, is_outside = _parameters(builder, load(2, means, place), least, bounds)
-        quotients, one = builder.lshr(values, parameters), _in_every(_LANES_32, 1)
+        quotients, one = builder.lshr(values, parameters), in_every(_LANES_32, 1)
         is_escaped = builder.icmp_unsigned(">", quotients, largest_quotients)
         low = builder.xor(values, builder.shl(quotients, parameters))
         codes = builder.shl(builder.or_(builder.add(low, low), one), quotients)
         lengths = builder.add(builder.add(quotients, parameters), one)
         joined = _join_pairs(builder, *_join_words(builder, codes, lengths))
         for number, array, lanes in zip((5, 6), (codes_2, lengths_2), joined, strict=True):
-            start = _pointer(context, builder, signature.args[number], array, ir.Constant(ir.IntType(64), 0), _HALVES)
+            start = pointer(context, builder, signature.args[number], array, ir.Constant(ir.IntType(64), 0), _HALVES)
             builder.store(lanes, start, align=8)
         missing = builder.bitcast(builder.or_(is_outside, is_escaped), ir.IntType(LANES))
         return builder.zext(missing, ir.IntType(64))
