@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from tests.chains import make_manifest
-from weightline.chain.commit import commit_manifest, new_commit_id
-from weightline.chain.history import Chain
+from weightline.chain.read.history import Chain
+from weightline.chain.write.commit import commit_manifest, new_commit_id
 from weightline.format import keys
 from weightline.format.manifest import PayloadRef
 from weightline.store import Store

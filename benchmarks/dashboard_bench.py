@@ -24,7 +24,7 @@ import httpx
 import psutil
 from playwright.sync_api import Page, sync_playwright
 
-from weightline.chain.commit import new_commit_id
+from weightline.chain.write.commit import new_commit_id
 from weightline.format import keys
 from weightline.format.manifest import Manifest, PayloadRef, TensorState
 

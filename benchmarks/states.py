@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from weightline.chain.target import FileTarget
+from weightline.chain.files.target import FileTarget
 from weightline.types import BitsArray, TensorSpec
 
 _DATA = Path(__file__).parent.parent / "tests" / "codec" / "data" / "states.npz"

@@ -19,10 +19,10 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from tasks.local_run import stack_of
 from weightline.chain import Chain, open_chain
-from weightline.chain.author import commit_folder
-from weightline.chain.records import write_record
+from weightline.chain.read.records import write_record
+from weightline.chain.write.author import commit_folder
+from weightline.deployments.stack.pipeline import stack_of
 
 CONSUMERS = ("evaluate-version", "refresh-serving")
 _RECIPE: dict[str, Any] = {
@@ -60,7 +60,7 @@ def main() -> None:
 
 def _prepared(folder: Path) -> Chain:
     """A chain with one version that has been evaluated and served: what follows finds everything warm."""
-    from tasks.run_folder import RUNS
+    from weightline.runs.folder import RUNS
     from weightline.stages.model import materialize_model
     from weightline.stages.recipe import Recipe
 
@@ -75,8 +75,8 @@ def _measure(chain: Chain, model: Path, num_versions: int, pause_seconds: float)
     from prefect.client.orchestration import get_client
     from prefect.events.worker import EventsWorker, ProcessPoolForwardingEventsClient
 
-    from tasks.outbox import EventOutbox
-    from tasks.publish import announce_commit
+    from weightline.deployments.ranks.outbox import EventOutbox
+    from weightline.deployments.server.events import announce_commit
 
     outbox = EventOutbox(os.environ["PREFECT_API_URL"])
     EventsWorker.set_client_override(ProcessPoolForwardingEventsClient, event_queue=outbox)

@@ -27,17 +27,17 @@ import torch
 from transformers import AutoModelForCausalLM, Qwen3Config
 
 from weightline.chain import Chain, open_chain
-from weightline.chain.author import commit_folder
-from weightline.chain.checkpoint import write_checkpoint
-from weightline.chain.target import FileTarget
+from weightline.chain.files.checkpoint import write_checkpoint
+from weightline.chain.files.target import FileTarget
+from weightline.chain.write.author import commit_folder
 from weightline.codec.compose import inverse
-from weightline.receiver.engines.vllm.engine import VllmEngine
-from weightline.receiver.engines.vllm.exchange import read_changes_file, write_changes
-from weightline.receiver.engines.vllm.offline import OfflineTransport
-from weightline.receiver.engines.vllm.worker import WeightlineWorker
-from weightline.receiver.gate import Gate
-from weightline.receiver.prepare import PreparedDelta
-from weightline.receiver.replica import Replica
+from weightline.serving.engines.vllm.engine import VllmEngine
+from weightline.serving.engines.vllm.exchange import read_changes_file, write_changes
+from weightline.serving.engines.vllm.offline import OfflineTransport
+from weightline.serving.engines.vllm.worker import WeightlineWorker
+from weightline.serving.http.gate import Gate
+from weightline.serving.replica.prepare import PreparedDelta
+from weightline.serving.replica.replica import Replica
 from weightline.types import Changes
 
 #: name -> (hidden size, layers); the vocabulary is that of Qwen3 cut down.

@@ -1,1 +1,1 @@
-"""What a person runs, schedules or triggers: one file a flow. `python -m flows` runs a pipeline on one machine."""
+"""What a person runs, schedules or triggers: one file a flow."""

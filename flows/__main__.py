@@ -1,4 +1,4 @@
-"""`python -m flows run | up | down | deploy`: a whole pipeline; a stack that stays; its end; a server that is told."""
+"""`python -m weightline.flows run | up | down | deploy`: pipelines and the local stack."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import httpx
 import typer
 from rich.console import Console
 
-from tasks.local_run import bring_down, bring_up, deploy_everything, run_pipeline, stay_up
-from tasks.stack import DEFAULT_PORT
+from weightline.deployments.stack.pipeline import bring_down, bring_up, deploy_everything, run_pipeline, stay_up
+from weightline.deployments.stack.stack import DEFAULT_PORT
 from weightline.errors import WeightlineError
 
 app = typer.Typer(help=__doc__, add_completion=False, no_args_is_help=True)

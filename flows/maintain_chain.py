@@ -7,10 +7,10 @@ from typing import Annotated, Literal
 from prefect import flow
 from prefect.runtime import flow_run
 
-from flows.forms import ChainUrl, label
-from tasks.form_checks import PATIENCE_SECONDS, check_chain
-from tasks.maintenance import Outcome, collect_garbage, compact, expire, show_maintenance, verify
-from tasks.names import chain_name
+from weightline.flows.forms import ChainUrl, label
+from weightline.launch.names import chain_name
+from weightline.runs.checks import PATIENCE_SECONDS, check_chain
+from weightline.tasks.upkeep import Outcome, collect_garbage, compact, expire, show_maintenance, verify
 
 
 def _name_run() -> str:

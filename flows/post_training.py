@@ -8,12 +8,12 @@ from typing import Annotated, Any
 from prefect import flow, get_run_logger, tags
 from prefect.runtime import flow_run
 
-from flows.forms import RunsDir, StageNames, label
-from tasks.automations import WATCHED_TAG
-from tasks.chain_lock import the_only_training
-from tasks.names import lineage_key
-from tasks.run_folder import default_runs_dir, open_run
-from tasks.training import (
+from weightline.deployments.server.automations import WATCHED_TAG
+from weightline.flows.forms import RunsDir, StageNames, label
+from weightline.launch.names import lineage_key
+from weightline.runs.folder import default_runs_dir, open_run
+from weightline.runs.lock import the_only_training
+from weightline.tasks.training import (
     finished_version,
     make_start_model,
     open_or_prepare_run,

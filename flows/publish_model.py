@@ -7,9 +7,9 @@ from typing import Annotated
 from prefect import flow
 from prefect.runtime import flow_run
 
-from flows.forms import ChainUrl, VersionName, label
-from tasks.names import chain_name
-from tasks.release import Release, check_release, release
+from weightline.flows.forms import ChainUrl, VersionName, label
+from weightline.launch.names import chain_name
+from weightline.tasks.release import Release, check_release, release
 
 
 def _name_run() -> str:

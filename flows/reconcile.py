@@ -6,9 +6,11 @@ from typing import Annotated
 
 from prefect import flow, get_run_logger
 
-from flows.forms import Chains, RunsDir, label
-from tasks.form_checks import check_runs_dir
-from tasks.reconciling import (
+from weightline.errors import WeightlineError
+from weightline.flows.forms import Chains, RunsDir, label
+from weightline.runs.checks import check_runs_dir
+from weightline.runs.folder import default_runs_dir
+from weightline.tasks.reconcile import (
     Owed,
     announce_again,
     configured_chains,
@@ -18,8 +20,6 @@ from tasks.reconciling import (
     start_missing,
     take_turns,
 )
-from tasks.run_folder import default_runs_dir
-from weightline.errors import WeightlineError
 
 
 @flow(name="reconcile", persist_result=False)

@@ -6,13 +6,13 @@ from typing import Annotated, Any
 
 from prefect import flow, get_run_logger
 
-from flows.forms import ChainUrl, VersionNumber, label
-from tasks.form_checks import check_version
-from tasks.lineage import draw_lineage
-from tasks.rollout import Move, Rollout, RolloutSettings, problem_of
-from tasks.serving import conclude, judge_version, move_wave, plan_rollout, take_back
 from weightline.errors import ApplyError
 from weightline.evaluation.gate import ScoreGate, Verdict
+from weightline.fleet.rollout import Move, Rollout, RolloutSettings, problem_of
+from weightline.flows.forms import ChainUrl, VersionNumber, label
+from weightline.runs.checks import check_version
+from weightline.tasks.lineage import draw_lineage
+from weightline.tasks.serving import conclude, judge_version, move_wave, plan_rollout, take_back
 
 
 @flow(name="refresh-serving", flow_run_name="refresh to v{version}", persist_result=False)

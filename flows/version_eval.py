@@ -6,10 +6,10 @@ from typing import Annotated, Any
 
 from prefect import flow, get_run_logger
 
-from flows.forms import ChainUrl, VersionNumber, label
-from tasks.evaluation import evaluate
-from tasks.form_checks import check_version
-from tasks.lineage import draw_lineage
+from weightline.flows.forms import ChainUrl, VersionNumber, label
+from weightline.runs.checks import check_version
+from weightline.tasks.evaluation import evaluate
+from weightline.tasks.lineage import draw_lineage
 
 
 @flow(name="evaluate-version", flow_run_name="evaluate v{version}", persist_result=False)

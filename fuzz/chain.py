@@ -12,10 +12,10 @@ import atheris
 from fuzz.inputs import ROOT, fuzz
 
 with atheris.instrument_imports(include=["weightline"]):
-    from weightline.chain.history import Chain
-    from weightline.chain.refs import current_refs
-    from weightline.chain.state import read_state
-    from weightline.chain.verify import verify_chain
+    from weightline.chain.read.history import Chain
+    from weightline.chain.read.refs import current_refs
+    from weightline.chain.replay.state import read_state
+    from weightline.chain.upkeep.verify import verify_chain
     from weightline.errors import WeightlineError
     from weightline.store.memory import MemoryStore
 

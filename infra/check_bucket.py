@@ -22,10 +22,10 @@ import numpy as np
 from check_hub import gateway_lag, pages_of_listings
 from safetensors.numpy import load_file, save_file
 
-from weightline.chain.author import commit_folder
-from weightline.chain.checkpoint import write_checkpoint
-from weightline.chain.history import Chain
-from weightline.chain.verify import verify_chain
+from weightline.chain.files.checkpoint import write_checkpoint
+from weightline.chain.read.history import Chain
+from weightline.chain.upkeep.verify import verify_chain
+from weightline.chain.write.author import commit_folder
 from weightline.errors import NotFoundError, ObjectExistsError, TransientStorageError, WeightlineError
 from weightline.format.envelope import sha256_of
 from weightline.store import ObjectInfo, Store, open_store

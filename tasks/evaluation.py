@@ -11,13 +11,13 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
 
-from tasks.form_checks import check_form
-from tasks.run_folder import RUNS
 from weightline.chain import Chain, open_chain
-from weightline.chain.records import Record, read_records
+from weightline.chain.read.records import Record, read_records
 from weightline.errors import InputError, TransientStorageError
 from weightline.evaluation.evaluate import evaluate_or_skip
 from weightline.evaluation.task import ARITHMETIC, EvaluationTask, arithmetic_task, check_name
+from weightline.runs.checks import check_form
+from weightline.runs.folder import RUNS
 from weightline.stages.arithmetic import write_heldout
 from weightline.stages.load import parse_recipe
 from weightline.stages.recipe import Recipe

@@ -10,17 +10,17 @@ from prefect import get_run_logger, task
 from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 
-from tasks.evaluation import recipe_of
-from tasks.form_checks import PATIENCE_SECONDS, check_chain, check_folder, check_form
-from tasks.hub_repo import upload_model
-from tasks.model_card import CARD, CardFacts, model_card
-from tasks.names import artifact_key
 from weightline.chain import Chain, open_chain
-from weightline.chain.checkpoint import write_checkpoint
-from weightline.chain.records import EVALUATIONS, read_records
-from weightline.chain.refs import resolve
+from weightline.chain.files.checkpoint import write_checkpoint
+from weightline.chain.read.records import EVALUATIONS, read_records
+from weightline.chain.read.refs import resolve
 from weightline.errors import InputError
+from weightline.launch.names import artifact_key
+from weightline.release.hub_repo import upload_model
+from weightline.release.model_card import CARD, CardFacts, model_card
+from weightline.runs.checks import PATIENCE_SECONDS, check_chain, check_folder, check_form
 from weightline.stages.job import write_atomically
+from weightline.tasks.evaluation import recipe_of
 
 
 @dataclass(frozen=True, slots=True)

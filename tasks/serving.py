@@ -13,9 +13,14 @@ from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
 
-from tasks.evaluation import evaluation_task, recipe_of
-from tasks.fleet import find_fleet
-from tasks.rollout import (
+from weightline.chain import Chain, open_chain
+from weightline.chain.read.records import EVALUATIONS, REFRESHES, Record, read_record, read_records, write_record
+from weightline.errors import ApplyError, TransientStorageError, WeightlineError
+from weightline.evaluation.evaluate import evaluate_version
+from weightline.evaluation.gate import Verdict, baseline_of, judge
+from weightline.evaluation.task import EvaluationTask
+from weightline.fleet.members import find_fleet
+from weightline.fleet.rollout import (
     Move,
     Rollout,
     RolloutSettings,
@@ -25,16 +30,11 @@ from tasks.rollout import (
     serving_version,
     write_outcome,
 )
-from weightline.chain import Chain, open_chain
-from weightline.chain.records import EVALUATIONS, REFRESHES, Record, read_record, read_records, write_record
-from weightline.errors import ApplyError, TransientStorageError, WeightlineError
-from weightline.evaluation.evaluate import evaluate_version
-from weightline.evaluation.gate import Verdict, baseline_of, judge
-from weightline.evaluation.task import EvaluationTask
-from weightline.receiver import client
-from weightline.receiver.facts import RefreshFacts
-from weightline.receiver.following import SERVING_REF
-from weightline.receiver.refresh_records import done_record, record_refresh
+from weightline.serving.http import client
+from weightline.serving.replica.facts import RefreshFacts
+from weightline.serving.replica.following import SERVING_REF
+from weightline.serving.replica.refresh_records import done_record, record_refresh
+from weightline.tasks.evaluation import evaluation_task, recipe_of
 
 _POLL_SECONDS = 1.0
 _BACK_AT_ONCE = 16

@@ -14,18 +14,18 @@ from prefect.cache_policies import NO_CACHE
 from prefect.context import FlowRunContext
 from prefect.settings import PREFECT_API_URL
 
-from tasks.bit_equality import differing_tensors
-from tasks.launch import run_ranks, with_rank_logs
-from tasks.machines import calling, new_call
-from tasks.progress import ProgressBoard
-from tasks.rank_context import STEPS, rank_environment, write_rank_context
-from tasks.run_folder import Run, new_run_id, prepare_run
-from tasks.stage_watch import StageWatch
 from weightline.chain import Chain
+from weightline.deployments.ranks.context import STEPS, rank_environment, write_rank_context
+from weightline.deployments.server.progress_board import ProgressBoard
 from weightline.errors import DigestMismatchError, InputError
 from weightline.format.manifest import Manifest
+from weightline.launch.command import launch_argv, launch_environment
+from weightline.launch.machines import calling, new_call
+from weightline.launch.ranks import run_ranks, with_rank_logs
+from weightline.runs.equality import differing_tensors
+from weightline.runs.folder import Run, new_run_id, prepare_run
+from weightline.runs.stage_watch import StageWatch
 from weightline.stages.job import StageJob, StageResult, write_atomically
-from weightline.stages.launch import launch_argv, launch_environment
 from weightline.stages.load import load_recipe
 from weightline.stages.recipe import StageKind
 
@@ -39,7 +39,7 @@ def open_or_prepare_run(
     stages: Sequence[StageKind] = (),
     start_from: str | None = None,
 ) -> Run:
-    """See tasks.run_folder.prepare_run."""
+    """See weightline.runs.folder.prepare_run."""
     return prepare_run(recipe, runs_dir, run_id, chain, kinds=stages, start_from=start_from)
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from weightline.chain.commit import commit_manifest, new_commit_id, utc_now
-from weightline.chain.history import Chain
+from weightline.chain.read.history import Chain
+from weightline.chain.write.commit import commit_manifest, new_commit_id, utc_now
 from weightline.codec.anchor import ANCHOR_CODING
 from weightline.codec.capture import capture
 from weightline.codec.coding import coding_named

@@ -23,4 +23,4 @@ RUN useradd --create-home --uid 10001 weightline && mkdir /runs && chown weightl
 USER weightline
 ENV PYTHONUNBUFFERED=1 PREFECT_SERVER_ANALYTICS_ENABLED=false DO_NOT_TRACK=1
 VOLUME /runs
-CMD ["python", "-m", "flows.warm_runner"]
+CMD ["python", "-m", "weightline.deployments.worker.warm_runner"]

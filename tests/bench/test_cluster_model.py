@@ -15,9 +15,9 @@ import torch
 from tests.chains import commit_state, make_manifest
 from tests.codec.states import RUNS, real_pairs
 from weightline.bench.cluster import CODING_FACTORS, Cluster, bytes_per_changed, plan_cluster
-from weightline.chain.commit import commit_manifest, new_commit_id
-from weightline.chain.history import Chain
-from weightline.chain.state import advance_state, read_state
+from weightline.chain.read.history import Chain
+from weightline.chain.replay.state import advance_state, read_state
+from weightline.chain.write.commit import commit_manifest, new_commit_id
 from weightline.codec.capture import capture
 from weightline.codec.coding import coding_named
 from weightline.errors import InputError

@@ -10,8 +10,8 @@ import pytest
 from safetensors.numpy import save_file
 from typer.testing import CliRunner
 
-from weightline.chain.author import commit_folder
-from weightline.chain.history import Chain, open_chain
+from weightline.chain.read.history import Chain, open_chain
+from weightline.chain.write.author import commit_folder
 from weightline.cli.main import app
 from weightline.errors import BaseMismatchError, InputError
 from weightline.store.memory import MemoryStore

@@ -11,12 +11,12 @@ import torch
 from safetensors.torch import load_file
 
 from tests.chains import commit_state, make_manifest, nudged, random_state
-from weightline.chain.checkpoint import write_checkpoint
-from weightline.chain.commit import commit_manifest, new_commit_id
-from weightline.chain.history import Chain
-from weightline.chain.records import EVALUATIONS, read_record, read_records, write_record
-from weightline.chain.state import advance_state, read_state
-from weightline.chain.ways import plan_between
+from weightline.chain.files.checkpoint import write_checkpoint
+from weightline.chain.read.history import Chain
+from weightline.chain.read.records import EVALUATIONS, read_record, read_records, write_record
+from weightline.chain.replay.state import advance_state, read_state
+from weightline.chain.replay.ways import plan_between
+from weightline.chain.write.commit import commit_manifest, new_commit_id
 from weightline.errors import (
     ChainEmptyError,
     CommitConflictError,

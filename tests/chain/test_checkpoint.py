@@ -13,11 +13,11 @@ import torch
 from safetensors.torch import load_file
 
 from tests.chains import commit_state, nudged, random_state
-from weightline.chain import checkpoint
-from weightline.chain.assets import upload_files
-from weightline.chain.checkpoint import MARKER, write_checkpoint
-from weightline.chain.history import Chain
-from weightline.chain.target import FileTarget, VersionTarget
+from weightline.chain.files import checkpoint
+from weightline.chain.files.assets import upload_files
+from weightline.chain.files.checkpoint import MARKER, write_checkpoint
+from weightline.chain.files.target import FileTarget, VersionTarget
+from weightline.chain.read.history import Chain
 from weightline.errors import InputError
 from weightline.store.memory import MemoryStore
 from weightline.testing.faults import FaultStore

@@ -10,11 +10,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.chains import State, commit_state, random_state
-from weightline.chain.compact import SLACK, AnchorPolicy, interpolate_direct, max_hops, plan_compact, sample_bases
-from weightline.chain.compaction import plan_compaction, write_compaction
-from weightline.chain.history import Chain
-from weightline.chain.plan import Hop
-from weightline.chain.ways import plan_between
+from weightline.chain.read.history import Chain
+from weightline.chain.replay.plan import Hop
+from weightline.chain.replay.ways import plan_between
+from weightline.chain.upkeep.compact import (
+    SLACK,
+    AnchorPolicy,
+    interpolate_direct,
+    max_hops,
+    plan_compact,
+    sample_bases,
+)
+from weightline.chain.upkeep.compaction import plan_compaction, write_compaction
 from weightline.codec.capture import capture
 from weightline.format.manifest import PayloadRef
 from weightline.format.payload import write_delta

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from tests.chains import commit_state, nudged, random_state
-from weightline.chain.gc import collect, plan_gc, view_chain
-from weightline.chain.history import Chain
-from weightline.chain.refs import move_ref
+from weightline.chain.read.history import Chain
+from weightline.chain.read.refs import move_ref
+from weightline.chain.upkeep.gc import collect, plan_gc, view_chain
 from weightline.errors import VersionNotFoundError
 from weightline.format import keys
 from weightline.store.local import LocalStore

@@ -15,13 +15,13 @@ import pytest
 from tests.chains import commit_state, nudged, random_state
 from tests.codec.states import whole
 from tests.compat.generate import FOLDER
-from weightline.chain.commit import commit_manifest
-from weightline.chain.history import Chain
-from weightline.chain.horizon import oldest_kept
-from weightline.chain.records import EVALUATIONS, read_record, read_records, write_record
-from weightline.chain.refs import current_refs, history_of, move_ref, newest_move, resolve
-from weightline.chain.state import HostState, read_state
-from weightline.chain.verify import verify_chain
+from weightline.chain.read.history import Chain
+from weightline.chain.read.horizon import oldest_kept
+from weightline.chain.read.records import EVALUATIONS, read_record, read_records, write_record
+from weightline.chain.read.refs import current_refs, history_of, move_ref, newest_move, resolve
+from weightline.chain.replay.state import HostState, read_state
+from weightline.chain.upkeep.verify import verify_chain
+from weightline.chain.write.commit import commit_manifest
 from weightline.codec.digest import format_digest, tensor_digest
 from weightline.errors import CorruptError, InputError, ManifestError, PayloadError
 from weightline.format import keys

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from tests.chains import commit_state, copy_of, nudged, random_state
-from weightline.chain.history import Chain
-from weightline.chain.refs import history_of, move_ref, resolve
+from weightline.chain.read.history import Chain
+from weightline.chain.read.refs import history_of, move_ref, resolve
 from weightline.errors import InputError, NotFoundError, VersionNotFoundError
 from weightline.store.memory import MemoryStore
 

@@ -13,16 +13,16 @@ import numpy as np
 import pytest
 
 from tests.chains import commit_state, nudged, random_state
-from weightline.chain.author import commit_revert
-from weightline.chain.commit import commit_manifest
-from weightline.chain.compaction import CompactionPlan, write_compaction
-from weightline.chain.expire import expire_before
-from weightline.chain.gc import collect, plan_gc, view_chain
-from weightline.chain.history import Chain, open_chain
-from weightline.chain.signing import SIGNING_KEY_VARIABLE, TRUSTED_KEYS_VARIABLE, sign_existing
-from weightline.chain.state import read_state
-from weightline.chain.verify import verify_chain
-from weightline.chain.ways import plan_between
+from weightline.chain.read.history import Chain, open_chain
+from weightline.chain.replay.state import read_state
+from weightline.chain.replay.ways import plan_between
+from weightline.chain.upkeep.compaction import CompactionPlan, write_compaction
+from weightline.chain.upkeep.expire import expire_before
+from weightline.chain.upkeep.gc import collect, plan_gc, view_chain
+from weightline.chain.upkeep.verify import verify_chain
+from weightline.chain.write.author import commit_revert
+from weightline.chain.write.commit import commit_manifest
+from weightline.chain.write.signing import SIGNING_KEY_VARIABLE, TRUSTED_KEYS_VARIABLE, sign_existing
 from weightline.errors import InputError, SignatureError, TransientStorageError
 from weightline.format import keys
 from weightline.format.signature import Signature, Signer, TrustedKeys, generate_key, load_signer, load_trusted_keys

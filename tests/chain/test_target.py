@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from weightline.chain.author import commit_folder
-from weightline.chain.history import Chain
-from weightline.chain.state import read_state
-from weightline.chain.target import FileTarget
+from weightline.chain.files.target import FileTarget
+from weightline.chain.read.history import Chain
+from weightline.chain.replay.state import read_state
+from weightline.chain.write.author import commit_folder
 from weightline.errors import InputError
 from weightline.store.memory import MemoryStore
 

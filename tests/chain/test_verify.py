@@ -11,19 +11,19 @@ from typing import Any
 import pytest
 
 from tests.chains import commit_state, copy_of, nudged, random_state
-from weightline.chain.assets import upload_files
-from weightline.chain.author import commit_revert
-from weightline.chain.compact import AnchorPolicy
-from weightline.chain.compaction import plan_compaction, write_compaction
-from weightline.chain.expire import expire_before
-from weightline.chain.gc import collect, plan_gc, view_chain
-from weightline.chain.history import Chain
-from weightline.chain.horizon import move_horizon
-from weightline.chain.records import EVALUATIONS, write_record
-from weightline.chain.refs import move_ref
-from weightline.chain.state import read_state
-from weightline.chain.verify import verify_chain
-from weightline.chain.ways import plan_between
+from weightline.chain.files.assets import upload_files
+from weightline.chain.read.history import Chain
+from weightline.chain.read.horizon import move_horizon
+from weightline.chain.read.records import EVALUATIONS, write_record
+from weightline.chain.read.refs import move_ref
+from weightline.chain.replay.state import read_state
+from weightline.chain.replay.ways import plan_between
+from weightline.chain.upkeep.compact import AnchorPolicy
+from weightline.chain.upkeep.compaction import plan_compaction, write_compaction
+from weightline.chain.upkeep.expire import expire_before
+from weightline.chain.upkeep.gc import collect, plan_gc, view_chain
+from weightline.chain.upkeep.verify import verify_chain
+from weightline.chain.write.author import commit_revert
 from weightline.codec.capture import capture
 from weightline.errors import CorruptError, DigestMismatchError, NotFoundError
 from weightline.format import keys
@@ -255,7 +255,7 @@ def test_a_revert_that_leads_elsewhere_is_not_committed(chain: Chain, monkeypatc
     def see_nothing(segment: Segment, old: BitsArray, new: BitsArray, *, ranked: bool) -> Changes:
         return capture(segment, old, old, ranked=ranked)
 
-    monkeypatch.setattr("weightline.chain.author.capture", see_nothing)
+    monkeypatch.setattr("weightline.chain.write.author.capture", see_nothing)
     with pytest.raises(DigestMismatchError, match="would not be that of version 6"):
         commit_revert(chain, 6)
     assert chain.tip_version() == _TIP

@@ -13,8 +13,8 @@ import pytest
 from typer.testing import CliRunner
 
 from tests.chains import commit_state, nudged, random_state
-from weightline.chain.history import Chain, open_chain
-from weightline.chain.state import read_state
+from weightline.chain.read.history import Chain, open_chain
+from weightline.chain.replay.state import read_state
 from weightline.cli.main import app
 from weightline.errors import InputError, NotFoundError
 

@@ -10,12 +10,12 @@ from pathlib import Path
 
 from tests.store.racers import write_checkpoint_folder
 from tests.waiting import PATIENCE_SECONDS
-from weightline.chain.history import Chain
+from weightline.chain.read.history import Chain
 from weightline.store.local import LocalStore
 
 _PROGRAM = """
 import sys, time
-import weightline.chain.author as author
+import weightline.chain.write.author as author
 from weightline.cli.main import main
 
 write = author.write_anchor

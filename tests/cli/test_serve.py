@@ -1,4 +1,4 @@
-"""`weightline serve transformers`: what its options mean, and how it refuses. tests/receiver/test_server.py runs it."""
+"""`weightline serve transformers`: what its options mean, and how it refuses. tests/serving/test_server.py runs it."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from weightline.chain import open_chain
 from weightline.cli.main import app, main
 from weightline.errors import InputError, SignatureError
 from weightline.format.signature import generate_key
-from weightline.receiver import server
-from weightline.receiver.engines.sglang import version_folder
-from weightline.receiver.following import Following
-from weightline.receiver.server import ServerSettings
+from weightline.serving.engines.sglang import version_folder
+from weightline.serving.http import server
+from weightline.serving.http.server import ServerSettings
+from weightline.serving.replica.following import Following
 
 CHAIN = "memory://nobody/toy"
 

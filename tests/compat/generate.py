@@ -16,13 +16,13 @@ import numpy as np
 
 from tests.chains import commit_state
 from tests.codec.states import real_pairs
-from weightline.chain.author import commit_revert
-from weightline.chain.compaction import CompactionPlan, write_compaction
-from weightline.chain.expire import expire_before
-from weightline.chain.history import Chain
-from weightline.chain.records import EVALUATIONS, write_record
-from weightline.chain.refs import move_ref
-from weightline.chain.state import HostState, read_state
+from weightline.chain.read.history import Chain
+from weightline.chain.read.records import EVALUATIONS, write_record
+from weightline.chain.read.refs import move_ref
+from weightline.chain.replay.state import HostState, read_state
+from weightline.chain.upkeep.compaction import CompactionPlan, write_compaction
+from weightline.chain.upkeep.expire import expire_before
+from weightline.chain.write.author import commit_revert
 from weightline.errors import InputError
 from weightline.store.local import LocalStore
 from weightline.types import BitsArray

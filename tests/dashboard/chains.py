@@ -11,11 +11,11 @@ import numpy as np
 
 from tests.chains import State, make_manifest, random_state
 from weightline.chain import Chain, open_chain
-from weightline.chain.author import commit_fork, commit_revert
-from weightline.chain.commit import commit_manifest, new_commit_id
-from weightline.chain.compaction import plan_compaction, write_compaction
-from weightline.chain.records import EVALUATIONS, REFRESHES, write_record
-from weightline.chain.refs import move_ref
+from weightline.chain.read.records import EVALUATIONS, REFRESHES, write_record
+from weightline.chain.read.refs import move_ref
+from weightline.chain.upkeep.compaction import plan_compaction, write_compaction
+from weightline.chain.write.author import commit_fork, commit_revert
+from weightline.chain.write.commit import commit_manifest, new_commit_id
 from weightline.codec.capture import capture
 from weightline.format import keys
 from weightline.format.manifest import Manifest, PayloadRef

@@ -13,11 +13,11 @@ import httpx
 import pytest
 from playwright.sync_api import Browser, Locator, Page, expect
 
-from tasks.names import lineage_key
-from tasks.stack import StackFolder
-from tasks.stack_registry import StackFacts, read_facts
 from tests.flows.conftest import ROOT
 from tests.flows.recipes import write_recipe
+from weightline.deployments.stack.registry import StackFacts, read_facts
+from weightline.deployments.stack.stack import StackFolder
+from weightline.launch.names import lineage_key
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -27,7 +27,7 @@ _DRAW_MILLISECONDS = 90_000
 
 
 def _flows(verb: str, runs_dir: Path, *arguments: str) -> None:
-    argv = [sys.executable, "-m", "flows", verb, "--runs-dir", str(runs_dir), *arguments]
+    argv = [sys.executable, "-m", "weightline.flows", verb, "--runs-dir", str(runs_dir), *arguments]
     subprocess.run(argv, cwd=ROOT, check=True, capture_output=True, timeout=400)
 
 

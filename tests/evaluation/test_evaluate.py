@@ -14,10 +14,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.receiver.model_chains import ModelChain, make_chain
+from tests.serving.model_chains import ModelChain, make_chain
 from weightline.chain import Chain
-from weightline.chain.checkpoint import write_checkpoint
-from weightline.chain.records import EVALUATIONS, read_record, read_records
+from weightline.chain.files.checkpoint import write_checkpoint
+from weightline.chain.read.records import EVALUATIONS, read_record, read_records
 from weightline.errors import DigestMismatchError, InputError, VersionNotFoundError
 from weightline.evaluation.checkpoint import prove_checkpoint
 from weightline.evaluation.evaluate import evaluate_or_skip, evaluate_version

@@ -10,7 +10,7 @@ from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.events.worker import EventsWorker
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
-from tasks.stack import Stack, StackFolder, free_port
+from weightline.deployments.stack.stack import Stack, StackFolder, free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 

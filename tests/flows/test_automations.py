@@ -15,9 +15,9 @@ import yaml
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterName
 
-from tasks.automations import WATCHED_TAG, ZOMBIES, ensure_automation, zombie_automation
 from tests.flows.conftest import ROOT
 from tests.waiting import wait_until
+from weightline.deployments.server.automations import WATCHED_TAG, ZOMBIES, ensure_automation, zombie_automation
 
 _PROGRAM = (
     "from prefect import flow, tags\n"

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from tasks.chain_lock import lock_path, the_only_training
-from tasks.run_folder import prepare_run
 from tests.flows.conftest import ROOT
 from tests.flows.recipes import write_recipe
 from weightline.errors import InputError
+from weightline.runs.folder import prepare_run
+from weightline.runs.lock import lock_path, the_only_training
 
 _HOLDER = (
-    "import sys; from tasks.chain_lock import the_only_training\n"
+    "import sys; from weightline.runs.lock import the_only_training\n"
     "with the_only_training(sys.argv[1], 'other'): print('held', flush=True); sys.stdin.read()"
 )
 

@@ -28,16 +28,16 @@ from prefect.exceptions import PrefectHTTPStatusError
 from prefect.states import Crashed, Failed, Scheduled
 from prefect.types._datetime import now
 
-from flows.reconcile import reconcile
-from tasks.consumer_runs import MAX_RUNS
-from tasks.deploy import deploy_all, end_stale_runs
-from tasks.lanes import LANES, WORK_POOL
-from tasks.publish import announce_commit
 from tests.chains import commit_state, nudged, random_state
 from tests.flows.conftest import ROOT
 from tests.waiting import wait_until
 from weightline.chain import Chain, open_chain
-from weightline.chain.records import EVALUATIONS, REFRESHES, read_records
+from weightline.chain.read.records import EVALUATIONS, REFRESHES, read_records
+from weightline.deployments.server.consumer_runs import MAX_RUNS
+from weightline.deployments.server.deploy import deploy_all, end_stale_runs
+from weightline.deployments.server.events import announce_commit
+from weightline.deployments.worker.work_queues import LANES, WORK_POOL
+from weightline.flows.reconcile import reconcile
 from weightline.format import keys
 
 CONSUMERS = ("evaluate-version", "refresh-serving")
@@ -132,7 +132,7 @@ def test_a_chain_that_cannot_be_read_costs_the_others_nothing(deployed: SyncPref
 def test_what_fails_for_good_is_written_down_and_not_started_again(
     deployed: SyncPrefectClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tasks.consumer_runs.WINDOW_SECONDS", 0)
+    monkeypatch.setattr("weightline.deployments.server.consumer_runs.WINDOW_SECONDS", 0)
     chain = _committed_unheard("hopeless")
     for manifest in chain.manifests():
         announce_commit(chain.url, {"version": manifest.version, "commit_id": manifest.commit_id})
@@ -194,7 +194,7 @@ def test_nightly_training_is_off_until_it_is_switched_on(deployed: SyncPrefectCl
 def test_deploying_again_changes_nothing_that_a_person_sees(deployed: SyncPrefectClient) -> None:
     before = {deployment.id for deployment in deployed.read_deployments()}
     done = subprocess.run(
-        [sys.executable, "-m", "flows", "deploy"], cwd=ROOT, capture_output=True, text=True, check=True
+        [sys.executable, "-m", "weightline.flows", "deploy"], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert os.environ["PREFECT_API_URL"] in done.stdout
     assert {deployment.id for deployment in deployed.read_deployments()} == before

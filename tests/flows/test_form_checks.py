@@ -10,19 +10,19 @@ from typing import Any
 import pytest
 from prefect.flows import Flow
 
-from flows.maintain_chain import maintain_chain
-from flows.post_training import post_training
-from flows.publish_model import publish_model
-from flows.reconcile import reconcile
-from flows.serving_refresh import refresh_serving
-from flows.version_eval import evaluate_version
-from tasks import form_checks
-from tasks.form_checks import check_form
-from tasks.run_folder import prepare_run
 from tests.chains import commit_state, nudged, random_state
 from tests.flows.recipes import write_recipe
 from weightline.chain import open_chain
 from weightline.errors import InputError, TransientStorageError, VersionNotFoundError, WeightlineError
+from weightline.flows.maintain_chain import maintain_chain
+from weightline.flows.post_training import post_training
+from weightline.flows.publish_model import publish_model
+from weightline.flows.reconcile import reconcile
+from weightline.flows.serving_refresh import refresh_serving
+from weightline.flows.version_eval import evaluate_version
+from weightline.runs import checks as form_checks
+from weightline.runs.checks import check_form
+from weightline.runs.folder import prepare_run
 
 CHAIN = "memory://form-checks"
 
@@ -76,7 +76,7 @@ def test_a_model_of_the_recipe_is_told_by_the_recipe_s_field(tmp_path: Path) -> 
 def test_a_bucket_that_is_not_there_is_told_soon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"ENDPOINT_URL": "http://127.0.0.1:9", "ACCESS_KEY_ID": "a", "SECRET_ACCESS_KEY": "b"}.items():
         monkeypatch.setenv(f"AWS_{name}", value)
-    monkeypatch.setattr("tasks.run_folder.PATIENCE_SECONDS", 0.5)
+    monkeypatch.setattr("weightline.runs.folder.PATIENCE_SECONDS", 0.5)
     began_at = time.monotonic()
     with pytest.raises(TransientStorageError, match=r"^chain: s3://nobody/x"):
         prepare_run(write_recipe(tmp_path), tmp_path / "runs", chain_url="s3://nobody/x")

@@ -13,11 +13,11 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tasks.launch import run_ranks, with_rank_logs
 from tests.flows.conftest import ROOT
 from tests.waiting import wait_until
 from weightline.errors import LaunchError
-from weightline.stages.launch import launch_argv
+from weightline.launch.command import launch_argv
+from weightline.launch.ranks import run_ranks, with_rank_logs
 
 ENV = {**os.environ, "PYTHONPATH": str(ROOT)}
 
@@ -89,7 +89,7 @@ def test_ranks_whose_launcher_was_killed_are_ended(tmp_path: Path) -> None:
 
 def test_a_launcher_goes_when_its_flow_is_killed(tmp_path: Path) -> None:
     program = (
-        "import os, sys; from pathlib import Path; from tasks.launch import run_ranks; "
+        "import os, sys; from pathlib import Path; from weightline.launch.ranks import run_ranks; "
         "folder = Path(sys.argv[1]); argv = sys.argv[2:]; "
         "run_ranks(argv, os.environ, folder / 'ranks.log', print, lambda: None)"
     )

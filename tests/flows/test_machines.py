@@ -11,19 +11,26 @@ from pathlib import Path
 
 import pytest
 
-from tasks.launch import run_ranks
-from tasks.machines import MAIN_ADDRESS_VARIABLE, MAIN_PORT_VARIABLE, Call, calling, new_call, standing_calls
-from tasks.peer import answer
-from tasks.run_folder import Run, prepare_run
-from tasks.training import launching
 from tests.flows.conftest import ROOT
 from tests.flows.recipes import write_recipe
 from tests.waiting import PATIENCE_SECONDS, wait_until
-from weightline.chain.verify import verify_chain
+from weightline.chain.upkeep.verify import verify_chain
 from weightline.errors import RecipeError
+from weightline.launch.command import launch_environment
+from weightline.launch.machines import (
+    MAIN_ADDRESS_VARIABLE,
+    MAIN_PORT_VARIABLE,
+    Call,
+    calling,
+    new_call,
+    standing_calls,
+)
+from weightline.launch.peer import answer
+from weightline.launch.ranks import run_ranks
+from weightline.runs.folder import Run, prepare_run
 from weightline.stages.job import StageResult
-from weightline.stages.launch import launch_environment
 from weightline.stages.model import materialize_model
+from weightline.tasks.training import launching
 
 
 def _call(job_path: Path, **changes: object) -> Call:
@@ -88,7 +95,7 @@ def test_two_machines_train_one_stage(tmp_path: Path, monkeypatch: pytest.Monkey
     job.output_dir.mkdir(parents=True)
     job.save(job.output_dir / "job.json")
     peer = subprocess.Popen(
-        [sys.executable, "-m", "tasks.peer", str(run.folder.parent), "--machine-rank", "1"],
+        [sys.executable, "-m", "weightline.launch.peer", str(run.folder.parent), "--machine-rank", "1"],
         cwd=ROOT, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     try:

@@ -6,13 +6,13 @@ import pytest
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey
 
-from flows.maintain_chain import maintain_chain
-from tasks.maintenance import Outcome, first_to_keep, upkeep_markdown
 from tests.chains import commit_state, nudged, random_state
 from weightline.chain import Chain, open_chain
-from weightline.chain.verify import verify_chain
+from weightline.chain.upkeep.verify import verify_chain
 from weightline.errors import ChainEmptyError, CorruptError
+from weightline.flows.maintain_chain import maintain_chain
 from weightline.format import keys
+from weightline.tasks.upkeep import Outcome, first_to_keep, upkeep_markdown
 
 SHAPES = {"model.embed.weight": (400, 64), "model.norm.weight": (64,)}
 

@@ -10,8 +10,8 @@ import pytest
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.actions import WorkPoolCreate
 
-from tasks.deploy import deploy_all
 from tests.flows.conftest import ROOT
+from weightline.deployments.server.deploy import deploy_all
 
 pytestmark = pytest.mark.slow
 

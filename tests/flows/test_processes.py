@@ -9,8 +9,8 @@ from pathlib import Path
 
 import psutil
 
-from tasks.processes import ProcessTree, start_process
-from tasks.stack_registry import StackFacts, StackProcess, read_facts, write_facts
+from weightline.deployments.stack.registry import StackFacts, StackProcess, read_facts, write_facts
+from weightline.launch.processes import ProcessTree, start_process
 
 _PARENT = """
 import subprocess, sys, time

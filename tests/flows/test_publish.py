@@ -22,13 +22,14 @@ from prefect.events import Event
 from prefect.runtime import flow_run as current
 from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
-from tasks.outbox import EventOutbox
-from tasks.publish import OnceOnly, RecordedSteps, describe, event_id, is_recorded, prefect_steps
-from tasks.rank_context import RANK_CONTEXT_VARIABLE, STEPS, rank_environment, write_rank_context
-from tasks.stack import Stack, StackFolder, free_port
 from tests.flows.conftest import ROOT
 from tests.waiting import PATIENCE_SECONDS, wait_until
+from weightline.deployments.ranks.context import RANK_CONTEXT_VARIABLE, STEPS, rank_environment, write_rank_context
+from weightline.deployments.ranks.outbox import EventOutbox
+from weightline.deployments.server.events import event_id
+from weightline.deployments.stack.stack import Stack, StackFolder, free_port
 from weightline.errors import StorageError
+from weightline.tasks.sync_steps import OnceOnly, RecordedSteps, describe, is_recorded, prefect_steps
 from weightline.trainer.steps import Facts, PlainSteps, StepWork
 
 #: Nothing listens on the discard port.
@@ -155,7 +156,7 @@ def test_what_a_step_did_is_told_in_words() -> None:
 
 
 def test_events_wait_for_a_server_that_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tasks.outbox._RETRY_SECONDS", 0.1)
+    monkeypatch.setattr("weightline.deployments.ranks.outbox._RETRY_SECONDS", 0.1)
     received: list[dict[str, Any]] = []
     placeholder = ThreadingHTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler)
     port = placeholder.server_address[1]
@@ -178,7 +179,7 @@ def test_events_wait_for_a_server_that_comes_back(monkeypatch: pytest.MonkeyPatc
 def test_a_refusal_that_may_pass_keeps_the_events_and_is_told_once(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("tasks.outbox._RETRY_SECONDS", 0.05)
+    monkeypatch.setattr("weightline.deployments.ranks.outbox._RETRY_SECONDS", 0.05)
     received: list[dict[str, Any]] = []
     answers = [401, 403, 408, 429, 404, 500, 204, 422, 204]
     with ThreadingHTTPServer(("127.0.0.1", 0), _receiver(received, answers)) as server:
@@ -194,14 +195,14 @@ def test_a_refusal_that_may_pass_keeps_the_events_and_is_told_once(
         outbox.close()
         server.shutdown()
     assert [event["payload"]["number"] for event in received] == [0] * 7 + [1, 2]
-    (warning,) = [record.message for record in caplog.records if record.name == "tasks.outbox"]
+    (warning,) = [record.message for record in caplog.records if record.name == "weightline.deployments.ranks.outbox"]
     assert "(HTTP 401)" in warning
     assert "PREFECT_API_AUTH_STRING" in warning
 
 
 @pytest.mark.slow
 def test_events_reach_a_server_that_has_a_password(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tasks.outbox._RETRY_SECONDS", 0.1)
+    monkeypatch.setattr("weightline.deployments.ranks.outbox._RETRY_SECONDS", 0.1)
     monkeypatch.setenv("PREFECT_SERVER_API_AUTH_STRING", "weightline:secret")
     stack = Stack(StackFolder.under(tmp_path), free_port(0))
     try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tasks.rank_output import MAX_TAIL_LINES, LineGate, RankLine, explain_failure, parse_line
+from weightline.launch.rank_output import MAX_TAIL_LINES, LineGate, RankLine, explain_failure, parse_line
 
 SUMMARY = """\
 E1124 07:18:37.882000 21287 torch/distributed/elastic/multiprocessing/api.py:1002] failed (exitcode: -9)

@@ -11,8 +11,22 @@ import pytest
 from prefect.client.schemas.objects import FlowRun
 from prefect.states import Crashed, Failed, Running, Scheduled
 
-from tasks.consumer_runs import EVALUATE, MAX_RUNS, MAX_SECONDS, REFRESH, Missing, ended_at, next_step
-from tasks.reconciling import (
+from tests.chains import commit_state, nudged, random_state
+from tests.flows.recipes import write_recipe
+from weightline.chain import Chain, open_chain
+from weightline.chain.read.records import EVALUATIONS, recorded_versions, write_record
+from weightline.deployments.server.consumer_runs import (
+    EVALUATE,
+    MAX_RUNS,
+    MAX_SECONDS,
+    REFRESH,
+    Missing,
+    ended_at,
+    next_step,
+)
+from weightline.format import keys
+from weightline.runs.folder import prepare_run
+from weightline.tasks.reconcile import (
     CHAINS_VARIABLE,
     MAX_STARTED,
     configured_chains,
@@ -23,12 +37,6 @@ from tasks.reconciling import (
     sort_out,
     take_turns,
 )
-from tasks.run_folder import prepare_run
-from tests.chains import commit_state, nudged, random_state
-from tests.flows.recipes import write_recipe
-from weightline.chain import Chain, open_chain
-from weightline.chain.records import EVALUATIONS, recorded_versions, write_record
-from weightline.format import keys
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 LATER = datetime.now(UTC) + timedelta(hours=1)

@@ -8,19 +8,19 @@ from pathlib import Path
 import pytest
 import yaml
 
-from flows.publish_model import publish_model
-from tasks.bit_equality import differing_tensors
-from tasks.hub_repo import upload_model
-from tasks.model_card import model_card
-from tasks.release import card_facts
-from tasks.run_folder import prepare_run
 from tests.chains import commit_state, nudged, random_state
 from tests.flows.model_repos import ModelRepos, serving_repos
 from tests.flows.recipes import write_recipe
 from weightline.chain import Chain, open_chain
-from weightline.chain.records import EVALUATIONS, write_record
+from weightline.chain.read.records import EVALUATIONS, write_record
 from weightline.errors import InputError, StorageError
+from weightline.flows.publish_model import publish_model
 from weightline.lineage.text import escape_markdown
+from weightline.release.hub_repo import upload_model
+from weightline.release.model_card import model_card
+from weightline.runs.equality import differing_tensors
+from weightline.runs.folder import prepare_run
+from weightline.tasks.release import card_facts
 
 
 @pytest.fixture

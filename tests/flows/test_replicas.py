@@ -8,15 +8,22 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tasks import replicas
-from tasks.fleet import REPLICA_HOSTS_VARIABLE, SERVING_URL_VARIABLE, Fleet, ReachedReplica, find_fleet, may_be_asked
-from tasks.replicas import REPLICAS_DIR_VARIABLE, end_replicas, ensure_replica
-from tests.receiver.model_chains import make_chain
+from tests.serving.model_chains import make_chain
 from weightline.chain import Chain, open_chain
-from weightline.chain.leases import Lease, write_lease
+from weightline.chain.read.leases import Lease, write_lease
 from weightline.errors import ApplyError, InputError, LaunchError
-from weightline.receiver import client
-from weightline.receiver.auth import TOKEN_VARIABLE
+from weightline.fleet import local_replica as replicas
+from weightline.fleet.local_replica import REPLICAS_DIR_VARIABLE, end_replicas, ensure_replica
+from weightline.fleet.members import (
+    REPLICA_HOSTS_VARIABLE,
+    SERVING_URL_VARIABLE,
+    Fleet,
+    ReachedReplica,
+    find_fleet,
+    may_be_asked,
+)
+from weightline.serving.http import client
+from weightline.serving.http.auth import TOKEN_VARIABLE
 
 
 def test_without_a_stack_or_a_url_the_remedy_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

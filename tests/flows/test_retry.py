@@ -19,17 +19,17 @@ from prefect.client.schemas.objects import State
 from prefect.exceptions import ObjectAlreadyExists
 from prefect.states import Cancelling
 
-from flows.post_training import post_training
-from flows.warm_runner import WarmRunner
-from tasks.lanes import Lane
-from tasks.run_folder import Run, open_run
-from tasks.warm_worker import WarmWorker
 from tests.flows.conftest import ROOT
 from tests.flows.recipes import write_recipe
 from tests.waiting import wait_until
-from weightline.chain.verify import verify_chain
+from weightline.chain.upkeep.verify import verify_chain
+from weightline.deployments.worker.warm_process import WarmWorker
+from weightline.deployments.worker.warm_runner import WarmRunner
+from weightline.deployments.worker.work_queues import Lane
+from weightline.flows.post_training import post_training
+from weightline.launch.command import launch_argv, launch_environment
+from weightline.runs.folder import Run, open_run
 from weightline.stages.job import StageJob, StageResult
-from weightline.stages.launch import launch_argv, launch_environment
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -47,7 +47,7 @@ _STAGES = [
 def turn_until(client: SyncPrefectClient, tmp_path: Path, server_environment: None) -> Iterator[Callable[..., None]]:
     """A runner of one training lane, turned until something holds."""
     log = tmp_path / "lane.log"
-    worker = WarmWorker(Lane("training", (QUEUE,), preload=("flows.post_training",), is_fresh=True), log)
+    worker = WarmWorker(Lane("training", (QUEUE,), preload=("weightline.flows.post_training",), is_fresh=True), log)
     runner = WarmRunner(client, [worker], POOL)
 
     def turn(is_reached: Callable[[], bool]) -> None:
@@ -65,7 +65,7 @@ def _start(client: SyncPrefectClient, recipe: Path, runs_dir: Path) -> UUID:
         pass
     deployment_id = client.create_deployment(
         flow_id=client.create_flow_from_name(post_training.name), name="retried",
-        entrypoint="flows.post_training.post_training", work_pool_name=POOL, work_queue_name=QUEUE,
+        entrypoint="weightline.flows.post_training.post_training", work_pool_name=POOL, work_queue_name=QUEUE,
         parameter_openapi_schema={},
     )  # fmt: skip
     parameters = {"recipe": str(recipe), "runs_dir": str(runs_dir)}
@@ -139,7 +139,10 @@ def test_a_training_survives_cancel_and_kill(
     turn_until(lambda: _step_of(runs_dir, "dpo") >= 32)
     ranks = _processes("weightline.stages.rank")
     # Launcher and flow at once: nobody is left who could end the ranks.
-    for process in (*_processes("accelerate.commands.launch"), *_processes("tasks.warm_process")):
+    for process in (
+        *_processes("accelerate.commands.launch"),
+        *_processes("weightline.deployments.worker.process_main"),
+    ):
         process.kill()
     _assert_gone_within(10.0, ranks)
     turn_until(lambda: state().is_final())

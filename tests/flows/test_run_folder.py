@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from tasks.evaluation import evaluation_task, recipe_of
-from tasks.run_folder import RUNS, new_run_id, open_run, prepare_run
 from tests.chains import commit_state, nudged, random_state
 from tests.flows.recipes import write_recipe
 from weightline.chain import open_chain
-from weightline.chain.records import read_records
+from weightline.chain.read.records import read_records
 from weightline.errors import InputError, NotFoundError, RecipeError, StorageError
+from weightline.runs.folder import RUNS, new_run_id, open_run, prepare_run
 from weightline.stages.recipe import ModelConfig, parse_start
+from weightline.tasks.evaluation import evaluation_task, recipe_of
 
 
 def test_a_new_run_writes_its_folder_its_bucket_and_its_record(tmp_path: Path) -> None:

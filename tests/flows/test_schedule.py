@@ -15,9 +15,9 @@ from prefect.client.schemas.filters import DeploymentFilter, DeploymentFilterNam
 from prefect.client.schemas.objects import FlowRun
 from prefect.client.schemas.schedules import IntervalSchedule
 
-from tasks.deploy import deploy_all
 from tests.flows.conftest import ROOT
 from tests.waiting import wait_until
+from weightline.deployments.server.deploy import deploy_all
 
 pytestmark = pytest.mark.slow
 
@@ -33,7 +33,7 @@ def test_what_a_schedule_makes_is_run(client: SyncPrefectClient, server_environm
     (often,) = client.create_deployment_schedules(found.id, [(IntervalSchedule(interval=timedelta(seconds=5)), True)])
     began_at = time.time()
     env = {**os.environ, "WEIGHTLINE_RUNS_DIR": str(tmp_path), "WEIGHTLINE_CHAINS": (tmp_path / "chain").as_uri()}
-    argv = [sys.executable, "-m", "flows.warm_runner", "upkeep"]
+    argv = [sys.executable, "-m", "weightline.deployments.worker.warm_runner", "upkeep"]
     with (tmp_path / "log").open("wb") as log, subprocess.Popen(argv, env=env, stdout=log, stderr=log) as runner:
         try:
             wait_until(

@@ -12,22 +12,22 @@ from typing import Any
 
 import pytest
 
-from flows.serving_refresh import refresh_serving
-from tasks.fleet import SERVING_URL_VARIABLE, find_fleet
-from tasks.replicas import REPLICAS_DIR_VARIABLE
-from tasks.rollout import RolloutSettings, open_rollout
-from tasks.run_folder import RUNS
 from tests.flows.recipes import TOY
-from tests.receiver.doors import TOKEN, OpenDoor, open_door
-from tests.receiver.model_chains import ModelChain, assert_same_bits, engine_bits, fresh_bits, make_chain
+from tests.serving.doors import TOKEN, OpenDoor, open_door
+from tests.serving.model_chains import ModelChain, assert_same_bits, engine_bits, fresh_bits, make_chain
 from tests.waiting import wait_until
-from weightline.chain.records import EVALUATIONS, REFRESHES, ROLLOUTS, read_record, read_records, write_record
-from weightline.chain.refs import history_of
+from weightline.chain.read.records import EVALUATIONS, REFRESHES, ROLLOUTS, read_record, read_records, write_record
+from weightline.chain.read.refs import history_of
 from weightline.errors import ApplyError, DigestMismatchError
 from weightline.evaluation.gate import ScoreGate
-from weightline.receiver import client
-from weightline.receiver.auth import TOKEN_VARIABLE
-from weightline.receiver.following import Following
+from weightline.fleet.local_replica import REPLICAS_DIR_VARIABLE
+from weightline.fleet.members import SERVING_URL_VARIABLE, find_fleet
+from weightline.fleet.rollout import RolloutSettings, open_rollout
+from weightline.flows.serving_refresh import refresh_serving
+from weightline.runs.folder import RUNS
+from weightline.serving.http import client
+from weightline.serving.http.auth import TOKEN_VARIABLE
+from weightline.serving.replica.following import Following
 from weightline.types import Changes
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("server")]

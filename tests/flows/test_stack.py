@@ -17,11 +17,11 @@ import psutil
 import pytest
 from prefect.settings import Settings
 
-from tasks.processes import ProcessTree, marked_environment
-from tasks.stack import StackFolder, free_port, is_healthy, running_stack, stack_environment
-from tasks.stack_registry import StackFacts, read_facts
 from tests.flows.conftest import ROOT
 from tests.waiting import PATIENCE_SECONDS, wait_until
+from weightline.deployments.stack.registry import StackFacts, read_facts
+from weightline.deployments.stack.stack import StackFolder, free_port, is_healthy, running_stack, stack_environment
+from weightline.launch.processes import ProcessTree, marked_environment
 
 StartFlows = Callable[..., subprocess.Popen[str]]
 
@@ -64,13 +64,13 @@ def test_no_stack_is_running_where_none_was_started(tmp_path: Path) -> None:
 
 @pytest.fixture
 def flows(tmp_path: Path) -> Iterator[StartFlows]:
-    """Starts `python -m flows`. Whatever fails, all of it is ended: what outlives its starter still bears the mark."""
+    """Starts `python -m weightline.flows`, and ends all of it, whatever fails."""
     env, mark = marked_environment(os.environ)
     with ExitStack() as at_end:
 
         def start(*argv: str) -> subprocess.Popen[str]:
             process = at_end.enter_context(subprocess.Popen(
-                [sys.executable, "-m", "flows", *argv, "--runs-dir", str(tmp_path / "runs")], env=env,
+                [sys.executable, "-m", "weightline.flows", *argv, "--runs-dir", str(tmp_path / "runs")], env=env,
                 cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=_heed_interrupts,
             ))  # fmt: skip
             at_end.callback(ProcessTree(process.pid, mark).end)
@@ -186,7 +186,7 @@ def test_wrong_usage_is_one_clear_error(
     file = tmp_path / "file"
     file.touch()
     done = subprocess.run(
-        [sys.executable, "-m", "flows", *(part.format(file=file) for part in argv)],
+        [sys.executable, "-m", "weightline.flows", *(part.format(file=file) for part in argv)],
         env=os.environ | environment, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_SECONDS, check=False,
     )  # fmt: skip
     assert done.returncode == returncode, done.stderr
@@ -195,7 +195,7 @@ def test_wrong_usage_is_one_clear_error(
 
 
 def test_a_runner_of_no_lane_is_one_clear_error() -> None:
-    argv = [sys.executable, "-m", "flows.warm_runner", "nolane"]
+    argv = [sys.executable, "-m", "weightline.deployments.worker.warm_runner", "nolane"]
     done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_SECONDS, check=False)
     assert done.returncode == 1
     assert done.stderr.strip() == "error: no lane is called 'nolane': use training, evaluation, serving, upkeep"

@@ -6,11 +6,11 @@ import base64
 import math
 from xml.etree import ElementTree
 
-from tasks.curves import curve_image, curve_svg, points_of, thinned
-from tasks.stage_page import Pace, headline, stage_markdown
 from tests.chains import commit_state, nudged, random_state
 from weightline.chain import open_chain
 from weightline.lineage.read import read_lineage
+from weightline.runs.curves import curve_image, curve_svg, points_of, thinned
+from weightline.runs.stage_page import Pace, headline, stage_markdown
 
 HISTORY = [{"step": step, "loss": 2.0 / step, "reward": 0.1 * step} for step in range(1, 11)]
 

@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from tasks.run_folder import Run, prepare_run
-from tasks.screen import RunScreen
-from tasks.summary import stage_lines, versions_table, write_summary
-from tasks.watch import RunWatch
 from tests.chains import commit_state, nudged, random_state
 from tests.flows.recipes import write_recipe
-from weightline.chain.records import EVALUATIONS, REFRESHES, write_record
+from weightline.chain.read.records import EVALUATIONS, REFRESHES, write_record
+from weightline.deployments.stack.screen import RunScreen
 from weightline.lineage.read import read_lineage
+from weightline.runs.folder import Run, prepare_run
+from weightline.runs.progress import RunWatch
+from weightline.runs.summary import stage_lines, versions_table, write_summary
 
 
 @pytest.fixture

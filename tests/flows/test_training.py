@@ -13,19 +13,19 @@ from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterName
 from prefect.logging import disable_run_logger
 from safetensors.torch import load_file, save_file
 
-from flows.post_training import post_training, train_stage
-from tasks import training
-from tasks.automations import WATCHED_TAG
-from tasks.bit_equality import differing_tensors
-from tasks.metrics import MetricsFollower
-from tasks.run_folder import Run, prepare_run
 from tests.chains import commit_state, nudged, random_state
 from tests.flows.recipes import write_recipe
 from weightline.chain import Chain
-from weightline.chain.checkpoint import write_checkpoint
+from weightline.chain.files.checkpoint import write_checkpoint
+from weightline.deployments.server.automations import WATCHED_TAG
 from weightline.errors import DigestMismatchError, InputError, LaunchError
+from weightline.flows.post_training import post_training, train_stage
 from weightline.format import keys
+from weightline.runs.equality import differing_tensors
+from weightline.runs.folder import Run, prepare_run
+from weightline.runs.metrics import MetricsFollower
 from weightline.stages.job import StageResult
+from weightline.tasks import training
 
 
 def _trained(run: Run) -> Chain:

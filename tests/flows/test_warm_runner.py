@@ -18,12 +18,12 @@ from prefect.exceptions import ObjectAlreadyExists
 from prefect.flows import Flow
 from prefect.states import Cancelled, Cancelling
 
-from flows.warm_runner import WarmRunner
-from tasks.lanes import LANES, Lane, WaitingRun, choose_runs, lanes_named
-from tasks.slots import taken_by
-from tasks.warm_worker import WarmWorker
 from tests.flows import toy_flows
 from tests.waiting import wait_until
+from weightline.deployments.worker.slots import taken_by
+from weightline.deployments.worker.warm_process import WarmWorker
+from weightline.deployments.worker.warm_runner import WarmRunner
+from weightline.deployments.worker.work_queues import LANES, Lane, WaitingRun, choose_runs, lanes_named
 from weightline.errors import InputError
 
 POOL = "toy-pool"
@@ -209,7 +209,7 @@ def test_a_slot_is_taken_from_a_run_whose_runner_is_gone_and_from_no_other(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("flows.warm_runner._HEARTBEAT_SECONDS", 1.0)
+    monkeypatch.setattr("weightline.deployments.worker.warm_runner._HEARTBEAT_SECONDS", 1.0)
     limit(concurrency_limit=2)
     left_behind, living, waiting = (start(toy_flows.tell, path=str(tmp_path / "told")) for _ in range(3))
     client.send_worker_heartbeat(POOL, "a runner elsewhere", heartbeat_interval_seconds=300.0)

@@ -16,11 +16,11 @@ import yaml
 from prefect.events import DeploymentEventTrigger
 from prefect.flows import Flow
 
-from tasks.consumer_runs import EVALUATE, REFRESH
-from tasks.lanes import LANES, WORK_POOL
-from tasks.publish import COMMITTED
-from tasks.trigger import POST_TRAINING, RECONCILE
 from tests.flows.conftest import ROOT
+from weightline.deployments.server.consumer_runs import EVALUATE, REFRESH
+from weightline.deployments.server.events import COMMITTED
+from weightline.deployments.server.trigger import POST_TRAINING, RECONCILE
+from weightline.deployments.worker.work_queues import LANES, WORK_POOL
 from weightline.stages.load import load_recipe
 
 DEPLOYMENTS: list[dict[str, Any]] = yaml.safe_load((ROOT / "deployments/prefect.yaml").read_text())["deployments"]
@@ -100,6 +100,8 @@ def test_no_flow_file_shadows_an_installed_module(path: Path) -> None:
 
 
 def test_the_command_line_starts_without_prefect_or_torch() -> None:
-    program = "import sys, flows.__main__; print([name for name in ('prefect', 'torch') if name in sys.modules])"
+    program = (
+        "import sys, weightline.flows.__main__; print([name for name in ('prefect', 'torch') if name in sys.modules])"
+    )
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -10,10 +10,10 @@ import sys
 
 from prefect.events.worker import EventsWorker, ProcessPoolForwardingEventsClient
 
-from tasks.outbox import EventOutbox
-from tasks.publish import announce_commit
 from tests.chains import commit_state, nudged, random_state
 from weightline.chain import open_chain
+from weightline.deployments.ranks.outbox import EventOutbox
+from weightline.deployments.server.events import announce_commit
 
 
 def main() -> None:

@@ -17,9 +17,9 @@ from jsonschema import Draft7Validator
 from prefect.settings import get_current_settings
 from prefect.utilities.templating import apply_values
 
-from tasks.lanes import lanes_named
 from tests.flows.conftest import ROOT
-from weightline.stages.launch import RANK_PROGRAM
+from weightline.deployments.worker.work_queues import lanes_named
+from weightline.launch.command import RANK_PROGRAM
 
 INFRA = ROOT / "infra"
 KUBERNETES = INFRA / "kubernetes"
@@ -210,6 +210,6 @@ def test_accelerate_reads_the_file_for_several_machines() -> None:
 
 
 def test_a_peer_s_pod_waits_for_calls_and_the_first_one_runs_the_flow() -> None:
-    argv = [sys.executable, "-m", "tasks.machine_entry", sys.executable, "-c", "print('the flow')"]
+    argv = [sys.executable, "-m", "weightline.launch.machine_entry", sys.executable, "-c", "print('the flow')"]
     env = {"PYTHONPATH": str(ROOT), "JOB_COMPLETION_INDEX": "0"}
     assert subprocess.run(argv, env=env, capture_output=True, text=True, check=True).stdout == "the flow\n"

@@ -7,9 +7,9 @@ import socket
 
 import pytest
 
-from tasks import lineage
 from tests.chains import commit_state, random_state
 from weightline.chain import open_chain
+from weightline.tasks import lineage
 
 
 def test_a_lineage_server_that_is_away_fails_nothing(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from tests.chains import commit_state, nudged, random_state
 from tests.lineage.rows import row
 from weightline.chain import open_chain
-from weightline.chain.records import EVALUATIONS, REFRESHES, write_record
+from weightline.chain.read.records import EVALUATIONS, REFRESHES, write_record
 from weightline.lineage.read import read_lineage
 from weightline.lineage.rows import is_settled, lineage_rows
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from weightline.errors import InputError
+from weightline.launch.command import accelerate_config, launch_argv, launch_environment
 from weightline.stages.checkpoints import ResumePlan, mark_whole, plan_resume
 from weightline.stages.job import StageJob, StageResult
-from weightline.stages.launch import accelerate_config, launch_argv, launch_environment
 from weightline.stages.recipe import DatasetConfig, StageConfig
 
 

@@ -109,7 +109,7 @@ def test_reading_and_checking_a_recipe_needs_no_torch() -> None:
     program = (
         "import sys\n"
         "import weightline.stages.preflight as p, weightline.stages.load as l\n"
-        "import weightline.stages.launch, weightline.stages.job, weightline.stages.arithmetic\n"
+        "import weightline.launch.command, weightline.stages.job, weightline.stages.arithmetic\n"
         f"p.check_recipe(l.load_recipe({str(RECIPES / 'arithmetic.yaml')!r}), num_cuda_devices=0)\n"
         "sys.exit(bool({'torch', 'transformers', 'trl', 'datasets'} & set(sys.modules)))\n"
     )

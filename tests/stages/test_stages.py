@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from weightline.launch.command import launch_argv, launch_environment
 from weightline.stages.job import StageJob, StageResult
-from weightline.stages.launch import launch_argv, launch_environment
 from weightline.stages.load import parse_recipe
 from weightline.stages.model import materialize_model
 from weightline.stages.recipe import Recipe

@@ -6,9 +6,9 @@ import multiprocessing
 from typing import Any
 
 from tests.chains import State, commit_state, nudged, random_state
-from weightline.chain.history import Chain
-from weightline.chain.state import HostState, advance_state
-from weightline.chain.verify import verify_chain
+from weightline.chain.read.history import Chain
+from weightline.chain.replay.state import HostState, advance_state
+from weightline.chain.upkeep.verify import verify_chain
 from weightline.errors import CommitConflictError
 from weightline.store import open_store
 

@@ -14,8 +14,8 @@ import safetensors
 from safetensors.numpy import save_file
 
 from weightline.chain import open_chain
-from weightline.chain.author import commit_folder
-from weightline.chain.verify import verify_chain
+from weightline.chain.upkeep.verify import verify_chain
+from weightline.chain.write.author import commit_folder
 from weightline.errors import CommitConflictError
 
 NUM_WRITERS = 4

@@ -15,9 +15,9 @@ import pytest
 from tests.chains import commit_state, nudged, random_state
 from tests.store.proxy import Proxy
 from weightline.chain import Chain
-from weightline.chain.fetch import fetching
-from weightline.chain.state import read_state
-from weightline.chain.verify import verify_chain
+from weightline.chain.replay.fetch import fetching
+from weightline.chain.replay.state import read_state
+from weightline.chain.upkeep.verify import verify_chain
 from weightline.errors import DigestMismatchError, InputError, TransientStorageError
 from weightline.store import cache as store_cache
 from weightline.store import open_store

@@ -16,7 +16,7 @@ import pytest
 from tests.hub_emulator import Cut, Fault, HubEmulator, LoseReply, Status, Truncate
 from tests.store.hub_fixtures import gateway_environment
 from tests.waiting import PATIENCE_SECONDS
-from weightline.chain.fetch import fetch_object
+from weightline.chain.replay.fetch import fetch_object
 from weightline.errors import (
     CorruptError,
     DigestMismatchError,

@@ -14,10 +14,10 @@ from tests.chains import commit_state, make_manifest, nudged, random_state
 from tests.hub_emulator import Cut, Fault, HubEmulator, LoseReply, Status
 from tests.store.hub_racers import race
 from weightline.chain import Chain, open_chain
-from weightline.chain.commit import commit_manifest, new_commit_id
-from weightline.chain.gc import collect, plan_gc, view_chain
-from weightline.chain.state import read_state
-from weightline.chain.verify import verify_chain
+from weightline.chain.replay.state import read_state
+from weightline.chain.upkeep.gc import collect, plan_gc, view_chain
+from weightline.chain.upkeep.verify import verify_chain
+from weightline.chain.write.commit import commit_manifest, new_commit_id
 from weightline.cli.main import app
 from weightline.errors import CommitConflictError, StorageError, TransientStorageError
 from weightline.format import keys

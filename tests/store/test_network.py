@@ -11,10 +11,10 @@ import pytest
 from tests.hub_emulator.faults import Cut, Fault, LoseReply, Truncate
 from tests.store.proxy import Proxy
 from tests.store.racers import same_weights, write_checkpoint_folder
-from weightline.chain.author import commit_folder
-from weightline.chain.checkpoint import write_checkpoint
-from weightline.chain.history import Chain
-from weightline.chain.verify import verify_chain
+from weightline.chain.files.checkpoint import write_checkpoint
+from weightline.chain.read.history import Chain
+from weightline.chain.upkeep.verify import verify_chain
+from weightline.chain.write.author import commit_folder
 from weightline.errors import DigestMismatchError, TransientStorageError
 from weightline.store import Store, objects, open_store
 

@@ -20,8 +20,8 @@ from tests.hub_emulator.faults import Cut, LoseReply, Status, Truncate
 from tests.store.proxy import Proxy, Slow, Stall
 from tests.store.racers import write_checkpoint_folder
 from tests.waiting import PATIENCE_SECONDS
-from weightline.chain.author import commit_folder
-from weightline.chain.history import Chain
+from weightline.chain.read.history import Chain
+from weightline.chain.write.author import commit_folder
 from weightline.errors import (
     InputError,
     NotFoundError,

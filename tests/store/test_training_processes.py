@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import safetensors
 
-from weightline.chain.history import open_chain
-from weightline.chain.state import read_state
-from weightline.chain.verify import verify_chain
+from weightline.chain.read.history import open_chain
+from weightline.chain.replay.state import read_state
+from weightline.chain.upkeep.verify import verify_chain
 
 _RANK_PROGRAM = Path(__file__).parents[1] / "trainer" / "ddp_ranks.py"
 

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from torch.distributed.fsdp import fully_shard
 
-from weightline.chain.history import open_chain
+from weightline.chain.read.history import open_chain
 from weightline.trainer.session import PublishSession, PublishSettings
 from weightline.trainer.steps import PlainSteps
 

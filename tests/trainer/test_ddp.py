@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from weightline.chain.history import open_chain
-from weightline.chain.state import read_state
-from weightline.chain.verify import verify_chain
+from weightline.chain.read.history import open_chain
+from weightline.chain.replay.state import read_state
+from weightline.chain.upkeep.verify import verify_chain
 from weightline.codec.torch_ops import bits_of
 
 pytestmark = pytest.mark.slow

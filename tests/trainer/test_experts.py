@@ -19,15 +19,15 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-from weightline.chain.author import commit_folder
-from weightline.chain.checkpoint import write_checkpoint
-from weightline.chain.history import Chain, open_chain
-from weightline.chain.state import read_state
-from weightline.chain.verify import verify_chain
+from weightline.chain.files.checkpoint import write_checkpoint
+from weightline.chain.read.history import Chain, open_chain
+from weightline.chain.replay.state import read_state
+from weightline.chain.upkeep.verify import verify_chain
+from weightline.chain.write.author import commit_folder
 from weightline.codec.torch_ops import bits_of
 from weightline.errors import InputError
+from weightline.launch.command import DEEPSPEED_CONFIG, accelerate_config
 from weightline.naming import published_tensors
-from weightline.stages.launch import DEEPSPEED_CONFIG, accelerate_config
 from weightline.store.memory import MemoryStore
 from weightline.trainer.partition import partition_of
 from weightline.trainer.session import PublishSession, PublishSettings

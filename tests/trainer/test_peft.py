@@ -15,16 +15,16 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from weightline.chain.author import commit_folder, commit_fork, commit_revert
-from weightline.chain.checkpoint import write_checkpoint
-from weightline.chain.history import Chain, open_chain
-from weightline.chain.state import read_state
-from weightline.chain.verify import verify_chain
+from weightline.chain.files.checkpoint import write_checkpoint
+from weightline.chain.read.history import Chain, open_chain
+from weightline.chain.replay.state import read_state
+from weightline.chain.upkeep.verify import verify_chain
+from weightline.chain.write.author import commit_folder, commit_fork, commit_revert
 from weightline.codec.torch_ops import bits_of
 from weightline.errors import BaseMismatchError, InputError
 from weightline.format.manifest import Manifest
+from weightline.launch.command import launch_argv, launch_environment
 from weightline.stages.job import StageJob
-from weightline.stages.launch import launch_argv, launch_environment
 from weightline.stages.model import materialize_model
 from weightline.stages.recipe import ModelConfig, StageConfig, TinyModelConfig
 from weightline.store.memory import MemoryStore

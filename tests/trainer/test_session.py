@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from weightline.chain.compact import AnchorPolicy
-from weightline.chain.history import Chain
-from weightline.chain.records import GAPS, read_records
-from weightline.chain.state import read_state
-from weightline.chain.verify import verify_chain
-from weightline.chain.ways import Ways, plan_between
+from weightline.chain.read.history import Chain
+from weightline.chain.read.records import GAPS, read_records
+from weightline.chain.replay.state import read_state
+from weightline.chain.replay.ways import Ways, plan_between
+from weightline.chain.upkeep.compact import AnchorPolicy
+from weightline.chain.upkeep.verify import verify_chain
 from weightline.codec.torch_ops import bits_of
 from weightline.errors import (
     BaseMismatchError,

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from tests.trainer.test_session import Model, _session, _train
-from weightline.chain.compact import AnchorPolicy
-from weightline.chain.history import Chain
-from weightline.chain.signing import SIGNING_KEY_VARIABLE
-from weightline.chain.verify import verify_chain
+from weightline.chain.read.history import Chain
+from weightline.chain.upkeep.compact import AnchorPolicy
+from weightline.chain.upkeep.verify import verify_chain
+from weightline.chain.write.signing import SIGNING_KEY_VARIABLE
 from weightline.errors import InputError
 from weightline.format import keys
 from weightline.format.signature import generate_key, load_trusted_keys

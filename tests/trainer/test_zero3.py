@@ -15,10 +15,10 @@ from safetensors.torch import load_file
 
 from tests.waiting import PATIENCE_SECONDS, wait_until
 from weightline.chain import open_chain
-from weightline.chain.state import read_state
+from weightline.chain.replay.state import read_state
 from weightline.codec.torch_ops import bits_of
+from weightline.launch.command import launch_argv, launch_environment
 from weightline.stages.job import StageJob, StageResult
-from weightline.stages.launch import launch_argv, launch_environment
 from weightline.stages.model import materialize_model
 from weightline.stages.recipe import ModelConfig, StageConfig, StageKind, TinyModelConfig
 

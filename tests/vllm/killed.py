@@ -17,11 +17,11 @@ from typing import Any
 
 from tests.vllm.parts import FolderChain, greedy_tokens, offline
 from weightline.chain import open_chain
-from weightline.receiver.engines.vllm import staging
-from weightline.receiver.engines.vllm.engine import VllmEngine
-from weightline.receiver.marker import read_mark
-from weightline.receiver.proof import prove_weights
-from weightline.receiver.replica import Replica
+from weightline.serving.engines.vllm import staging
+from weightline.serving.engines.vllm.engine import VllmEngine
+from weightline.serving.replica.marker import read_mark
+from weightline.serving.replica.proof import prove_weights
+from weightline.serving.replica.replica import Replica
 
 
 class Killer:

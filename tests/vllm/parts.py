@@ -14,13 +14,13 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
 
 from weightline.chain import Chain, open_chain
-from weightline.chain.author import commit_folder
-from weightline.chain.checkpoint import write_checkpoint
-from weightline.chain.target import FileTarget
-from weightline.receiver.engines.base import GenerationRequest
-from weightline.receiver.engines.vllm.engine import VllmEngine
-from weightline.receiver.engines.vllm.offline import WORKER_EXTENSION, start_offline
-from weightline.receiver.engines.vllm.serve import fetch_model_folder
+from weightline.chain.files.checkpoint import write_checkpoint
+from weightline.chain.files.target import FileTarget
+from weightline.chain.write.author import commit_folder
+from weightline.serving.engines.base import GenerationRequest
+from weightline.serving.engines.vllm.engine import VllmEngine
+from weightline.serving.engines.vllm.offline import WORKER_EXTENSION, start_offline
+from weightline.serving.engines.vllm.serve import fetch_model_folder
 from weightline.stages.model import VOCAB_SIZE, build_byte_tokenizer
 
 MAX_TOKENS = 16

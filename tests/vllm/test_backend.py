@@ -8,9 +8,9 @@ import pytest
 
 from tests.vllm.parts import checksums, greedy_tokens, make_chain, offline, reference_tokens
 from weightline.codec.compose import inverse
-from weightline.receiver.engines.vllm.exchange import write_changes
-from weightline.receiver.prepare import PreparedDelta
-from weightline.receiver.replica import Replica
+from weightline.serving.engines.vllm.exchange import write_changes
+from weightline.serving.replica.prepare import PreparedDelta
+from weightline.serving.replica.replica import Replica
 
 
 def test_vllms_own_calls_move_it_forth_and_back_and_a_wrong_base_is_not_written_to(tmp_path: Path) -> None:

@@ -23,14 +23,14 @@ import pytest
 
 from tests.vllm.parts import MAX_TOKENS, PROMPTS, FolderChain, ask, make_chain, reference_tokens
 from tests.waiting import PATIENCE_SECONDS, wait_until
-from weightline.receiver import client
-from weightline.receiver.auth import read_token
-from weightline.receiver.engines.vllm.engine import VllmEngine
-from weightline.receiver.engines.vllm.refused import _CONFIG, _OPTIONS
-from weightline.receiver.engines.vllm.remote import RemoteTransport
-from weightline.receiver.gate import Gate
-from weightline.receiver.proof import prove_weights
-from weightline.receiver.replica import Replica
+from weightline.serving.engines.vllm.engine import VllmEngine
+from weightline.serving.engines.vllm.refused import _CONFIG, _OPTIONS
+from weightline.serving.engines.vllm.remote import RemoteTransport
+from weightline.serving.http import client
+from weightline.serving.http.auth import read_token
+from weightline.serving.http.gate import Gate
+from weightline.serving.replica.proof import prove_weights
+from weightline.serving.replica.replica import Replica
 
 REPOSITORY = Path(__file__).parents[2]
 NUM_REFRESHES = 20

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from weightline.chain.target import FileTarget
+from weightline.chain.files.target import FileTarget
 from weightline.cli.output import Json, emit, percent, size, table
 from weightline.errors import InputError
 from weightline.types import BitsArray, TensorSpec

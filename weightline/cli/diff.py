@@ -8,8 +8,8 @@ from typing import Annotated
 import typer
 
 from weightline.chain import open_chain
-from weightline.chain.diff import diff_versions
-from weightline.chain.refs import resolve
+from weightline.chain.read.refs import resolve
+from weightline.chain.replay.diff import diff_versions
 from weightline.cli.output import Bucket, Json, emit, percent, table
 
 

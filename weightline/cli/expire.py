@@ -7,9 +7,9 @@ from typing import Annotated
 import typer
 
 from weightline.chain import open_chain
-from weightline.chain.expire import expire_before
-from weightline.chain.horizon import oldest_kept
-from weightline.chain.refs import resolve
+from weightline.chain.read.horizon import oldest_kept
+from weightline.chain.read.refs import resolve
+from weightline.chain.upkeep.expire import expire_before
 from weightline.cli.output import Bucket, Json, emit
 
 

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from weightline.chain import open_chain
-from weightline.chain.gc import collect, plan_gc, view_chain
+from weightline.chain.upkeep.gc import collect, plan_gc, view_chain
 from weightline.cli.output import Bucket, Json, emit, size
 
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from weightline.chain.signing import SIGNING_KEY_VARIABLE, TRUSTED_KEYS_VARIABLE
+from weightline.chain.write.signing import SIGNING_KEY_VARIABLE, TRUSTED_KEYS_VARIABLE
 from weightline.cli.output import Json, emit
 from weightline.format.signature import generate_key
 

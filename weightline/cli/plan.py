@@ -7,8 +7,8 @@ from typing import Annotated
 import typer
 
 from weightline.chain import open_chain
-from weightline.chain.refs import resolve
-from weightline.chain.ways import plan_between
+from weightline.chain.read.refs import resolve
+from weightline.chain.replay.ways import plan_between
 from weightline.cli.output import Bucket, Json, emit, size, table
 
 

@@ -8,9 +8,9 @@ from typing import Annotated
 import typer
 
 from weightline.chain import open_chain
-from weightline.chain.checkpoint import write_checkpoint
-from weightline.chain.refs import resolve
-from weightline.chain.ways import plan_between
+from weightline.chain.files.checkpoint import write_checkpoint
+from weightline.chain.read.refs import resolve
+from weightline.chain.replay.ways import plan_between
 from weightline.cli.output import Bucket, Json, emit
 from weightline.cli.progress import transferring
 

@@ -7,8 +7,8 @@ from typing import Annotated
 import typer
 
 from weightline.chain import open_chain
-from weightline.chain.author import commit_revert
-from weightline.chain.refs import resolve
+from weightline.chain.read.refs import resolve
+from weightline.chain.write.author import commit_revert
 from weightline.cli.commit import report
 from weightline.cli.output import Bucket, Json
 

@@ -58,8 +58,8 @@ def vllm(
     require_signature: Keys = None,
 ) -> None:
     """Start vLLM's OpenAI server on the chain's model. Options that are not listed here go to vLLM."""
-    from weightline.receiver.engines.vllm.serve import serve_vllm
-    from weightline.receiver.server import ServerSettings
+    from weightline.serving.engines.vllm.serve import serve_vllm
+    from weightline.serving.http.server import ServerSettings
 
     settings = ServerSettings(
         chain_url=follow, state_dir=_state_dir(state_dir, name), name=name, host=host, port=port,
@@ -85,7 +85,7 @@ def transformers(
     device: Device = None,
 ) -> None:
     """Start the embedded server: a transformers model, one request at a time."""
-    from weightline.receiver.server import ServerSettings, serve
+    from weightline.serving.http.server import ServerSettings, serve
 
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     # uvicorn raises the signal that ended it again: leave by way of the `finally`s, and in order.
@@ -111,8 +111,8 @@ def sglang(
     """Publish each version as the folder that SGLang's /pull_weights reads; with --every 0, up to the tip, then end."""
     from weightline.chain import open_chain
     from weightline.format.signature import load_trusted_keys
-    from weightline.receiver.engines.sglang_publisher import Publisher
-    from weightline.receiver.following import Following
+    from weightline.serving.engines.sglang_publisher import Publisher
+    from weightline.serving.replica.following import Following
 
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     chain = open_chain(follow, None if require_signature is None else load_trusted_keys(require_signature))

@@ -7,8 +7,8 @@ from typing import Annotated
 import typer
 
 from weightline.chain import open_chain
-from weightline.chain.records import EVALUATIONS, REFRESHES, read_records
-from weightline.chain.refs import current_refs, resolve
+from weightline.chain.read.records import EVALUATIONS, REFRESHES, read_records
+from weightline.chain.read.refs import current_refs, resolve
 from weightline.cli.log import summary
 from weightline.cli.output import Bucket, Json, emit, percent, size, table
 

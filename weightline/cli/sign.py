@@ -8,8 +8,8 @@ from typing import Annotated
 import typer
 
 from weightline.chain import Chain
-from weightline.chain.signing import sign_existing
-from weightline.chain.verify import verify_chain
+from weightline.chain.upkeep.verify import verify_chain
+from weightline.chain.write.signing import sign_existing
 from weightline.cli.output import Bucket, Json, emit
 from weightline.errors import ChainEmptyError, CorruptError
 from weightline.format.signature import load_signer

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from weightline.chain import open_chain
-from weightline.chain.refs import current_refs, move_ref, resolve
+from weightline.chain.read.refs import current_refs, move_ref, resolve
 from weightline.cli.output import Bucket, Json, emit, table
 
 

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from weightline.chain import open_chain
-from weightline.chain.verify import verify_chain
+from weightline.chain.upkeep.verify import verify_chain
 from weightline.cli.output import Bucket, Json, emit
 from weightline.errors import ChainEmptyError
 from weightline.format.signature import load_trusted_keys

@@ -9,7 +9,7 @@ import threading
 from collections import OrderedDict
 
 from weightline.chain import Chain
-from weightline.chain.diff import diff_versions
+from weightline.chain.replay.diff import diff_versions
 from weightline.dashboard.layers import TensorChange
 from weightline.errors import InputError
 from weightline.format.manifest import Manifest

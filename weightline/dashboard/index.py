@@ -14,8 +14,8 @@ from datetime import UTC, datetime
 from typing import Any
 
 from weightline.chain import Chain
-from weightline.chain.leases import read_leases
-from weightline.chain.records import EVALUATIONS, REFRESHES
+from weightline.chain.read.leases import read_leases
+from weightline.chain.read.records import EVALUATIONS, REFRESHES
 from weightline.dashboard.objects import KeptObjects, fetch_all
 from weightline.dashboard.records import Document, finite, parse_object, parse_record
 from weightline.dashboard.replicas import known_replicas, lease_document

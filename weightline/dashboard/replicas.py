@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 
-from weightline.chain.leases import HeldLease
+from weightline.chain.read.leases import HeldLease
 from weightline.dashboard.records import Document
 
 _MAX_TEXT = 200

@@ -7,8 +7,8 @@ import time
 from pathlib import Path
 
 from weightline.chain import Chain
-from weightline.chain.checkpoint import write_checkpoint
-from weightline.chain.records import EVALUATIONS, Record, read_record, write_record
+from weightline.chain.files.checkpoint import write_checkpoint
+from weightline.chain.read.records import EVALUATIONS, Record, read_record, write_record
 from weightline.evaluation.plan import Done, Evaluate, Skip, plan_evaluation
 from weightline.evaluation.task import EvaluationTask, check_task
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from math import isfinite
 
-from weightline.chain.records import Record
+from weightline.chain.read.records import Record
 from weightline.errors import InputError
 
 #: 0.80 to 0.76 is a drop of 0.05000000000000004.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from weightline.chain.records import Record
+from weightline.chain.read.records import Record
 from weightline.errors import VersionNotFoundError
 from weightline.format.manifest import Manifest
 

@@ -16,7 +16,7 @@ from uuid import NAMESPACE_URL, uuid5
 
 from weightline import __version__
 from weightline.chain import Chain
-from weightline.chain.records import EVALUATIONS, read_records
+from weightline.chain.read.records import EVALUATIONS, read_records
 from weightline.errors import InputError
 from weightline.format.manifest import Manifest
 

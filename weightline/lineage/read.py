@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from weightline.chain import Chain
-from weightline.chain.records import EVALUATIONS, REFRESHES, read_records
+from weightline.chain.read.records import EVALUATIONS, REFRESHES, read_records
 from weightline.format import keys
 from weightline.lineage.edges import Shortcut
 from weightline.lineage.rows import LineageRow, lineage_rows

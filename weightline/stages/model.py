@@ -19,8 +19,8 @@ from transformers import (
 )
 
 from weightline.chain import open_chain
-from weightline.chain.checkpoint import write_checkpoint
-from weightline.chain.refs import resolve
+from weightline.chain.files.checkpoint import write_checkpoint
+from weightline.chain.read.refs import resolve
 from weightline.stages.load import recipe_error
 from weightline.stages.preflight import is_local_path
 from weightline.stages.recipe import ModelConfig, TinyModelConfig

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 from weightline.chain import open_chain
-from weightline.chain.refs import resolve
+from weightline.chain.read.refs import resolve
 from weightline.errors import InputError, LaunchError, NotFoundError
 from weightline.stages.load import recipe_error
 from weightline.stages.recipe import DatasetConfig, ModelConfig, Recipe, StageConfig

@@ -9,12 +9,12 @@ import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from weightline.chain.commit import utc_now
-from weightline.chain.compact import AnchorPolicy
-from weightline.chain.history import Chain
-from weightline.chain.plan import Hop
-from weightline.chain.signing import put_signed
-from weightline.chain.ways import hop_of, hop_of_shortcut, plan_between
+from weightline.chain.read.history import Chain
+from weightline.chain.replay.plan import Hop
+from weightline.chain.replay.ways import hop_of, hop_of_shortcut, plan_between
+from weightline.chain.upkeep.compact import AnchorPolicy
+from weightline.chain.write.commit import utc_now
+from weightline.chain.write.signing import put_signed
 from weightline.codec.anchor import ANCHOR_CODING
 from weightline.errors import ObjectExistsError, WeightlineError
 from weightline.format import keys

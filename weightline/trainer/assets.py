@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from weightline.chain.assets import upload_files
+from weightline.chain.files.assets import upload_files
 from weightline.format.manifest import AssetRef
 from weightline.store import Store
 from weightline.trainer.adapter import is_peft_model, save_adapter_config

@@ -14,8 +14,8 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from weightline.chain.checkpoint import MARKER
-from weightline.chain.history import open_chain
+from weightline.chain.files.checkpoint import MARKER
+from weightline.chain.read.history import open_chain
 from weightline.errors import InputError
 from weightline.trainer.session import PublishSession, PublishSettings
 from weightline.trainer.steps import load_steps

@@ -12,12 +12,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from weightline.chain.adapter import require_base
-from weightline.chain.checkpoint import assets_of
-from weightline.chain.compact import AnchorPolicy
-from weightline.chain.history import Chain
-from weightline.chain.records import GAPS, write_record
-from weightline.chain.signing import check_signing_key
+from weightline.chain.files.adapter import require_base
+from weightline.chain.files.checkpoint import assets_of
+from weightline.chain.read.history import Chain
+from weightline.chain.read.records import GAPS, write_record
+from weightline.chain.upkeep.compact import AnchorPolicy
+from weightline.chain.write.signing import check_signing_key
 from weightline.codec.coding import coding_named, codings
 from weightline.codec.digest import parse_digest, tensor_digest
 from weightline.codec.torch_ops import bits_of

@@ -12,10 +12,10 @@ from typing import Literal
 
 import torch
 
-from weightline.chain.fetch import fetching
-from weightline.chain.groups import tensor_groups
-from weightline.chain.history import Chain
-from weightline.chain.state import read_state
+from weightline.chain.files.groups import tensor_groups
+from weightline.chain.read.history import Chain
+from weightline.chain.replay.fetch import fetching
+from weightline.chain.replay.state import read_state
 from weightline.codec.capture import capture
 from weightline.codec.digest import digest_to_limbs, format_digest, limbs_to_digest
 from weightline.errors import BaseMismatchError

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import torch
 
-from weightline.chain.authorship import Authorship, build_manifest
-from weightline.chain.commit import commit_manifest, committed_facts, utc_now
-from weightline.chain.history import Chain
+from weightline.chain.read.history import Chain
+from weightline.chain.write.authorship import Authorship, build_manifest
+from weightline.chain.write.commit import commit_manifest, committed_facts, utc_now
 from weightline.codec.digest import add_digests, digest_change, digest_to_limbs, limbs_to_digest
 from weightline.errors import ConflictError, TransientStorageError, WeightlineError
 from weightline.format import keys

@@ -1,0 +1,1 @@
+"""How rank processes record their steps in the flow run of their stage."""

@@ -1,0 +1,1 @@
+"""What is asked of a Prefect server through its client: deployments, automations, runs, artifacts."""

@@ -1,0 +1,106 @@
+"""Making a Prefect server know our flows: pool, queues, automations, deployments of deployments/prefect.yaml."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from uuid import UUID
+
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.actions import WorkPoolCreate
+from prefect.client.schemas.filters import (
+    FlowRunFilter,
+    FlowRunFilterNextScheduledStartTime,
+    FlowRunFilterState,
+    FlowRunFilterStateType,
+)
+from prefect.client.schemas.objects import StateType
+from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
+from prefect.states import Cancelled
+from prefect.types._datetime import now
+
+from weightline.deployments.server.automations import ensure_automation, zombie_automation
+from weightline.deployments.worker.work_queues import LANES, WORK_POOL
+from weightline.errors import InputError, LaunchError
+
+PREFECT_FILE = Path("deployments/prefect.yaml")
+
+
+def deploy_all(root: Path, *, keeps_toggles: bool = False) -> None:
+    """Create pool, queues and automations, and deploy everything from the repository at `root`. Safe to repeat.
+
+    A schedule is as active as the file says; with `keeps_toggles`, as the server has it already. InputError when there
+    is no deployments/prefect.yaml; LaunchError with Prefect's own words when it refuses.
+    """
+    if not (root / PREFECT_FILE).is_file():
+        raise InputError(f"{root} has no {PREFECT_FILE}: run from the repository's root", path=str(root))
+    with get_client(sync_client=True) as client:
+        create_queues(client)
+        ensure_automation(client, zombie_automation())
+        toggles = _read_toggles(client) if keeps_toggles else {}
+        _prefect_deploy(root)
+        for deployment in client.read_deployments():
+            for schedule in deployment.schedules:
+                is_active = toggles.get((deployment.id, schedule.slug), schedule.active)
+                if schedule.active != is_active:
+                    client.update_deployment_schedule(deployment.id, schedule.id, active=is_active)
+
+
+def _read_toggles(client: SyncPrefectClient) -> dict[tuple[UUID, str | None], bool]:
+    """Whether each schedule of each deployment is active. Deploying makes schedules anew; their slugs stay."""
+    found = client.read_deployments()
+    return {(one.id, schedule.slug): schedule.active for one in found for schedule in one.schedules}
+
+
+def _prefect_deploy(root: Path) -> None:
+    argv = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all", "--prefect-file", str(PREFECT_FILE)]
+    done = subprocess.run(argv, cwd=root, capture_output=True, text=True, check=False)
+    if done.returncode:
+        tail = (done.stdout + done.stderr).splitlines()[-20:]
+        told = "\n    ".join(["Prefect refused the deployments:", *tail])
+        raise LaunchError(told, argv=argv, returncode=done.returncode, tail=tail)
+
+
+def create_queues(client: SyncPrefectClient) -> None:
+    """The pool, and every lane's queues; one without a limit is given room for one run. Safe to repeat."""
+    try:
+        client.create_work_pool(WorkPoolCreate(name=WORK_POOL, type="process"))
+    except ObjectAlreadyExists:
+        pass
+    for queue in (queue for lane in LANES for queue in lane.queues):
+        try:
+            found = client.read_work_queue_by_name(queue, work_pool_name=WORK_POOL)
+        except ObjectNotFound:
+            found = client.create_work_queue(queue, work_pool_name=WORK_POOL)
+        if found.concurrency_limit is None:
+            client.update_work_queue(found.id, concurrency_limit=1)
+
+
+def end_stale_runs(client: SyncPrefectClient) -> int:
+    """End what an earlier stack on the same database left behind: it would be started now, for chains of the past.
+
+    Runs that a schedule made in advance are removed, others cancelled; what is planned for later stays. Only for a
+    server that is ours alone and has just come up. Returns how many. Safe to repeat.
+    """
+    under_way = [StateType.PENDING, StateType.RUNNING, StateType.CANCELLING, StateType.PAUSED]
+    stale = (
+        FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=under_way))),
+        FlowRunFilter(
+            state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.SCHEDULED])),
+            next_scheduled_start_time=FlowRunFilterNextScheduledStartTime(before_=now("UTC")),
+        ),
+    )
+    return sum(_end_all(client, one) for one in stale)
+
+
+def _end_all(client: SyncPrefectClient, stale: FlowRunFilter) -> int:
+    num_ended = 0
+    while found := client.read_flow_runs(flow_run_filter=stale, limit=100):
+        for run in found:
+            if run.auto_scheduled and run.state is not None and run.state.is_scheduled():
+                client.delete_flow_run(run.id)
+            else:
+                client.set_flow_run_state(run.id, Cancelled(message="The stack of this run was ended"), force=True)
+        num_ended += len(found)
+    return num_ended

@@ -1,0 +1,1 @@
+"""A Prefect server, worker, dashboard and replica on one machine, started and ended together."""

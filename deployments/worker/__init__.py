@@ -1,0 +1,1 @@
+"""The Prefect worker that keeps its processes warm."""

@@ -1,0 +1,263 @@
+"""Replicas that move by themselves: how often they look, at what, and what they leave behind in the bucket."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+
+from tests.serving.doors import open_door
+from tests.serving.model_chains import ModelChain, make_chain
+from tests.waiting import wait_until
+from weightline.chain import Chain
+from weightline.chain.read.leases import Lease, live_leases, read_lease, read_leases
+from weightline.chain.read.records import REFRESHES, read_records
+from weightline.chain.read.refs import move_ref
+from weightline.chain.upkeep.expire import expire_before
+from weightline.chain.upkeep.gc import collect, plan_gc, view_chain
+from weightline.errors import InputError, StorageError
+from weightline.serving.engines.transformers import TransformersEngine
+from weightline.serving.http.service import ReplicaService
+from weightline.serving.replica.facts import ReplicaStatus
+from weightline.serving.replica.following import Follower, Following
+from weightline.serving.replica.registration import Presence, Registration
+from weightline.serving.replica.replica import Replica
+from weightline.store.base import ObjectInfo
+from weightline.store.memory import MemoryStore
+
+OFTEN = Following(0.05)
+
+
+@pytest.fixture
+def grown() -> ModelChain:
+    return make_chain(f"memory://{uuid.uuid4().hex}/toy", num_versions=2)
+
+
+class _Counting:
+    """A store that counts requests, and fails while told to."""
+
+    def __init__(self, store: MemoryStore) -> None:
+        self._store = store
+        self.requests: list[str] = []
+        self.is_down = False
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._store, name)
+
+    def get(self, key: str) -> bytes:
+        self._count(f"get {key}")
+        return self._store.get(key)
+
+    def list(self, prefix: str, start_after: str = "") -> Iterator[ObjectInfo]:
+        self._count(f"list {prefix}")
+        return self._store.list(prefix, start_after)
+
+    def put(self, key: str, body: bytes) -> None:
+        self._count(f"put {key}")
+        self._store.put(key, body)
+
+    def _count(self, request: str) -> None:
+        if self.is_down:
+            raise StorageError("the bucket is down")
+        self.requests.append(request)
+
+
+def _counting(grown: ModelChain) -> tuple[Chain, _Counting]:
+    assert isinstance(grown.chain.store, MemoryStore)
+    store = _Counting(grown.chain.store)
+    return Chain(store), store  # type: ignore[arg-type]
+
+
+def test_waits_are_jittered_grow_with_failures_and_are_bounded() -> None:
+    following = Following(10.0)
+    assert [following.wait_seconds(0, draw) for draw in (0.0, 0.5)] == [8.0, 10.0]
+    assert following.wait_seconds(0, 0.999) < 12.0
+    assert [following.wait_seconds(failures, 0.5) for failures in (1, 2, 3, 4, 99)] == [20.0, 40.0, 80.0, 80.0, 80.0]
+    assert len({following.wait_seconds(0) for _ in range(9)}) > 1
+    for seconds in (0, -1, 10**6):
+        with pytest.raises(InputError, match="cannot follow"):
+            Following(seconds)
+
+
+def test_a_look_is_a_listing_and_reads_no_manifest(grown: ModelChain) -> None:
+    chain, store = _counting(grown)
+    tip, serving = Follower(chain, Following(1.0)), Follower(chain, Following(1.0, "serving"))
+    assert (tip.target(), serving.target()) == (1, None)
+    move_ref(grown.chain, "serving", 1)
+    assert serving.target() == 1
+    store.requests.clear()
+    for _ in range(3):
+        assert (tip.target(), serving.target()) == (1, 1)
+    assert store.requests == ["get hints/tip.json", "list commits/", "list refs/serving/"] * 3
+
+
+def test_who_follows_a_ref_goes_where_it_goes_and_nowhere_else(grown: ModelChain, tmp_path: Path) -> None:
+    move_ref(grown.chain, "serving", 0)
+    with open_door(grown.chain, tmp_path / "r", "r", following=Following(0.05, "serving")) as door:
+        wait_until(lambda: door.replica.version == 0)
+        move_ref(grown.chain, "serving", 1)
+        wait_until(lambda: door.replica.version == 1)
+        grown.grow()
+        move_ref(grown.chain, "serving", 0)
+        wait_until(lambda: door.replica.version == 0)
+        assert door.service.status().follows == "serving"
+    told = [(record["version"], record["status"]) for record in read_records(grown.chain, REFRESHES)]
+    assert told == [(0, "done"), (1, "done")]
+
+
+def test_a_replica_that_was_away_catches_up_by_itself(grown: ModelChain, tmp_path: Path) -> None:
+    with open_door(grown.chain, tmp_path / "r", "r", following=OFTEN) as door:
+        wait_until(lambda: door.replica.version == 1)
+    for _ in range(3):
+        grown.grow()
+    assert live_leases(grown.chain) == ()
+    with open_door(grown.chain, tmp_path / "r", "r", following=OFTEN) as door:
+        wait_until(lambda: door.replica.version == 4)
+        wait_until(lambda: read_records(grown.chain, REFRESHES)[-1]["version"] == 4)
+    told = {record["version"]: record["status"] for record in read_records(grown.chain, REFRESHES)}
+    assert told == {1: "done", 2: "skipped", 3: "skipped", 4: "done"}
+
+
+def test_a_bucket_that_is_down_stops_neither_serving_nor_following(grown: ModelChain, tmp_path: Path) -> None:
+    chain, store = _counting(grown)
+    with open_door(chain, tmp_path / "r", "r", following=OFTEN, ttl_seconds=0.3) as door:
+        wait_until(lambda: door.replica.version == 1)
+        store.is_down = True
+        grown.grow()
+        wait_until(lambda: door.service._registration.num_failures > 0)
+        assert door.replica.version == 1
+        store.is_down = False
+        wait_until(lambda: door.replica.version == 2)
+
+
+def test_the_lease_tells_where_the_replica_stands_and_that_it_left(grown: ModelChain, tmp_path: Path) -> None:
+    with open_door(grown.chain, tmp_path / "r", "r-1", version=0, ttl_seconds=5.0) as door:
+        (lease,) = live_leases(grown.chain)
+        assert (lease.replica, lease.url, lease.engine) == ("r-1", door.url, "transformers")
+        assert (lease.state, lease.version, lease.lag_versions, lease.follows) == ("serving", 0, 1, None)
+        assert lease.commit_id == grown.chain.manifest(0).commit_id
+        assert lease.lag_seconds is not None
+        assert lease.lag_seconds > 0
+        door.service.refresh(1)
+        (lease,) = live_leases(grown.chain)
+        assert (lease.version, lease.lag_versions, lease.lag_seconds, lease.moving_to) == (1, 0, 0.0, None)
+    held = read_lease(grown.chain, "r-1")
+    assert held is not None
+    assert held.lease.state == "ended"
+
+
+def test_a_replica_behind_the_horizon_is_not_cut_off_while_it_lives(grown: ModelChain, tmp_path: Path) -> None:
+    """History is expired and collected under it; it moves on in place, by the anchor, and back to where it stood."""
+    for _ in range(3):
+        grown.grow()
+    with open_door(grown.chain, tmp_path / "r", "r", version=1) as door:
+        expire_before(grown.chain, 4)
+        late = datetime.now(UTC) + timedelta(days=2)
+        collect(grown.chain, plan_gc(view_chain(grown.chain), now=late))
+        assert Chain(grown.chain.store).versions() == (0, 1, 4)
+        facts = door.service.refresh(4)
+        assert (facts.from_version, facts.version) == (1, 4)
+        assert 0 < facts.num_changed < grown.chain.manifest(4).num_elements
+    (held,) = read_leases(grown.chain)
+    assert held.lease.version == 4
+
+
+def test_a_lease_is_renewed_while_nothing_happens(grown: ModelChain, tmp_path: Path) -> None:
+    with open_door(grown.chain, tmp_path / "r", "r", version=0, ttl_seconds=0.2):
+        first = read_lease(grown.chain, "r")
+        wait_until(lambda: read_lease(grown.chain, "r").modified_at > first.modified_at)
+
+
+def test_the_lease_says_where_a_replica_goes_before_anything_is_read_on_the_way(
+    grown: ModelChain, tmp_path: Path
+) -> None:
+    chain, store = _counting(grown)
+    replica = Replica(chain, TransformersEngine("cpu"), tmp_path / "r", "r")
+    service = ReplicaService(replica, None, Presence())
+    seen: list[int | None] = []
+    load = replica.engine.load
+
+    def watched(folder: Path) -> None:
+        held = read_lease(grown.chain, "r")
+        seen.append(held.lease.moving_to if held else None)
+        load(folder)
+
+    replica.engine.load = watched  # type: ignore[method-assign]
+    service.refresh(1)
+    assert seen == [1]
+    assert store.requests.index("put records/replicas/r/lease.json") < store.requests.index(
+        "get commits/00000000000000000001.json"
+    )
+
+
+def test_a_name_belongs_to_one_living_replica(grown: ModelChain, tmp_path: Path) -> None:
+    with open_door(grown.chain, tmp_path / "r", "r", version=0):
+        stranger = ReplicaService(
+            Replica(grown.chain, TransformersEngine("cpu"), tmp_path / "s", "r"), None, Presence()
+        )
+        with pytest.raises(InputError, match=r"a replica 'r' of .* is alive on"):
+            stranger.start()
+        # The same state folder: a restart after kill -9, within the lease.
+        again = ReplicaService(Replica(grown.chain, TransformersEngine("cpu"), tmp_path / "r", "r"), None, Presence())
+        again.start()
+        again.close()
+    stranger.start()
+    stranger.close()
+
+
+def _registration(chain: Chain, state_dir: Path, ttl_seconds: float = 30.0) -> Registration:
+    status = ReplicaStatus(
+        replica="r", chain=chain.url, engine="e", state="serving", version=0, commit_id=None, served_at=None,
+        last_error=None,
+    )  # fmt: skip
+    return Registration(chain, state_dir, Presence(ttl_seconds=ttl_seconds), lambda: status)
+
+
+def test_of_two_that_claim_a_free_name_at_once_one_leaves(grown: ModelChain, tmp_path: Path) -> None:
+    first, second = (_registration(grown.chain, tmp_path / name) for name in "ab")
+    write = first._write
+
+    def overtaken(lease: Lease) -> None:
+        write(lease)
+        # The other one looked before that, and writes after it.
+        second._write(second._lease(second._status()))
+
+    first._write = overtaken  # type: ignore[method-assign]
+    with pytest.raises(InputError, match="give this one another --name"):
+        first.claim()
+
+
+def test_who_was_away_too_long_takes_no_name_back_and_ends_nobodys_lease(grown: ModelChain, tmp_path: Path) -> None:
+    away = _registration(grown.chain, tmp_path / "a", ttl_seconds=0.05)
+    away.claim()
+    wait_until(lambda: live_leases(grown.chain) == ())
+    heir = _registration(grown.chain, tmp_path / "b")
+    heir.claim()
+    (lease,) = live_leases(grown.chain)
+    away.renew()
+    away.end()
+    assert live_leases(grown.chain) == (lease,)
+    heir.end()
+    assert live_leases(grown.chain) == ()
+
+
+def test_a_restart_announces_the_version_that_it_comes_back_to(grown: ModelChain, tmp_path: Path) -> None:
+    """From its first lease on: what it comes back to may be gone by then, but is not collected from then on."""
+    with open_door(grown.chain, tmp_path / "r", "r", version=0):
+        pass
+    grown.chain.store.delete("records/replicas/r/lease.json")
+    chain, store = _counting(grown)
+    seen: list[frozenset[int]] = []
+    put = store.put
+
+    def watched(key: str, body: bytes) -> None:
+        put(key, body)
+        seen.extend(lease.versions for lease in live_leases(grown.chain))
+
+    store.put = watched  # type: ignore[method-assign]
+    with open_door(chain, tmp_path / "r", "r") as door:
+        wait_until(lambda: door.replica.version == 0)
+    assert set(seen) == {frozenset({0})}

@@ -1,0 +1,243 @@
+"""The engine that drives a vLLM, on toy workers: what it proves, what it undoes, what it refuses."""
+
+from __future__ import annotations
+
+import hashlib
+import subprocess
+import sys
+import uuid
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.chains import commit_state, nudged, random_state
+from tests.serving.sharded import SHAPES, ToyTransport, toy_engine
+from tests.waiting import PATIENCE_SECONDS
+from weightline.chain import Chain, open_chain
+from weightline.errors import ApplyError, BaseMismatchError, DigestMismatchError, UnsupportedFeatureError
+from weightline.format import keys
+from weightline.format.manifest import AssetRef
+from weightline.serving.engines.base import GenerationRequest, StagingEngine
+from weightline.serving.engines.vllm.engine import VllmEngine
+from weightline.serving.engines.vllm.exchange import allocate, exchange_folder
+from weightline.serving.http.service import ReplicaService
+from weightline.serving.replica.following import Following
+from weightline.serving.replica.marker import read_mark
+from weightline.serving.replica.prepare import PreparedDelta
+from weightline.serving.replica.proof import prove_weights
+from weightline.serving.replica.replica import Replica
+
+ASK = GenerationRequest(("a",), max_tokens=1)
+
+
+class Served:
+    """A replica on toy workers at version 0 of a chain with three versions."""
+
+    def __init__(self, world_size: int, folder: Path, coding: str = "gap") -> None:
+        self.chain: Chain = open_chain(f"memory://{uuid.uuid4().hex}/toy")
+        self.states = [random_state(0, SHAPES)]
+        commit_state(self.chain, self.states[0])
+        for version in (1, 2):
+            self.states.append(nudged(self.states[-1], version, 0.3))
+            commit_state(self.chain, self.states[-1], self.states[-2], coding=coding)
+        self.engine: VllmEngine
+        self.transport: ToyTransport
+        self.engine, self.transport = toy_engine(world_size, folder)
+        self.replica = Replica(self.chain, self.engine, folder / "state", "toy")
+        self.replica.refresh(0)
+
+    def assert_at(self, version: int) -> None:
+        """Read back through the mapping, the digests computed where the parts are, the mark, and the answers."""
+        for name, bits in self.states[version].items():
+            np.testing.assert_array_equal(self.engine.read_bits(name), bits.reshape(-1), err_msg=name)
+        prove_weights(self.engine, self.chain.manifest(version))
+        mark = read_mark(self.replica.state_dir)
+        assert mark is not None
+        assert (mark.status, mark.version) == ("checked", version)
+        assert self.engine.generate(ASK).version == version
+
+
+@pytest.fixture(params=[1, 2, 4])
+def served(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Served]:
+    made = Served(request.param, tmp_path)
+    yield made
+    made.engine.close()
+
+
+@pytest.mark.parametrize("coding", ["gap", "gap-by-magnitude"])
+def test_a_sharded_engine_moves_forth_and_back_bit_for_bit(coding: str, tmp_path: Path) -> None:
+    served = Served(2, tmp_path, coding)
+    assert isinstance(served.engine, StagingEngine)
+    for version in (1, 2, 0, 2):
+        served.replica.refresh(version, allow_backward=True)
+        served.assert_at(version)
+    served.engine.close()
+
+
+def test_all_is_staged_before_the_pause_and_caches_are_dropped_within_it(served: Served) -> None:
+    served.transport.events.clear()
+    served.replica.refresh(1)
+    assert served.transport.events == ["pause", "version None", "forget", "version 1", "resume"]
+
+
+def test_padding_stays_what_it_was(served: Served) -> None:
+    served.replica.refresh(2)
+    for model in served.transport.models:
+        assert not model.embed[model.vocab_rows :].any()
+
+
+class _TornError(RuntimeError):
+    pass
+
+
+def test_a_write_that_fails_on_one_worker_is_undone_on_all(served: Served) -> None:
+    world_size = len(served.transport.workers)
+    for torn_rank in range(world_size):
+        calls: list[int] = []
+
+        def fail(rank: int, calls: list[int] = calls, torn_rank: int = torn_rank) -> None:
+            calls.append(rank)
+            if rank == torn_rank and calls.count(rank) == 1:
+                raise _TornError
+
+        served.transport.on_write = fail
+        with pytest.raises(ApplyError, match="TornError"):
+            served.replica.refresh(1)
+        served.transport.on_write = lambda rank: None
+        served.assert_at(0)
+    served.replica.refresh(1)
+    served.assert_at(1)
+
+
+def test_when_a_worker_cannot_go_back_the_version_is_loaded_again(served: Served) -> None:
+    def fail(rank: int) -> None:
+        raise _TornError
+
+    served.transport.on_write = fail
+    with pytest.raises(ApplyError, match="TornError"):
+        served.replica.refresh(1)
+    served.assert_at(0)
+
+
+def test_a_worker_that_lost_its_base_is_not_written_to_but_loaded_again(served: Served) -> None:
+    """The chain is right, the numbers agree, but one element of one worker's memory is not the version's."""
+    changed = served.replica.prepare(1)
+    assert isinstance(changed, PreparedDelta)
+    position = int(next(one for one in changed.changes if one.segment.tensor.name == "norm.weight").positions_K[0])
+    served.transport.models[-1].norm.data[position] = 77
+    with pytest.raises(BaseMismatchError, match=r"norm\.weight does not hold the bits"):
+        served.replica.refresh(1)
+    served.assert_at(0)
+
+
+@pytest.mark.parametrize("served", [2, 4], indirect=True)
+def test_copies_that_differ_are_found(served: Served) -> None:
+    served.transport.models[-1].norm.data[0] = 77
+    with pytest.raises(ApplyError, match=r"two workers hold different bits of one part of norm\.weight"):
+        prove_weights(served.engine, served.chain.manifest(0))
+
+
+def test_a_flipped_bit_anywhere_is_found_by_the_full_proof(served: Served) -> None:
+    served.transport.models[0].o.data[0, 0] = 77
+    with pytest.raises(DigestMismatchError, match=r"tensor o\.weight"):
+        prove_weights(served.engine, served.chain.manifest(0))
+
+
+def test_parts_that_do_not_add_up_are_undone(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker that answers for something it did not write: the sum over workers is not the manifest's."""
+    worker = served.transport.workers[0]
+    honest = worker.stage
+
+    def stage_and_forget(path: str) -> dict[str, object]:
+        told = honest(path)
+        assert worker._staged is not None
+        worker._staged.digests.pop("norm.weight")
+        return told
+
+    monkeypatch.setattr(worker, "stage", stage_and_forget)
+    with pytest.raises(DigestMismatchError, match=r"do not add up to the change of norm\.weight"):
+        served.replica.refresh(1)
+    monkeypatch.undo()
+    served.assert_at(0)
+
+
+def _commit_with_file(served: Served, name: str, content: bytes) -> int:
+    """The tip's weights once more, with a small file beside them."""
+    sha256 = hashlib.sha256(content).hexdigest()
+    asset = AssetRef(key=keys.asset(sha256), nbytes=len(content), sha256=sha256, name=name)
+    served.chain.store.put(asset.key, content)
+    served.states.append(served.states[-1])
+    return commit_state(served.chain, served.states[-1], served.states[-1], assets=(asset,)).version
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "chat_template.jinja", "modeling_own.py"])
+def test_what_vllm_read_at_its_start_needs_a_restart_and_is_refused_before_anything_moves(
+    served: Served, name: str
+) -> None:
+    version = _commit_with_file(served, name, b"{}")
+    served.transport.events.clear()
+    with pytest.raises(UnsupportedFeatureError, match=f"{name} of this version is not the one"):
+        served.replica.refresh(version)
+    assert served.transport.events == []
+    served.assert_at(0)
+
+
+def test_a_file_that_vllm_never_reads_may_change(served: Served) -> None:
+    version = _commit_with_file(served, "train_results.json", b"{}")
+    served.replica.refresh(version)
+    served.assert_at(version)
+
+
+def test_a_follower_asks_once_for_what_its_engine_will_never_serve(served: Served) -> None:
+    _commit_with_file(served, "config.json", b"{}")
+    looks: list[None] = []
+    honest = served.engine.require_assets
+
+    def counted(sha256_of: Mapping[str, str]) -> None:
+        looks.append(None)
+        honest(sha256_of)
+
+    served.engine.require_assets = counted  # type: ignore[method-assign]
+    service = ReplicaService(served.replica, Following(0.05))
+    follower = service._follower
+    assert follower is not None
+    assert all(service._follow_once(follower) for _ in range(3))
+    assert len(looks) == 1
+    assert "config.json" in str(served.replica.status().last_error)
+    served.assert_at(0)
+
+
+def test_no_room_in_shared_memory_is_an_error_and_not_a_signal() -> None:
+    with exchange_folder() as folder:
+        with pytest.raises(ApplyError, match=r"no room for 4611686018427387904 bytes.*--shm-size"):
+            allocate(folder / "1.bin", 2**62)
+        assert [path.name for path in folder.iterdir()] == ["lock"]
+
+
+def test_no_shared_memory_is_left(served: Served) -> None:
+    folder = served.engine._folder
+    served.replica.refresh(1)
+    assert [path.name for path in folder.iterdir()] == ["lock"]
+    served.engine.close()
+    assert not folder.exists()
+
+
+def test_what_a_killed_process_left_in_shared_memory_is_removed_and_what_a_living_one_holds_is_not() -> None:
+    program = (
+        "import os, signal\n"
+        "from weightline.serving.engines.vllm.exchange import exchange_folder\n"
+        "with exchange_folder() as folder:\n"
+        "    print(folder, flush=True)\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    killed = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=PATIENCE_SECONDS, check=False
+    )
+    left = Path(killed.stdout.strip())
+    assert left.is_dir()
+    with exchange_folder() as held:
+        assert not left.exists()
+        with exchange_folder():
+            assert held.is_dir()

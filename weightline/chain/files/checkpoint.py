@@ -1,0 +1,151 @@
+"""A version as a normal Hugging Face checkpoint folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import safetensors
+
+from weightline.chain.files.assets import ADAPTER_CONFIG
+from weightline.chain.files.target import Target, VersionTarget
+from weightline.chain.read.history import Chain
+from weightline.chain.replay.fetch import fetching
+from weightline.errors import InputError
+from weightline.format.manifest import AssetRef
+from weightline.types import BitsArray, TensorSpec
+
+#: What says in a folder which version it holds.
+MARKER = "weightline.json"
+_PARTIAL = ".weightline-partial"
+_INDEX = "model.safetensors.index.json"
+_MAX_SHARD_NBYTES = 5 * 1000**3
+
+
+def write_checkpoint(chain: Chain, version: int, out_dir: Path) -> None:
+    """Materialize a version into a new folder: weights as safetensors, and what transformers needs beside them.
+
+    Memory holds one file's tensors. All is gathered in a hidden folder inside `out_dir` and moved up at the end, the
+    marker `weightline.json` last: a folder without it is incomplete. InputError when `out_dir` holds another version or
+    foreign files, or cannot be written; safe to repeat otherwise: what a crash left is thrown away.
+    """
+    manifest = chain.manifest(version)
+    wanted = {"chain": chain.url, "version": version, "commit_id": manifest.commit_id}
+    assets = assets_of(chain, version)
+    files = plan_files(manifest.specs, is_adapter=any(asset.name == ADAPTER_CONFIG for asset in assets))
+    partial = out_dir / _PARTIAL
+    with _errors_of(out_dir):
+        if _holds(out_dir, wanted):
+            return
+        _require_new(out_dir, {MARKER, _INDEX, *files, *(asset.name for asset in assets)})
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        try:
+            (partial / MARKER).write_text(json.dumps(wanted))
+            with fetching(chain.store) as fetcher:
+                fetcher.prefetch(assets)
+                for asset in assets:
+                    shutil.copyfile(fetcher.fetch(asset), partial / asset.name)
+                _write_files(VersionTarget(chain, version, fetcher), files, partial)
+            _move_up(partial, out_dir)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def _errors_of(out_dir: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, safetensors.SafetensorError) as error:
+        raise InputError(
+            f"{out_dir} cannot be written: {error}. Name a folder with room for the model", path=str(out_dir)
+        ) from error
+
+
+def _holds(out_dir: Path, wanted: dict[str, object]) -> bool:
+    try:
+        found: object = json.loads((out_dir / MARKER).read_bytes())
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return False
+    return found == wanted
+
+
+def _require_new(out_dir: Path, ours: set[str]) -> None:
+    """Absent, empty, or what a crash left of this very version: the hidden folder is there, and no foreign file."""
+    if out_dir.exists() and not out_dir.is_dir():
+        raise InputError(f"{out_dir} is a file: name a new folder", path=str(out_dir))
+    found = {path.name for path in out_dir.iterdir()} if out_dir.exists() else set()
+    if found - {_PARTIAL} - (ours if _PARTIAL in found else set()):
+        raise InputError(f"{out_dir} is not empty: name a new folder", path=str(out_dir))
+
+
+def _move_up(partial: Path, out_dir: Path) -> None:
+    for path in sorted(partial.iterdir(), key=lambda path: path.name == MARKER):
+        path.replace(out_dir / path.name)
+
+
+def assets_of(chain: Chain, version: int) -> tuple[AssetRef, ...]:
+    """The model's small files as of a version: those of the newest manifest up to it that names any."""
+    for candidate in reversed(chain.versions(last=version)):
+        if assets := chain.manifest(candidate).assets:
+            return assets
+    return ()
+
+
+def plan_files(specs: Mapping[str, TensorSpec], *, is_adapter: bool = False) -> dict[str, list[str]]:
+    """The tensors of each file: model.safetensors, or shards when the state is larger than one.
+
+    Of an adapter adapter_model.safetensors: peft reads one file, whatever its size.
+    """
+    if is_adapter:
+        return {"adapter_model.safetensors": list(specs)}
+    shards = list(_shards(specs))
+    if len(shards) == 1:
+        return {"model.safetensors": shards[0]}
+    return {f"model-{number:05d}-of-{len(shards):05d}.safetensors": names for number, names in enumerate(shards, 1)}
+
+
+def _shards(specs: Mapping[str, TensorSpec]) -> Iterator[list[str]]:
+    names: list[str] = []
+    nbytes = 0
+    for name, spec in specs.items():
+        if names and nbytes + spec.nbytes > _MAX_SHARD_NBYTES:
+            yield names
+            names, nbytes = [], 0
+        names.append(name)
+        nbytes += spec.nbytes
+    yield names
+
+
+def _write_files(target: Target, files: Mapping[str, list[str]], folder: Path) -> None:
+    specs = target.specs
+    for file_name, names in files.items():
+        _write_file(specs, target.read(names), folder / file_name)
+        shutil.copymode(folder / MARKER, folder / file_name)  # safetensors lets nobody else read its files
+    if len(files) > 1:
+        total_size = sum(spec.nbytes for spec in specs.values())
+        weight_map = {name: file_name for file_name, names in files.items() for name in names}
+        index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
+        (folder / _INDEX).write_text(json.dumps(index, indent=2))
+
+
+def _write_file(specs: Mapping[str, TensorSpec], bits: Mapping[str, BitsArray], path: Path) -> None:
+    tensors = {}
+    for name, bits_N in bits.items():
+        spec = specs[name]
+        tensors[name] = safetensors.TensorSpec(
+            dtype=_RUST_DTYPE[spec.dtype], shape=spec.shape, data_ptr=bits_N.ctypes.data, data_len=bits_N.nbytes
+        )
+    safetensors.serialize_file(tensors, os.fspath(path), {"format": "pt"})
+
+
+#: safetensors' own writer takes these names for the dtype codes of the format.
+_RUST_DTYPE = {
+    "BOOL": "bool", "U8": "uint8", "I8": "int8", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
+    "U16": "uint16", "I16": "int16", "F16": "float16", "BF16": "bfloat16", "U32": "uint32", "I32": "int32",
+    "F32": "float32", "U64": "uint64", "I64": "int64", "F64": "float64",
+}  # fmt: skip

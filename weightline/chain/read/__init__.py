@@ -1,0 +1,1 @@
+"""Reads a chain: manifests, refs, records and leases."""

@@ -1,0 +1,112 @@
+"""Reading a chain: its tip, its manifests. Manifests are immutable, so each is fetched once."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import PurePosixPath
+from urllib.parse import unquote, urlsplit
+
+from weightline.chain.write.signing import check_signed, trusted_from_environment
+from weightline.errors import ChainEmptyError, ManifestError, NotFoundError, VersionNotFoundError
+from weightline.format import keys
+from weightline.format.manifest import Manifest
+from weightline.format.signature import TrustedKeys
+from weightline.store import Store, open_store
+
+
+class Chain:
+    """A chain as its bucket shows it. Reads only; `chain.commit` writes.
+
+    Safe to share between threads: the cache only ever gains immutable manifests. With `trusted`, what none of those
+    keys signed is refused (SignatureError) before anything in it is believed.
+    """
+
+    def __init__(self, store: Store, trusted: TrustedKeys | None = None) -> None:
+        self.store = store
+        self.trusted = trusted
+        self._manifests: dict[int, Manifest] = {}
+
+    @property
+    def url(self) -> str:
+        return self.store.url
+
+    @property
+    def name(self) -> str:
+        """The last part of the URL: what people call the chain."""
+        return PurePosixPath(unquote(urlsplit(self.url).path or self.url)).name or "chain"
+
+    def tip_version(self) -> int | None:
+        """The newest committed version, or None for an empty chain. One short listing."""
+        hinted = self._hinted_tip()
+        start_after = keys.commit(hinted - 1) if hinted else ""
+        versions = list(self._committed(start_after)) or (list(self._committed("")) if hinted else [])
+        return max(versions) if versions else None
+
+    def tip(self) -> Manifest:
+        """The manifest of the newest version. ChainEmptyError when there is none."""
+        version = self.tip_version()
+        if version is None:
+            raise ChainEmptyError(f"{self.url} holds no version yet: commit a first one", chain=self.url)
+        return self.manifest(version)
+
+    def manifest(self, version: int) -> Manifest:
+        """One version's manifest. VersionNotFoundError, or ManifestError for bytes that break the format.
+
+        SignatureError where signatures are demanded and this one is missing, forged or for other bytes.
+        """
+        if version not in self._manifests:
+            try:
+                raw = self.get_trusted(keys.commit(version))
+            except NotFoundError as error:
+                raise VersionNotFoundError(
+                    f"{self.url} has no version {version}; its tip is {self.tip_version()}",
+                    chain=self.url,
+                    version=version,
+                ) from error
+            manifest = Manifest.from_bytes(raw)
+            if manifest.version != version:
+                raise ManifestError(
+                    f"{keys.commit(version)} holds the manifest of version {manifest.version}", rule="version-is-key"
+                )
+            self._manifests[version] = manifest
+        return self._manifests[version]
+
+    def get_trusted(self, key: str) -> bytes:
+        """A manifest's or shortcut's bytes. NotFoundError; SignatureError when demanded and not given."""
+        raw = self.store.get(key)
+        if self.trusted is not None:
+            check_signed(self.store, self.trusted, key, raw)
+        return raw
+
+    def manifests(self, first: int = 0, last: int | None = None) -> tuple[Manifest, ...]:
+        """The manifests of versions first..last (both included; the tip when last is None), oldest first."""
+        return tuple(self.manifest(version) for version in self.versions(first, last))
+
+    def versions(self, first: int = 0, last: int | None = None) -> tuple[int, ...]:
+        """The committed versions among first..last, oldest first. One listing; no manifest is read."""
+        start_after = keys.commit(first - 1) if first > 0 else ""
+        return tuple(v for v in self._committed(start_after) if last is None or v <= last)
+
+    def _committed(self, start_after: str) -> Iterator[int]:
+        for info in self.store.list(keys.COMMITS, start_after):
+            version = keys.version_of_commit(info.key)
+            if version is not None:
+                yield version
+
+    def _hinted_tip(self) -> int | None:
+        """A recent tip, from an object that may be stale, missing or broken: only ever a place to start listing."""
+        try:
+            hint = json.loads(self.store.get(keys.TIP_HINT))
+        except (NotFoundError, ValueError, RecursionError):
+            return None
+        version = hint.get("version") if isinstance(hint, dict) else None
+        return version if isinstance(version, int) and version > 0 else None
+
+
+def open_chain(url: str, trusted: TrustedKeys | None = None, patience_seconds: float | None = None) -> Chain:
+    """The chain at a bucket URL. Nothing is read yet. Without `trusted`: the keys that the environment demands.
+
+    `patience_seconds`: see `open_store`.
+    """
+    return Chain(open_store(url, patience_seconds), trusted or trusted_from_environment())

@@ -1,0 +1,104 @@
+"""Names for versions: append-only records, so that a name's history is never lost. A tag is a ref that never moves."""
+
+from __future__ import annotations
+
+import re
+
+from weightline.chain.read.history import Chain
+from weightline.chain.read.stored import Stored, read_stored, require_key
+from weightline.chain.write.commit import utc_now
+from weightline.errors import ConflictError, InputError, NotFoundError, ObjectExistsError
+from weightline.format import keys
+from weightline.format.manifest import Count, Hex128
+
+#: What a person may say instead of a name: these stand for no ref.
+_VERSION = re.compile(r"[0-9]{1,20}")
+TIP = "tip"
+NOTHING = "nothing"
+
+
+class Ref(Stored):
+    """One move of a name."""
+
+    name: str
+    number: Count
+    version: Count
+    commit_id: Hex128
+    created_at: str
+    is_tag: bool = False
+
+
+def move_ref(chain: Chain, name: str, version: int, *, is_tag: bool = False) -> Ref:
+    """Let the name stand for the version from now on. Repeating the newest move changes nothing.
+
+    A ref becomes a tag by a move that stays where it is. InputError when the name is a tag already and anything else is
+    asked of it, and for a name that would be read as something else; ConflictError when another writer moved it at the
+    same moment.
+    """
+    _require_name(name)
+    newest = newest_move(chain, name)
+    manifest = chain.manifest(version)
+    if newest is not None:
+        stays = newest.commit_id == manifest.commit_id
+        if stays and newest.is_tag == is_tag:
+            return newest
+        if newest.is_tag or (is_tag and not stays):
+            raise InputError(
+                f"{name!r} is a {'tag' if newest.is_tag else 'ref'} and stands for version {newest.version} of "
+                f"{chain.url}: a tag never moves, choose another name",
+                name=name, version=newest.version,
+            )  # fmt: skip
+    ref = Ref(
+        name=name, number=0 if newest is None else newest.number + 1, version=version, commit_id=manifest.commit_id,
+        created_at=utc_now(), is_tag=is_tag,
+    )  # fmt: skip
+    try:
+        chain.store.put_if_absent(keys.ref(name, ref.number), ref.model_dump_json().encode())
+    except ObjectExistsError as error:
+        raise ConflictError(f"another writer moved {name!r} at the same moment: look, and repeat", name=name) from error
+    return ref
+
+
+def _require_name(name: str) -> None:
+    if name in (TIP, NOTHING) or (name.isascii() and name.isdigit()):
+        raise InputError(f"{name!r} cannot name a version: it is read as something else. Choose a word", name=name)
+
+
+def newest_move(chain: Chain, name: str, after: int = -1) -> Ref | None:
+    """The newest move of the name after its move number `after`; None when there is none. One listing, one object."""
+    prefix = keys.ref(name, 0).rpartition("/")[0] + "/"
+    start_after = keys.ref(name, after) if after >= 0 else ""
+    found = [info.key for info in chain.store.list(prefix, start_after)]
+    return _read(chain, found[-1]) if found else None
+
+
+def history_of(chain: Chain, name: str) -> list[Ref]:
+    """Every move of the name, oldest first. Empty when there is no such name."""
+    prefix = keys.ref(name, 0).rpartition("/")[0] + "/"
+    return [_read(chain, info.key) for info in chain.store.list(prefix)]
+
+
+def current_refs(chain: Chain) -> dict[str, Ref]:
+    """Where every name stands now."""
+    newest = {info.key.rpartition("/")[0]: info.key for info in chain.store.list(keys.REFS)}
+    refs = (_read(chain, key) for key in newest.values())
+    return {ref.name: ref for ref in refs}
+
+
+def _read(chain: Chain, key: str) -> Ref:
+    """CorruptError for what is no move of a name, or another one than its key says."""
+    ref = read_stored(chain, key, Ref)
+    require_key(chain, key, f"{keys.REFS}{ref.name}/{keys.padded(ref.number)}.json")
+    return ref
+
+
+def resolve(chain: Chain, text: str) -> int:
+    """The version that a person means by a number, `tip`, or the name of a ref."""
+    if _VERSION.fullmatch(text):
+        return chain.manifest(int(text)).version
+    if text == TIP:
+        return chain.tip().version
+    newest = newest_move(chain, text)
+    if newest is None:
+        raise NotFoundError(f"{chain.url} has no ref {text!r}: give a version number, 'tip' or a name", key=text)
+    return newest.version

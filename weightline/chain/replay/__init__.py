@@ -1,0 +1,1 @@
+"""Plans and executes the way from one state to another."""

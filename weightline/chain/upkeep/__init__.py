@@ -1,0 +1,1 @@
+"""Keeps a chain in shape: compact, expire, collect garbage, verify."""

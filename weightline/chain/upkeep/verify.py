@@ -1,0 +1,206 @@
+"""Everything that can be seen to hold in a bucket: the invariants of docs/design.md, as findings rather than errors.
+
+Reads only. What nothing kept needs is not looked at: gc may take it at any moment. Deep verification reads every kept
+object and replays every way into every kept version, a bounded group of tensors at a time.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+
+from weightline.chain.files.groups import GROUP_NBYTES
+from weightline.chain.read.finding import Finding, noting
+from weightline.chain.read.history import Chain
+from weightline.chain.read.horizon import oldest_kept
+from weightline.chain.read.records import EVALUATIONS, REFRESHES, read_records
+from weightline.chain.read.refs import Ref, current_refs
+from weightline.chain.replay.ways import Ways
+from weightline.chain.upkeep.kept import Kept, read_kept
+from weightline.chain.upkeep.verify_deep import Progress, asset_findings, replay_findings
+from weightline.errors import VersionNotFoundError
+from weightline.format import keys
+from weightline.format.manifest import Manifest, StoredObject
+from weightline.format.shortcut import Shortcut
+from weightline.store.contests import commit_mode, contests
+
+__all__ = ["Finding", "VerifyReport", "verify_chain"]
+
+
+@dataclass(frozen=True, slots=True)
+class VerifyReport:
+    """What was looked at and what was found."""
+
+    chain: str
+    commit_mode: str
+    """What makes one of several racing writers win: docs/buckets.md."""
+    num_versions: int
+    num_shortcuts: int
+    num_objects: int
+    is_deep: bool
+    findings: tuple[Finding, ...]
+
+    @property
+    def holds(self) -> bool:
+        return not self.findings
+
+
+def verify_chain(
+    chain: Chain, *, is_deep: bool = True, group_nbytes: int = GROUP_NBYTES, progress: Progress | None = None
+) -> VerifyReport:
+    """Check the chain. StorageError only when the bucket cannot be read at all; what is wrong becomes a finding.
+
+    Nothing is replayed where manifests, objects or refs do not hold already.
+    """
+    findings: list[Finding] = []
+    seen = _look(chain, findings)
+    objects = seen.objects()
+    findings += _object_findings(chain, objects)
+    if is_deep and seen.manifests and not findings:
+        replayed = [m for m in seen.manifests if m.version in seen.kept.versions - seen.kept.bearers]
+        shortcuts = [s for s in seen.shortcuts if seen.replays(s)]
+        findings += asset_findings(chain, seen.kept_manifests())
+        findings += replay_findings(chain, replayed, shortcuts, group_nbytes=group_nbytes, progress=progress)
+    findings += (Finding(contest.kind, contest.key, contest.message) for contest in contests(chain.store))
+    return VerifyReport(
+        chain.url, commit_mode(chain.store), len(seen.manifests), len(seen.shortcuts), len(objects), is_deep,
+        tuple(findings),
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    """What could be read of the chain."""
+
+    manifests: tuple[Manifest, ...] = ()
+    """Oldest first."""
+    shortcuts: tuple[Shortcut, ...] = ()
+    kept: Kept = field(default_factory=Kept)
+
+    def kept_manifests(self) -> list[Manifest]:
+        return [m for m in self.manifests if m.version in self.kept.versions]
+
+    def objects(self) -> dict[str, StoredObject]:
+        """What kept versions and shortcuts need, by key."""
+        found: dict[str, StoredObject] = {}
+        for manifest in self.kept_manifests():
+            found |= {ref.key: ref for ref in (*manifest.payloads, *manifest.assets)}
+        for shortcut in filter(self.kept.keeps_shortcut, self.shortcuts):
+            found |= {ref.key: ref for ref in shortcut.payloads}
+        return found
+
+    def replays(self, shortcut: Shortcut) -> bool:
+        return self.kept.keeps_shortcut(shortcut) and shortcut.base_version not in self.kept.bearers
+
+
+def _look(chain: Chain, findings: list[Finding]) -> _Seen:
+    """Read what the chain says of itself. What points to versions is read first: a writer may add some meanwhile."""
+    with noting(findings, "horizon", keys.HISTORY):
+        oldest_kept(chain)
+    if findings:
+        return _Seen()  # everything else rests on it
+    refs = _refs(chain, findings)
+    recorded = list(_recorded_versions(chain, findings))
+    manifests = tuple(_parsed_manifests(chain, findings))
+    shortcuts = tuple(_parsed_shortcuts(chain, manifests, findings))
+    findings += _history_findings(chain, manifests)
+    findings += _pointer_findings(manifests, refs, recorded)
+    return _Seen(manifests, shortcuts, _kept(chain, manifests, refs, findings))
+
+
+def _kept(chain: Chain, manifests: Sequence[Manifest], refs: Sequence[Ref], findings: list[Finding]) -> Kept:
+    kept = Kept(frozenset(m.version for m in manifests if m.version >= oldest_kept(chain)))
+    if findings:
+        return kept  # what leads where cannot be told of a chain that cannot be read
+    with noting(findings, "kept", chain.url):
+        kept = read_kept(chain, manifests, refs)
+    findings += (Finding("unreachable", f"version {v}", str(error)) for v, error in kept.unreachable.items())
+    return kept
+
+
+def _refs(chain: Chain, findings: list[Finding]) -> list[Ref]:
+    found: list[Ref] = []
+    with noting(findings, "ref", keys.REFS):
+        found += current_refs(chain).values()
+    return found
+
+
+def _recorded_versions(chain: Chain, findings: list[Finding]) -> Iterator[tuple[str, int]]:
+    for kind in (EVALUATIONS, REFRESHES):
+        with noting(findings, "record", f"{keys.RECORDS}{kind}/"):
+            yield from [(kind, record["version"]) for record in read_records(chain, kind)]
+
+
+def _parsed_manifests(chain: Chain, findings: list[Finding]) -> Iterator[Manifest]:
+    for info in chain.store.list(keys.COMMITS):
+        version = keys.version_of_commit(info.key)
+        if version is None:
+            findings.append(Finding("commit-key", info.key, "is not the key of a version"))
+            continue
+        # One behind the horizon may go meanwhile; a kept one would be missed below.
+        with noting(findings, "manifest", info.key), suppress(VersionNotFoundError):
+            yield chain.manifest(version)
+
+
+def _parsed_shortcuts(chain: Chain, manifests: Sequence[Manifest], findings: list[Finding]) -> Iterator[Shortcut]:
+    ways = Ways(chain)
+    commit_ids = {m.version: m.commit_id for m in manifests}
+    for manifest in manifests:
+        with noting(findings, "shortcut", f"into version {manifest.version}"):
+            for shortcut in ways.shortcuts_into(manifest.version):
+                base_id = commit_ids.get(-1 if shortcut.base_version is None else shortcut.base_version)
+                if shortcut.commit_id == manifest.commit_id and base_id in (None, shortcut.base_commit_id):
+                    yield shortcut
+                else:
+                    message = "leads from or to a commit that the chain has not: readers ignore it"
+                    findings.append(Finding("shortcut-commit", shortcut.key, message))
+    findings += (Finding("signature", key, str(error)) for key, error in ways.refused.items())
+
+
+def _history_findings(chain: Chain, manifests: Sequence[Manifest]) -> Iterator[Finding]:
+    by_version = {m.version: m for m in manifests}
+    horizon = oldest_kept(chain)
+    if manifests:
+        expected = range(horizon, manifests[-1].version + 1)
+        for version in (v for v in expected if v not in by_version):
+            yield Finding("contiguous", keys.commit(version), "is missing between kept versions")
+        if horizon > manifests[-1].version:
+            yield Finding(
+                "horizon", keys.HISTORY, f"keeps nothing before {horizon}: the tip is {manifests[-1].version}"
+            )
+    for commit_id, count in Counter(m.commit_id for m in manifests).items():
+        if count > 1:
+            yield Finding("commit-id", commit_id, f"stands in {count} manifests")
+    bases = [m.base_model for m in manifests if m.base_model is not None]
+    for manifest in manifests:
+        if bases and manifest.base_model not in (None, bases[0]):
+            yield Finding("base-model", manifest.key, "is an adapter of another base model than the chain's")
+    for manifest in manifests:
+        earlier = None if manifest.reverts_to is None else by_version.get(manifest.reverts_to)
+        if earlier is not None and earlier.digests != manifest.digests:
+            yield Finding("revert", manifest.key, f"is not the state of version {earlier.version}")
+        if len({payload.key for payload in manifest.payloads}) != len(manifest.payloads):
+            yield Finding("payload-keys", manifest.key, "names a payload twice")
+
+
+def _object_findings(chain: Chain, objects: dict[str, StoredObject]) -> Iterator[Finding]:
+    for key, ref in objects.items():
+        info = chain.store.head(key)
+        if info is None:
+            yield Finding("object-missing", key, "a kept version needs it")
+        elif info.nbytes != ref.nbytes:
+            yield Finding("object-size", key, f"has {info.nbytes} bytes, its manifest says {ref.nbytes}")
+
+
+def _pointer_findings(
+    manifests: Sequence[Manifest], refs: Sequence[Ref], recorded: Sequence[tuple[str, int]]
+) -> Iterator[Finding]:
+    commit_ids = {m.version: m.commit_id for m in manifests}
+    for ref in refs:
+        if commit_ids.get(ref.version) != ref.commit_id:
+            yield Finding("ref", ref.name, f"stands for version {ref.version}, commit {ref.commit_id}: not there")
+    for kind, version in recorded:
+        if manifests and version > manifests[-1].version:
+            yield Finding("record", f"{kind}/{version}", "speaks of a version that does not exist")

@@ -1,0 +1,126 @@
+"""The deep half of verify: every kept byte is read, past every cache, and every way into every version is replayed.
+
+A bounded group of tensors at a time. What is fetched lies in a temporary folder until the end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+from weightline.chain.files.groups import tensor_groups
+from weightline.chain.read.finding import Finding, noting
+from weightline.chain.read.history import Chain
+from weightline.chain.replay.fetch import Fetcher, fetching
+from weightline.chain.replay.plan import Hop
+from weightline.chain.replay.state import HostState, advance_state, apply_hop
+from weightline.chain.replay.ways import hop_of, hop_of_shortcut
+from weightline.format.manifest import Manifest
+from weightline.format.payload import open_payload
+from weightline.format.shortcut import Shortcut
+
+Progress = Callable[[int, int], None]
+
+
+def asset_findings(chain: Chain, manifests: Sequence[Manifest]) -> Iterator[Finding]:
+    """Assets whose bytes are not those that a manifest names."""
+    findings: list[Finding] = []
+    with fetching(chain.store, is_cached=False) as fetcher:
+        for asset in {asset.key: asset for manifest in manifests for asset in manifest.assets}.values():
+            with noting(findings, "asset", f"{asset.name} ({asset.key})"):
+                fetcher.fetch(asset)
+    yield from findings
+
+
+def replay_findings(
+    chain: Chain,
+    manifests: Sequence[Manifest],
+    shortcuts: Sequence[Shortcut],
+    *,
+    group_nbytes: int,
+    progress: Progress | None,
+) -> Iterator[Finding]:
+    """Ways into these versions, oldest first, that do not give the state, or are not what their manifests say."""
+    groups = list(tensor_groups(manifests[-1].specs.values(), group_nbytes))
+    findings: dict[str, Finding] = {}
+    with fetching(chain.store, is_cached=False) as fetcher:
+        for number, names in enumerate(groups):
+            walk = _Walk(chain, fetcher, names)
+            for count, manifest in enumerate(manifests, 1):
+                walk.into(manifest, [s for s in shortcuts if s.version == manifest.version])
+                if progress is not None:
+                    progress(number * len(manifests) + count, len(groups) * len(manifests))
+            for finding in walk.findings:
+                findings.setdefault(finding.subject, finding)
+        yield from findings.values()
+        ways: tuple[Manifest | Shortcut, ...] = (*manifests, *shortcuts)
+        for way in ways:
+            if _subject(way) not in findings:
+                yield from _fact_findings(way, fetcher)
+
+
+@dataclass(slots=True)
+class _Walk:
+    """A group of tensors on its way through the kept versions, oldest first."""
+
+    chain: Chain
+    fetcher: Fetcher
+    names: frozenset[str]
+    findings: list[Finding] = field(default_factory=list)
+    _state: HostState = field(default_factory=HostState)
+    _unreached: set[int] = field(default_factory=set)
+
+    def into(self, manifest: Manifest, shortcuts: Sequence[Shortcut]) -> None:
+        """Try the version's shortcuts on states of their own, then go there by its own payloads."""
+        for shortcut in shortcuts:
+            with noting(self.findings, "replay", _subject(shortcut)):
+                self._try(hop_of_shortcut(shortcut))
+        if manifest.base_version in self._unreached:
+            self._unreached.add(manifest.version)  # what was found of its base says why
+            return
+        with noting(self.findings, "replay", _subject(manifest)):
+            self._move(manifest)
+        if self._state.version != manifest.version:
+            self._unreached.add(manifest.version)
+
+    def _try(self, hop: Hop) -> None:
+        state = HostState()
+        if hop.base_version is not None:
+            advance_state(self.chain, state, hop.base_version, self._selects, self.fetcher)
+        apply_hop(self.chain, state, hop, self.fetcher, self._selects)
+
+    def _move(self, manifest: Manifest) -> None:
+        """By the cheapest way from nothing where the base is not kept. An error leaves a state of no version."""
+        own, state = hop_of(manifest), self._state
+        self._state = HostState()
+        if own.base_version is None or own.base_version == state.version:
+            apply_hop(self.chain, state, own, self.fetcher, self._selects)
+        else:
+            state = HostState()
+            advance_state(self.chain, state, manifest.version, self._selects, self.fetcher)
+        self._state = state
+
+    def _selects(self, name: str) -> bool:
+        return name in self.names
+
+
+def _fact_findings(way: Manifest | Shortcut, fetcher: Fetcher) -> Iterator[Finding]:
+    """A reader plans by kind, coding and counts before it opens a payload: they must be the payloads' own."""
+    findings: list[Finding] = []
+    with noting(findings, "payload", _subject(way)):
+        payloads = [open_payload(fetcher.fetch(ref)) for ref in way.payloads]
+        expected = ("anchor" if way.base_version is None else "delta", way.coding)
+        for kind, coding in sorted({(payload.kind, payload.coding) for payload in payloads} - {expected}):
+            findings.append(_contradiction(way, f"{expected[0]} coded {expected[1]}", f"{kind} coded {coding}"))
+        num_changed = sum(payload.num_changed for payload in payloads)
+        if num_changed != way.num_changed:
+            findings.append(_contradiction(way, f"{way.num_changed} changed elements", f"{num_changed}"))
+    yield from findings
+
+
+def _contradiction(way: Manifest | Shortcut, says: str, has: str) -> Finding:
+    return Finding("payload-facts", way.key, f"says {says}, its payloads: {has}")
+
+
+def _subject(way: Manifest | Shortcut) -> str:
+    return f"version {way.version} from {'nothing' if way.base_version is None else f'version {way.base_version}'}"

@@ -1,0 +1,1 @@
+"""Writes a chain: drafts, commits, uploads and signatures."""

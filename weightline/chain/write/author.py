@@ -1,0 +1,204 @@
+"""Versions written without a trainer: from a checkpoint folder, from an earlier version, or as the first of a fork.
+
+One process, a bounded group of tensors at a time; each group is a payload of its own.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from weightline.chain.files.adapter import base_of_folder, require_base
+from weightline.chain.files.assets import upload_file, upload_files
+from weightline.chain.files.checkpoint import assets_of
+from weightline.chain.files.groups import tensor_groups
+from weightline.chain.files.target import FileTarget, Target, VersionTarget
+from weightline.chain.read.history import Chain
+from weightline.chain.replay.fetch import fetch_object, fetching
+from weightline.chain.replay.state import read_state
+from weightline.chain.write.authorship import Authorship, build_manifest
+from weightline.chain.write.commit import commit_manifest, new_commit_id, utc_now
+from weightline.chain.write.signing import check_signing_key
+from weightline.chain.write.upload import uploading
+from weightline.codec.capture import capture
+from weightline.codec.coding import coding_named
+from weightline.codec.digest import add_digests, digest_change, tensor_digest
+from weightline.errors import BaseMismatchError, DigestMismatchError, InputError
+from weightline.format import keys
+from weightline.format.manifest import AssetRef, Manifest, Origin, PayloadRef
+from weightline.format.payload import write_anchor, write_delta
+from weightline.store.open import check_writable
+from weightline.types import BitsArray, Changes, Segment, TensorSpec
+
+DEFAULT_CODING = "gap-by-magnitude"
+
+
+def commit_folder(
+    chain: Chain, folder: Path, *, stage: str = "import", coding: str = DEFAULT_CODING, base: Path | None = None
+) -> Manifest:
+    """Commit a checkpoint folder as the chain's next version (its first: an anchor).
+
+    InputError for what is no folder, or one whose weights are not whole; BaseMismatchError when its tensors are not the
+    chain's. An adapter's folder (peft) brings the digest of its base model, which is at `base` or where the adapter
+    says; another one than the chain's is a BaseMismatchError, and one that is not here leaves the version without it. A
+    crash leaves orphaned payloads, which gc removes. Repeating commits another, empty, version.
+    """
+    if not folder.is_dir():
+        raise InputError(f"{folder} is no folder: name the checkpoint folder that its weights lie in", path=str(folder))
+    target = FileTarget(folder)
+    check_writable(chain.store)
+    tip = chain.tip_version()
+    recorded = None if tip is None else chain.manifest(tip).base_model
+    base_model = require_base(recorded, base_of_folder(folder, base), chain_url=chain.url)
+    assets = upload_files(chain.store, folder, () if tip is None else assets_of(chain, tip))
+    kind: Literal["anchor", "delta"] = "anchor" if tip is None else "delta"
+    author = Authorship(
+        stage=stage, run_id="cli", global_step=0, kind=kind, coding=coding, base_model=base_model, is_milestone=True,
+        assets=assets,
+    )  # fmt: skip
+    return _commit(chain, target, author)
+
+
+def commit_revert(chain: Chain, version: int, *, coding: str = DEFAULT_CODING) -> Manifest:
+    """Commit a version whose state equals that of `version`, made from the chain alone. History stays linear."""
+    tip, wanted = chain.tip(), chain.manifest(version)
+    if wanted.version == tip.version:
+        raise InputError(f"version {version} is the tip of {chain.url}: there is nothing to revert", version=version)
+    with fetching(chain.store) as fetcher:
+        author = Authorship(
+            stage=wanted.stage, run_id=wanted.run_id, global_step=wanted.global_step, kind="revert", coding=coding,
+            reverts_to=version, base_model=tip.base_model, is_milestone=True,
+            assets=_carry_assets(chain, version, chain, held=assets_of(chain, tip.version)),
+        )  # fmt: skip
+        return _commit(chain, VersionTarget(chain, version, fetcher), author)
+
+
+def commit_fork(source: Chain, version: int, new: Chain) -> Manifest:
+    """Start a new chain whose version 0 is another chain's version. InputError when `new` holds versions already."""
+    if new.tip_version() is not None:
+        raise InputError(f"{new.url} holds versions already: a fork starts an empty chain", chain=new.url)
+    wanted = source.manifest(version)
+    check_writable(new.store)
+    with fetching(source.store) as fetcher:
+        origin = Origin(chain=source.url, version=version, commit_id=wanted.commit_id)
+        author = Authorship(
+            stage=wanted.stage, run_id=wanted.run_id, global_step=wanted.global_step, kind="anchor",
+            coding=DEFAULT_CODING, forked_from=origin, base_model=wanted.base_model, is_milestone=True,
+            assets=_carry_assets(source, version, new, held=()),
+        )  # fmt: skip
+        return _commit(new, VersionTarget(source, version, fetcher), author)
+
+
+def _carry_assets(source: Chain, version: int, new: Chain, *, held: tuple[AssetRef, ...]) -> tuple[AssetRef, ...]:
+    """The version's small files, put into `new` where none of its kept versions names them."""
+    assets = assets_of(source, version)
+    if set(assets) <= set(held):
+        return assets
+    with tempfile.TemporaryDirectory(prefix="weightline-") as name:
+        paths = [fetch_object(source.store, asset, Path(name) / asset.name) for asset in assets]
+        return tuple(upload_file(new.store, path, held) for path in paths)
+
+
+@dataclass(slots=True)
+class _Draft:
+    """Payloads and digests gathered so far."""
+
+    version: int
+    commit_id: str = field(default_factory=new_commit_id)
+    payloads: list[PayloadRef] = field(default_factory=list)
+    digests: dict[str, int] = field(default_factory=dict)
+    num_changed: int = 0
+
+
+def _commit(chain: Chain, target: Target, author: Authorship) -> Manifest:
+    check_signing_key()
+    tip = None if author.kind == "anchor" else chain.tip()
+    if tip is not None:
+        _require_same_tensors(chain, tip, target)
+    draft = _Draft(0 if tip is None else tip.version + 1)
+    with (
+        tempfile.TemporaryDirectory(prefix="weightline-") as name,
+        fetching(chain.store) as fetcher,
+        uploading(chain.store) as uploads,
+    ):
+        for names in tensor_groups(target.specs.values()):
+            new = dict(_read(target, names))
+            number = len(draft.payloads)
+            path = Path(name) / f"payload-{number}.safetensors"
+            if tip is None:
+                info = write_anchor(path, _anchor_parts(new, draft))
+            else:
+                old = read_state(chain, tip.version, names.__contains__, fetcher)
+                changes = list(_changes(new, old.bits, coding_named(author.coding).ranked))
+                _add_digests(draft, old.digests, changes)
+                if not changes:
+                    continue
+                info = write_delta(path, changes, author.coding)
+            key = keys.payload(draft.version, draft.commit_id, number)
+            uploads.start(key, path)
+            draft.payloads.append(PayloadRef(key=key, nbytes=info.nbytes, sha256=info.sha256, rank=number))
+            draft.num_changed += info.num_changed
+    manifest = build_manifest(
+        author, target.specs, draft.digests, tuple(draft.payloads), version=draft.version, commit_id=draft.commit_id,
+        created_at=utc_now(), num_changed=draft.num_changed, world_size=max(1, len(draft.payloads)),
+    )  # fmt: skip
+    _check_revert(chain, manifest)
+    commit_manifest(chain, manifest)
+    return manifest
+
+
+def _read(target: Target, names: frozenset[str]) -> Iterator[tuple[TensorSpec, BitsArray]]:
+    specs = target.specs
+    bits = target.read(names)
+    yield from ((specs[name], bits[name]) for name in specs if name in names)
+
+
+def _anchor_parts(new: dict[TensorSpec, BitsArray], draft: _Draft) -> Iterator[tuple[Segment, BitsArray]]:
+    for spec, bits_N in new.items():
+        segment = Segment(spec, 0, spec.num_elements)
+        draft.digests[spec.name] = tensor_digest(segment, bits_N)
+        if segment.length:
+            yield segment, bits_N
+
+
+def _changes(new: dict[TensorSpec, BitsArray], old: dict[str, BitsArray], ranked: bool) -> Iterator[Changes]:
+    for spec, bits_N in new.items():
+        changes = capture(Segment(spec, 0, spec.num_elements), old[spec.name], bits_N, ranked=ranked)
+        if changes.num_changed:
+            yield changes
+
+
+def _add_digests(draft: _Draft, before: dict[str, int], changes: list[Changes]) -> None:
+    draft.digests |= before
+    for change in changes:
+        name = change.segment.tensor.name
+        draft.digests[name] = add_digests(draft.digests[name], digest_change(change))
+
+
+def _require_same_tensors(chain: Chain, tip: Manifest, target: Target) -> None:
+    differing = set(tip.specs.items()) ^ set(target.specs.items())
+    if differing:
+        name = min(name for name, _ in differing)
+        there, here = str(tip.specs.get(name)), str(target.specs.get(name))
+        raise BaseMismatchError(
+            f"{chain.url} holds another model: tensor {name} is {there} there, {here} here",
+            tensor=name,
+            version=tip.version,
+            expected=there,
+            actual=here,
+        )
+
+
+def _check_revert(chain: Chain, manifest: Manifest) -> None:
+    """A revert that does not lead back exactly is never committed."""
+    if manifest.reverts_to is None:
+        return
+    for name, expected in chain.manifest(manifest.reverts_to).digests.items():
+        if manifest.digests[name] != expected:
+            raise DigestMismatchError(
+                f"tensor {name} would not be that of version {manifest.reverts_to}: run weightline verify",
+                what=name, expected=expected, actual=manifest.digests[name],
+            )  # fmt: skip

@@ -1,0 +1,106 @@
+"""Several machines that train one stage: the first one calls, the others answer. Free of Prefect.
+
+They share a disk and nothing else. The machine whose process runs the flow writes a call into `<runs>/.calls/`; on
+every other machine `python -m weightline.launch.peer RUNS_DIR --machine-rank N` waits there, starts its own ranks for
+the call, and ends them when the call is withdrawn. torchrun brings the ranks together.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal
+
+from pydantic import ValidationError
+
+from weightline.launch.command import Place, launch_argv
+from weightline.stages.job import write_atomically
+from weightline.stages.recipe import FrozenModel
+
+#: How the others reach the machine that runs the flow; its host name when unset.
+MAIN_ADDRESS_VARIABLE = "WEIGHTLINE_MAIN_ADDRESS"
+MAIN_PORT_VARIABLE = "WEIGHTLINE_MAIN_PORT"
+#: Machines with the same word here belong together: several jobs may share a disk.
+GROUP_VARIABLE = "WEIGHTLINE_MACHINES"
+_DEFAULT_PORT = 29500
+
+
+class Call(FrozenModel):
+    """One attempt at one stage: all that a machine needs to take its part."""
+
+    call_id: str
+    job_path: Path
+    num_processes: int
+    device: Literal["cpu", "cuda"]
+    num_machines: int
+    main_address: str
+    main_port: int
+    environment: dict[str, str]
+    """What ranks need beside the environment of their own machine."""
+
+    def argv(self, machine_rank: int) -> list[str]:
+        """The launch command of one of the machines."""
+        place = Place(self.num_machines, machine_rank, self.main_address, self.main_port)
+        return launch_argv(self.job_path, self.num_processes, self.device, place)
+
+
+def new_call(
+    job_path: Path, num_processes: int, device: Literal["cpu", "cuda"], num_machines: int, environment: dict[str, str]
+) -> Call:
+    """A call of this machine."""
+    return Call(
+        call_id=uuid.uuid4().hex,
+        job_path=job_path.absolute(),
+        num_processes=num_processes,
+        device=device,
+        num_machines=num_machines,
+        main_address=os.environ.get(MAIN_ADDRESS_VARIABLE) or socket.getfqdn(),
+        main_port=int(os.environ.get(MAIN_PORT_VARIABLE, _DEFAULT_PORT)),
+        environment=environment,
+    )
+
+
+@contextmanager
+def calling(runs_dir: Path, call: Call) -> Iterator[None]:
+    """Let the call stand for the length of the block. A crash leaves it; the next call of the folder replaces it."""
+    folder = calls_dir(runs_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{call.call_id}.json"
+    for earlier in folder.glob("*.json"):
+        if (left := read_call(earlier)) is None or left.job_path == call.job_path:
+            earlier.unlink(missing_ok=True)
+    write_atomically(path, call.model_dump_json(indent=1))
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def standing_calls(runs_dir: Path) -> list[Call]:
+    """The calls that stand, newest first."""
+    paths = sorted(calls_dir(runs_dir).glob("*.json"), key=_written_at, reverse=True)
+    return [call for path in paths if (call := read_call(path)) is not None]
+
+
+def read_call(path: Path) -> Call | None:
+    """The call in a file, or None when it is withdrawn or none."""
+    try:
+        return Call.model_validate_json(path.read_bytes())
+    except (OSError, ValidationError):
+        return None
+
+
+def calls_dir(runs_dir: Path) -> Path:
+    """Where this group's calls are written."""
+    return runs_dir / ".calls" / os.environ.get(GROUP_VARIABLE, "all")
+
+
+def _written_at(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return 0.0

@@ -1,1 +1,0 @@
-"""Inference engines behind one small protocol, `weightline.receiver.engines.base.Engine`."""

@@ -1,0 +1,146 @@
+"""A chain as SGLang's `/pull_weights` reads it: a folder `weight_v{N:06d}` a version, on a file system that it shares.
+
+Layout as in sgl-project/sglang `srt/weight_sync/local_checkpoint.py` (and slime's disk deltas): version 0 is the
+engine's own model path; a full version is a plain checkpoint folder; a delta is a folder of safetensors files that
+hold, by tensor name, the zstd-compressed XOR of all bytes of the tensor before and after, with adler32 checksums of the
+new bytes as file metadata, and an index that names the version and its base. `/update_weights_from_disk` reads full
+versions directly.
+
+A reader begins at the newest full version and patches it with the deltas after it. A version is published in full where
+a patch could not make it: another set of tensors or other small files than the version before, or that one is gone.
+SGLang keeps no proof of its base and has no way back but a full version: what the chain guarantees ends where the
+folder begins. Every version is read from the chain with its digests checked.
+
+Legend: N elements of a tensor.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import safetensors
+import zstandard
+
+from weightline.chain import Chain
+from weightline.chain.files.checkpoint import assets_of, write_checkpoint
+from weightline.chain.files.groups import tensor_groups
+from weightline.chain.replay.fetch import Fetcher, fetching
+from weightline.chain.replay.state import HostState, read_state
+
+INDEX = "model.safetensors.index.json"
+_FOLDER = "weight_v"
+_LEVEL = 1
+
+
+def version_folder(source_dir: Path, version: int) -> Path:
+    """Where a version is published."""
+    return source_dir / f"{_FOLDER}{version:06d}"
+
+
+def publish_version(chain: Chain, version: int, source_dir: Path, *, is_full: bool = False) -> Path:
+    """Publish one version: as a delta against the version before it where a reader could patch that, else in full.
+
+    Returns its folder, which appears whole, in one rename; a crash leaves a folder that begins with a dot. Safe to
+    repeat: what is there stays. VersionNotFoundError for an unknown version.
+    """
+    folder = version_folder(source_dir, version)
+    if folder.exists():
+        return folder
+    chain.manifest(version)
+    source_dir.mkdir(parents=True, exist_ok=True)
+    draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=source_dir))
+    is_published = False
+    try:
+        if is_full or not _can_be_patched(chain, version - 1, version, source_dir):
+            write_checkpoint(chain, version, draft)
+        else:
+            _write_delta(chain, version, draft)
+        draft.chmod(0o755)
+        draft.rename(folder)
+        is_published = True
+    finally:
+        if not is_published:
+            shutil.rmtree(draft, ignore_errors=True)
+    return folder
+
+
+def publish_up_to(chain: Chain, version: int, source_dir: Path, *, is_full: bool = False) -> Iterator[Path]:
+    """Publish what the chain has after the newest published version, up to `version`; yields every new folder.
+
+    Where versions are missing in the chain, the next one is published in full: a reader starts again from there. Safe
+    to repeat.
+    """
+    chain.manifest(version)
+    newest = newest_published(source_dir)
+    for number in chain.versions(0 if newest is None else newest + 1, version):
+        yield publish_version(chain, number, source_dir, is_full=is_full)
+
+
+def newest_published(source_dir: Path) -> int | None:
+    """The newest version that has a folder."""
+    numbers = (path.name.removeprefix(_FOLDER) for path in source_dir.glob(f"{_FOLDER}*"))
+    return max((int(number) for number in numbers if number.isdecimal()), default=None)
+
+
+def _can_be_patched(chain: Chain, base: int, version: int, source_dir: Path) -> bool:
+    """Whether the version is the published base but for the bits of its tensors: same tensors, same small files."""
+    if not version_folder(source_dir, base).exists() or not chain.versions(base, base):
+        return False
+    has_same_tensors = chain.manifest(base).specs == chain.manifest(version).specs
+    return has_same_tensors and assets_of(chain, base) == assets_of(chain, version)
+
+
+def _write_delta(chain: Chain, version: int, folder: Path) -> None:
+    weight_map: dict[str, str] = {}
+    with fetching(chain.store) as fetcher:
+        groups = tensor_groups(chain.manifest(version).specs.values())
+        for number, names in enumerate(groups):
+            differences, checksums = _differences(chain, version, names, fetcher)
+            if not differences:
+                continue
+            file_name = f"model-{number:05d}.safetensors"
+            _write_file(folder / file_name, differences, checksums)
+            weight_map |= dict.fromkeys(differences, file_name)
+    metadata = {
+        "version": f"{version:06d}",
+        "base_version": f"{version - 1:06d}",
+        "delta_encoding": "xor",
+        "compression_format": "zstd",
+        "checksum_format": "adler32",
+    }
+    (folder / INDEX).write_text(json.dumps({"metadata": metadata, "weight_map": weight_map}, indent=1))
+
+
+def _differences(
+    chain: Chain, version: int, names: frozenset[str], fetcher: Fetcher
+) -> tuple[dict[str, bytes], dict[str, str]]:
+    """(compressed XOR, checksum of the new bytes) of the tensors of a group that differ."""
+    old = read_state(chain, version - 1, names.__contains__, fetcher)
+    new = read_state(chain, version, names.__contains__, fetcher)
+    differences: dict[str, bytes] = {}
+    checksums: dict[str, str] = {}
+    for name, difference_N in _xor(old, new):
+        differences[name] = zstandard.ZstdCompressor(_LEVEL).compress(difference_N.tobytes())
+        checksums[name] = f"{zlib.adler32(new.bits[name].tobytes()):08x}"
+    return differences, checksums
+
+
+def _xor(old: HostState, new: HostState) -> Iterator[tuple[str, np.ndarray[tuple[int], np.dtype[np.uint8]]]]:
+    for name, bits_N in new.bits.items():
+        if old.digests[name] != new.digests[name]:
+            yield name, np.bitwise_xor(old.bits[name].view(np.uint8), bits_N.view(np.uint8))
+
+
+def _write_file(path: Path, differences: dict[str, bytes], checksums: dict[str, str]) -> None:
+    held = {name: np.frombuffer(raw, np.uint8) for name, raw in differences.items()}
+    tensors = {
+        name: safetensors.TensorSpec(dtype="uint8", shape=(raw.size,), data_ptr=raw.ctypes.data, data_len=raw.nbytes)
+        for name, raw in held.items()
+    }
+    safetensors.serialize_file(tensors, str(path), checksums)

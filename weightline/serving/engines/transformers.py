@@ -1,0 +1,219 @@
+"""The embedded engine: a transformers model in this process. For CPUs, small models and tests; one request at a time.
+
+Every request computes its own key-value cache and drops it, so nothing of an old version outlives a refresh.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers.utils import logging as transformers_logging
+
+from weightline.errors import ApplyError, InputError
+from weightline.serving.engines.base import Completion, Generation, GenerationRequest, Prompt
+from weightline.serving.engines.in_place import LiveWeights
+from weightline.serving.engines.stopping import StopStrings, cut_at_stop
+from weightline.serving.http.gate import Gate
+from weightline.types import BitsArray, Changes, PositionArray, TensorSpec
+
+_FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
+
+
+class TransformersEngine:
+    """Implements `Engine`."""
+
+    name = "transformers"
+
+    def __init__(self, device: str | None = None) -> None:
+        self.device = _usable_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.version: int | None = None
+        self._gate = Gate(max_in_flight=1)
+        self._model: Any = None
+        self._tokenizer: Any = None
+        self._weights: LiveWeights | None = None
+
+    def require_assets(self, sha256_of: Mapping[str, str]) -> None:
+        """Any: config and tokenizer are loaded with the weights."""
+
+    def load(self, folder: Path) -> None:
+        with _quiet_loading(), _load_errors(folder):
+            model, info = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=_dtype_of(folder), local_files_only=True, output_loading_info=True
+            )
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        unfilled = sorted(set(info["missing_keys"]) | {str(key) for key in info["mismatched_keys"]})
+        if unfilled:
+            raise ApplyError(f"{folder} does not fill {unfilled[0]} ({len(unfilled)} such tensors)", tensor=unfilled[0])
+        if tokenizer.pad_token_id is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        tokenizer.padding_side = "left"
+        model = _owning_memory(model.eval().requires_grad_(False).to(self.device))
+        model.generation_config = _only_token_ids(model.generation_config)
+        self._weights, self._model, self._tokenizer = LiveWeights(model), model, tokenizer
+
+    def specs(self) -> Mapping[str, TensorSpec]:
+        return self._weights.specs if self._weights else {}
+
+    def read_bits(self, name: str) -> BitsArray:
+        return self._loaded().read_bits(name)
+
+    def read_elements(self, name: str, positions_K: PositionArray) -> BitsArray:
+        return self._loaded().read_elements(name, positions_K)
+
+    def scatter(self, changes: Sequence[Changes]) -> None:
+        for one in changes:
+            self.scatter_tensor(one)
+
+    def scatter_tensor(self, changes: Changes) -> None:
+        """Write one tensor's new bits."""
+        self._loaded().scatter(changes)
+
+    def set_version(self, version: int | None) -> None:
+        self.version = version
+
+    def pause(self, timeout_seconds: float) -> None:
+        self._gate.close(timeout_seconds)
+
+    def resume(self) -> None:
+        self._gate.open()
+
+    @torch.inference_mode()
+    def generate(self, request: GenerationRequest) -> Generation:
+        with self._gate.request():
+            version = self.version
+            if version is None:
+                raise ApplyError("no checked version is loaded: ask again after the next refresh", engine=self.name)
+            rows = [self._token_ids(prompt) for prompt in request.prompts]
+            self._check_lengths(rows, request.max_tokens)
+            tokens = self._generate_tokens(rows, request)
+        return Generation(version, tuple(self._completion(row, request) for row in tokens), sum(map(len, rows)))
+
+    def _generate_tokens(self, rows: list[list[int]], request: GenerationRequest) -> list[list[int]]:
+        """New token ids of every row."""
+        batch = self._tokenizer.pad({"input_ids": rows}, return_tensors="pt").to(self.device)
+        width = batch["input_ids"].shape[1]
+        stopping = [StopStrings(self._tokenizer, request.stop, width)] if request.stop else []
+        with _seeded(request.seed):
+            output = self._model.generate(
+                input_ids=batch["input_ids"],
+                attention_mask=batch["attention_mask"],
+                max_new_tokens=request.max_tokens,
+                stopping_criteria=stopping,
+                pad_token_id=self._tokenizer.pad_token_id,
+                **_sampling(request),
+            )
+        return [row[width:].tolist() for row in output]
+
+    def _completion(self, tokens: list[int], request: GenerationRequest) -> Completion:
+        ends = self._end_ids()
+        num_tokens = next((at for at, token in enumerate(tokens) if token in ends), len(tokens))
+        text = self._tokenizer.decode(tokens[:num_tokens], skip_special_tokens=True)
+        cut = cut_at_stop(text, request.stop)
+        if cut is not None:
+            return Completion(cut, num_tokens, "stop")
+        return Completion(text, num_tokens, "length" if num_tokens == request.max_tokens else "stop")
+
+    def _end_ids(self) -> set[int]:
+        """Tokens that end a text. What follows the end of a row in a batch is padding."""
+        ends = self._model.generation_config.eos_token_id
+        known = [] if ends is None else [ends] if isinstance(ends, int) else ends
+        return {*known, self._tokenizer.pad_token_id}
+
+    def _token_ids(self, prompt: Prompt) -> list[int]:
+        ids = list(self._tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else prompt)
+        vocab_size = self._model.get_input_embeddings().num_embeddings
+        if not ids or not all(0 <= token < vocab_size for token in ids):
+            raise InputError(f"a prompt needs at least one token, and token ids below {vocab_size}", field="prompt")
+        return ids
+
+    def _check_lengths(self, rows: list[list[int]], max_tokens: int) -> None:
+        limit = getattr(self._model.config, "max_position_embeddings", None)
+        longest = max(map(len, rows))
+        if limit is not None and longest + max_tokens > limit:
+            raise InputError(
+                f"a prompt of {longest} tokens and max_tokens {max_tokens} exceed the model's {limit} positions",
+                field="max_tokens",
+            )
+
+    def _loaded(self) -> LiveWeights:
+        if self._weights is None:
+            raise ApplyError("no model is loaded", engine=self.name)
+        return self._weights
+
+
+def _usable_device(name: str) -> torch.device:
+    """InputError for a name that torch does not know, or that this machine, or this build of torch, does not have."""
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        problem = str(error).splitlines()[0][:200]
+        raise InputError(f"device {name!r} cannot be used: {problem}", field="device") from error
+    return device
+
+
+def _owning_memory(model: torch.nn.Module) -> torch.nn.Module:
+    """Out of the checkpoint's file, which loading maps: else the first write to a page is a fault within the pause."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data = tensor.data.clone()
+    return model
+
+
+def _only_token_ids(config: GenerationConfig) -> GenerationConfig:
+    """Without the checkpoint's sampling defaults: a request says all of how it is answered."""
+    return GenerationConfig(
+        bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id
+    )
+
+
+def _sampling(request: GenerationRequest) -> dict[str, Any]:
+    if request.temperature == 0:
+        return {"do_sample": False}
+    return {"do_sample": True, "temperature": request.temperature, "top_p": request.top_p, "top_k": 0}
+
+
+@contextlib.contextmanager
+def _seeded(seed: int | None) -> Iterator[None]:
+    """Sample from a generator state of the request's own, and leave the process's as it was."""
+    if seed is None:
+        yield
+        return
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        yield
+
+
+def _dtype_of(folder: Path) -> torch.dtype | str:
+    """The one float dtype of the checkpoint's tensors, so that loading casts nothing; `auto` when there are several."""
+    found: set[str] = set()
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            found |= {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118 - not a mapping
+    floats = [_FLOATS[dtype] for dtype in found if dtype in _FLOATS]
+    return floats[0] if len(floats) == 1 else "auto"
+
+
+@contextlib.contextmanager
+def _load_errors(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
+        raise ApplyError(f"transformers cannot load {folder}: {error}", engine=TransformersEngine.name) from error
+
+
+@contextlib.contextmanager
+def _quiet_loading() -> Iterator[None]:
+    """No progress bars in a server's log."""
+    was_enabled = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            transformers_logging.enable_progress_bar()

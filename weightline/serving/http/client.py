@@ -1,0 +1,70 @@
+"""Ask a replica over HTTP. Small, and free of torch: what tasks and flows use."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+import httpx
+from pydantic import BaseModel, ValidationError
+
+from weightline.errors import ApplyError
+from weightline.serving.http.http_errors import error_of
+from weightline.serving.replica.facts import RefreshFacts, ReplicaStatus
+
+Told = TypeVar("Told", bound=BaseModel)
+
+
+def refresh(
+    url: str,
+    token: str,
+    version: int | None = None,
+    *,
+    chain: str | None = None,
+    allow_backward: bool = False,
+    timeout_seconds: float = 600.0,
+) -> RefreshFacts:
+    """Move the replica at `url` to the version (None: the tip) and wait until it serves it. Safe to repeat.
+
+    The facts name the version that is served now: a later one than asked for, when the replica was there already and
+    `allow_backward` is False. A `chain` that is not the replica's is refused. Raises what the replica raised, by type:
+    VersionNotFoundError, BaseMismatchError, DigestMismatchError, ...; InputError for a wrong token; ApplyError when it
+    cannot move, or, with the fact `is_unreachable`, when it gives no answer.
+    """
+    body = {"chain": chain, "version": version, "allow_backward": allow_backward}
+    headers = {"authorization": f"Bearer {token}"}
+    return _parsed(RefreshFacts, url, _ask("POST", url, "/weightline/refresh", timeout_seconds, body, headers))
+
+
+def status(url: str, *, timeout_seconds: float = 10.0) -> ReplicaStatus:
+    """What the replica at `url` serves. ApplyError when it cannot be reached."""
+    return _parsed(ReplicaStatus, url, _ask("GET", url, "/weightline/status", timeout_seconds))
+
+
+def _parsed(cls: type[Told], url: str, told: object) -> Told:
+    """Something else may listen where a replica did."""
+    try:
+        return cls.model_validate(told)
+    except ValidationError as error:
+        raise ApplyError(f"what answers at {url} is no replica", url=url, is_unreachable=True) from error
+
+
+def _ask(
+    method: str,
+    url: str,
+    route: str,
+    timeout_seconds: float,
+    body: dict[str, Any] | None = None,
+    headers: dict[str, str] | None = None,
+) -> object:
+    where = f"{url.rstrip('/')}{route}"
+    try:
+        answer = httpx.request(method, where, json=body, headers=headers, timeout=timeout_seconds, trust_env=False)
+        told: object = answer.json()
+    except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
+        reason = str(error) or type(error).__name__
+        raise ApplyError(
+            f"the replica at {url} gives no answer ({reason}): is it running?", url=url, is_unreachable=True
+        ) from error
+    if answer.is_success:
+        return told
+    raise error_of(told, f"{where} answered {answer.status_code}")

@@ -1,0 +1,151 @@
+"""One replica behind one door, in the foreground until told to stop: what `weightline serve transformers` runs."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import uvicorn
+
+from weightline.chain import Chain, open_chain
+from weightline.errors import InputError
+from weightline.format.signature import load_trusted_keys
+from weightline.serving.http.auth import TOKEN_VARIABLE, has_given_token, is_loopback, load_token
+from weightline.serving.http.door import build_door
+from weightline.serving.http.service import ReplicaService
+from weightline.serving.replica.following import Following
+from weightline.serving.replica.registration import Presence
+from weightline.serving.replica.replica import Replica, ReplicaSettings
+
+ADDRESS_FILE = "address.json"
+
+
+@dataclass(frozen=True, slots=True)
+class ServerSettings:
+    """`port` 0 takes a free one, told by `address.json` in the state folder. `follow_seconds` None: move when told."""
+
+    chain_url: str
+    state_dir: Path
+    name: str = "replica-0"
+    host: str = "127.0.0.1"
+    port: int = 8000
+    follow_seconds: float | None = None
+    follow_ref: str | None = None
+    """Follow only what this ref stands for; None: every version."""
+    device: str | None = None
+    drain_seconds: float = 60.0
+    lease_seconds: float = 30.0
+    advertise_url: str | None = None
+    """Where others reach the replica, when that is not where it listens."""
+    trusted_keys: Path | None = None
+    """Public keys, one of which must have signed every version. None: what the environment demands."""
+
+    @property
+    def following(self) -> Following | None:
+        return None if self.follow_seconds is None else Following(self.follow_seconds, self.follow_ref)
+
+    def open_chain(self) -> Chain:
+        """The chain, believed as far as the trusted keys vouch for it. InputError for a key file that is none."""
+        trusted = None if self.trusted_keys is None else load_trusted_keys(self.trusted_keys)
+        return open_chain(self.chain_url, trusted)
+
+    def presence(self, port: int) -> Presence:
+        """What the lease says. A replica that listens on all interfaces does not know its own address."""
+        is_anywhere = self.host in ("", "0.0.0.0", "::")  # noqa: S104 - compared, not bound
+        url = self.advertise_url or (None if is_anywhere else _url_of(self.host, port))
+        return Presence(url, self.following.what if self.following else None, self.lease_seconds)
+
+
+def serve(settings: ServerSettings) -> None:
+    """Serve by the embedded engine until told to stop.
+
+    InputError, before anything is loaded, when the port is taken, the state folder or the name is another replica's,
+    or the door would be open to others without a token that somebody chose.
+    """
+    require_safe_binding(settings.host, settings.state_dir)
+    with own_folder(settings.state_dir), _listening(settings) as listener:
+        chain = settings.open_chain()
+        # Imports torch, which takes seconds: not before it is clear that the door can open.
+        from weightline.serving.engines.transformers import TransformersEngine
+
+        engine = TransformersEngine(settings.device)
+        options = ReplicaSettings(drain_seconds=settings.drain_seconds)
+        replica = Replica(chain, engine, settings.state_dir, settings.name, options)
+        service = ReplicaService(replica, settings.following, settings.presence(listener.getsockname()[1]))
+        app = build_door(service, load_token(settings.state_dir))
+        service.start()
+        try:
+            config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5)
+            uvicorn.Server(config).run(sockets=[listener])
+        finally:
+            service.close()
+
+
+def require_safe_binding(host: str, state_dir: Path) -> None:
+    """InputError for an address that others can reach, unless somebody chose a token."""
+    if not is_loopback(host) and not has_given_token(state_dir):
+        raise InputError(
+            f"{host} can be reached from elsewhere: choose the token that opens it ({TOKEN_VARIABLE}, or the file "
+            f"{state_dir / 'token'}, mode 0600), or listen on 127.0.0.1",
+            field="host",
+        )
+
+
+@contextmanager
+def own_folder(state_dir: Path) -> Iterator[None]:
+    """One process per state folder. The lock goes with the process, however it ends."""
+    state_dir.mkdir(parents=True, exist_ok=True)
+    with (state_dir / "lock").open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise InputError(f"{state_dir} is in use by another replica: name another folder") from error
+        yield
+
+
+@contextmanager
+def _listening(settings: ServerSettings) -> Iterator[socket.socket]:
+    """A socket that accepts connections from now on, and the file that tells where."""
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind((settings.host, settings.port))
+        except OSError as error:
+            raise InputError(
+                f"port {settings.port} of {settings.host} cannot be taken: {error.strerror}. Name another or 0",
+                port=settings.port,
+            ) from error
+        listener.listen(128)
+        path = settings.state_dir / ADDRESS_FILE
+        write_address(settings, listener.getsockname()[1])
+        try:
+            yield listener
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def write_address(settings: ServerSettings, port: int) -> None:
+    """Tell, in one rename, where the replica of this state folder listens."""
+    path = settings.state_dir / ADDRESS_FILE
+    address = {
+        "url": _url_of(settings.host, port),
+        "host": settings.host,
+        "port": port,
+        "pid": os.getpid(),
+        "replica": settings.name,
+        "chain": settings.chain_url,
+    }
+    temporary = path.with_name(f".{path.name}.partial")
+    temporary.write_text(json.dumps(address, indent=1))
+    temporary.replace(path)
+
+
+def _url_of(host: str, port: int) -> str:
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

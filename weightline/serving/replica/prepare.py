@@ -1,0 +1,164 @@
+"""All of a refresh that needs no pause: plan, fetch, verify, decode, and prove the result before it is written."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from weightline.chain import Chain
+from weightline.chain.files.checkpoint import assets_of, write_checkpoint
+from weightline.chain.files.groups import tensor_groups
+from weightline.chain.replay.fetch import Fetcher, fetching
+from weightline.chain.replay.plan import Hop, ReplayPlan
+from weightline.chain.replay.state import read_changes, read_state
+from weightline.chain.replay.ways import plan_between
+from weightline.codec.capture import capture
+from weightline.errors import BaseMismatchError, DigestMismatchError, VersionNotFoundError
+from weightline.format.manifest import Manifest
+from weightline.format.payload import open_payload
+from weightline.serving.replica.changes import whole
+from weightline.serving.replica.pending import PendingState, ReadBits, check_digests
+from weightline.types import Changes
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Held:
+    """What a replica holds: a version, proven. `digests` are those of the engine's weights, by tensor."""
+
+    version: int
+    commit_id: str
+    digests: dict[str, int]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PreparedDelta:
+    """Changes that lead from `held` to the version, decoded and proven: digest for digest the manifest's state."""
+
+    held: Held
+    manifest: Manifest
+    changes: tuple[Changes, ...]
+    digests: dict[str, int]
+    payload_nbytes: int
+
+    @property
+    def num_changed(self) -> int:
+        return sum(one.num_changed for one in self.changes)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PreparedLoad:
+    """A checkpoint folder of the version, for an engine that holds nothing, or another architecture. `discard` it."""
+
+    held: Held | None
+    manifest: Manifest
+    folder: Path
+    payload_nbytes: int
+
+    @property
+    def num_changed(self) -> int:
+        return self.manifest.num_elements
+
+    def discard(self) -> None:
+        """Remove the folder. Safe to repeat."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+Prepared = PreparedDelta | PreparedLoad
+
+_LOADING = "loading-"
+
+
+def remove_leftovers(state_dir: Path) -> None:
+    """Remove the checkpoint folders that a crash left."""
+    for folder in state_dir.glob(f"{_LOADING}*"):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def prepare_load(chain: Chain, version: int, state_dir: Path, held: Held | None = None) -> PreparedLoad:
+    """Materialize the version below `state_dir`. A crash leaves a folder there, for `remove_leftovers`."""
+    plan = plan_between(chain, None, version)
+    folder = Path(tempfile.mkdtemp(prefix=_LOADING, dir=state_dir))
+    prepared = PreparedLoad(held, chain.manifest(version), folder, plan.payload_nbytes)
+    is_written = False
+    try:
+        write_checkpoint(chain, version, folder)
+        is_written = True
+    finally:
+        if not is_written:
+            prepared.discard()
+    return prepared
+
+
+def prepare_delta(chain: Chain, version: int, held: Held, read_bits: ReadBits) -> PreparedDelta:
+    """Decode what leads from the engine's weights to the version. Writes nothing; safe to repeat.
+
+    A version to which an anchor is the cheaper, or the only, way is built in host memory and compared.
+
+    BaseMismatchError when the bucket's version `held.version` is not the one that the engine holds; DigestMismatchError
+    when an object, or the state that would result, is not what the manifests say.
+    """
+    check_base(chain, held)
+    manifest = chain.manifest(version)
+    plan = plan_between(chain, held.version, version)
+    if plan.hops and plan.hops[0].base_version is None:
+        return _from_anchor(chain, manifest, held, plan, read_bits)
+    pending = PendingState(manifest.specs, read_bits, held.digests)
+    with fetching(chain.store) as fetcher:
+        fetcher.prefetch(ref for hop in plan.hops for ref in hop.payloads)
+        for hop in plan.hops:
+            assert hop.target is not None
+            pending.add(_hop_changes(hop, fetcher, pending))
+            pending.check(chain.manifest(hop.target))
+    changes = tuple(one for one in pending.changes.values() if one.num_changed)
+    return PreparedDelta(held, manifest, changes, pending.digests, plan.payload_nbytes)
+
+
+def fits_in_place(chain: Chain, version: int, held: Held) -> bool:
+    """Whether the versions have the same tensors and the same small files (config, tokenizer), so that bits suffice."""
+    have, want = chain.manifest(held.version), chain.manifest(version)
+    have_assets = {(asset.name, asset.sha256) for asset in assets_of(chain, held.version)}
+    want_assets = {(asset.name, asset.sha256) for asset in assets_of(chain, version)}
+    return have.specs == want.specs and have_assets == want_assets
+
+
+def check_base(chain: Chain, held: Held) -> None:
+    """Ask the bucket, not the cache, whether its version is the one that is held: by commit and by every digest."""
+    try:
+        base = Chain(chain.store, chain.trusted).manifest(held.version)
+    except VersionNotFoundError as error:
+        raise _base_mismatch(chain, held, "that version is gone") from error
+    if base.commit_id != held.commit_id:
+        raise _base_mismatch(chain, held, f"there it is commit {base.commit_id}, here {held.commit_id}")
+    try:
+        check_digests(held.digests, base)
+    except DigestMismatchError as error:
+        raise _base_mismatch(chain, held, f"the digest of tensor {error.facts['what']} differs") from error
+
+
+def _base_mismatch(chain: Chain, held: Held, why: str) -> BaseMismatchError:
+    return BaseMismatchError(
+        f"the weights at hand are not version {held.version} of {chain.url}: {why}. Restart the replica with an empty "
+        "state folder to load from an anchor",
+        version=held.version,
+    )
+
+
+def _hop_changes(hop: Hop, fetcher: Fetcher, pending: PendingState) -> Iterator[Changes]:
+    for ref in hop.payloads:
+        yield from read_changes(open_payload(fetcher.fetch(ref)), hop, pending.segment_bits)
+
+
+def _from_anchor(chain: Chain, manifest: Manifest, held: Held, plan: ReplayPlan, read_bits: ReadBits) -> PreparedDelta:
+    """The way leads through an anchor: build the version, a group of tensors at a time, and compare."""
+    changes: list[Changes] = []
+    digests: dict[str, int] = {}
+    with fetching(chain.store) as fetcher:
+        for names in tensor_groups(manifest.specs.values()):
+            state = read_state(chain, manifest.version, names.__contains__, fetcher)
+            captured = (capture(whole(spec), read_bits(name), state.bits[name]) for name, spec in state.specs.items())
+            changes += (one for one in captured if one.num_changed)
+            digests |= state.digests
+    return PreparedDelta(held, manifest, tuple(changes), digests, plan.payload_nbytes)

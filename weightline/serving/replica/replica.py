@@ -1,0 +1,298 @@
+"""A replica: one engine that follows one chain, and never serves a state whose digest was not checked.
+
+prepare (fetch, verify, decode, prove) happens while the engine serves; apply is the pause. A torn apply is undone by
+the inverse of what was written, or the version is loaded again from an anchor; until then the engine refuses requests.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from weightline.chain import Chain
+from weightline.chain.files.checkpoint import assets_of
+from weightline.chain.write.commit import utc_now
+from weightline.codec.compose import inverse
+from weightline.errors import ApplyError, BaseMismatchError, InputError, WeightlineError
+from weightline.format.keys import checked_name
+from weightline.serving.engines.base import Engine, StagingEngine
+from weightline.serving.replica.facts import RefreshFacts, ReplicaStatus
+from weightline.serving.replica.marker import Mark, read_mark, write_mark
+from weightline.serving.replica.prepare import (
+    Held,
+    Prepared,
+    PreparedDelta,
+    PreparedLoad,
+    check_base,
+    fits_in_place,
+    prepare_delta,
+    prepare_load,
+    remove_leftovers,
+)
+from weightline.serving.replica.proof import prove_elements, prove_weights
+
+#: Above this size the changed elements are not read back by default: the digest from the changes has to do.
+READ_BACK_MAX_ELEMENTS = 4_000_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaSettings:
+    """How long a refresh waits for requests under way; whether it reads back what it wrote (None: by model size)."""
+
+    drain_seconds: float = 60.0
+    read_back: bool | None = None
+
+
+class Replica:
+    """Safe to use from many threads; refreshes run one after the other. One process per `state_dir`."""
+
+    def __init__(
+        self, chain: Chain, engine: Engine, state_dir: Path, name: str, settings: ReplicaSettings = ReplicaSettings()
+    ) -> None:
+        self.chain, self.engine, self.state_dir, self.settings = chain, engine, state_dir, settings
+        self.name = checked_name(name)
+        self._refreshing = threading.Lock()
+        self._held: Held | None = None
+        self._last_error: WeightlineError | None = None
+        state_dir.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(state_dir)
+        self._mark = self._own_mark()
+
+    @property
+    def version(self) -> int | None:
+        """The version that the engine serves now."""
+        return self.engine.version
+
+    @property
+    def returns_to(self) -> int | None:
+        """The version that `recover` would load. None where no replica has been, or once a version is held."""
+        return None if self._held is not None or self._mark is None else self._mark.return_to
+
+    def status(self) -> ReplicaStatus:
+        """What the replica is doing. Reads no bucket."""
+        mark = self._mark
+        is_serving = mark is not None and mark.status == "checked" and mark.version == self.version
+        return ReplicaStatus(
+            replica=self.name,
+            chain=self.chain.url,
+            engine=self.engine.name,
+            state="serving" if is_serving else "loading" if self._refreshing.locked() else "waiting",
+            version=mark.version if mark and is_serving else None,
+            commit_id=mark.commit_id if mark and is_serving else None,
+            served_at=mark.served_at if mark and is_serving else None,
+            last_error=str(self._last_error) if self._last_error else None,
+        )
+
+    def recover(self) -> RefreshFacts | None:
+        """After a start: load the version that the mark names, checked. None where no replica has been. Safe to repeat.
+
+        A replica that was killed in the middle of an apply goes back to the version that it came from.
+        """
+        if self._held is not None or self._mark is None or self._mark.return_to is None:
+            return None
+        return self.refresh(self._mark.return_to)
+
+    def refresh(self, version: int | None = None, *, allow_backward: bool = False) -> RefreshFacts:
+        """Move to the version (None: the tip) and serve it. Safe to repeat: who serves it already does not move.
+
+        It does not go back to an earlier version unless `allow_backward`: requests may arrive out of order.
+        ChainEmptyError, VersionNotFoundError, BaseMismatchError, UnsupportedFeatureError, CorruptError, StorageError
+        and ApplyError leave it serving what it served, or, where even going back failed, serving nothing.
+        """
+        with self._refreshing, self._remembering_errors():
+            wanted = self.chain.tip().version if version is None else self.chain.manifest(version).version
+            held = self._held
+            if held is not None and (wanted == held.version or (wanted < held.version and not allow_backward)):
+                check_base(self.chain, held)
+                return self._facts(held.version)
+            started = time.perf_counter()
+            prepared = self._prepare(wanted)
+            prepare_seconds = time.perf_counter() - started
+            drain_seconds, pause_seconds = self._apply(prepared)
+            return self._facts(
+                held.version if held else None,
+                pause_seconds=pause_seconds,
+                drain_seconds=drain_seconds,
+                prepare_seconds=prepare_seconds,
+                num_changed=prepared.num_changed,
+                payload_nbytes=prepared.payload_nbytes,
+            )
+
+    def prepare(self, version: int) -> Prepared:
+        """The work before the pause; the engine goes on serving, and nothing of it is written. Hand it to `apply`."""
+        with self._refreshing:
+            return self._prepare(version)
+
+    def apply(self, prepared: Prepared) -> float:
+        """The pause; returns its seconds. BaseMismatchError when the engine moved since `prepared` was made.
+
+        Any other error leaves the engine where it was, or, where even going back failed, without a version.
+        """
+        with self._refreshing, self._remembering_errors():
+            return self._apply(prepared)[1]
+
+    def _prepare(self, version: int) -> Prepared:
+        held = self._held
+        self.engine.require_assets({asset.name: asset.sha256 for asset in assets_of(self.chain, version)})
+        if held is None or not fits_in_place(self.chain, version, held):
+            return prepare_load(self.chain, version, self.state_dir, held)
+        return prepare_delta(self.chain, version, held, self.engine.read_bits)
+
+    def _apply(self, prepared: Prepared) -> tuple[float, float]:
+        """Seconds of drain and pause."""
+        self._require_base(prepared)
+        try:
+            self._stage(prepared)
+            started = time.perf_counter()
+            with self._paused():
+                paused = time.perf_counter()
+                self._move(prepared)
+            return paused - started, time.perf_counter() - paused
+        finally:
+            if isinstance(prepared, PreparedLoad):
+                prepared.discard()
+            if self._held is None and prepared.held is not None:
+                self._load_again(prepared.held)
+
+    def _require_base(self, prepared: Prepared) -> None:
+        if prepared.held is not self._held:
+            raise BaseMismatchError(
+                f"version {prepared.manifest.version} was prepared for another state of the engine: prepare it again",
+                version=prepared.manifest.version,
+            )
+
+    def _stage(self, prepared: Prepared) -> None:
+        """Where an engine can, get the write ready before the pause. One that lost its base serves nothing more."""
+        if not isinstance(prepared, PreparedDelta) or not isinstance(self.engine, StagingEngine):
+            return
+        try:
+            self.engine.stage(prepared.changes)
+        except BaseMismatchError:
+            self._held = None
+            self.engine.set_version(None)
+            raise
+
+    @contextmanager
+    def _paused(self) -> Iterator[None]:
+        self.engine.pause(self.settings.drain_seconds)
+        try:
+            yield
+        finally:
+            self.engine.resume()
+
+    def _move(self, prepared: Prepared) -> None:
+        """Withdraw the mark, write, check, mark; on any error go back. Called while paused."""
+        served_at = self._mark.served_at if self._mark else None
+        self._withdraw(prepared)
+        is_done = False
+        try:
+            self._hold(self._write(prepared), utc_now())
+            is_done = True
+        finally:
+            if not is_done:
+                self._held = None
+                self.engine.set_version(None)
+                if isinstance(prepared, PreparedDelta):
+                    self._undo(prepared, served_at)
+
+    def _write(self, prepared: Prepared) -> Held:
+        manifest = prepared.manifest
+        if isinstance(prepared, PreparedLoad):
+            self.engine.load(prepared.folder)
+            return Held(manifest.version, manifest.commit_id, prove_weights(self.engine, manifest))
+        self.engine.scatter(prepared.changes)
+        if self._reads_back(prepared):
+            prove_elements(self.engine, prepared.changes, manifest.version)
+        return Held(manifest.version, manifest.commit_id, prepared.digests)
+
+    def _reads_back(self, prepared: PreparedDelta) -> bool:
+        chosen = self.settings.read_back
+        return prepared.manifest.num_elements <= READ_BACK_MAX_ELEMENTS if chosen is None else chosen
+
+    def _undo(self, prepared: PreparedDelta, served_at: str | None) -> None:
+        """Scatter the old bits over whatever was written, and prove that they are there."""
+        way_back = [inverse(one) for one in prepared.changes]
+        self.engine.scatter(way_back)
+        prove_elements(self.engine, way_back, prepared.held.version)
+        self._hold(prepared.held, served_at)
+
+    def _load_again(self, lost: Held) -> None:
+        """The engine is torn: take the version that it came from out of the chain. ApplyError when that fails too."""
+        try:
+            prepared = prepare_load(self.chain, lost.version, self.state_dir)
+            try:
+                with self._paused():
+                    self._move(prepared)
+            finally:
+                prepared.discard()
+        except WeightlineError as error:
+            raise ApplyError(
+                f"the replica could neither move nor come back to version {lost.version} and serves nothing: {error}",
+                version=lost.version, engine=self.engine.name,
+            ) from error  # fmt: skip
+
+    def _withdraw(self, prepared: Prepared) -> None:
+        held = prepared.held
+        self._put_mark("moving", held, moving_to=prepared.manifest.version)
+        self.engine.set_version(None)
+
+    def _hold(self, held: Held, served_at: str | None) -> None:
+        self._held = held
+        self.engine.set_version(held.version)
+        self._put_mark("checked", held, served_at=served_at)
+
+    def _put_mark(
+        self,
+        status: Literal["checked", "moving"],
+        held: Held | None,
+        *,
+        served_at: str | None = None,
+        moving_to: int | None = None,
+    ) -> None:
+        mark = Mark(
+            status=status,
+            chain=self.chain.url,
+            replica=self.name,
+            version=held.version if held else None,
+            commit_id=held.commit_id if held else None,
+            served_at=served_at,
+            moving_to=moving_to,
+        )
+        write_mark(self.state_dir, mark)
+        self._mark = mark
+
+    def _own_mark(self) -> Mark | None:
+        mark = read_mark(self.state_dir)
+        if mark is not None and mark.chain != self.chain.url:
+            raise InputError(
+                f"{self.state_dir} belongs to a replica of {mark.chain}, not of {self.chain.url}: name another folder",
+                state_dir=str(self.state_dir), chain=self.chain.url,
+            )  # fmt: skip
+        return mark
+
+    def _facts(self, from_version: int | None, **measured: float) -> RefreshFacts:
+        held, mark = self._held, self._mark
+        assert held is not None
+        assert mark is not None
+        counts = ("pause_seconds", "drain_seconds", "prepare_seconds", "num_changed", "payload_nbytes")
+        fields = {"version": held.version, "commit_id": held.commit_id, "from_version": from_version}
+        told = {"replica": self.name, "served_at": mark.served_at}
+        return RefreshFacts.model_validate(dict.fromkeys(counts, 0) | fields | told | measured)
+
+    @contextmanager
+    def _remembering_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except WeightlineError as error:
+            self._last_error = error
+            raise
+        except Exception as error:
+            # An engine is other people's code: whatever it raises becomes one of our errors here, and only here.
+            self._last_error = ApplyError(f"{self.engine.name} failed: {error!r}", engine=self.engine.name)
+            raise self._last_error from error
+        self._last_error = None
