@@ -6,6 +6,8 @@ import os
 
 from hypothesis import HealthCheck, settings
 
+pytest_plugins = ["tests.prefect_server"]
+
 # The Hub's client reads it once a process, when it first moves content: a cut connection is tried again soon.
 os.environ.setdefault("HF_XET_CLIENT_RETRY_BASE_DELAY", "20ms")
 

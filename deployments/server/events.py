@@ -1,4 +1,4 @@
-"""The event that announces a committed version. A hint: the bucket is the truth, and `reconcile` finds what was lost."""
+"""The event that announces a committed version: a hint, since `reconcile` finds in the bucket what was lost."""
 
 from __future__ import annotations
 

@@ -13,8 +13,8 @@ import httpx
 import pytest
 from playwright.sync_api import Browser, Locator, Page, expect
 
-from tests.flows.conftest import ROOT
-from tests.flows.recipes import write_recipe
+from tests import ROOT
+from tests.runs.recipes import write_recipe
 from weightline.deployments.stack.registry import StackFacts, read_facts
 from weightline.deployments.stack.stack import StackFolder
 from weightline.launch.names import lineage_key

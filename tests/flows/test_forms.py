@@ -9,7 +9,7 @@ from jsonschema import Draft202012Validator
 from prefect.flows import Flow
 from prefect.utilities.callables import parameter_schema
 
-from tests.flows.test_wiring import BY_NAME, _flow
+from tests.deployments.test_wiring import BY_NAME, _flow
 
 
 def _schema(name: str) -> dict[str, Any]:

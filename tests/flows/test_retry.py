@@ -19,8 +19,8 @@ from prefect.client.schemas.objects import State
 from prefect.exceptions import ObjectAlreadyExists
 from prefect.states import Cancelling
 
-from tests.flows.conftest import ROOT
-from tests.flows.recipes import write_recipe
+from tests import ROOT
+from tests.runs.recipes import write_recipe
 from tests.waiting import wait_until
 from weightline.chain.upkeep.verify import verify_chain
 from weightline.deployments.worker.warm_process import WarmWorker

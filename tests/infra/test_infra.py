@@ -17,7 +17,7 @@ from jsonschema import Draft7Validator
 from prefect.settings import get_current_settings
 from prefect.utilities.templating import apply_values
 
-from tests.flows.conftest import ROOT
+from tests import ROOT
 from weightline.deployments.worker.work_queues import lanes_named
 from weightline.launch.command import RANK_PROGRAM
 

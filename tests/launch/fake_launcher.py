@@ -1,6 +1,6 @@
 """Plays accelerate launch for tests: starts "ranks" in sessions of their own, labels lines, and sums up a failure.
 
-python -m tests.flows.fake_launcher HOW PID_FILE, with HOW one of: succeed, rank-fails, hang, die
+python -m tests.launch.fake_launcher HOW PID_FILE, with HOW one of: succeed, rank-fails, hang, die
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.flows.recipes import TOY
+from tests.runs.recipes import TOY
 from tests.serving.doors import TOKEN, OpenDoor, open_door
 from tests.serving.model_chains import ModelChain, assert_same_bits, engine_bits, fresh_bits, make_chain
 from tests.waiting import wait_until

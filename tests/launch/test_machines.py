@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.flows.conftest import ROOT
-from tests.flows.recipes import write_recipe
+from tests import ROOT
+from tests.runs.recipes import write_recipe
 from tests.waiting import PATIENCE_SECONDS, wait_until
 from weightline.chain.upkeep.verify import verify_chain
 from weightline.errors import RecipeError

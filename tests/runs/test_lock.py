@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.flows.conftest import ROOT
-from tests.flows.recipes import write_recipe
+from tests import ROOT
+from tests.runs.recipes import write_recipe
 from weightline.errors import InputError
 from weightline.runs.folder import prepare_run
 from weightline.runs.lock import lock_path, the_only_training

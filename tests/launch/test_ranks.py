@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.flows.conftest import ROOT
+from tests import ROOT
 from tests.waiting import wait_until
 from weightline.errors import LaunchError
 from weightline.launch.command import launch_argv
@@ -23,7 +23,7 @@ ENV = {**os.environ, "PYTHONPATH": str(ROOT)}
 
 
 def _argv(how: str, folder: Path) -> list[str]:
-    return [sys.executable, "-m", "tests.flows.fake_launcher", how, str(folder / "pids")]
+    return [sys.executable, "-m", "tests.launch.fake_launcher", how, str(folder / "pids")]
 
 
 def _rank_pids(folder: Path) -> list[int]:

@@ -1,6 +1,6 @@
 """Plays rank 0 for tests: commits two versions and announces them to a server that is down.
 
-python -m tests.flows.unheard_commits CHAIN_URL, with PREFECT_API_URL of nobody
+python -m tests.deployments.unheard_commits CHAIN_URL, with PREFECT_API_URL of nobody
 """
 
 from __future__ import annotations

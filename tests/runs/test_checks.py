@@ -11,7 +11,7 @@ import pytest
 from prefect.flows import Flow
 
 from tests.chains import commit_state, nudged, random_state
-from tests.flows.recipes import write_recipe
+from tests.runs.recipes import write_recipe
 from weightline.chain import open_chain
 from weightline.errors import InputError, TransientStorageError, VersionNotFoundError, WeightlineError
 from weightline.flows.maintain_chain import maintain_chain

@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from tests.chains import commit_state, nudged, random_state
-from tests.flows.recipes import write_recipe
+from tests.runs.recipes import write_recipe
 from weightline.chain.read.records import EVALUATIONS, REFRESHES, write_record
 from weightline.deployments.stack.screen import RunScreen
 from weightline.lineage.read import read_lineage

@@ -15,7 +15,7 @@ from prefect.client.schemas.filters import DeploymentFilter, DeploymentFilterNam
 from prefect.client.schemas.objects import FlowRun
 from prefect.client.schemas.schedules import IntervalSchedule
 
-from tests.flows.conftest import ROOT
+from tests import ROOT
 from tests.waiting import wait_until
 from weightline.deployments.server.deploy import deploy_all
 

@@ -14,7 +14,7 @@ from prefect.logging import disable_run_logger
 from safetensors.torch import load_file, save_file
 
 from tests.chains import commit_state, nudged, random_state
-from tests.flows.recipes import write_recipe
+from tests.runs.recipes import write_recipe
 from weightline.chain import Chain
 from weightline.chain.files.checkpoint import write_checkpoint
 from weightline.deployments.server.automations import WATCHED_TAG
@@ -135,7 +135,7 @@ def test_a_failing_rank_fails_the_run_with_its_own_last_lines(
     (run.start_model_dir / ".complete").touch()
 
     def launch(*_: Any) -> list[str]:
-        fake = [sys.executable, "-m", "tests.flows.fake_launcher", "rank-fails", str(tmp_path / "pids")]
+        fake = [sys.executable, "-m", "tests.launch.fake_launcher", "rank-fails", str(tmp_path / "pids")]
         return [*fake, "accelerate.commands.launch"]
 
     monkeypatch.setattr(training, "launch_argv", launch)

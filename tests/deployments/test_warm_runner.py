@@ -18,7 +18,7 @@ from prefect.exceptions import ObjectAlreadyExists
 from prefect.flows import Flow
 from prefect.states import Cancelled, Cancelling
 
-from tests.flows import toy_flows
+from tests.deployments import toy_flows
 from tests.waiting import wait_until
 from weightline.deployments.worker.slots import taken_by
 from weightline.deployments.worker.warm_process import WarmWorker

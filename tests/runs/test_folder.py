@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.chains import commit_state, nudged, random_state
-from tests.flows.recipes import write_recipe
+from tests.runs.recipes import write_recipe
 from weightline.chain import open_chain
 from weightline.chain.read.records import read_records
 from weightline.errors import InputError, NotFoundError, RecipeError, StorageError

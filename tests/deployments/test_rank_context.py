@@ -22,7 +22,7 @@ from prefect.events import Event
 from prefect.runtime import flow_run as current
 from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
-from tests.flows.conftest import ROOT
+from tests import ROOT
 from tests.waiting import PATIENCE_SECONDS, wait_until
 from weightline.deployments.ranks.context import RANK_CONTEXT_VARIABLE, STEPS, rank_environment, write_rank_context
 from weightline.deployments.ranks.outbox import EventOutbox
@@ -38,7 +38,7 @@ DEAD_API = "http://127.0.0.1:9/api"
 
 def _run_rank(context_path: Path, api_url: str, *, rank: int = 0, world_size: int = 1) -> dict[str, Any]:
     env = rank_environment(context_path, api_url, {**os.environ, "PYTHONPATH": str(ROOT)}) | {"WEIGHTLINE_STEPS": STEPS}
-    argv = [sys.executable, "-m", "tests.flows.rank_program", "3", str(rank), str(world_size)]
+    argv = [sys.executable, "-m", "tests.deployments.rank_program", "3", str(rank), str(world_size)]
     done = subprocess.run(
         argv, env=env, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_SECONDS, check=False
     )

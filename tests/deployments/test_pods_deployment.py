@@ -10,7 +10,7 @@ import pytest
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.actions import WorkPoolCreate
 
-from tests.flows.conftest import ROOT
+from tests import ROOT
 from weightline.deployments.server.deploy import deploy_all
 
 pytestmark = pytest.mark.slow

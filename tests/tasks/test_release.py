@@ -9,8 +9,8 @@ import pytest
 import yaml
 
 from tests.chains import commit_state, nudged, random_state
-from tests.flows.model_repos import ModelRepos, serving_repos
-from tests.flows.recipes import write_recipe
+from tests.runs.recipes import write_recipe
+from tests.tasks.model_repos import ModelRepos, serving_repos
 from weightline.chain import Chain, open_chain
 from weightline.chain.read.records import EVALUATIONS, write_record
 from weightline.errors import InputError, StorageError

@@ -1,6 +1,6 @@
 """Plays one rank for tests: runs publish steps on a background thread, as the trainer does, and tells what happened.
 
-python -m tests.flows.rank_program NUM_VERSIONS RANK WORLD_SIZE
+python -m tests.deployments.rank_program NUM_VERSIONS RANK WORLD_SIZE
 """
 
 from __future__ import annotations

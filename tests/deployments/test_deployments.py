@@ -28,8 +28,8 @@ from prefect.exceptions import PrefectHTTPStatusError
 from prefect.states import Crashed, Failed, Scheduled
 from prefect.types._datetime import now
 
+from tests import ROOT
 from tests.chains import commit_state, nudged, random_state
-from tests.flows.conftest import ROOT
 from tests.waiting import wait_until
 from weightline.chain import Chain, open_chain
 from weightline.chain.read.records import EVALUATIONS, REFRESHES, read_records
@@ -94,7 +94,9 @@ def _committed_unheard(name: str) -> Chain:
 def test_commits_while_the_server_is_down_are_made_good(deployed: SyncPrefectClient, tmp_path: Path) -> None:
     chain = open_chain((tmp_path / "unheard").as_uri())
     down = {**os.environ, "PREFECT_API_URL": "http://127.0.0.1:9/api"}
-    subprocess.run([sys.executable, "-m", "tests.flows.unheard_commits", chain.url], env=down, cwd=ROOT, check=True)
+    subprocess.run(
+        [sys.executable, "-m", "tests.deployments.unheard_commits", chain.url], env=down, cwd=ROOT, check=True
+    )
     assert reconcile(chains=[chain.url], grace_seconds=3600.0) == 0
     assert reconcile(chains=[chain.url], grace_seconds=0.0) == 2  # both are announced, and that starts the consumers
     for name in CONSUMERS:

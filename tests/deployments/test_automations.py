@@ -15,7 +15,7 @@ import yaml
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterName
 
-from tests.flows.conftest import ROOT
+from tests import ROOT
 from tests.waiting import wait_until
 from weightline.deployments.server.automations import WATCHED_TAG, ZOMBIES, ensure_automation, zombie_automation
 

@@ -17,7 +17,7 @@ import psutil
 import pytest
 from prefect.settings import Settings
 
-from tests.flows.conftest import ROOT
+from tests import ROOT
 from tests.waiting import PATIENCE_SECONDS, wait_until
 from weightline.deployments.stack.registry import StackFacts, read_facts
 from weightline.deployments.stack.stack import StackFolder, free_port, is_healthy, running_stack, stack_environment

@@ -12,7 +12,7 @@ from prefect.client.schemas.objects import FlowRun
 from prefect.states import Crashed, Failed, Running, Scheduled
 
 from tests.chains import commit_state, nudged, random_state
-from tests.flows.recipes import write_recipe
+from tests.runs.recipes import write_recipe
 from weightline.chain import Chain, open_chain
 from weightline.chain.read.records import EVALUATIONS, recorded_versions, write_record
 from weightline.deployments.server.consumer_runs import (

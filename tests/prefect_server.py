@@ -1,23 +1,29 @@
-"""One Prefect server for all tests of flows, as a local stack starts it: about ten seconds, once."""
+"""One Prefect server for all tests of a process that need one, as a local stack starts it: about ten seconds, once.
+
+Prefect is imported by the fixtures, not with this module: most tests do without it.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
-from prefect.client.orchestration import SyncPrefectClient, get_client
-from prefect.events.worker import EventsWorker
-from prefect.settings import PREFECT_API_URL, temporary_settings
 
-from weightline.deployments.stack.stack import Stack, StackFolder, free_port
+from tests import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
+if TYPE_CHECKING:
+    from prefect.client.orchestration import SyncPrefectClient
 
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """URL of a Prefect server's API, with a database of its own that goes with it. It looks at schedules often."""
+    from prefect.events.worker import EventsWorker
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+
+    from weightline.deployments.stack.stack import Stack, StackFolder, free_port
+
     folder = StackFolder.under(tmp_path_factory.mktemp("server"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PREFECT_SERVER_SERVICES_SCHEDULER_LOOP_SECONDS", "5")
@@ -40,5 +46,7 @@ def server_environment(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def client(server: str) -> Iterator[SyncPrefectClient]:
+    from prefect.client.orchestration import get_client
+
     with get_client(sync_client=True) as client:
         yield client

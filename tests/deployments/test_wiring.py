@@ -16,7 +16,7 @@ import yaml
 from prefect.events import DeploymentEventTrigger
 from prefect.flows import Flow
 
-from tests.flows.conftest import ROOT
+from tests import ROOT
 from weightline.deployments.server.consumer_runs import EVALUATE, REFRESH
 from weightline.deployments.server.events import COMMITTED
 from weightline.deployments.server.trigger import POST_TRAINING, RECONCILE
