@@ -19,13 +19,13 @@ from typing import NoReturn
 
 from pydantic import ValidationError
 
-from weightline.runs.checks import PATIENCE_SECONDS, check_form
-from weightline.launch.names import RUNS_DIR_VARIABLE
 from weightline.chain import Chain, open_chain
 from weightline.chain.read.records import write_record
 from weightline.chain.read.refs import resolve
 from weightline.errors import InputError, NotFoundError, RecipeError
 from weightline.format.keys import checked_name
+from weightline.launch.names import RUNS_DIR_VARIABLE
+from weightline.runs.checks import PATIENCE_SECONDS, check_form
 from weightline.stages.job import StageJob, write_atomically
 from weightline.stages.load import load_recipe
 from weightline.stages.preflight import Placement, check_recipe

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from weightline.runs.metrics import MetricsFollower
-from weightline.runs.folder import Run
 from weightline.chain import Chain
 from weightline.lineage.read import read_lineage
 from weightline.lineage.rows import LineageRow, is_settled
+from weightline.runs.folder import Run
+from weightline.runs.metrics import MetricsFollower
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from weightline.runs.curves import curve_image, points_of
 from weightline.lineage.rows import LineageRow
 from weightline.lineage.table import markdown_table
+from weightline.runs.curves import curve_image, points_of
 
 #: What a person looks at, in this order, where the trainer logs it.
 CURVES = {

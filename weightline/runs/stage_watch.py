@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import time
 
-from weightline.runs.metrics import MetricsFollower
-from weightline.runs.folder import Run
-from weightline.runs.stage_page import Pace, stage_markdown
 from weightline.lineage.read import read_lineage
+from weightline.runs.folder import Run
+from weightline.runs.metrics import MetricsFollower
+from weightline.runs.stage_page import Pace, stage_markdown
 from weightline.stages.job import StageJob
 
 #: Newest versions that a page looks at.

@@ -10,9 +10,9 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from weightline.runs.folder import Run
 from weightline.lineage.rows import LineageRow
 from weightline.lineage.table import COLUMNS, cells, summary_rows
+from weightline.runs.folder import Run
 from weightline.stages.job import StageResult, write_atomically
 
 

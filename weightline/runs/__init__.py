@@ -1,0 +1,1 @@
+"""One run of a recipe: its folder, checks, progress and summary. Free of Prefect."""
