@@ -7,10 +7,10 @@ from typing import Annotated, Literal
 from prefect import flow
 from prefect.runtime import flow_run
 
+from weightline.chain.read.history import chain_name
 from weightline.flows.forms import ChainUrl, label
-from weightline.launch.names import chain_name
 from weightline.runs.checks import PATIENCE_SECONDS, check_chain
-from weightline.tasks.upkeep import Outcome, collect_garbage, compact, expire, show_maintenance, verify
+from weightline.tasks.upkeep import UpkeepResult, collect_garbage, compact, expire, show_maintenance, verify
 
 
 def _name_run() -> str:
@@ -25,7 +25,7 @@ def maintain_chain(
     keep_versions: Annotated[int | None, label("Versions to keep", ge=1)] = None,
     delete_garbage: Annotated[bool, label("Delete garbage")] = False,
     grace_hours: Annotated[float, label("Grace (hours)", ge=1)] = 24.0,
-) -> list[Outcome]:
+) -> list[UpkeepResult]:
     """Verify, compact, expire and collect, in this order. A chain that does not hold is left as it is.
 
     Args:

@@ -8,11 +8,11 @@ from typing import Annotated, Any
 from prefect import flow, get_run_logger, tags
 from prefect.runtime import flow_run
 
+from weightline.deployments.server.artifacts import lineage_key
 from weightline.deployments.server.automations import WATCHED_TAG
 from weightline.flows.forms import RunsDir, StageNames, label
-from weightline.launch.names import lineage_key
 from weightline.runs.folder import default_runs_dir, open_run
-from weightline.runs.lock import the_only_training
+from weightline.runs.lock import exclusive_training_lock
 from weightline.tasks.training import (
     finished_version,
     make_start_model,
@@ -58,7 +58,7 @@ def post_training(
     )
     lineage = lineage_key(run.open_chain().name)
     get_run_logger().info("run %s commits to %s; its lineage is artifact %s", run.run_id, run.chain_url, lineage)
-    with the_only_training(run.chain_url, run.run_id):
+    with exclusive_training_lock(run.chain_url, run.run_id):
         make_start_model(run)
         # By the tag, runs are marked as crashed when they no longer live. A stage has none from its deployment.
         with tags(WATCHED_TAG):

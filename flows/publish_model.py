@@ -7,8 +7,8 @@ from typing import Annotated
 from prefect import flow
 from prefect.runtime import flow_run
 
+from weightline.chain.read.history import chain_name
 from weightline.flows.forms import ChainUrl, VersionName, label
-from weightline.launch.names import chain_name
 from weightline.tasks.release import Release, check_release, release
 
 

@@ -67,5 +67,5 @@ def _tell(chain: str, owed: Owed) -> None:
     """Announce what the server has not heard of, and write down what no run brought about."""
     for manifest in owed.unannounced:
         announce_again(chain, manifest)
-    for missing, why in owed.hopeless:
+    for missing, why in owed.exhausted:
         give_up(missing, why)

@@ -7,7 +7,7 @@ from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 
 from weightline.chain import Chain, open_chain
-from weightline.launch.names import lineage_key
+from weightline.deployments.server.artifacts import lineage_key
 from weightline.lineage.graph import MAX_NODES
 from weightline.lineage.openlineage import export_version
 from weightline.lineage.read import read_lineage, read_shortcuts

@@ -60,7 +60,7 @@ class Owed:
 
     unannounced: tuple[Manifest, ...]
     to_start: tuple[Missing, ...]
-    hopeless: tuple[tuple[Missing, str], ...]
+    exhausted: tuple[tuple[Missing, str], ...]
     """What no run has achieved, with the last word of the last."""
     unreadable: tuple[WeightlineError, ...]
     """Of versions whose manifest cannot be read: the others get what they are owed."""
@@ -112,7 +112,7 @@ def sort_out(
 ) -> tuple[tuple[Missing, ...], tuple[tuple[Missing, str], ...]]:
     """What to start a run for now, and what to give up, with the last run's word. `runs`: by key. Pure."""
     to_start: list[Missing] = []
-    hopeless: list[tuple[Missing, str]] = []
+    exhausted: list[tuple[Missing, str]] = []
     for one in missing:
         tried = [runs[key] for key in one.idempotency_keys if key in runs]
         match next_step([ended_at(run, now) for run in tried], now):
@@ -120,8 +120,8 @@ def sort_out(
                 to_start.append(replace(one, num_tried=len(tried)))
             case "give up":
                 state = tried[-1].state
-                hopeless.append((one, (state and state.message) or "it said nothing"))
-    return tuple(to_start), tuple(hopeless)
+                exhausted.append((one, (state and state.message) or "it said nothing"))
+    return tuple(to_start), tuple(exhausted)
 
 
 def take_turns(chains: Sequence[Sequence[Missing]], under_way: Collection[UnderWay]) -> list[Missing]:
@@ -158,8 +158,8 @@ def find_owed(chain: str, grace_seconds: float, under_way: frozenset[UnderWay] =
         told_now = {manifest.version for manifest in unannounced}
         known = [manifest for manifest in manifests if manifest.version not in told_now]
         missing = plan_missing(opened.url, known, lacking, before, under_way)
-        to_start, hopeless = sort_out(missing, read_runs_of(client, missing), now)
-    return Owed(unannounced, to_start, hopeless, unreadable)
+        to_start, exhausted = sort_out(missing, read_runs_of(client, missing), now)
+    return Owed(unannounced, to_start, exhausted, unreadable)
 
 
 @task(task_run_name="announce v{manifest.version} again", cache_policy=NO_CACHE, persist_result=False)

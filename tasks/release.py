@@ -14,8 +14,8 @@ from weightline.chain import Chain, open_chain
 from weightline.chain.files.checkpoint import write_checkpoint
 from weightline.chain.read.records import EVALUATIONS, read_records
 from weightline.chain.read.refs import resolve
+from weightline.deployments.server.artifacts import artifact_key
 from weightline.errors import InputError
-from weightline.launch.names import artifact_key
 from weightline.release.hub_repo import upload_model
 from weightline.release.model_card import CARD, CardFacts, model_card
 from weightline.runs.checks import PATIENCE_SECONDS, check_chain, check_folder, check_form

@@ -16,7 +16,7 @@ from prefect.settings import PREFECT_API_URL
 
 from weightline.chain import Chain
 from weightline.deployments.ranks.context import STEPS, rank_environment, write_rank_context
-from weightline.deployments.server.progress_board import ProgressBoard
+from weightline.deployments.server.artifacts import ProgressBoard
 from weightline.errors import DigestMismatchError, InputError
 from weightline.format.manifest import Manifest
 from weightline.launch.command import launch_argv, launch_environment
@@ -24,7 +24,7 @@ from weightline.launch.machines import calling, new_call
 from weightline.launch.ranks import run_ranks, with_rank_logs
 from weightline.runs.equality import differing_tensors
 from weightline.runs.folder import Run, new_run_id, prepare_run
-from weightline.runs.stage_watch import StageWatch
+from weightline.runs.stage_page import StageWatch
 from weightline.stages.job import StageJob, StageResult, write_atomically
 from weightline.stages.load import load_recipe
 from weightline.stages.recipe import StageKind

@@ -17,8 +17,8 @@ from weightline.chain.upkeep.expire import expire_before
 from weightline.chain.upkeep.gc import collect, plan_gc, view_chain
 from weightline.chain.upkeep.verify import VerifyReport, verify_chain
 from weightline.chain.write.author import DEFAULT_CODING
+from weightline.deployments.server.artifacts import artifact_key
 from weightline.errors import CorruptError
-from weightline.launch.names import artifact_key
 from weightline.lineage.table import escape_markdown_url
 from weightline.lineage.text import escape_markdown, format_nbytes
 
@@ -26,7 +26,7 @@ _MAX_TOLD = 20
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class UpkeepResult:
     """One verb, and what it did."""
 
     verb: str
@@ -34,7 +34,7 @@ class Outcome:
 
 
 @task(task_run_name="verify", cache_policy=NO_CACHE, persist_result=False)
-def verify(chain: str, is_deep: bool) -> Outcome:
+def verify(chain: str, is_deep: bool) -> UpkeepResult:
     """Everything that can be seen to hold, holds; else CorruptError, with what does not. Reads only."""
     report = verify_chain(open_chain(chain), is_deep=is_deep)
     if not report.holds:
@@ -46,7 +46,7 @@ def verify(chain: str, is_deep: bool) -> Outcome:
 
 
 @task(task_run_name="compact", cache_policy=NO_CACHE, persist_result=False)
-def compact(chain: str) -> Outcome:
+def compact(chain: str) -> UpkeepResult:
     """Write shortcuts to the tip, and an anchor, where readers would otherwise pay more. Safe to repeat."""
     opened = open_chain(chain)
     plan = plan_compaction(opened, coding=DEFAULT_CODING)
@@ -57,7 +57,7 @@ def compact(chain: str) -> Outcome:
 
 
 @task(task_run_name="expire", cache_policy=NO_CACHE, persist_result=False)
-def expire(chain: str, keep_versions: int) -> Outcome:
+def expire(chain: str, keep_versions: int) -> UpkeepResult:
     """Move the horizon so that the newest `keep_versions` stay. Safe to repeat."""
     opened = open_chain(chain)
     before = oldest_kept(opened)
@@ -66,7 +66,7 @@ def expire(chain: str, keep_versions: int) -> Outcome:
 
 
 @task(task_run_name="collect garbage", cache_policy=NO_CACHE, persist_result=False)
-def collect_garbage(chain: str, delete: bool, grace_hours: float) -> Outcome:
+def collect_garbage(chain: str, delete: bool, grace_hours: float) -> UpkeepResult:
     """Find what nothing can reach; delete it only if told so. Safe to repeat."""
     opened = open_chain(chain)
     now = datetime.now(UTC)
@@ -78,7 +78,7 @@ def collect_garbage(chain: str, delete: bool, grace_hours: float) -> Outcome:
 
 
 @task(task_run_name="show", cache_policy=NO_CACHE, persist_result=False)
-def show_maintenance(chain: str, outcomes: Sequence[Outcome]) -> str:
+def show_maintenance(chain: str, outcomes: Sequence[UpkeepResult]) -> str:
     """Write the artifact `upkeep-<chain>`. Safe to repeat."""
     name = open_chain(chain).name
     key = artifact_key(f"upkeep-{name}")
@@ -86,7 +86,7 @@ def show_maintenance(chain: str, outcomes: Sequence[Outcome]) -> str:
     return key
 
 
-def upkeep_markdown(chain: str, outcomes: Sequence[Outcome]) -> str:
+def upkeep_markdown(chain: str, outcomes: Sequence[UpkeepResult]) -> str:
     """A table, one row a verb. Pure."""
     rows = [f"| {escape_markdown(one.verb)} | {escape_markdown(one.text)} |" for one in outcomes]
     return "\n".join([f"Chain {escape_markdown_url(chain)}", "", "| step | outcome |", "| --- | --- |", *rows, ""])
@@ -104,6 +104,6 @@ def first_to_keep(chain: Chain, keep_versions: int) -> int:
     return max(0, chain.tip().version - keep_versions + 1)
 
 
-def _told(verb: str, text: str) -> Outcome:
+def _told(verb: str, text: str) -> UpkeepResult:
     get_run_logger().info("%s: %s", verb, text)
-    return Outcome(verb, text)
+    return UpkeepResult(verb, text)

@@ -33,7 +33,7 @@ from weightline.runs.progress import RunProgress, RunWatch
 from weightline.runs.summary import stage_lines, versions_table, write_summary
 
 if TYPE_CHECKING:
-    from weightline.deployments.server.trigger import RunState
+    from weightline.deployments.server.flow_runs import RunState
 
 _LOOK_SECONDS = 1.0
 _STATE_SECONDS = 2.0
@@ -164,7 +164,7 @@ def _start(stack: Stack, root: Path, console: Console) -> None:
 
 def _train(run: Run, stack: Stack, console: Console) -> None:
     """Start the flow run, show it while it goes, and see every version evaluated and offered to serving."""
-    from weightline.deployments.server.trigger import start_training
+    from weightline.deployments.server.flow_runs import start_training
 
     flow_run_id = start_training(run)
     console.print(f"flow run: {stack.ui_url}/runs/flow-run/{flow_run_id}", highlight=False, soft_wrap=True)
@@ -175,7 +175,7 @@ def _train(run: Run, stack: Stack, console: Console) -> None:
 
 
 def _watch_training(flow_run_id: UUID, stack: Stack, watch: RunWatch, screen: RunScreen) -> None:
-    from weightline.deployments.server.trigger import read_run_state
+    from weightline.deployments.server.flow_runs import read_run_state
 
     next_state_at = 0.0
     state: RunState | None = None
@@ -194,7 +194,7 @@ def _watch_training(flow_run_id: UUID, stack: Stack, watch: RunWatch, screen: Ru
 
 def _watch_settling(run: Run, stack: Stack, watch: RunWatch, screen: RunScreen) -> None:
     """Wait for evaluation and serving. Events can be lost: what does not move is started from the bucket."""
-    from weightline.deployments.server.trigger import start_reconcile
+    from weightline.deployments.server.flow_runs import start_reconcile
 
     deadline = time.monotonic() + _GIVE_UP_SECONDS
     moment = watch.look()

@@ -19,7 +19,7 @@ import httpx
 from weightline.deployments.stack.registry import SUPERVISOR, StackFacts, StackProcess, read_facts, write_facts
 from weightline.errors import InputError, LaunchError
 from weightline.fleet.local_replica import REPLICAS_DIR_VARIABLE
-from weightline.launch.names import RUNS_DIR_VARIABLE
+from weightline.launch.machines import RUNS_DIR_VARIABLE
 from weightline.launch.processes import start_process
 
 DEFAULT_PORT = 4200

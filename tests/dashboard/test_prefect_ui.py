@@ -15,9 +15,9 @@ from playwright.sync_api import Browser, Locator, Page, expect
 
 from tests import ROOT
 from tests.runs.recipes import write_recipe
+from weightline.deployments.server.artifacts import lineage_key
 from weightline.deployments.stack.registry import StackFacts, read_facts
 from weightline.deployments.stack.stack import StackFolder
-from weightline.launch.names import lineage_key
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 

@@ -135,7 +135,7 @@ def test_what_fails_for_good_is_written_down_and_not_started_again(
     deployed: SyncPrefectClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("weightline.deployments.server.consumer_runs.WINDOW_SECONDS", 0)
-    chain = _committed_unheard("hopeless")
+    chain = _committed_unheard("exhausted")
     for manifest in chain.manifests():
         announce_commit(chain.url, {"version": manifest.version, "commit_id": manifest.commit_id})
     for tried in range(MAX_RUNS + 1):

@@ -19,7 +19,7 @@ from prefect.flows import Flow
 from tests import ROOT
 from weightline.deployments.server.consumer_runs import EVALUATE, REFRESH
 from weightline.deployments.server.events import COMMITTED
-from weightline.deployments.server.trigger import POST_TRAINING, RECONCILE
+from weightline.deployments.server.flow_runs import POST_TRAINING, RECONCILE
 from weightline.deployments.worker.work_queues import LANES, WORK_POOL
 from weightline.stages.load import load_recipe
 

@@ -12,11 +12,11 @@ from tests import ROOT
 from tests.runs.recipes import write_recipe
 from weightline.errors import InputError
 from weightline.runs.folder import prepare_run
-from weightline.runs.lock import lock_path, the_only_training
+from weightline.runs.lock import exclusive_training_lock, lock_path
 
 _HOLDER = (
-    "import sys; from weightline.runs.lock import the_only_training\n"
-    "with the_only_training(sys.argv[1], 'other'): print('held', flush=True); sys.stdin.read()"
+    "import sys; from weightline.runs.lock import exclusive_training_lock\n"
+    "with exclusive_training_lock(sys.argv[1], 'other'): print('held', flush=True); sys.stdin.read()"
 )
 
 
@@ -32,15 +32,15 @@ def test_the_second_training_is_refused_until_the_first_has_gone_however_it_went
     assert holder.stdin is not None
     assert holder.stdout.readline() == b"held\n"
     with pytest.raises(InputError, match=r"^chain: .* is being trained by run other \(process \d+\)"):
-        with the_only_training(chain + "/", "mine"):
+        with exclusive_training_lock(chain + "/", "mine"):
             raise AssertionError("two trainings of one chain")
-    with the_only_training(chain + "2", "mine"):
+    with exclusive_training_lock(chain + "2", "mine"):
         pass
     holder.kill()
     holder.wait()
     holder.stdin.close()
     holder.stdout.close()
-    with the_only_training(chain, "mine"):
+    with exclusive_training_lock(chain, "mine"):
         assert "run mine" in lock_path(chain).read_text()
 
 
@@ -60,7 +60,7 @@ def test_a_chain_has_one_lock_and_one_url_however_it_is_spelled(
     escaped = str(folder).replace("chain", "%63hain")
     spelled = spelling.format(folder=folder, parent=tmp_path.name, escaped=escaped)
     assert spelled != chain
-    with the_only_training(spelled, "first"):
-        with pytest.raises(InputError, match="is being trained by run first"), the_only_training(chain, "second"):
+    with exclusive_training_lock(spelled, "first"):
+        with pytest.raises(InputError, match="is being trained by run first"), exclusive_training_lock(chain, "second"):
             raise AssertionError("two trainings of one chain")
     assert prepare_run(write_recipe(tmp_path), tmp_path / "runs", chain_url=spelled).chain_url == chain

@@ -50,9 +50,9 @@ def test_the_pace_is_that_of_the_last_minute() -> None:
     pace = Pace()
     assert pace.steps_per_second is None
     for second in range(200):
-        pace.saw(float(second), 2 * second if second < 100 else 200 + second - 100)
+        pace.observe(float(second), 2 * second if second < 100 else 200 + second - 100)
     assert pace.steps_per_second == 1.0
-    pace.saw(200.0, 5)  # resumed from an earlier step
+    pace.observe(200.0, 5)  # resumed from an earlier step
     assert pace.steps_per_second is None
     assert headline(5, 10, None) == "step 5 of 10"
     assert headline(5, 10, 2.5) == "step 5 of 10, 2.50 steps/s, 2 s to go"

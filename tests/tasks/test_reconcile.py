@@ -118,13 +118,13 @@ def test_a_run_that_goes_on_for_too_long_has_ended() -> None:
 
 
 def test_what_no_run_brought_about_is_given_up_with_the_last_word() -> None:
-    hopeless, tried_once, new = (_missing(version) for version in range(3))
+    exhausted, tried_once, new = (_missing(version) for version in range(3))
     failed = FlowRun(flow_id=uuid4(), state=Failed(message="no such task", timestamp=NOW))
-    runs = dict.fromkeys([*hopeless.idempotency_keys, tried_once.idempotency_key], failed)
-    to_start, given_up = sort_out([hopeless, tried_once, new], runs, NOW + timedelta(days=1))
+    runs = dict.fromkeys([*exhausted.idempotency_keys, tried_once.idempotency_key], failed)
+    to_start, given_up = sort_out([exhausted, tried_once, new], runs, NOW + timedelta(days=1))
     assert [one.version for one in to_start] == [1, 2]
     assert to_start[0].idempotency_key == tried_once.idempotency_keys[1]
-    assert given_up == ((hopeless, "no such task"),)
+    assert given_up == ((exhausted, "no such task"),)
 
 
 def test_every_chain_has_its_turn_and_no_consumer_too_much() -> None:

@@ -23,7 +23,7 @@ from weightline.flows.post_training import post_training, train_stage
 from weightline.format import keys
 from weightline.runs.equality import differing_tensors
 from weightline.runs.folder import Run, prepare_run
-from weightline.runs.metrics import MetricsFollower
+from weightline.runs.progress import MetricsFollower
 from weightline.stages.job import StageResult
 from weightline.tasks import training
 

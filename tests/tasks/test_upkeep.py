@@ -12,7 +12,7 @@ from weightline.chain.upkeep.verify import verify_chain
 from weightline.errors import ChainEmptyError, CorruptError
 from weightline.flows.maintain_chain import maintain_chain
 from weightline.format import keys
-from weightline.tasks.upkeep import Outcome, first_to_keep, upkeep_markdown
+from weightline.tasks.upkeep import UpkeepResult, first_to_keep, upkeep_markdown
 
 SHAPES = {"model.embed.weight": (400, 64), "model.norm.weight": (64,)}
 
@@ -28,12 +28,12 @@ def _grown(name: str, num_versions: int = 6) -> Chain:
     return chain
 
 
-def _texts(outcomes: list[Outcome]) -> dict[str, str]:
+def _texts(outcomes: list[UpkeepResult]) -> dict[str, str]:
     return {outcome.verb: outcome.text for outcome in outcomes}
 
 
 def test_a_page_says_what_each_step_did() -> None:
-    page = upkeep_markdown("memory://x|y", [Outcome("verify", "3 versions | all holds")])
+    page = upkeep_markdown("memory://x|y", [UpkeepResult("verify", "3 versions | all holds")])
     assert "`memory://x|y`" in page
     assert page.splitlines()[-1] == "| verify | 3 versions \\| all holds |"
 

@@ -16,8 +16,8 @@ from pathlib import Path
 
 from weightline.chain import open_chain
 from weightline.errors import ApplyError, LaunchError
-from weightline.launch.names import artifact_key
 from weightline.launch.processes import end_processes, start_process
+from weightline.lineage.text import slug
 from weightline.serving.http import client
 from weightline.serving.http.auth import load_token
 
@@ -48,7 +48,7 @@ def ensure_replica(chain_url: str, folder: Path) -> ReplicaAddress:
 
     LaunchError with the server's last lines when it does not come up. Safe to repeat.
     """
-    state_dir = folder / artifact_key(open_chain(chain_url).name)
+    state_dir = folder / slug(open_chain(chain_url).name)
     state_dir.mkdir(parents=True, exist_ok=True)
     token = load_token(state_dir)
     process = _running.get(chain_url)

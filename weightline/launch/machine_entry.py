@@ -11,8 +11,7 @@ import socket
 import sys
 
 from weightline.launch import peer
-from weightline.launch.machines import GROUP_VARIABLE
-from weightline.launch.names import RUNS_DIR_VARIABLE
+from weightline.launch.machines import GROUP_VARIABLE, RUNS_DIR_VARIABLE
 
 INDEX_VARIABLE = "JOB_COMPLETION_INDEX"
 

@@ -21,6 +21,8 @@ from weightline.launch.command import Place, launch_argv
 from weightline.stages.job import write_atomically
 from weightline.stages.recipe import FrozenModel
 
+#: The folder of all runs, for the processes that a stack or an indexed Job starts.
+RUNS_DIR_VARIABLE = "WEIGHTLINE_RUNS_DIR"
 #: How the others reach the machine that runs the flow; its host name when unset.
 MAIN_ADDRESS_VARIABLE = "WEIGHTLINE_MAIN_ADDRESS"
 MAIN_PORT_VARIABLE = "WEIGHTLINE_MAIN_PORT"

@@ -23,6 +23,11 @@ def escape_markdown(text: str) -> str:
     return _MARKDOWN_SPECIAL.sub(r"\\\1", plain)
 
 
+def slug(text: str) -> str:
+    """Returns lowercase letters, digits and dashes: "My_Chain v2" -> "my-chain-v2"."""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-") or "unnamed"
+
+
 def shorten(text: str) -> str:
     """One line of at most 60 characters."""
     line = " ".join(text.split())

@@ -24,7 +24,7 @@ from weightline.chain.read.records import write_record
 from weightline.chain.read.refs import resolve
 from weightline.errors import InputError, NotFoundError, RecipeError
 from weightline.format.keys import checked_name
-from weightline.launch.names import RUNS_DIR_VARIABLE
+from weightline.launch.machines import RUNS_DIR_VARIABLE
 from weightline.runs.checks import PATIENCE_SECONDS, check_form
 from weightline.stages.job import StageJob, write_atomically
 from weightline.stages.load import load_recipe

@@ -20,7 +20,7 @@ from weightline.store import open_store
 
 
 @contextmanager
-def the_only_training(chain_url: str, run_id: str) -> Iterator[None]:
+def exclusive_training_lock(chain_url: str, run_id: str) -> Iterator[None]:
     """Hold the chain's lock. InputError at once, naming the run that has it, when it is taken."""
     path = lock_path(chain_url)
     path.parent.mkdir(parents=True, exist_ok=True)

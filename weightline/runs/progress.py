@@ -1,20 +1,60 @@
-"""How far a run is, from its folder and its bucket alone: what the progress bars of a terminal show."""
+"""The progress of a run, read from its folder and its bucket: what the progress bars of a terminal show."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from weightline.chain import Chain
 from weightline.lineage.read import read_lineage
 from weightline.lineage.rows import LineageRow, is_settled
 from weightline.runs.folder import Run
-from weightline.runs.metrics import MetricsFollower
+
+_MAX_HISTORY = 20_000
+
+
+class MetricsFollower:
+    """Follows a stage's metrics.jsonl. Each refresh reads only what was added; a half-written last line is left."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._offset = 0
+        self.numbers: dict[str, float] = {}
+        """The newest value of each metric."""
+        self.history: list[dict[str, float]] = []
+        """The newest 20,000 logged lines, oldest first. The list is replaced, never changed: any thread may read it."""
+
+    @property
+    def step(self) -> int:
+        """The newest optimizer step that was logged."""
+        return int(self.numbers.get("step", 0))
+
+    def refresh(self) -> None:
+        """Reads the lines added since the last call. A missing file has none; one that shrank is read anew."""
+        try:
+            with self._path.open("rb") as file:
+                size = file.seek(0, 2)
+                if size < self._offset:
+                    self._offset, self.numbers = 0, {}
+                    self.history = []
+                file.seek(self._offset)
+                fresh = file.read(size - self._offset)
+        except FileNotFoundError:
+            return
+        whole = fresh[: fresh.rfind(b"\n") + 1]
+        self._offset += len(whole)
+        logged = [json.loads(line) for line in whole.splitlines()]
+        for numbers in logged:
+            self.numbers |= numbers
+        if logged:
+            self.history = [*self.history, *logged][-_MAX_HISTORY:]
 
 
 @dataclass(frozen=True, slots=True)
 class StageProgress:
-    """One stage. `numbers` holds the newest of what the trainer logs."""
+    """The progress of one stage. `numbers` holds the newest value of each metric."""
 
     kind: str
     step: int
@@ -23,7 +63,7 @@ class StageProgress:
 
     @property
     def headline(self) -> str:
-        """The number that a person looks at: the reward where there is one, else the loss."""
+        """The reward if the trainer logs one, else the loss, as in "loss 1.500"."""
         for name in ("reward", "loss"):
             if name in self.numbers:
                 return f"{name} {self.numbers[name]:.3f}"
@@ -32,7 +72,7 @@ class StageProgress:
 
 @dataclass(frozen=True, slots=True)
 class RunProgress:
-    """A moment of a run."""
+    """The state of a run at one moment."""
 
     stages: tuple[StageProgress, ...]
     rows: tuple[LineageRow, ...]
@@ -43,17 +83,17 @@ class RunProgress:
 
     @property
     def num_evaluated(self) -> int:
-        """Versions with a word on their evaluation, be it `skipped`."""
+        """Versions that have an evaluation record, of any status."""
         return sum(row.evaluation != "waiting" for row in self.rows)
 
     @property
     def num_served(self) -> int:
-        """Versions with a word on their serving, be it `skipped`."""
+        """Versions that have a refresh record, of any status."""
         return sum(row.serving != "waiting" for row in self.rows)
 
     @property
     def unsettled(self) -> tuple[int, ...]:
-        """Versions that are owed a word on either."""
+        """Versions that lack an evaluation record or a refresh record."""
         return tuple(row.version for row in self.rows if not is_settled(row))
 
     @property
@@ -62,7 +102,7 @@ class RunProgress:
 
 
 class RunWatch:
-    """Looks at a run again and again; each look reads only what may have changed."""
+    """Reads a run again and again; each look reads only what may have changed."""
 
     def __init__(self, run: Run) -> None:
         self._run = run
@@ -70,7 +110,7 @@ class RunWatch:
         self._metrics = {stage.kind: MetricsFollower(run.job(stage.kind).metrics_path) for stage in run.recipe.stages}
 
     def look(self) -> RunProgress:
-        """The run as it is now."""
+        """Returns the run's progress as it is now."""
         stages = []
         for stage in self._run.recipe.stages:
             metrics = self._metrics[stage.kind]

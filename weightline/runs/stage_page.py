@@ -1,15 +1,20 @@
-"""The page of a stage: how far and how fast it is, its curves, and its commits. Pure."""
+"""The page of a stage in the Prefect UI: its step and pace, its curves, and its commits."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from weightline.lineage.read import read_lineage
 from weightline.lineage.rows import LineageRow
 from weightline.lineage.table import markdown_table
 from weightline.runs.curves import curve_image, points_of
+from weightline.runs.folder import Run
+from weightline.runs.progress import MetricsFollower
+from weightline.stages.job import StageJob
 
-#: What a person looks at, in this order, where the trainer logs it.
+#: Curves that the page shows if the trainer logs them, in this order: metric -> title.
 CURVES = {
     "loss": "Loss",
     "reward": "Reward",
@@ -24,15 +29,40 @@ CURVES = {
 _MAX_ROWS = 100
 
 
+class StageWatch:
+    """Follows a stage while it trains, from its folder and the bucket. `look` from one thread, `draw_page` from any."""
+
+    def __init__(self, run: Run, job: StageJob) -> None:
+        self.title = f"{job.stage.kind} of {run.run_id}"
+        self.max_steps = job.stage.max_steps
+        self._run = run
+        self._stage = (job.stage.kind, run.run_id)
+        self._metrics = MetricsFollower(job.metrics_path)
+        self._pace = Pace()
+
+    def look(self) -> int:
+        """Reads the metrics logged since the last call. Returns the newest optimizer step."""
+        self._metrics.refresh()
+        self._pace.observe(time.monotonic(), self._metrics.step)
+        return self._metrics.step
+
+    def draw_page(self) -> str:
+        """Returns the page as Markdown."""
+        rows = read_lineage(self._run.open_chain(), _MAX_ROWS)
+        own = [row for row in rows if (row.stage, row.run_id) == self._stage]
+        metrics, pace = self._metrics, self._pace.steps_per_second
+        return stage_markdown(self.title, metrics.step, self.max_steps, pace, metrics.history, own)
+
+
 @dataclass(slots=True)
 class Pace:
-    """Optimizer steps by the second, over the last minute that was looked at."""
+    """Optimizer steps per second over the last minute."""
 
     window_seconds: float = 60.0
     _seen: list[tuple[float, int]] = field(default_factory=list)
 
-    def saw(self, now_seconds: float, step: int) -> None:
-        """`now_seconds` never decreases. A step that went back, after a resume, starts anew."""
+    def observe(self, now_seconds: float, step: int) -> None:
+        """Notes the step. `now_seconds` never decreases. A step that went back, after a resume, starts over."""
         if self._seen and step < self._seen[-1][1]:
             self._seen.clear()
         if not self._seen or step > self._seen[-1][1]:
@@ -42,7 +72,7 @@ class Pace:
 
     @property
     def steps_per_second(self) -> float | None:
-        """None until two different steps were seen."""
+        """None until two different steps were observed."""
         if len(self._seen) < 2:
             return None
         (start, first), (end, last) = self._seen[0], self._seen[-1]
@@ -53,7 +83,7 @@ def stage_markdown(
     title: str, step: int, max_steps: int, pace: float | None, history: Iterable[Mapping[str, float]],
     rows: Sequence[LineageRow],
 ) -> str:  # fmt: skip
-    """Headline, curves, and the newest commits of the stage as a table."""
+    """Returns the headline, the curves, and a table of the stage's newest commits. Pure."""
     logged = list(history)
     parts = [f"**{title}**: {headline(step, max_steps, pace)}"]
     images = (curve_image(label, points_of(logged, name)) for name, label in CURVES.items())
@@ -65,7 +95,7 @@ def stage_markdown(
 
 
 def headline(step: int, max_steps: int, pace: float | None) -> str:
-    """ "step 120 of 250, 2.4 steps/s, 54 s to go"."""
+    """Returns "step 120 of 250, 2.4 steps/s, 54 s to go". Pure."""
     words = [f"step {step} of {max_steps}"]
     if pace:
         words.append(f"{pace:.2f} steps/s" if pace >= 0.1 else f"{1 / pace:.0f} s/step")

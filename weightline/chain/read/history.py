@@ -34,7 +34,7 @@ class Chain:
     @property
     def name(self) -> str:
         """The last part of the URL: what people call the chain."""
-        return PurePosixPath(unquote(urlsplit(self.url).path or self.url)).name or "chain"
+        return chain_name(self.url)
 
     def tip_version(self) -> int | None:
         """The newest committed version, or None for an empty chain. One short listing."""
@@ -102,6 +102,11 @@ class Chain:
             return None
         version = hint.get("version") if isinstance(hint, dict) else None
         return version if isinstance(version, int) and version > 0 else None
+
+
+def chain_name(url: str) -> str:
+    """Returns the last part of a URL: "s3://bucket/chains/my%20model/" -> "my model"."""
+    return PurePosixPath(unquote(urlsplit(url).path or url)).name or "chain"
 
 
 def open_chain(url: str, trusted: TrustedKeys | None = None, patience_seconds: float | None = None) -> Chain:

@@ -1,32 +1,47 @@
-"""A stage's artifacts, which a slow or absent server cannot slow down: a thread writes them, when it gets to it.
+"""Artifacts of the Prefect UI: their keys, and the progress and page of a training stage.
 
-Two of them: the percentage, and the page with curves and commits (weightline.runs.stage_page).
+A board writes from a thread of its own, so that a slow or absent server cannot slow training down.
 """
 
 from __future__ import annotations
 
 import contextvars
+import logging
 import threading
 import time
 from collections.abc import Callable
 from types import TracebackType
-from typing import Any, Self
+from typing import Self, cast
+from uuid import UUID
 
 from prefect.artifacts import create_markdown_artifact, create_progress_artifact, update_progress_artifact
 
-from weightline.launch.names import artifact_key
+from weightline.lineage.text import slug
 
 _INTERVAL_SECONDS = 3.0
 _PAGE_SECONDS = 20.0
-_LAST_WORD_SECONDS = 3.0
+_CLOSE_SECONDS = 3.0
 
 DrawPage = Callable[[], str]
 
+logger = logging.getLogger(__name__)
+
+
+def artifact_key(text: str) -> str:
+    """Returns a key that Prefect accepts: "lineage-My_Chain" -> "lineage-my-chain"."""
+    return slug(text)
+
+
+def lineage_key(chain_name: str) -> str:
+    """Returns the key of the artifact that shows a chain's lineage."""
+    return artifact_key(f"lineage-{chain_name}")
+
 
 class ProgressBoard:
-    """Shows the newest `report`ed percentage in the current flow or task run. Never raises, never blocks a caller.
+    """Two artifacts of the current flow or task run: the newest `report`ed percentage, and a Markdown page.
 
-    `draw_page`, if given, is called on the board's own thread, now and then and at the end.
+    Reporting never raises and never blocks. `draw_page`, if given, is called on the board's own thread, every 20 s and
+    once at the end. A board that fails logs a warning and writes no more; the work goes on.
     """
 
     def __init__(self, name: str, description: str, draw_page: DrawPage | None = None) -> None:
@@ -39,7 +54,7 @@ class ProgressBoard:
         self._thread = threading.Thread(target=context.run, args=(self._run,), name="weightline-progress", daemon=True)
 
     def report(self, done: float, total: float) -> None:
-        """`done` of `total` is done."""
+        """Sets the percentage to `done` of `total`."""
         self._percent = round(100 * min(done / total, 1.0), 1) if total > 0 else 0.0
 
     def __enter__(self) -> Self:
@@ -50,18 +65,19 @@ class ProgressBoard:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._is_closing.set()
-        self._thread.join(timeout=_LAST_WORD_SECONDS)
+        self._thread.join(timeout=_CLOSE_SECONDS)
 
     def _run(self) -> None:
         try:
             self._write_until_closed()
-        # A picture of the work must never be the end of it, whatever the server, the bucket or Prefect does.
-        except Exception:  # noqa: BLE001
-            return
+        # The server, the bucket and Prefect may fail in any way here, and none of them may end a training.
+        except Exception as error:  # noqa: BLE001
+            logger.warning("the progress of %s is no longer shown: %r", self._name, error)
 
     def _write_until_closed(self) -> None:
         key = artifact_key(f"{self._name}-progress")
-        artifact_id: Any = create_progress_artifact(self._percent, key=key, description=self._description)
+        # Outside an async context the call has finished and returns the id.
+        artifact_id = cast(UUID, create_progress_artifact(self._percent, key=key, description=self._description))
         shown, page = self._percent, ""
         next_page_at = time.monotonic() + _INTERVAL_SECONDS
         is_last = False
@@ -75,7 +91,7 @@ class ProgressBoard:
                 next_page_at = time.monotonic() + _PAGE_SECONDS
 
     def _show_page(self, drawn: str, before: str) -> str:
-        """A version of the page for every one that says something new."""
+        """Writes a new version of the page if it differs from the one before."""
         if drawn != before:
             create_markdown_artifact(drawn, key=artifact_key(self._name), description=self._description)
         return drawn
