@@ -73,13 +73,12 @@ def _prepared(folder: Path) -> Chain:
 
 def _measure(chain: Chain, model: Path, num_versions: int, pause_seconds: float) -> dict[str, list[Start]]:
     from prefect.client.orchestration import get_client
-    from prefect.events.worker import EventsWorker, ProcessPoolForwardingEventsClient
 
+    from weightline.deployments.prefect_private import send_events_to
     from weightline.deployments.ranks.outbox import EventOutbox
     from weightline.deployments.server.events import announce_commit
 
-    outbox = EventOutbox(os.environ["PREFECT_API_URL"])
-    EventsWorker.set_client_override(ProcessPoolForwardingEventsClient, event_queue=outbox)
+    send_events_to(EventOutbox(os.environ["PREFECT_API_URL"]))
     starts: dict[str, list[Start]] = {name: [] for name in CONSUMERS}
     with get_client(sync_client=True) as client:
         for number in range(num_versions + 2):  # the first two warm everything up

@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """URL of a Prefect server's API, with a database of its own that goes with it. It looks at schedules often."""
-    from prefect.events.worker import EventsWorker
     from prefect.settings import PREFECT_API_URL, temporary_settings
 
+    from weightline.deployments.prefect_private import drain_events
     from weightline.deployments.stack.stack import Stack, StackFolder, free_port
 
     folder = StackFolder.under(tmp_path_factory.mktemp("server"))
@@ -32,7 +32,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         stack.start_server()
         with temporary_settings({PREFECT_API_URL: stack.api_url}):
             yield stack.api_url
-            EventsWorker.drain_all()
+            drain_events()
     finally:
         stack.end()
 

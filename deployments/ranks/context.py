@@ -10,23 +10,17 @@ import atexit
 import contextvars
 import json
 import os
-import tempfile
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from prefect import flow
-from prefect.client.schemas.objects import Flow as FlowFacts
 from prefect.client.schemas.objects import FlowRun
-from prefect.context import FlowRunContext, SyncClientContext, hydrated_context
-from prefect.events.related import RESOURCE_CACHE
-from prefect.events.worker import EventsWorker, ProcessPoolForwardingEventsClient
-from prefect.filesystems import LocalFileSystem
-from prefect.results import ResultStore
+from prefect.context import FlowRunContext
 from prefect.settings import PREFECT_API_URL
-from prefect.types._datetime import now
 
+from weightline.deployments.prefect_private import flow_run_context, remember_flow, send_events_to
 from weightline.deployments.ranks.outbox import EventOutbox
 
 RANK_CONTEXT_VARIABLE = "WEIGHTLINE_RANK_CONTEXT"
@@ -76,7 +70,7 @@ def enter_rank_context() -> contextvars.Context | None:
     path, api_url = os.environ.get(RANK_CONTEXT_VARIABLE), PREFECT_API_URL.value()
     if path is None or api_url is None:
         return None
-    EventsWorker.set_client_override(ProcessPoolForwardingEventsClient, event_queue=EventOutbox(api_url))
+    send_events_to(EventOutbox(api_url))
     context = contextvars.copy_context()
     context.run(_enter, json.loads(Path(path).read_text()))
     atexit.register(context.run, _ENTERED.close)
@@ -95,17 +89,5 @@ def _stage() -> None:
 def _enter(facts: dict[str, Any]) -> None:
     """Enter the flow run for good: the context lives as long as the process."""
     flow_run = FlowRun.model_validate(facts["flow_run"])
-    # Known in advance, so that no event waits for a server that would be asked for the flow's name.
-    flow_facts = FlowFacts(id=flow_run.flow_id, name=facts["flow_name"], labels={})
-    RESOURCE_CACHE[f"flow.{flow_run.flow_id}"] = cast(Any, ({"kind": "flow", "object": flow_facts}, now("UTC")))
-    # Nothing is ever stored there: results are not persisted. Without it, Prefect asks the server for a default.
-    storage = LocalFileSystem(basepath=tempfile.gettempdir())
-    context = {
-        "flow": _stage,
-        "flow_run": flow_run,
-        "parameters": {},
-        "result_store": ResultStore(result_storage=storage),
-        "persist_result": False,
-    }
-    _ENTERED.enter_context(hydrated_context({"flow_run_context": context}))
-    _ENTERED.enter_context(SyncClientContext())
+    remember_flow(flow_run.flow_id, facts["flow_name"])
+    _ENTERED.enter_context(flow_run_context(_stage, flow_run))

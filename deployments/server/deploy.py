@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from datetime import UTC, datetime
 from pathlib import Path
 from uuid import UUID
 
@@ -18,7 +19,6 @@ from prefect.client.schemas.filters import (
 from prefect.client.schemas.objects import StateType
 from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
 from prefect.states import Cancelled
-from prefect.types._datetime import now
 
 from weightline.deployments.server.automations import ensure_automation, zombie_automation
 from weightline.deployments.worker.work_queues import LANES, WORK_POOL
@@ -88,7 +88,7 @@ def end_stale_runs(client: SyncPrefectClient) -> int:
         FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=under_way))),
         FlowRunFilter(
             state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.SCHEDULED])),
-            next_scheduled_start_time=FlowRunFilterNextScheduledStartTime(before_=now("UTC")),
+            next_scheduled_start_time=FlowRunFilterNextScheduledStartTime(before_=datetime.now(UTC)),
         ),
     )
     return sum(_end_all(client, one) for one in stale)

@@ -20,7 +20,7 @@ import sys
 import time
 import uuid
 from collections.abc import Iterable
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from uuid import UUID
 
@@ -41,7 +41,6 @@ from prefect.client.schemas.objects import FlowRun, StateType
 from prefect.client.schemas.sorting import FlowRunSort
 from prefect.exceptions import Abort, ObjectNotFound, Pause
 from prefect.states import Cancelled, Crashed
-from prefect.types._datetime import now
 from prefect.utilities.engine import propose_state_sync
 
 from weightline.deployments.worker.slots import free_queues, orphans, taken_by
@@ -117,7 +116,7 @@ class WarmRunner:
         self._client.send_worker_heartbeat(self._pool, self._name, heartbeat_interval_seconds=_HEARTBEAT_SECONDS)
         queues = _queues_of(self._workers)
         # The offer is what says so; long past, since nothing of it is taken.
-        long_past = now("UTC") - timedelta(days=365)
+        long_past = datetime.now(UTC) - timedelta(days=365)
         self._client.get_scheduled_flow_runs_for_work_pool(self._pool, queues, scheduled_before=long_past)
 
     def _free_slots(self) -> None:
@@ -157,7 +156,7 @@ class WarmRunner:
         found = self._client.read_flow_runs(
             flow_run_filter=FlowRunFilter(
                 state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.SCHEDULED])),
-                next_scheduled_start_time=FlowRunFilterNextScheduledStartTime(before_=now("UTC")),
+                next_scheduled_start_time=FlowRunFilterNextScheduledStartTime(before_=datetime.now(UTC)),
             ),
             work_pool_filter=WorkPoolFilter(name=WorkPoolFilterName(any_=[self._pool])),
             work_queue_filter=WorkQueueFilter(name=WorkQueueFilterName(any_=queues)),

@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +23,15 @@ from prefect.client.schemas.filters import (
 from prefect.client.schemas.objects import DeploymentSchedule, FlowRun, StateType
 from prefect.client.schemas.schedules import CronSchedule
 from prefect.events import emit_event
-from prefect.events.worker import EventsWorker
 from prefect.exceptions import PrefectHTTPStatusError
 from prefect.states import Crashed, Failed, Scheduled
-from prefect.types._datetime import now
 
 from tests import ROOT
 from tests.chains import commit_state, nudged, random_state
 from tests.waiting import wait_until
 from weightline.chain import Chain, open_chain
 from weightline.chain.read.records import EVALUATIONS, REFRESHES, read_records
+from weightline.deployments.prefect_private import drain_events
 from weightline.deployments.server.consumer_runs import MAX_RUNS
 from weightline.deployments.server.deploy import deploy_all, end_stale_runs
 from weightline.deployments.server.events import announce_commit
@@ -52,7 +51,7 @@ def deployed(server: str) -> Iterator[SyncPrefectClient]:
         patch.setenv("PREFECT_API_URL", server)
         deploy_all(ROOT)
         yield client
-        EventsWorker.drain_all()
+        drain_events()
 
 
 def _runs(client: SyncPrefectClient, deployment: str, chain: str) -> list[FlowRun]:
@@ -242,7 +241,7 @@ def test_what_an_earlier_stack_left_behind_is_cancelled_and_plans_are_kept(deplo
     planned = deployed.create_flow_run_from_deployment(
         found.id,
         parameters={"chains": ["memory://future"]},
-        state=Scheduled(scheduled_time=now("UTC") + timedelta(hours=3)),
+        state=Scheduled(scheduled_time=datetime.now(UTC) + timedelta(hours=3)),
     )
     assert end_stale_runs(deployed) >= 1
     kept = deployed.read_flow_run(planned.id).state

@@ -8,18 +8,16 @@ from __future__ import annotations
 import os
 import sys
 
-from prefect.events.worker import EventsWorker, ProcessPoolForwardingEventsClient
-
 from tests.chains import commit_state, nudged, random_state
 from weightline.chain import open_chain
+from weightline.deployments.prefect_private import send_events_to
 from weightline.deployments.ranks.outbox import EventOutbox
 from weightline.deployments.server.events import announce_commit
 
 
 def main() -> None:
     chain = open_chain(sys.argv[1])
-    outbox = EventOutbox(os.environ["PREFECT_API_URL"])
-    EventsWorker.set_client_override(ProcessPoolForwardingEventsClient, event_queue=outbox)
+    send_events_to(EventOutbox(os.environ["PREFECT_API_URL"]))
     state = random_state(0)
     manifests = [commit_state(chain, state, is_milestone=True), commit_state(chain, nudged(state, 1), state)]
     for manifest in manifests:
