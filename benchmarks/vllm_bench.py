@@ -31,11 +31,11 @@ from weightline.chain.files.checkpoint import write_checkpoint
 from weightline.chain.files.target import FileTarget
 from weightline.chain.write.author import commit_folder
 from weightline.codec.compose import inverse
+from weightline.serving.engines.barrier import RequestBarrier
 from weightline.serving.engines.vllm.engine import VllmEngine
 from weightline.serving.engines.vllm.exchange import read_changes_file, write_changes
 from weightline.serving.engines.vllm.offline import OfflineTransport
 from weightline.serving.engines.vllm.worker import WeightlineWorker
-from weightline.serving.http.gate import Gate
 from weightline.serving.replica.prepare import PreparedDelta
 from weightline.serving.replica.replica import Replica
 from weightline.types import Changes
@@ -137,7 +137,7 @@ def running(model_folder: Path) -> Iterator[tuple[VllmEngine, Any]]:
         kv_cache_memory_bytes=2**26, worker_extension_cls="benchmarks.vllm_bench.BenchWorker",
         skip_tokenizer_init=True,
     )  # fmt: skip
-    engine = VllmEngine(OfflineTransport(llm), Gate(), model_folder)
+    engine = VllmEngine(OfflineTransport(llm), RequestBarrier(), model_folder)
     try:
         yield engine, llm
     finally:

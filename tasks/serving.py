@@ -24,16 +24,15 @@ from weightline.fleet.rollout import (
     Move,
     Rollout,
     RolloutSettings,
+    advance_serving_ref,
     is_for_good,
-    let_followers_move,
     open_rollout,
     serving_version,
     write_outcome,
 )
 from weightline.serving.http import client
-from weightline.serving.replica.facts import RefreshFacts
-from weightline.serving.replica.following import SERVING_REF
-from weightline.serving.replica.refresh_records import done_record, record_refresh
+from weightline.serving.replica.following import SERVING_REF, done_record, record_refresh
+from weightline.serving.replica.status import RefreshFacts
 from weightline.tasks.evaluation import evaluation_task, recipe_of
 
 _POLL_SECONDS = 1.0
@@ -129,7 +128,7 @@ def conclude(rollout: Rollout, moves: Sequence[Move], verdict: Verdict | None) -
     for move in moves:
         if move.facts is not None:
             record_refresh(opened, rollout.version, move.name, move.facts)
-    let_followers_move(opened, rollout)
+    advance_serving_ref(opened, rollout)
     return write_outcome(opened, rollout, "done", moves, verdict, None)
 
 

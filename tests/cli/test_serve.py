@@ -1,4 +1,4 @@
-"""`weightline serve transformers`: what its options mean, and how it refuses. tests/serving/test_server.py runs it."""
+"""`weightline serve transformers`: its options and its refusals. tests/serving/http/test_server.py runs the server."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def _serve(*options: str) -> None:
     assert CliRunner().invoke(app, argv, catch_exceptions=False).exit_code == 0
 
 
-def test_without_options_it_follows_every_version_behind_a_door_on_loopback(
+def test_without_options_it_follows_every_version_on_loopback(
     told: list[ServerSettings], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)

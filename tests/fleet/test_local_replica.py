@@ -18,9 +18,9 @@ from weightline.fleet.members import (
     REPLICA_HOSTS_VARIABLE,
     SERVING_URL_VARIABLE,
     Fleet,
-    ReachedReplica,
+    ReachableReplica,
     find_fleet,
-    may_be_asked,
+    may_receive_token,
 )
 from weightline.serving.http import client
 from weightline.serving.http.auth import TOKEN_VARIABLE
@@ -71,9 +71,9 @@ def test_a_lease_in_the_bucket_cannot_ask_for_the_token(
     monkeypatch.delenv(REPLICA_HOSTS_VARIABLE, raising=False)
     if hosts is not None:
         monkeypatch.setenv(REPLICA_HOSTS_VARIABLE, hosts)
-    assert may_be_asked(_lease(url)) is may
+    assert may_receive_token(_lease(url)) is may
     monkeypatch.delenv(TOKEN_VARIABLE)
-    assert not may_be_asked(_lease(url))
+    assert not may_receive_token(_lease(url))
 
 
 def _lease(url: str | None, follows: str | None = None) -> Lease:
@@ -83,7 +83,7 @@ def _lease(url: str | None, follows: str | None = None) -> Lease:
     )  # fmt: skip
 
 
-def _only(chain: Chain) -> ReachedReplica:
+def _only(chain: Chain) -> ReachableReplica:
     (found,) = find_fleet(chain).reached
     return found
 

@@ -1,4 +1,4 @@
-"""Three replicas behind real doors, moved by the flow: one first, its gate, then the others, or all go back."""
+"""Three replicas behind real sockets, moved by the flow: one first, its gate, then the others, or all go back."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from tests.runs.recipes import TOY
-from tests.serving.doors import TOKEN, OpenDoor, open_door
 from tests.serving.model_chains import ModelChain, assert_same_bits, engine_bits, fresh_bits, make_chain
+from tests.serving.servers import TOKEN, RunningReplica, running_replica
 from tests.waiting import wait_until
 from weightline.chain.read.records import EVALUATIONS, REFRESHES, ROLLOUTS, read_record, read_records, write_record
 from weightline.chain.read.refs import history_of
@@ -40,7 +40,7 @@ class Three:
 
     grown: ModelChain
     folder: Path
-    doors: dict[str, OpenDoor] = field(default_factory=dict)
+    replicas: dict[str, RunningReplica] = field(default_factory=dict)
 
     @property
     def url(self) -> str:
@@ -48,7 +48,7 @@ class Three:
 
     def versions(self) -> dict[str, int | None]:
         """What each one answers with, asked over HTTP."""
-        return {name: client.status(door.url).version for name, door in self.doors.items()}
+        return {name: client.status(running.url).version for name, running in self.replicas.items()}
 
     def score(self, version: int, score: float) -> None:
         """What evaluate-version would write."""
@@ -81,7 +81,7 @@ def three(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Three]:
     made = Three(grown, tmp_path)
     with ExitStack() as stack:
         for name in NAMES:
-            made.doors[name] = stack.enter_context(open_door(grown.chain, tmp_path / name, name, version=0))
+            made.replicas[name] = stack.enter_context(running_replica(grown.chain, tmp_path / name, name, version=0))
         yield made
 
 
@@ -112,9 +112,9 @@ def test_a_version_that_passes_reaches_all_after_the_canary(three: Three) -> Non
     assert record == three.outcome(1)
     told = (record["status"], record["moved"], record["score"], record["baseline_version"], record["baseline_score"])
     assert told == ("done", ["r-1", "r-0", "r-2"], 0.77, 0, 0.80)
-    for name, door in three.doors.items():
+    for name, running in three.replicas.items():
         fresh = fresh_bits(three.grown.chain, 1, three.folder / f"fresh-{name}")
-        assert_same_bits(engine_bits(door.replica.engine), fresh)  # type: ignore[arg-type]
+        assert_same_bits(engine_bits(running.replica.engine), fresh)  # type: ignore[arg-type]
 
 
 def test_a_version_that_fell_too_far_is_taken_back_from_the_canary_and_reaches_nobody(three: Three) -> None:
@@ -125,7 +125,7 @@ def test_a_version_that_fell_too_far_is_taken_back_from_the_canary_and_reaches_n
     assert evaluation.seen == {"r-0": 0, "r-1": 0, "r-2": 1}
     assert three.versions() == dict.fromkeys(NAMES, 0)
     base = fresh_bits(three.grown.chain, 0, three.folder / "fresh")
-    assert_same_bits(engine_bits(three.doors["r-2"].replica.engine), base)  # type: ignore[arg-type]
+    assert_same_bits(engine_bits(three.replicas["r-2"].replica.engine), base)  # type: ignore[arg-type]
     assert record["status"] == "rolled_back"
     assert "fell by 25.0 %, from 0.8 at version 0 to 0.6" in record["reason"]
     assert three.told(1) == {"r-0": "skipped", "r-1": "skipped", "r-2": "rolled_back"}
@@ -148,8 +148,8 @@ def test_a_version_that_fell_too_far_is_taken_back_from_the_canary_and_reaches_n
 def test_what_is_known_to_be_too_bad_does_not_even_reach_the_canary(three: Three) -> None:
     three.score(1, 0.2)
     moved: list[str] = []
-    for name, door in three.doors.items():
-        door.replica.engine.scatter = lambda _, name=name: moved.append(name)  # type: ignore[method-assign]
+    for name, running in three.replicas.items():
+        running.replica.engine.scatter = lambda _, name=name: moved.append(name)  # type: ignore[method-assign]
     record = refresh_serving(three.url, 1, min_score=0.5)
     assert (record["status"], record["reason"]) == ("skipped", "its score 0.2 is below 0.5")
     assert three.told(1) == dict.fromkeys(NAMES, "skipped")
@@ -173,15 +173,15 @@ def test_a_replica_that_has_nothing_to_go_back_to_waits_for_the_verdict(
     fresh = make_chain(f"memory://{uuid.uuid4().hex}/toy")
     write_record(fresh.chain, RUNS, 0, "run-1", {"status": "done", "recipe": TOY})
     write_record(fresh.chain, EVALUATIONS, 0, "arithmetic", {"status": "done", "score": 0.1})
-    with open_door(fresh.chain, tmp_path / "new", "new") as door:
+    with running_replica(fresh.chain, tmp_path / "new", "new") as running:
         assert refresh_serving(fresh.chain.url, 0, min_score=0.5)["status"] == "skipped"
-        assert door.replica.version is None
-    with open_door(fresh.chain, tmp_path / "follows", "follows", following=Following(0.05, "serving")) as door:
+        assert running.replica.version is None
+    with running_replica(fresh.chain, tmp_path / "follows", "follows", following=Following(0.05, "serving")) as running:
         fresh.grow()
         write_record(fresh.chain, EVALUATIONS, 1, "arithmetic", {"status": "done", "score": 0.9})
         record = refresh_serving(fresh.chain.url, 1, min_score=0.5)
         assert (record["status"], record["moved"], record["followers"]) == ("done", [], ["follows"])
-        wait_until(lambda: door.replica.version == 1)
+        wait_until(lambda: running.replica.version == 1)
 
 
 def test_a_replica_that_follows_by_itself_is_not_moved_though_its_url_was_named(
@@ -189,11 +189,11 @@ def test_a_replica_that_follows_by_itself_is_not_moved_though_its_url_was_named(
 ) -> None:
     """It would go back to what it follows, and a rollout that takes everybody back would not have it along."""
     with (
-        open_door(three.grown.chain, tmp_path / "tipper", "tipper", following=Following(0.05)) as tipper,
-        open_door(three.grown.chain, tmp_path / "waits", "waits", following=Following(0.05, "serving")) as waits,
+        running_replica(three.grown.chain, tmp_path / "tipper", "tipper", following=Following(0.05)) as tipper,
+        running_replica(three.grown.chain, tmp_path / "waits", "waits", following=Following(0.05, "serving")) as waits,
     ):
         wait_until(lambda: tipper.replica.version == 1)
-        urls = [door.url for door in (*three.doors.values(), tipper, waits)]
+        urls = [running.url for running in (*three.replicas.values(), tipper, waits)]
         monkeypatch.setenv(SERVING_URL_VARIABLE, " ".join(urls))
         three.score(1, 0.1)
         record = refresh_serving(three.url, 1, min_score=0.5)
@@ -207,15 +207,15 @@ def test_a_replica_that_follows_by_itself_is_not_moved_though_its_url_was_named(
     assert three.versions() == dict.fromkeys(NAMES, 0)
 
 
-def _failing(door: OpenDoor, how: Callable[[Sequence[Changes]], None]) -> None:
+def _failing(running: RunningReplica, how: Callable[[Sequence[Changes]], None]) -> None:
     """The engine's next scatter fails by `how`; after that it works again."""
-    real = door.replica.engine.scatter
+    real = running.replica.engine.scatter
 
     def scatter(changes: Sequence[Changes]) -> None:
-        door.replica.engine.scatter = real  # type: ignore[method-assign]
+        running.replica.engine.scatter = real  # type: ignore[method-assign]
         how(changes)
 
-    door.replica.engine.scatter = scatter  # type: ignore[method-assign]
+    running.replica.engine.scatter = scatter  # type: ignore[method-assign]
 
 
 def _corrupt(_: Sequence[Changes]) -> None:
@@ -223,7 +223,7 @@ def _corrupt(_: Sequence[Changes]) -> None:
 
 
 def test_when_a_later_wave_fails_all_go_back(three: Three) -> None:
-    _failing(three.doors["r-2"], _corrupt)
+    _failing(three.replicas["r-2"], _corrupt)
     record = refresh_serving(three.url, 1, wave_size=1, canary="r-0")
     assert record["status"] == "rolled_back"
     assert "r-2 could not move: the memory of this one is broken" in record["reason"]
@@ -233,7 +233,7 @@ def test_when_a_later_wave_fails_all_go_back(three: Three) -> None:
 
 
 def test_a_failure_that_was_allowed_for_stops_nobody_else(three: Three) -> None:
-    _failing(three.doors["r-2"], _corrupt)
+    _failing(three.replicas["r-2"], _corrupt)
     record = refresh_serving(three.url, 1, canary="r-0", max_failed=1)
     assert (record["status"], list(record["failed"])) == ("done", ["r-2"])
     assert three.versions() == {"r-0": 1, "r-1": 1, "r-2": 0}
@@ -256,7 +256,7 @@ def test_a_run_that_crashed_after_the_canary_moved_still_knows_where_it_came_fro
     settings = RolloutSettings(canary="r-1", gate=ScoreGate(min_score=0.5))
     planned = open_rollout(chain, 1, settings, find_fleet(chain))
     assert planned.plan.canary == "r-1"
-    client.refresh(three.doors["r-1"].url, TOKEN, 1)
+    client.refresh(three.replicas["r-1"].url, TOKEN, 1)
     three.score(1, 0.1)
     # ... and here the run ended, before the score was there.
     again = open_rollout(chain, 1, settings, find_fleet(chain))
@@ -266,7 +266,7 @@ def test_a_run_that_crashed_after_the_canary_moved_still_knows_where_it_came_fro
 def test_a_crashed_run_takes_the_canary_back_when_it_is_started_again(three: Three) -> None:
     chain = three.grown.chain
     open_rollout(chain, 1, RolloutSettings(canary="r-1"), find_fleet(chain))
-    client.refresh(three.doors["r-1"].url, TOKEN, 1)
+    client.refresh(three.replicas["r-1"].url, TOKEN, 1)
     three.score(1, 0.1)
     record = refresh_serving(three.url, 1, canary="r-1", min_score=0.5)
     assert record["status"] == "rolled_back"
@@ -276,7 +276,7 @@ def test_a_crashed_run_takes_the_canary_back_when_it_is_started_again(three: Thr
 def test_who_is_away_catches_up_and_who_follows_waits_for_the_gate(three: Three, tmp_path: Path) -> None:
     three.grown.grow()
     follows = Following(0.05, "serving")
-    with open_door(three.grown.chain, tmp_path / "follower", "follower", following=follows) as follower:
+    with running_replica(three.grown.chain, tmp_path / "follower", "follower", following=follows) as follower:
         evaluation = _Evaluation(three, 1, 0.9)
         record = refresh_serving(three.url, 1, min_score=0.5)
         evaluation.join(10)
@@ -287,7 +287,7 @@ def test_who_is_away_catches_up_and_who_follows_waits_for_the_gate(three: Three,
     three.grown.grow()
     three.score(3, 0.8)
     assert refresh_serving(three.url, 3, min_score=0.5)["followers"] == []
-    with open_door(three.grown.chain, tmp_path / "follower", "follower", following=follows) as back:
+    with running_replica(three.grown.chain, tmp_path / "follower", "follower", following=follows) as back:
         assert back.replica.version is None or back.replica.version == 1
         wait_until(lambda: back.replica.version == 3)
         wait_until(lambda: three.told(3).get("follower") == "done")

@@ -19,9 +19,9 @@ from tests.vllm.parts import FolderChain, greedy_tokens, offline
 from weightline.chain import open_chain
 from weightline.serving.engines.vllm import staging
 from weightline.serving.engines.vllm.engine import VllmEngine
-from weightline.serving.replica.marker import read_mark
 from weightline.serving.replica.proof import prove_weights
 from weightline.serving.replica.replica import Replica
+from weightline.serving.replica.status import read_mark
 
 
 class Killer:

@@ -1,4 +1,4 @@
-"""`weightline serve vllm`, as a person starts it: answers during refreshes, versions in answers, shut doors."""
+"""`weightline serve vllm`, as a person starts it: answers during refreshes, versions in answers, authentication."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ import pytest
 
 from tests.vllm.parts import MAX_TOKENS, PROMPTS, FolderChain, ask, make_chain, reference_tokens
 from tests.waiting import PATIENCE_SECONDS, wait_until
+from weightline.serving.engines.barrier import RequestBarrier
 from weightline.serving.engines.vllm.engine import VllmEngine
 from weightline.serving.engines.vllm.refused import _CONFIG, _OPTIONS
 from weightline.serving.engines.vllm.remote import RemoteTransport
 from weightline.serving.http import client
 from weightline.serving.http.auth import read_token
-from weightline.serving.http.gate import Gate
 from weightline.serving.replica.proof import prove_weights
 from weightline.serving.replica.replica import Replica
 
@@ -302,7 +302,7 @@ def test_a_caller_may_allow_an_answer_that_mixes_versions(server: Serving) -> No
 def test_a_replica_elsewhere_drives_a_server_over_its_development_routes(server: Serving, tmp_path: Path) -> None:
     """The last test of this server: its own replica knows nothing of it."""
     transport = RemoteTransport(server.url, "tiny", server.token)
-    engine = VllmEngine(transport, Gate(), server.made.work / "state" / "model")
+    engine = VllmEngine(transport, RequestBarrier(), server.made.work / "state" / "model")
     try:
         replica = Replica(server.made.chain, engine, tmp_path / "remote", "remote")
         replica.refresh(0)

@@ -111,7 +111,7 @@ def sglang(
     """Publish each version as the folder that SGLang's /pull_weights reads; with --every 0, up to the tip, then end."""
     from weightline.chain import open_chain
     from weightline.format.signature import load_trusted_keys
-    from weightline.serving.engines.sglang_publisher import Publisher
+    from weightline.serving.engines.sglang import Publisher
     from weightline.serving.replica.following import Following
 
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")

@@ -20,8 +20,8 @@ from weightline.fleet.local_replica import ensure_replica, replicas_dir
 from weightline.fleet.waves import Member
 from weightline.serving.http import client
 from weightline.serving.http.auth import TOKEN_VARIABLE, is_loopback
-from weightline.serving.replica.facts import ReplicaStatus
 from weightline.serving.replica.following import TIP
+from weightline.serving.replica.status import ReplicaStatus
 
 #: URLs of replicas that somebody else runs, separated by spaces or commas; their token is in WEIGHTLINE_TOKEN.
 SERVING_URL_VARIABLE = "WEIGHTLINE_SERVING_URL"
@@ -32,7 +32,7 @@ _LOOKS_AT_ONCE = 16
 
 
 @dataclass(frozen=True, slots=True)
-class ReachedReplica:
+class ReachableReplica:
     """A replica that answered just now."""
 
     name: str
@@ -52,7 +52,7 @@ class Fleet:
     `ungated`: those of the others that follow the chain's tip, and so serve every version before anybody judged it.
     """
 
-    reached: tuple[ReachedReplica, ...]
+    reached: tuple[ReachableReplica, ...]
     others: tuple[str, ...]
     ungated: tuple[str, ...] = ()
 
@@ -68,7 +68,7 @@ def find_fleet(chain: Chain) -> Fleet:
     addresses = dict(_named(chain))
     is_somebody_known = bool(addresses or leases)
     for lease in leases:
-        if lease.follows is None and may_be_asked(lease):
+        if lease.follows is None and may_receive_token(lease):
             addresses.setdefault(str(lease.url), os.environ[TOKEN_VARIABLE])
     told, errors = _look(chain, addresses)
     reached = tuple(one for one, follows in told if follows is None)
@@ -85,7 +85,7 @@ def find_fleet(chain: Chain) -> Fleet:
     return Fleet(reached, tuple(followers), tuple(name for name, follows in followers.items() if follows == TIP))
 
 
-def may_be_asked(lease: Lease) -> bool:
+def may_receive_token(lease: Lease) -> bool:
     """Whether the token may be sent where a lease says that its replica is: whoever writes to the bucket can say so."""
     host = urlsplit(lease.url or "").hostname
     if host is None or not os.environ.get(TOKEN_VARIABLE):
@@ -104,9 +104,11 @@ def _named(chain: Chain) -> Iterator[tuple[str, str]]:
         yield address.url, address.token
 
 
-def _look(chain: Chain, addresses: dict[str, str]) -> tuple[list[tuple[ReachedReplica, str | None]], list[ApplyError]]:
+def _look(
+    chain: Chain, addresses: dict[str, str]
+) -> tuple[list[tuple[ReachableReplica, str | None]], list[ApplyError]]:
     """Ask everybody; who answered, with what it follows. One name is one replica, however many URLs lead to it."""
-    found: dict[str, tuple[ReachedReplica, str | None]] = {}
+    found: dict[str, tuple[ReachableReplica, str | None]] = {}
     errors: list[ApplyError] = []
     with ThreadPoolExecutor(max_workers=_LOOKS_AT_ONCE) as pool:
         for (url, token), told in zip(addresses.items(), pool.map(_status_or_error, addresses), strict=True):
@@ -115,7 +117,7 @@ def _look(chain: Chain, addresses: dict[str, str]) -> tuple[list[tuple[ReachedRe
             elif not is_same_chain(told.chain, chain.url):
                 errors.append(ApplyError(f"the replica at {url} follows {told.chain}, not {chain.url}", url=url))
             else:
-                replica = ReachedReplica(told.replica, url, told.version, token)
+                replica = ReachableReplica(told.replica, url, told.version, token)
                 found.setdefault(told.replica, (replica, told.follows))
     return list(found.values()), errors
 

@@ -15,10 +15,10 @@ from weightline.chain.read.records import ROLLOUTS, Record, read_record, write_r
 from weightline.chain.read.refs import move_ref, newest_move
 from weightline.errors import CorruptError, UnsupportedFeatureError, WeightlineError
 from weightline.evaluation.gate import ScoreGate, Verdict
-from weightline.fleet.members import Fleet, ReachedReplica
+from weightline.fleet.members import Fleet, ReachableReplica
 from weightline.fleet.waves import Member, WavePlan, plan_waves
-from weightline.serving.replica.facts import RefreshFacts
 from weightline.serving.replica.following import SERVING_REF
+from weightline.serving.replica.status import RefreshFacts
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +48,7 @@ class Rollout:
     attempt: str
     outcome: Record | None = None
 
-    def replica(self, name: str) -> ReachedReplica:
+    def replica(self, name: str) -> ReachableReplica:
         """The replica of that name."""
         return next(one for one in self.fleet.reached if one.name == name)
 
@@ -148,7 +148,7 @@ def write_outcome(
     return _write(chain, rollout, "outcome", told)
 
 
-def let_followers_move(chain: Chain, rollout: Rollout) -> None:
+def advance_serving_ref(chain: Chain, rollout: Rollout) -> None:
     """Let the ref `serving` stand for the version: what replicas that follow by themselves wait for.
 
     A version that comes late does not pull it back, unless that was asked for.

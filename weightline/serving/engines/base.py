@@ -58,7 +58,7 @@ class Generation:
 
 
 class Engine(Protocol):
-    """An engine's weights and its gate. Errors are ApplyError unless said otherwise.
+    """An engine's weights and its request barrier. Errors are ApplyError unless said otherwise.
 
     `load`, `scatter` and `set_version` are called by one thread at a time, and only between pause and resume.
     """

@@ -12,14 +12,13 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, StoppingCriteria
 from transformers.utils import logging as transformers_logging
 
 from weightline.errors import ApplyError, InputError
+from weightline.serving.engines.barrier import RequestBarrier
 from weightline.serving.engines.base import Completion, Generation, GenerationRequest, Prompt
 from weightline.serving.engines.in_place import LiveWeights
-from weightline.serving.engines.stopping import StopStrings, cut_at_stop
-from weightline.serving.http.gate import Gate
 from weightline.types import BitsArray, Changes, PositionArray, TensorSpec
 
 _FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
@@ -33,7 +32,7 @@ class TransformersEngine:
     def __init__(self, device: str | None = None) -> None:
         self.device = _usable_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.version: int | None = None
-        self._gate = Gate(max_in_flight=1)
+        self._barrier = RequestBarrier(max_in_flight=1)
         self._model: Any = None
         self._tokenizer: Any = None
         self._weights: LiveWeights | None = None
@@ -78,14 +77,14 @@ class TransformersEngine:
         self.version = version
 
     def pause(self, timeout_seconds: float) -> None:
-        self._gate.close(timeout_seconds)
+        self._barrier.drain(timeout_seconds)
 
     def resume(self) -> None:
-        self._gate.open()
+        self._barrier.release()
 
     @torch.inference_mode()
     def generate(self, request: GenerationRequest) -> Generation:
-        with self._gate.request():
+        with self._barrier.request():
             version = self.version
             if version is None:
                 raise ApplyError("no checked version is loaded: ask again after the next refresh", engine=self.name)
@@ -217,3 +216,29 @@ def _quiet_loading() -> Iterator[None]:
     finally:
         if was_enabled:
             transformers_logging.enable_progress_bar()
+
+
+#: Tokens that may stand for no character (special tokens, parts of a character) beside those of the stop string itself.
+_SLACK_TOKENS = 8
+
+
+def cut_at_stop(text: str, stop: Sequence[str]) -> str | None:
+    """The text before the first stop string, or None when there is none in it."""
+    found = [at for one in stop if (at := text.find(one)) >= 0]
+    return text[: min(found)] if found else None
+
+
+class StopStrings(StoppingCriteria):
+    """Marks the rows whose new text contains a stop string. A token is at least a byte, so only the tail is decoded."""
+
+    def __init__(self, tokenizer: Any, stop: Sequence[str], prompt_width: int) -> None:
+        self._tokenizer = tokenizer
+        self._stop = tuple(stop)
+        self._first = prompt_width
+        self._window = max(len(one.encode()) for one in stop) + _SLACK_TOKENS
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:
+        new = input_ids[:, max(self._first, input_ids.shape[1] - self._window) :]
+        texts = self._tokenizer.batch_decode(new, skip_special_tokens=True)
+        is_done = [cut_at_stop(text, self._stop) is not None for text in texts]
+        return torch.tensor(is_done, dtype=torch.bool, device=input_ids.device)

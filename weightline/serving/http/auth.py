@@ -45,7 +45,7 @@ def read_token(path: Path) -> str:
 
 
 def has_given_token(state_dir: Path) -> bool:
-    """Whether somebody chose the token: then it may open a door that others can reach."""
+    """Whether an operator chose the token, so that the replica may listen where other machines reach it."""
     return os.environ.get(TOKEN_VARIABLE) is not None or (state_dir / TOKEN_FILE).exists()
 
 

@@ -8,8 +8,8 @@ import httpx
 from pydantic import BaseModel, ValidationError
 
 from weightline.errors import ApplyError
-from weightline.serving.http.http_errors import error_of
-from weightline.serving.replica.facts import RefreshFacts, ReplicaStatus
+from weightline.serving.http.errors import error_of
+from weightline.serving.replica.status import RefreshFacts, ReplicaStatus
 
 Told = TypeVar("Told", bound=BaseModel)
 

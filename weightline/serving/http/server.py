@@ -1,4 +1,4 @@
-"""One replica behind one door, in the foreground until told to stop: what `weightline serve transformers` runs."""
+"""One replica behind one socket, in the foreground until a signal: what `weightline serve transformers` runs."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ import uvicorn
 from weightline.chain import Chain, open_chain
 from weightline.errors import InputError
 from weightline.format.signature import load_trusted_keys
+from weightline.serving.http.app import build_app
 from weightline.serving.http.auth import TOKEN_VARIABLE, has_given_token, is_loopback, load_token
-from weightline.serving.http.door import build_door
 from weightline.serving.http.service import ReplicaService
 from weightline.serving.replica.following import Following
 from weightline.serving.replica.registration import Presence
@@ -66,19 +66,19 @@ def serve(settings: ServerSettings) -> None:
     """Serve by the embedded engine until told to stop.
 
     InputError, before anything is loaded, when the port is taken, the state folder or the name is another replica's,
-    or the door would be open to others without a token that somebody chose.
+    or other machines could reach the replica without a token that an operator chose.
     """
     require_safe_binding(settings.host, settings.state_dir)
     with own_folder(settings.state_dir), _listening(settings) as listener:
         chain = settings.open_chain()
-        # Imports torch, which takes seconds: not before it is clear that the door can open.
+        # Imports torch, which takes seconds: not before it is clear that the server can start.
         from weightline.serving.engines.transformers import TransformersEngine
 
         engine = TransformersEngine(settings.device)
         options = ReplicaSettings(drain_seconds=settings.drain_seconds)
         replica = Replica(chain, engine, settings.state_dir, settings.name, options)
         service = ReplicaService(replica, settings.following, settings.presence(listener.getsockname()[1]))
-        app = build_door(service, load_token(settings.state_dir))
+        app = build_app(service, load_token(settings.state_dir))
         service.start()
         try:
             config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5)

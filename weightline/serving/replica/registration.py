@@ -17,7 +17,7 @@ from pathlib import Path
 from weightline.chain import Chain
 from weightline.chain.read.leases import Lease, read_lease, write_lease
 from weightline.errors import InputError, StorageError
-from weightline.serving.replica.facts import ReplicaStatus
+from weightline.serving.replica.status import ReplicaStatus
 
 _log = logging.getLogger(__name__)
 HOLDER_FILE = "holder"

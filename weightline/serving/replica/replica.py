@@ -21,8 +21,6 @@ from weightline.codec.compose import inverse
 from weightline.errors import ApplyError, BaseMismatchError, InputError, WeightlineError
 from weightline.format.keys import checked_name
 from weightline.serving.engines.base import Engine, StagingEngine
-from weightline.serving.replica.facts import RefreshFacts, ReplicaStatus
-from weightline.serving.replica.marker import Mark, read_mark, write_mark
 from weightline.serving.replica.prepare import (
     Held,
     Prepared,
@@ -35,6 +33,7 @@ from weightline.serving.replica.prepare import (
     remove_leftovers,
 )
 from weightline.serving.replica.proof import prove_elements, prove_weights
+from weightline.serving.replica.status import Mark, RefreshFacts, ReplicaStatus, read_mark, write_mark
 
 #: Above this size the changed elements are not read back by default: the digest from the changes has to do.
 READ_BACK_MAX_ELEMENTS = 4_000_000_000

@@ -34,7 +34,7 @@ class Transport(Channel, Protocol):
     """What carries calls to a vLLM. Errors are ApplyError."""
 
     def pause(self) -> None:
-        """Stand still; requests that the gate let through wait in vLLM's queue."""
+        """Stand still; requests that the barrier let through wait in vLLM's queue."""
         ...
 
     def resume(self) -> None: ...
@@ -52,14 +52,14 @@ class Transport(Channel, Protocol):
         ...
 
 
-class RequestGate(Protocol):
-    """What stands between requests and a refresh; see weightline/serving/http/gate.py."""
+class Barrier(Protocol):
+    """What stands between requests and a refresh; see weightline/serving/engines/barrier.py."""
 
     def request(self) -> AbstractContextManager[None]: ...
 
-    def close(self, timeout_seconds: float) -> None: ...
+    def drain(self, timeout_seconds: float) -> None: ...
 
-    def open(self) -> None: ...
+    def release(self) -> None: ...
 
 
 class VllmEngine:
@@ -67,9 +67,9 @@ class VllmEngine:
 
     name = "vllm"
 
-    def __init__(self, transport: Transport, gate: RequestGate, model_folder: Path) -> None:
+    def __init__(self, transport: Transport, barrier: Barrier, model_folder: Path) -> None:
         self.version: int | None = None
-        self._transport, self._gate = transport, gate
+        self._transport, self._barrier = transport, barrier
         self._started_with = _files_read_at_start(model_folder)
         self._workers = Workers(transport)
         self._specs: dict[str, TensorSpec] = {}
@@ -154,7 +154,7 @@ class VllmEngine:
         self._transport.tell_version(version)
 
     def pause(self, timeout_seconds: float) -> None:
-        self._gate.close(timeout_seconds)
+        self._barrier.drain(timeout_seconds)
         is_paused = False
         try:
             with self._calling:
@@ -162,17 +162,17 @@ class VllmEngine:
             is_paused = True
         finally:
             if not is_paused:
-                self._gate.open()
+                self._barrier.release()
 
     def resume(self) -> None:
         try:
             with self._calling:
                 self._transport.resume()
         finally:
-            self._gate.open()
+            self._barrier.release()
 
     def generate(self, request: GenerationRequest) -> Generation:
-        with self._gate.request():
+        with self._barrier.request():
             version = self.version
             if version is None:
                 raise ApplyError("no checked version is loaded: ask again after the next refresh", engine=self.name)

@@ -1,4 +1,4 @@
-"""vLLM's app behind the gate: what the weights answer comes from one version, and says from which.
+"""vLLM's app behind the barrier: what the weights answer comes from one version, and says from which.
 
 Why no answer mixes versions: a request is counted from before vLLM sees it until its last byte is sent, a refresh waits
 until none is counted, and new ones wait until the refresh is over. A caller who sends `x-weightline-mixing: allow` is
@@ -21,9 +21,9 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from weightline.errors import ErrorKind
-from weightline.serving.engines.vllm.gate import LoopGate
-from weightline.serving.http.api import VERSION_HEADER
-from weightline.serving.http.http_errors import error_body
+from weightline.serving.engines.barrier import AsyncRequestBarrier
+from weightline.serving.http.app import VERSION_HEADER
+from weightline.serving.http.errors import error_body
 
 MIXING_HEADER = "x-weightline-mixing"
 MAX_BODY_NBYTES = 256 * 1024 * 1024
@@ -40,13 +40,13 @@ class Versioned(Protocol):
         """The version whose weights are in place; None while there is no checked one."""
 
 
-class GatedApp:
+class VersionedApp:
     """Pure ASGI, for HTTP. `answered` counts the answers of status 200."""
 
     def __init__(
         self,
         app: ASGIApp,
-        gate: LoopGate,
+        barrier: AsyncRequestBarrier,
         engine: Versioned,
         answered: Counter,
         *,
@@ -54,7 +54,7 @@ class GatedApp:
         max_body_seconds: float = MAX_BODY_SECONDS,
         max_send_seconds: float = MAX_SEND_SECONDS,
     ) -> None:
-        self._app, self._gate, self._engine, self._answered = app, gate, engine, answered
+        self._app, self._barrier, self._engine, self._answered = app, barrier, engine, answered
         self._max_body_nbytes, self._max_body_seconds = max_body_nbytes, max_body_seconds
         self._max_send_seconds = max_send_seconds
 
@@ -88,7 +88,7 @@ class GatedApp:
 
     async def _pass(self, scope: Scope, receive: Receive, send: Send) -> None:
         allows_mixing = Request(scope).headers.get(MIXING_HEADER) == "allow"
-        async with self._gate.passing(holds_up=not allows_mixing):
+        async with self._barrier.passing(is_counted=not allows_mixing):
             if self._engine.version is None:
                 await unavailable("no checked version is loaded: ask again after the next refresh")(
                     scope, receive, send

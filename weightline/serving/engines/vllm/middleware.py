@@ -1,4 +1,4 @@
-"""The middleware of a vLLM server that is a replica: its gate, its token, the version in its answers, its own routes.
+"""The middleware of a vLLM server that is a replica: barrier, token, the version in its answers, its own routes.
 
     vllm serve ... --middleware weightline.serving.engines.vllm.middleware.ReplicaMiddleware
 
@@ -19,16 +19,16 @@ from prometheus_client import REGISTRY
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from weightline.serving.engines.barrier import AsyncRequestBarrier
 from weightline.serving.engines.vllm.engine import VllmEngine
-from weightline.serving.engines.vllm.gate import LoopGate
-from weightline.serving.engines.vllm.gated import GatedApp, unavailable
+from weightline.serving.engines.vllm.gated import VersionedApp, unavailable
 from weightline.serving.engines.vllm.online import OnlineTransport
 from weightline.serving.engines.vllm.refused import check_config
 from weightline.serving.engines.vllm.routes import RENAMED, Route, classify
 from weightline.serving.engines.vllm.settings import SETTINGS_VARIABLE, VllmSettings, build_service
+from weightline.serving.http.app import build_app
 from weightline.serving.http.auth import is_authorized, load_token
-from weightline.serving.http.door import build_door
-from weightline.serving.http.http_errors import UNAUTHORIZED, error_body
+from weightline.serving.http.errors import UNAUTHORIZED, error_body
 from weightline.serving.http.service import ReplicaService
 
 _NO_WEBSOCKETS = "no websockets here: what one answers over its life would come from several versions"
@@ -43,8 +43,8 @@ class ReplicaMiddleware:
         self._token = load_token(Path(self._settings.server.state_dir))
         self._engine: VllmEngine | None = None
         self._service: ReplicaService | None = None
-        self._door: FastAPI | None = None
-        self._gated: GatedApp | None = None
+        self._replica_app: FastAPI | None = None
+        self._versioned: VersionedApp | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -68,12 +68,12 @@ class ReplicaMiddleware:
 
     async def _start(self, app: Any) -> None:
         check_config(app.state.engine_client.vllm_config)
-        gate = LoopGate()
+        barrier = AsyncRequestBarrier()
         transport = OnlineTransport(app.state.engine_client, asyncio.get_running_loop())
-        engine = self._engine = VllmEngine(transport, gate, Path(self._settings.model_folder))
+        engine = self._engine = VllmEngine(transport, barrier, Path(self._settings.model_folder))
         service = self._service = build_service(self._settings, engine)
-        self._door = build_door(service, self._token)
-        self._gated = GatedApp(self._app, gate, engine, service.metrics.completions)
+        self._replica_app = build_app(service, self._token)
+        self._versioned = VersionedApp(self._app, barrier, engine, service.metrics.completions)
         # What vLLM shows at /metrics.
         REGISTRY.register(service.metrics.registry)
         await asyncio.to_thread(service.start)
@@ -90,23 +90,23 @@ class ReplicaMiddleware:
         if route is Route.OPEN:
             return self._app
         if route is Route.OURS:
-            return _renaming(self._door) if self._door else unavailable("the replica has not started yet")
+            return _renaming(self._replica_app) if self._replica_app else unavailable("the replica has not started yet")
         if route is not Route.INFERENCE and not self._is_authorized(scope):
             body = error_body("this route needs the replica's token: Authorization: Bearer ...", UNAUTHORIZED)
             return JSONResponse(body, 401, {"www-authenticate": "Bearer"})
         if route is Route.CONTROL:
             return self._app
-        return self._gated or unavailable("the replica has not started yet")
+        return self._versioned or unavailable("the replica has not started yet")
 
     def _is_authorized(self, scope: Scope) -> bool:
         return is_authorized(Headers(scope=scope).get("authorization"), self._token)
 
 
-def _renaming(door: FastAPI) -> ASGIApp:
-    """The door, by its routes' own paths."""
+def _renaming(app: FastAPI) -> ASGIApp:
+    """Returns the replica's app, reached by the paths of RENAMED."""
 
     async def renamed(scope: Scope, receive: Receive, send: Send) -> None:
         path: str = RENAMED.get(scope["path"]) or scope["path"]
-        await door({**scope, "path": path, "raw_path": path.encode(), "root_path": ""}, receive, send)
+        await app({**scope, "path": path, "raw_path": path.encode(), "root_path": ""}, receive, send)
 
     return renamed

@@ -7,16 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from weightline.errors import ApplyError, InputError
+from weightline.serving.engines.barrier import RequestBarrier
 from weightline.serving.engines.base import Completion, GenerationRequest
 from weightline.serving.engines.vllm.engine import VllmEngine
 from weightline.serving.engines.vllm.features import OFFLINE, require
-from weightline.serving.http.gate import Gate
 
 WORKER_EXTENSION = "weightline.serving.engines.vllm.worker.WeightlineWorker"
 
 
 class OfflineTransport:
-    """Implements `Transport`. `LLM` is not safe in threads: the engine's gate lets one request in at a time."""
+    """Implements `Transport`. `LLM` is not safe in threads: the engine's barrier lets one request in at a time."""
 
     def __init__(self, llm: Any) -> None:
         self._llm = llm
@@ -26,7 +26,7 @@ class OfflineTransport:
         return answers
 
     def pause(self) -> None:
-        """Nothing runs: the gate is closed and `LLM` computes only while it is asked to."""
+        """Nothing runs: the barrier is closed and `LLM` computes only while it is asked to."""
 
     def resume(self) -> None:
         """Nothing was stopped."""
@@ -79,4 +79,4 @@ def start_offline(model_folder: Path, **options: Any) -> tuple[VllmEngine, Any]:
     from vllm import LLM
 
     llm = LLM(str(model_folder), load_format="dummy", worker_extension_cls=WORKER_EXTENSION, **options)
-    return VllmEngine(OfflineTransport(llm), Gate(max_in_flight=1), model_folder), llm
+    return VllmEngine(OfflineTransport(llm), RequestBarrier(max_in_flight=1), model_folder), llm

@@ -28,7 +28,7 @@ class OnlineTransport:
         return answers
 
     def pause(self) -> None:
-        """Of the requests that the gate let through, those that allow mixing go back into the queue."""
+        """Of the requests that the barrier let through, those that allow mixing go back into the queue."""
         self._wait(self._client.pause_generation(mode="keep"))
 
     def resume(self) -> None:

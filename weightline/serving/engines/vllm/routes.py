@@ -11,13 +11,13 @@ class Route(Enum):
     OPEN = auto()
     """Tells of the server; no weights take part."""
     INFERENCE = auto()
-    """Answered by the weights: passes the gate, and carries their version."""
+    """Answered by the weights: passes the barrier, and carries their version."""
     OURS = auto()
-    """Answered by the replica's own door."""
+    """Answered by the replica's own app."""
     CONTROL = auto()
     """Looks at the server or steers it, and generates nothing: needs the token, and never waits."""
     GUARDED = auto()
-    """Anything else, also what a later vLLM adds: needs the token, passes the gate, carries the version."""
+    """Anything else, also what a later vLLM adds: needs the token, passes the barrier, carries the version."""
 
 
 _OPEN = frozenset(
@@ -46,7 +46,7 @@ _CONTROL = frozenset(
 )  # fmt: skip
 _LOOKS = frozenset({"GET", "HEAD", "OPTIONS"})
 _OURS = "/weightline/"
-#: The door's own route, by the path under which it is reached here: vLLM has a /metrics of its own.
+#: The replica's own route, by the path under which it is reached here: vLLM has a /metrics of its own.
 RENAMED = {"/weightline/metrics": "/metrics", "/ready": "/ready"}
 
 

@@ -27,8 +27,8 @@ from weightline.serving.engines.vllm.refused import check_arguments, check_envir
 from weightline.serving.engines.vllm.settings import SETTINGS_VARIABLE, VllmSettings
 from weightline.serving.http.auth import load_token
 from weightline.serving.http.server import ADDRESS_FILE, ServerSettings, own_folder, require_safe_binding, write_address
-from weightline.serving.replica.marker import read_mark
 from weightline.serving.replica.registration import require_free_name
+from weightline.serving.replica.status import read_mark
 
 MIDDLEWARE = "weightline.serving.engines.vllm.middleware.ReplicaMiddleware"
 _DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}

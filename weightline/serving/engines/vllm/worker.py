@@ -20,7 +20,7 @@ from weightline.serving.engines.vllm.features import WORKER, require
 from weightline.serving.engines.vllm.jobs import Job
 from weightline.serving.engines.vllm.plugin import register
 from weightline.serving.engines.vllm.state import WorkerWeights
-from weightline.serving.http.http_errors import error_body
+from weightline.serving.http.errors import error_body
 from weightline.types import TensorSpec
 
 if current_platform.is_cpu():

@@ -17,7 +17,7 @@ from weightline.codec.digest import add_digests, parse_digest
 from weightline.errors import ApplyError
 from weightline.serving.engines.vllm.boxes import Box, Owned, box_from_json, share_out
 from weightline.serving.engines.vllm.exchange import allocate
-from weightline.serving.http.http_errors import error_of
+from weightline.serving.http.errors import error_of
 from weightline.types import BitsArray, TensorSpec, bits_dtype
 
 _FIRST_POLL_SECONDS = 0.001

@@ -1,4 +1,4 @@
-"""The door: what it answers, to whom, and what it refuses."""
+"""The HTTP app of a replica: what it answers, to whom, and what it refuses."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from tests.serving.model_chains import ModelChain, make_chain
 from weightline.errors import ErrorKind, InputError, VersionNotFoundError
 from weightline.serving.engines.base import GenerationRequest
 from weightline.serving.engines.transformers import TransformersEngine
+from weightline.serving.http.app import build_app
 from weightline.serving.http.auth import load_token, read_token
-from weightline.serving.http.door import build_door
-from weightline.serving.http.http_errors import error_body, error_of
+from weightline.serving.http.errors import error_body, error_of
 from weightline.serving.http.service import ReplicaService
 from weightline.serving.replica.replica import Replica
 
@@ -24,11 +24,11 @@ TOKEN = "s3cret"
 AUTHORIZED = {"authorization": f"Bearer {TOKEN}"}
 
 
-class Door:
+class AppClient:
     """Asks an app in this process."""
 
     def __init__(self, service: ReplicaService) -> None:
-        self.app = build_door(service, TOKEN)
+        self.app = build_app(service, TOKEN)
 
     def ask(
         self, method: str, route: str, body: object = None, headers: dict[str, str] | None = None
@@ -51,22 +51,22 @@ class Door:
 
 
 @pytest.fixture
-def door(replica: Replica) -> Door:
-    return Door(ReplicaService(replica))
+def client(replica: Replica) -> AppClient:
+    return AppClient(ReplicaService(replica))
 
 
 @pytest.fixture(scope="module")
-def unloaded(tmp_path_factory: pytest.TempPathFactory) -> Door:
+def unloaded(tmp_path_factory: pytest.TempPathFactory) -> AppClient:
     """A replica that waits for the first version of an empty chain."""
     empty = make_chain(f"memory://{uuid.uuid4().hex}/toy", num_versions=0)
     folder = tmp_path_factory.mktemp("state")
-    return Door(ReplicaService(Replica(empty.chain, TransformersEngine("cpu"), folder, "replica-0")))
+    return AppClient(ReplicaService(Replica(empty.chain, TransformersEngine("cpu"), folder, "replica-0")))
 
 
-def test_a_completion_says_which_version_answered(door: Door, replica: Replica) -> None:
+def test_a_completion_says_which_version_answered(client: AppClient, replica: Replica) -> None:
     for version in (0, 2):
         replica.refresh(version)
-        answer = door.complete()
+        answer = client.complete()
         told = answer.json()
         expected = replica.engine.generate(GenerationRequest(("12+34=",), max_tokens=8))
         assert answer.status_code == 200
@@ -80,27 +80,27 @@ def test_a_completion_says_which_version_answered(door: Door, replica: Replica) 
         assert told["usage"] == {"prompt_tokens": 6, "completion_tokens": 8, "total_tokens": 14}
 
 
-def test_the_same_prompt_as_text_tokens_and_in_a_batch(door: Door) -> None:
+def test_the_same_prompt_as_text_tokens_and_in_a_batch(client: AppClient) -> None:
     text = "7+8="
-    (alone,) = door.complete(prompt=text).json()["choices"]
-    (tokens,) = door.complete(prompt=list(text.encode())).json()["choices"]
-    first, second = door.complete(prompt=[text, text]).json()["choices"]
-    batch = door.complete(prompt=[list(text.encode())] * 2).json()["choices"]
+    (alone,) = client.complete(prompt=text).json()["choices"]
+    (tokens,) = client.complete(prompt=list(text.encode())).json()["choices"]
+    first, second = client.complete(prompt=[text, text]).json()["choices"]
+    batch = client.complete(prompt=[list(text.encode())] * 2).json()["choices"]
     assert alone["text"] == tokens["text"] == first["text"] == second["text"] == batch[1]["text"]
     assert (first["index"], second["index"]) == (0, 1)
 
 
-def test_a_stop_string_ends_the_text_before_it(door: Door) -> None:
-    whole = door.complete(max_tokens=16).json()["choices"][0]["text"]
+def test_a_stop_string_ends_the_text_before_it(client: AppClient) -> None:
+    whole = client.complete(max_tokens=16).json()["choices"][0]["text"]
     stop = whole[5:7]
-    (choice,) = door.complete(max_tokens=16, stop=["never there", stop]).json()["choices"]
+    (choice,) = client.complete(max_tokens=16, stop=["never there", stop]).json()["choices"]
     assert choice["finish_reason"] == "stop"
     assert choice["text"] == whole[: whole.index(stop)]
 
 
-def test_sampling_repeats_with_a_seed_and_varies_without(door: Door) -> None:
+def test_sampling_repeats_with_a_seed_and_varies_without(client: AppClient) -> None:
     def texts(**body: Any) -> set[str]:
-        answers = (door.complete(temperature=2.0, max_tokens=12, **body) for _ in range(3))
+        answers = (client.complete(temperature=2.0, max_tokens=12, **body) for _ in range(3))
         return {answer.json()["choices"][0]["text"] for answer in answers}
 
     assert len(texts(seed=7)) == 1
@@ -123,9 +123,9 @@ def test_sampling_repeats_with_a_seed_and_varies_without(door: Door) -> None:
     ],
 )
 def test_a_completion_that_cannot_be_given_is_refused_by_field(
-    door: Door, body: dict[str, Any], field: str, says: str
+    client: AppClient, body: dict[str, Any], field: str, says: str
 ) -> None:
-    answer = door.complete(**body)
+    answer = client.complete(**body)
     told = answer.json()["error"]
     assert answer.status_code == 400
     assert told["code"] == "input"
@@ -133,15 +133,15 @@ def test_a_completion_that_cannot_be_given_is_refused_by_field(
     assert says in told["message"]
 
 
-def test_another_models_name_is_not_found(door: Door) -> None:
-    answer = door.complete(model="gpt-4")
+def test_another_models_name_is_not_found(client: AppClient) -> None:
+    answer = client.complete(model="gpt-4")
     assert answer.status_code == 404
     assert "this replica serves 'toy'" in answer.json()["error"]["message"]
-    assert door.complete(model="toy").status_code == 200
-    assert door.ask("GET", "/v1/models").json()["data"][0]["id"] == "toy"
+    assert client.complete(model="toy").status_code == 200
+    assert client.ask("GET", "/v1/models").json()["data"][0]["id"] == "toy"
 
 
-def test_before_the_first_version_health_says_so_and_completions_wait(unloaded: Door) -> None:
+def test_before_the_first_version_health_says_so_and_completions_wait(unloaded: AppClient) -> None:
     health = unloaded.ask("GET", "/health")
     assert health.status_code == 200
     assert health.json()["status"] == "waiting"
@@ -161,21 +161,21 @@ def test_before_the_first_version_health_says_so_and_completions_wait(unloaded: 
     )
 
 
-def test_a_refresh_answers_with_its_facts(door: Door, grown: ModelChain) -> None:
-    assert door.ask("GET", "/weightline/status").json()["lag_versions"] == 2
-    facts = door.refresh(version=1).json()
+def test_a_refresh_answers_with_its_facts(client: AppClient, grown: ModelChain) -> None:
+    assert client.ask("GET", "/weightline/status").json()["lag_versions"] == 2
+    facts = client.refresh(version=1).json()
     assert facts["version"] == 1
     assert facts["num_changed"] == grown.chain.manifest(1).num_changed
     assert facts["payload_nbytes"] == grown.chain.manifest(1).payload_nbytes
     assert {"pause_seconds", "prepare_seconds", "served_at"} <= facts.keys()
-    assert door.refresh(version=None).json()["version"] == 2
-    assert door.refresh(version=0).json()["version"] == 2
-    assert door.refresh(version=0, allow_backward=True).json()["version"] == 0
-    assert door.ask("GET", "/ready").json() == {"status": "serving", "version": 0}
+    assert client.refresh(version=None).json()["version"] == 2
+    assert client.refresh(version=0).json()["version"] == 2
+    assert client.refresh(version=0, allow_backward=True).json()["version"] == 0
+    assert client.ask("GET", "/ready").json() == {"status": "serving", "version": 0}
 
 
-def test_an_unknown_version_is_not_found_and_named(door: Door) -> None:
-    answer = door.refresh(version=9)
+def test_an_unknown_version_is_not_found_and_named(client: AppClient) -> None:
+    answer = client.refresh(version=9)
     assert answer.status_code == 404
     told = answer.json()["error"]
     assert told["code"] == "version-not-found"
@@ -192,9 +192,9 @@ def test_a_device_that_is_not_here_is_refused(device: str) -> None:
 
 
 @pytest.mark.parametrize("field", ["prompt", "stop", "model", "user"])
-def test_half_a_surrogate_pair_is_refused(door: Door, field: str) -> None:
+def test_half_a_surrogate_pair_is_refused(client: AppClient, field: str) -> None:
     for half in (rb'"\ud800"', rb'["a\udfff"]') if field in ("prompt", "stop") else (rb'"\ud800"',):
-        answer = door.ask("POST", "/v1/completions", b'{"prompt": "a", "%s": %s}' % (field.encode(), half))
+        answer = client.ask("POST", "/v1/completions", b'{"prompt": "a", "%s": %s}' % (field.encode(), half))
         assert (answer.status_code, answer.json()["error"]["facts"]) == (400, {"field": field})
 
 
@@ -202,7 +202,7 @@ def test_half_a_surrogate_pair_is_refused(door: Door, field: str) -> None:
     "header",
     [None, "", TOKEN, "Bearer", "Bearer ", "Bearer wrong", f"Basic {TOKEN}", f"Bearer {TOKEN}x", "Bearer \xe9"],
 )
-def test_a_refresh_needs_the_token(unloaded: Door, header: str | None) -> None:
+def test_a_refresh_needs_the_token(unloaded: AppClient, header: str | None) -> None:
     headers = {} if header is None else {"authorization": header.encode("latin-1")}
     answer = unloaded.refresh(headers=headers)  # type: ignore[arg-type]
     assert answer.status_code == 401
@@ -212,17 +212,17 @@ def test_a_refresh_needs_the_token(unloaded: Door, header: str | None) -> None:
 
 
 @pytest.mark.parametrize("body", [{"version": -1}, {"version": "two"}, {"verison": 1}, {"version": 1.5}])
-def test_a_refresh_with_a_bad_body_is_refused(unloaded: Door, body: dict[str, Any]) -> None:
+def test_a_refresh_with_a_bad_body_is_refused(unloaded: AppClient, body: dict[str, Any]) -> None:
     answer = unloaded.refresh(**body)
     assert answer.status_code == 400
     assert answer.json()["error"]["facts"]["field"] in ("version", "verison")
 
 
-def test_metrics_count(door: Door, replica: Replica) -> None:
-    door.refresh(version=1)
-    door.refresh(version=9)
-    door.complete(prompt=["1", "2"])
-    lines = door.ask("GET", "/metrics").text.splitlines()
+def test_metrics_count(client: AppClient, replica: Replica) -> None:
+    client.refresh(version=1)
+    client.refresh(version=9)
+    client.complete(prompt=["1", "2"])
+    lines = client.ask("GET", "/metrics").text.splitlines()
     for line in (
         'weightline_replica_version{replica="replica-0"} 1.0',
         'weightline_replica_lag_versions{replica="replica-0"} 1.0',

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.serving.sharded import SHAPES, WIDTH, FusedModel
+from tests.serving.engines.sharded import SHAPES, WIDTH, FusedModel
 from weightline.errors import ApplyError
 from weightline.serving.engines.vllm.boxes import Box, box_from_json, share_out
 from weightline.serving.engines.vllm.placement import Placement, learn_placement

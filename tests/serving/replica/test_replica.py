@@ -32,9 +32,9 @@ from weightline.errors import (
 from weightline.format.manifest import AssetRef
 from weightline.serving.engines.base import GenerationRequest
 from weightline.serving.engines.transformers import TransformersEngine
-from weightline.serving.replica.marker import Mark, read_mark
 from weightline.serving.replica.prepare import PreparedDelta, PreparedLoad
 from weightline.serving.replica.replica import Replica, ReplicaSettings
+from weightline.serving.replica.status import Mark, read_mark
 from weightline.store.memory import MemoryStore
 from weightline.types import Changes
 

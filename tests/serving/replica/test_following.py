@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.serving.doors import open_door
 from tests.serving.model_chains import ModelChain, make_chain
+from tests.serving.servers import running_replica
 from tests.waiting import wait_until
 from weightline.chain import Chain
 from weightline.chain.read.leases import Lease, live_leases, read_lease, read_leases
@@ -21,10 +21,10 @@ from weightline.chain.upkeep.gc import collect, plan_gc, view_chain
 from weightline.errors import InputError, StorageError
 from weightline.serving.engines.transformers import TransformersEngine
 from weightline.serving.http.service import ReplicaService
-from weightline.serving.replica.facts import ReplicaStatus
 from weightline.serving.replica.following import Follower, Following
 from weightline.serving.replica.registration import Presence, Registration
 from weightline.serving.replica.replica import Replica
+from weightline.serving.replica.status import ReplicaStatus
 from weightline.store.base import ObjectInfo
 from weightline.store.memory import MemoryStore
 
@@ -96,26 +96,26 @@ def test_a_look_is_a_listing_and_reads_no_manifest(grown: ModelChain) -> None:
 
 def test_who_follows_a_ref_goes_where_it_goes_and_nowhere_else(grown: ModelChain, tmp_path: Path) -> None:
     move_ref(grown.chain, "serving", 0)
-    with open_door(grown.chain, tmp_path / "r", "r", following=Following(0.05, "serving")) as door:
-        wait_until(lambda: door.replica.version == 0)
+    with running_replica(grown.chain, tmp_path / "r", "r", following=Following(0.05, "serving")) as running:
+        wait_until(lambda: running.replica.version == 0)
         move_ref(grown.chain, "serving", 1)
-        wait_until(lambda: door.replica.version == 1)
+        wait_until(lambda: running.replica.version == 1)
         grown.grow()
         move_ref(grown.chain, "serving", 0)
-        wait_until(lambda: door.replica.version == 0)
-        assert door.service.status().follows == "serving"
+        wait_until(lambda: running.replica.version == 0)
+        assert running.service.status().follows == "serving"
     told = [(record["version"], record["status"]) for record in read_records(grown.chain, REFRESHES)]
     assert told == [(0, "done"), (1, "done")]
 
 
 def test_a_replica_that_was_away_catches_up_by_itself(grown: ModelChain, tmp_path: Path) -> None:
-    with open_door(grown.chain, tmp_path / "r", "r", following=OFTEN) as door:
-        wait_until(lambda: door.replica.version == 1)
+    with running_replica(grown.chain, tmp_path / "r", "r", following=OFTEN) as running:
+        wait_until(lambda: running.replica.version == 1)
     for _ in range(3):
         grown.grow()
     assert live_leases(grown.chain) == ()
-    with open_door(grown.chain, tmp_path / "r", "r", following=OFTEN) as door:
-        wait_until(lambda: door.replica.version == 4)
+    with running_replica(grown.chain, tmp_path / "r", "r", following=OFTEN) as running:
+        wait_until(lambda: running.replica.version == 4)
         wait_until(lambda: read_records(grown.chain, REFRESHES)[-1]["version"] == 4)
     told = {record["version"]: record["status"] for record in read_records(grown.chain, REFRESHES)}
     assert told == {1: "done", 2: "skipped", 3: "skipped", 4: "done"}
@@ -123,25 +123,25 @@ def test_a_replica_that_was_away_catches_up_by_itself(grown: ModelChain, tmp_pat
 
 def test_a_bucket_that_is_down_stops_neither_serving_nor_following(grown: ModelChain, tmp_path: Path) -> None:
     chain, store = _counting(grown)
-    with open_door(chain, tmp_path / "r", "r", following=OFTEN, ttl_seconds=0.3) as door:
-        wait_until(lambda: door.replica.version == 1)
+    with running_replica(chain, tmp_path / "r", "r", following=OFTEN, ttl_seconds=0.3) as running:
+        wait_until(lambda: running.replica.version == 1)
         store.is_down = True
         grown.grow()
-        wait_until(lambda: door.service._registration.num_failures > 0)
-        assert door.replica.version == 1
+        wait_until(lambda: running.service._registration.num_failures > 0)
+        assert running.replica.version == 1
         store.is_down = False
-        wait_until(lambda: door.replica.version == 2)
+        wait_until(lambda: running.replica.version == 2)
 
 
 def test_the_lease_tells_where_the_replica_stands_and_that_it_left(grown: ModelChain, tmp_path: Path) -> None:
-    with open_door(grown.chain, tmp_path / "r", "r-1", version=0, ttl_seconds=5.0) as door:
+    with running_replica(grown.chain, tmp_path / "r", "r-1", version=0, ttl_seconds=5.0) as running:
         (lease,) = live_leases(grown.chain)
-        assert (lease.replica, lease.url, lease.engine) == ("r-1", door.url, "transformers")
+        assert (lease.replica, lease.url, lease.engine) == ("r-1", running.url, "transformers")
         assert (lease.state, lease.version, lease.lag_versions, lease.follows) == ("serving", 0, 1, None)
         assert lease.commit_id == grown.chain.manifest(0).commit_id
         assert lease.lag_seconds is not None
         assert lease.lag_seconds > 0
-        door.service.refresh(1)
+        running.service.refresh(1)
         (lease,) = live_leases(grown.chain)
         assert (lease.version, lease.lag_versions, lease.lag_seconds, lease.moving_to) == (1, 0, 0.0, None)
     held = read_lease(grown.chain, "r-1")
@@ -153,12 +153,12 @@ def test_a_replica_behind_the_horizon_is_not_cut_off_while_it_lives(grown: Model
     """History is expired and collected under it; it moves on in place, by the anchor, and back to where it stood."""
     for _ in range(3):
         grown.grow()
-    with open_door(grown.chain, tmp_path / "r", "r", version=1) as door:
+    with running_replica(grown.chain, tmp_path / "r", "r", version=1) as running:
         expire_before(grown.chain, 4)
         late = datetime.now(UTC) + timedelta(days=2)
         collect(grown.chain, plan_gc(view_chain(grown.chain), now=late))
         assert Chain(grown.chain.store).versions() == (0, 1, 4)
-        facts = door.service.refresh(4)
+        facts = running.service.refresh(4)
         assert (facts.from_version, facts.version) == (1, 4)
         assert 0 < facts.num_changed < grown.chain.manifest(4).num_elements
     (held,) = read_leases(grown.chain)
@@ -166,7 +166,7 @@ def test_a_replica_behind_the_horizon_is_not_cut_off_while_it_lives(grown: Model
 
 
 def test_a_lease_is_renewed_while_nothing_happens(grown: ModelChain, tmp_path: Path) -> None:
-    with open_door(grown.chain, tmp_path / "r", "r", version=0, ttl_seconds=0.2):
+    with running_replica(grown.chain, tmp_path / "r", "r", version=0, ttl_seconds=0.2):
         first = read_lease(grown.chain, "r")
         wait_until(lambda: read_lease(grown.chain, "r").modified_at > first.modified_at)
 
@@ -194,7 +194,7 @@ def test_the_lease_says_where_a_replica_goes_before_anything_is_read_on_the_way(
 
 
 def test_a_name_belongs_to_one_living_replica(grown: ModelChain, tmp_path: Path) -> None:
-    with open_door(grown.chain, tmp_path / "r", "r", version=0):
+    with running_replica(grown.chain, tmp_path / "r", "r", version=0):
         stranger = ReplicaService(
             Replica(grown.chain, TransformersEngine("cpu"), tmp_path / "s", "r"), None, Presence()
         )
@@ -246,7 +246,7 @@ def test_who_was_away_too_long_takes_no_name_back_and_ends_nobodys_lease(grown: 
 
 def test_a_restart_announces_the_version_that_it_comes_back_to(grown: ModelChain, tmp_path: Path) -> None:
     """From its first lease on: what it comes back to may be gone by then, but is not collected from then on."""
-    with open_door(grown.chain, tmp_path / "r", "r", version=0):
+    with running_replica(grown.chain, tmp_path / "r", "r", version=0):
         pass
     grown.chain.store.delete("records/replicas/r/lease.json")
     chain, store = _counting(grown)
@@ -258,6 +258,6 @@ def test_a_restart_announces_the_version_that_it_comes_back_to(grown: ModelChain
         seen.extend(lease.versions for lease in live_leases(grown.chain))
 
     store.put = watched  # type: ignore[method-assign]
-    with open_door(chain, tmp_path / "r", "r") as door:
-        wait_until(lambda: door.replica.version == 0)
+    with running_replica(chain, tmp_path / "r", "r") as running:
+        wait_until(lambda: running.replica.version == 0)
     assert set(seen) == {frozenset({0})}

@@ -11,17 +11,17 @@ from tests.serving.model_chains import assert_same_bits, engine_bits, fresh_bits
 from tests.waiting import PATIENCE_SECONDS
 from weightline.serving.engines.base import GenerationRequest
 from weightline.serving.engines.transformers import TransformersEngine
-from weightline.serving.replica.marker import read_mark
 from weightline.serving.replica.replica import Replica
+from weightline.serving.replica.status import read_mark
 
-REPOSITORY = Path(__file__).parents[2]
+REPOSITORY = Path(__file__).parents[3]
 
 
 def test_a_replica_killed_at_any_step_comes_back_at_a_checked_version(tmp_path: Path) -> None:
     grown = make_chain((tmp_path / "bucket").as_uri(), num_versions=2)
     kill_points = ["withdrawn", "0", "7", str(len(grown.chain.manifest(1).tensors) - 1), "written", "proven"]
     killed = subprocess.run(
-        [sys.executable, "-m", "tests.serving.killed_replicas", grown.chain.url, str(tmp_path), *kill_points],
+        [sys.executable, "-m", "tests.serving.replica.killed_replicas", grown.chain.url, str(tmp_path), *kill_points],
         cwd=REPOSITORY,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,

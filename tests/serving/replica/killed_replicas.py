@@ -1,6 +1,6 @@
 """Replicas that are killed with SIGKILL in the middle of an apply. Run as a program by test_crash.
 
-usage: python -m tests.serving.killed_replicas CHAIN STATE_DIRS KILL_POINT...
+usage: python -m tests.serving.replica.killed_replicas CHAIN STATE_DIRS KILL_POINT...
 For every kill point a child serves version 0, prepares version 1 and is killed at that point of its apply. A point is
 `withdrawn`, `written`, `proven`, or the number of a tensor, half of which is written by then.
 """

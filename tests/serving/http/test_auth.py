@@ -1,4 +1,4 @@
-"""Doors are shut: what moves a replica needs the token, and a replica reads no other bucket than its own."""
+"""Authentication: what moves a replica needs the token, and a replica reads no other bucket than its own."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ import pytest
 from fastapi.routing import APIRoute
 
 from tests.chains import commit_state
-from tests.serving.doors import TOKEN, open_door
+from tests.serving.http.test_app import AUTHORIZED, AppClient
 from tests.serving.model_chains import engine_bits, make_chain, trained
-from tests.serving.test_door import AUTHORIZED, Door
+from tests.serving.servers import TOKEN, running_replica
 from weightline.chain import Chain
 from weightline.chain.write.signing import SIGNING_KEY_VARIABLE
 from weightline.errors import ApplyError, InputError, SignatureError
@@ -27,7 +27,7 @@ from weightline.serving.http.server import ServerSettings, serve
 from weightline.serving.http.service import ReplicaService
 from weightline.serving.replica.replica import Replica
 
-#: Everything else that the door has moves something, and needs the token.
+#: Everything else that the app has moves something, and needs the token.
 OPEN = {
     ("GET", "/v1/models"), ("POST", "/v1/completions"), ("GET", "/health"), ("GET", "/ready"),
     ("GET", "/weightline/status"), ("GET", "/metrics"),
@@ -35,28 +35,28 @@ OPEN = {
 
 
 @pytest.fixture
-def door(replica: Replica) -> Door:
-    return Door(ReplicaService(replica))
+def app_client(replica: Replica) -> AppClient:
+    return AppClient(ReplicaService(replica))
 
 
-def test_every_route_that_is_not_for_everybody_needs_the_token(door: Door) -> None:
-    routes = [route for route in door.app.routes if isinstance(route, APIRoute)]
-    assert len(routes) == len(door.app.routes), "no mounted apps, no documentation"
+def test_every_route_that_is_not_for_everybody_needs_the_token(app_client: AppClient) -> None:
+    routes = [route for route in app_client.app.routes if isinstance(route, APIRoute)]
+    assert len(routes) == len(app_client.app.routes), "no mounted apps, no documentation"
     shut = {(method, route.path) for route in routes for method in route.methods} - OPEN
     assert shut == {("POST", "/weightline/refresh")}
     for method, path in shut:
         for headers in ({}, {"authorization": "Bearer wrong"}):
-            assert door.ask(method, path, {}, headers).status_code == 401
+            assert app_client.ask(method, path, {}, headers).status_code == 401
 
 
 @pytest.mark.parametrize("path", ["/docs", "/redoc", "/openapi.json", "/weightline/pause", "/weightline/admin"])
-def test_there_are_no_other_routes(door: Door, path: str) -> None:
-    assert door.ask("GET", path, headers=AUTHORIZED).status_code == 404
+def test_there_are_no_other_routes(app_client: AppClient, path: str) -> None:
+    assert app_client.ask("GET", path, headers=AUTHORIZED).status_code == 404
 
 
-def test_a_refused_refresh_moves_nothing_and_says_nothing_of_the_chain(door: Door, replica: Replica) -> None:
+def test_a_refused_refresh_moves_nothing_and_says_nothing_of_the_chain(app_client: AppClient, replica: Replica) -> None:
     before = engine_bits(replica.engine)  # type: ignore[arg-type]
-    answer = door.refresh(headers={"authorization": "Bearer wrong"}, version=1)
+    answer = app_client.refresh(headers={"authorization": "Bearer wrong"}, version=1)
     assert answer.status_code == 401
     assert "memory://" not in answer.text
     assert replica.version == 0
@@ -78,18 +78,18 @@ def test_tokens_are_compared_in_constant_time(monkeypatch: pytest.MonkeyPatch) -
     assert len(compared) == 3, "also where the scheme is wrong already"
 
 
-def test_another_bucket_or_chain_is_refused(door: Door, replica: Replica) -> None:
+def test_another_bucket_or_chain_is_refused(app_client: AppClient, replica: Replica) -> None:
     for other in ("memory://elsewhere/toy", replica.chain.url + "2", replica.chain.url.rpartition("/")[0], ""):
-        answer = door.refresh(version=1, chain=other)
+        answer = app_client.refresh(version=1, chain=other)
         assert answer.status_code == 400
         assert answer.json()["error"]["facts"]["field"] == "chain"
         assert replica.version == 0
-    assert door.refresh(version=1, chain=replica.chain.url).json()["version"] == 1
+    assert app_client.refresh(version=1, chain=replica.chain.url).json()["version"] == 1
 
 
 def test_the_client_says_which_chain_it_means(tmp_path: Path) -> None:
     grown = make_chain(f"memory://{uuid.uuid4().hex}/toy")
-    with open_door(grown.chain, tmp_path, "r") as opened:
+    with running_replica(grown.chain, tmp_path, "r") as opened:
         with pytest.raises(InputError, match="this replica follows"):
             client.refresh(opened.url, TOKEN, 0, chain="memory://elsewhere")
         assert opened.replica.version is None
@@ -125,7 +125,7 @@ def test_what_only_this_machine_can_reach(host: str, is_home: bool) -> None:
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.0.0.1", "myhost"])
-def test_a_door_that_others_can_reach_needs_a_token_that_somebody_chose(
+def test_an_address_that_others_can_reach_needs_a_token_that_somebody_chose(
     host: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("WEIGHTLINE_TOKEN", raising=False)
@@ -165,7 +165,7 @@ def test_a_replica_that_demands_signatures_moves_to_nothing_else(
         service.refresh(2)
     assert replica.version == 1
     assert "not signed" in str(replica.status().last_error)
-    with open_door(demanding, tmp_path / "door", "d", version=0) as opened:
+    with running_replica(demanding, tmp_path / "replica", "d", version=0) as opened:
         with pytest.raises(SignatureError):
             client.refresh(opened.url, TOKEN, 2)
         assert client.refresh(opened.url, TOKEN, 1).version == 1

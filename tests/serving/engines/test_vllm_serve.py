@@ -19,8 +19,8 @@ from weightline.serving.engines.vllm.refused import check_arguments, check_confi
 from weightline.serving.engines.vllm.routes import Route, classify
 from weightline.serving.engines.vllm.serve import fetch_model_folder, vllm_argv
 from weightline.serving.http.server import ServerSettings
-from weightline.serving.replica.facts import ReplicaStatus
 from weightline.serving.replica.registration import Presence, Registration
+from weightline.serving.replica.status import ReplicaStatus
 
 SETTINGS = ServerSettings("memory://chain/toy", Path("state"), port=8123)
 

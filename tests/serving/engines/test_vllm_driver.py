@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from tests.chains import commit_state, nudged, random_state
-from tests.serving.sharded import SHAPES, ToyTransport, toy_engine
+from tests.serving.engines.sharded import SHAPES, ToyTransport, toy_engine
 from tests.waiting import PATIENCE_SECONDS
 from weightline.chain import Chain, open_chain
 from weightline.errors import ApplyError, BaseMismatchError, DigestMismatchError, UnsupportedFeatureError
@@ -24,10 +24,10 @@ from weightline.serving.engines.vllm.engine import VllmEngine
 from weightline.serving.engines.vllm.exchange import allocate, exchange_folder
 from weightline.serving.http.service import ReplicaService
 from weightline.serving.replica.following import Following
-from weightline.serving.replica.marker import read_mark
 from weightline.serving.replica.prepare import PreparedDelta
 from weightline.serving.replica.proof import prove_weights
 from weightline.serving.replica.replica import Replica
+from weightline.serving.replica.status import read_mark
 
 ASK = GenerationRequest(("a",), max_tokens=1)
 

@@ -13,7 +13,7 @@ import uvicorn
 from tests.waiting import wait_until
 from weightline.chain import Chain
 from weightline.serving.engines.transformers import TransformersEngine
-from weightline.serving.http.door import build_door
+from weightline.serving.http.app import build_app
 from weightline.serving.http.server import ServerSettings, _listening
 from weightline.serving.http.service import ReplicaService
 from weightline.serving.replica.following import Following
@@ -24,7 +24,7 @@ TOKEN = "s3cret-of-the-tests"
 
 
 @dataclass(frozen=True)
-class OpenDoor:
+class RunningReplica:
     """A replica that serves until its context ends."""
 
     name: str
@@ -34,7 +34,7 @@ class OpenDoor:
 
 
 @contextmanager
-def open_door(
+def running_replica(
     chain: Chain,
     state_dir: Path,
     name: str,
@@ -42,7 +42,7 @@ def open_door(
     following: Following | None = None,
     ttl_seconds: float = 30.0,
     version: int | None = None,
-) -> Iterator[OpenDoor]:
+) -> Iterator[RunningReplica]:
     """A transformers replica with a lease, at `version` if one is given. Leaves in order."""
     state_dir.mkdir(parents=True, exist_ok=True)
     replica = Replica(chain, TransformersEngine("cpu"), state_dir, name)
@@ -52,13 +52,13 @@ def open_door(
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
         presence = Presence(url, following.what if following else None, ttl_seconds)
         service = ReplicaService(replica, following, presence)
-        server = uvicorn.Server(uvicorn.Config(build_door(service, TOKEN), log_level="error"))
+        server = uvicorn.Server(uvicorn.Config(build_app(service, TOKEN), log_level="error"))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
         service.start()
         thread.start()
         try:
             wait_until(lambda: server.started)
-            yield OpenDoor(name, url, replica, service)
+            yield RunningReplica(name, url, replica, service)
         finally:
             server.should_exit = True
             thread.join(20)

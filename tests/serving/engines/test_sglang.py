@@ -24,8 +24,7 @@ from weightline.chain.read.leases import live_leases
 from weightline.errors import InputError, NotFoundError, VersionNotFoundError
 from weightline.format import keys
 from weightline.format.manifest import AssetRef
-from weightline.serving.engines.sglang import INDEX, publish_up_to, publish_version, version_folder
-from weightline.serving.engines.sglang_publisher import Publisher
+from weightline.serving.engines.sglang import INDEX, Publisher, publish_up_to, publish_version, version_folder
 from weightline.serving.replica.following import Following
 
 

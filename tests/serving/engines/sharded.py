@@ -14,11 +14,11 @@ import torch
 from safetensors import safe_open
 
 from weightline.errors import WeightlineError
+from weightline.serving.engines.barrier import RequestBarrier
 from weightline.serving.engines.base import Completion, GenerationRequest
 from weightline.serving.engines.vllm.engine import VllmEngine
 from weightline.serving.engines.vllm.state import WorkerWeights
-from weightline.serving.http.gate import Gate
-from weightline.serving.http.http_errors import error_body
+from weightline.serving.http.errors import error_body
 from weightline.types import TensorSpec
 
 WIDTH, HEADS, VOCAB_SIZE = 8, 4, 10
@@ -141,4 +141,4 @@ def _load(model: torch.nn.Module, folder: Path) -> dict[str, Any]:
 def toy_engine(world_size: int, model_folder: Path) -> tuple[VllmEngine, ToyTransport]:
     """An engine on `world_size` toy workers."""
     transport = ToyTransport([FusedModel(rank, world_size) for rank in range(world_size)])
-    return VllmEngine(transport, Gate(), model_folder), transport
+    return VllmEngine(transport, RequestBarrier(), model_folder), transport

@@ -17,8 +17,8 @@ from starlette.responses import PlainTextResponse, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope
 
-from weightline.serving.engines.vllm.gate import LoopGate
-from weightline.serving.engines.vllm.gated import GatedApp
+from weightline.serving.engines.barrier import AsyncRequestBarrier
+from weightline.serving.engines.vllm.gated import VersionedApp
 from weightline.serving.engines.vllm.middleware import ReplicaMiddleware
 from weightline.serving.engines.vllm.settings import SETTINGS_VARIABLE, VllmSettings
 from weightline.serving.http.server import ServerSettings
@@ -46,21 +46,21 @@ class Weights:
 
 
 class Scene:
-    """A gated app on the loop that runs the test."""
+    """A versioned app on the loop that runs the test."""
 
     def __init__(self, **limits: float) -> None:
-        self.weights, self.gate = Weights(), LoopGate()
+        self.weights, self.barrier = Weights(), AsyncRequestBarrier()
         self.answered = Counter("answered", "answers", registry=CollectorRegistry())
         app = Starlette(routes=[Route("/{rest:path}", self.weights.answer, methods=["POST"])])
-        self.app = GatedApp(app, self.gate, self.weights, self.answered, **limits)  # type: ignore[arg-type]
+        self.app = VersionedApp(app, self.barrier, self.weights, self.answered, **limits)  # type: ignore[arg-type]
 
     async def ask(self, body: str = "hello", path: str = "/v1/completions") -> httpx.Response:
         return await _ask(self.app, "POST", path, content=body)
 
     async def refresh(self, version: int, drain_seconds: float = 5.0) -> None:
-        await asyncio.to_thread(self.gate.close, drain_seconds)
+        await asyncio.to_thread(self.barrier.drain, drain_seconds)
         self.weights.version = version
-        await asyncio.to_thread(self.gate.open)
+        await asyncio.to_thread(self.barrier.release)
 
     async def take_nothing(self) -> None:
         """What a caller does who asks, and then reads no word of the answer."""
@@ -192,7 +192,7 @@ def middleware(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ReplicaMiddle
     settings = VllmSettings(server=ServerSettings("memory://none/toy", tmp_path), model_folder=str(tmp_path))
     monkeypatch.setenv(SETTINGS_VARIABLE, settings.model_dump_json())
     monkeypatch.setenv("WEIGHTLINE_TOKEN", "s3cret")
-    return ReplicaMiddleware(PlainTextResponse("ungated"))
+    return ReplicaMiddleware(PlainTextResponse("unversioned"))
 
 
 @pytest.mark.parametrize(
@@ -202,23 +202,23 @@ def middleware(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ReplicaMiddle
         "/generative_scoring", "/v1/systemone", "/v1/something/new", "//v1/completions",
     ],
 )  # fmt: skip
-def test_nothing_that_may_generate_passes_beside_the_gate(middleware: ReplicaMiddleware, path: str) -> None:
+def test_nothing_that_may_generate_passes_beside_the_barrier(middleware: ReplicaMiddleware, path: str) -> None:
     for method in ("POST", "PUT", "PATCH"):
         answer = asyncio.run(_ask(middleware, method, path, headers=TOKEN))
         if (method, path) != ("POST", "/v1/completions"):
             assert asyncio.run(_ask(middleware, method, path)).status_code == 401
-        assert answer.status_code == 503, "there is no gate yet to pass"
+        assert answer.status_code == 503, "there is no barrier yet to pass"
 
 
 def test_whoever_steers_the_engine_with_the_token_does_not_wait_for_it(middleware: ReplicaMiddleware) -> None:
     for method, path in [("POST", "/collective_rpc"), ("POST", "/resume"), ("GET", "/server_info")]:
         assert asyncio.run(_ask(middleware, method, path)).status_code == 401
-        assert asyncio.run(_ask(middleware, method, path, headers=TOKEN)).text == "ungated"
+        assert asyncio.run(_ask(middleware, method, path, headers=TOKEN)).text == "unversioned"
 
 
 def test_a_browser_may_ask_before_it_asks(middleware: ReplicaMiddleware) -> None:
     preflight = {"origin": "http://elsewhere", "access-control-request-method": "POST"}
-    assert asyncio.run(_ask(middleware, "OPTIONS", "/v1/chat/completions", headers=preflight)).text == "ungated"
+    assert asyncio.run(_ask(middleware, "OPTIONS", "/v1/chat/completions", headers=preflight)).text == "unversioned"
     assert asyncio.run(_ask(middleware, "OPTIONS", "/collective_rpc", headers=preflight)).status_code == 401
 
 

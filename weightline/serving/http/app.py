@@ -1,12 +1,15 @@
-"""The HTTP door of a replica: completions for everybody who reaches it, refreshes for who has the token.
+"""The HTTP app of a replica: OpenAI's completions, as far as they make sense here, its status, and the refresh.
 
-Slow work runs on threads with limits of their own, so a queue of completions never keeps a refresh or a status waiting.
+Slow work runs on threads with limits of their own, so that a queue of completions delays neither a refresh nor a status
+request.
 """
 
 from __future__ import annotations
 
+import time
+import uuid
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import anyio
 from anyio import CapacityLimiter
@@ -14,25 +17,90 @@ from fastapi import Depends, FastAPI, HTTPException, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from weightline.errors import ApplyError, ErrorKind, InputError, NotFoundError, WeightlineError
-from weightline.serving.http.api import VERSION_HEADER, CompletionRequest, RefreshRequest, completion_body
+from weightline.serving.engines.base import Generation, GenerationRequest, Prompt
 from weightline.serving.http.auth import is_authorized
-from weightline.serving.http.http_errors import UNAUTHORIZED, error_body, status_of
+from weightline.serving.http.errors import UNAUTHORIZED, error_body, status_of
 from weightline.serving.http.service import ReplicaService
+
+VERSION_HEADER = "x-weightline-version"
+#: Completions that may wait for the engine. Further ones are refused and may be sent again later.
+MAX_WAITING_COMPLETIONS = 256
 
 T = TypeVar("T")
 
-#: Completions that may wait for the engine; more are told to come back.
-MAX_WAITING_COMPLETIONS = 256
+
+def _encodable(text: str) -> str:
+    """JSON can spell half of a surrogate pair (`"\\ud800"`), which UTF-8, and so every tokenizer, cannot hold."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError("half of a surrogate pair is not a character") from error
+    return text
 
 
-def build_door(service: ReplicaService, token: str) -> FastAPI:
-    """The app. Its routes start nothing and stop nothing: the server owns the service."""
+# Strict numbers, because otherwise the prompts "1" and "2" would be read as tokens 1 and 2.
+TokenIds = tuple[Annotated[int, Field(ge=0, strict=True)], ...]
+Text = Annotated[str, AfterValidator(_encodable)]
+Batch = Annotated[tuple[T, ...], Field(min_length=1, max_length=256)]
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class CompletionRequest(_Body):
+    """The body of POST /v1/completions. https://platform.openai.com/docs/api-reference/completions/create
+
+    Fields that are not listed are refused by name. Those with one possible value are listed so that the refusal names
+    that value.
+    """
+
+    prompt: Text | TokenIds | Batch[Text] | Batch[TokenIds]
+    model: Text | None = None
+    max_tokens: int = Field(default=16, ge=1)
+    temperature: float = Field(default=1.0, ge=0, le=100)
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    stop: Text | tuple[Text, ...] | None = None
+    seed: int | None = Field(default=None, ge=0, lt=2**63)
+    n: Literal[1] = 1
+    stream: Literal[False] = False
+    echo: Literal[False] = False
+    logprobs: None = None
+    user: Text | None = None
+
+    def to_generation(self) -> GenerationRequest:
+        """Returns the request in the form that engines take."""
+        stop = (self.stop,) if isinstance(self.stop, str) else self.stop or ()
+        return GenerationRequest(
+            prompts=_prompts_of(self.prompt),
+            max_tokens=self.max_tokens,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            stop=tuple(one for one in stop if one),
+            seed=self.seed,
+        )
+
+
+class RefreshRequest(_Body):
+    """The body of POST /weightline/refresh. `version` null means the tip; an earlier version needs `allow_backward`.
+
+    `chain` is the bucket that the caller means. A bucket other than the replica's own is refused.
+    """
+
+    chain: Text | None = None
+    version: Annotated[int, Field(ge=0)] | None = None
+    allow_backward: bool = False
+
+
+def build_app(service: ReplicaService, token: str) -> FastAPI:
+    """Returns the app. Its routes neither start nor stop the service; the server does."""
     app = FastAPI(title="weightline replica", docs_url=None, redoc_url=None, openapi_url=None)
     _add_completions(app, service)
-    _add_looks(app, service)
+    _add_status(app, service)
     _add_refresh(app, service, token)
     _add_errors(app)
     return app
@@ -55,21 +123,21 @@ def _add_completions(app: FastAPI, service: ReplicaService) -> None:
         if replica.status().state == "waiting":
             raise ApplyError(_why_waiting(service), version=None)
         if threads.available_tokens < 1:
-            raise ApplyError(f"{MAX_WAITING_COMPLETIONS} requests are waiting already: ask again later")
+            raise ApplyError(f"{MAX_WAITING_COMPLETIONS} requests are waiting already: send it again later")
         request = body.to_generation()
         generation = await _on_thread(threads, lambda: replica.engine.generate(request))
         service.metrics.completions.inc(len(generation.completions))
         return JSONResponse(
-            completion_body(generation, replica.chain.name), headers={VERSION_HEADER: str(generation.version)}
+            _completion_body(generation, replica.chain.name), headers={VERSION_HEADER: str(generation.version)}
         )
 
 
-def _add_looks(app: FastAPI, service: ReplicaService) -> None:
+def _add_status(app: FastAPI, service: ReplicaService) -> None:
     replica, threads = service.replica, CapacityLimiter(4)
 
     @app.get("/health")
     async def health() -> dict[str, Any]:
-        """200 as long as the process answers; whether it serves is in `status`, and in /ready."""
+        """Answers 200 as long as the process lives. Whether it serves a version is in `status`, and in /ready."""
         status = replica.status()
         detail = None if status.state == "serving" else _why_waiting(service)
         return {"status": status.state, "version": status.version, "detail": detail}
@@ -119,13 +187,13 @@ def _add_errors(app: FastAPI) -> None:
 
 
 def _require_chain(asked: str | None, configured: str) -> None:
-    """A replica never reads another bucket than its own, whoever asks."""
+    """Refuses a refresh of another chain: a replica reads no bucket but its own."""
     if asked is not None and asked.rstrip("/") != configured.rstrip("/"):
         raise InputError(f"this replica follows {configured}, not {asked}", field="chain", chain=configured)
 
 
 def _refusal(error: RequestValidationError) -> dict[str, Any]:
-    """Names the first wrong field of a body and what would be right."""
+    """Returns an error body that names the first wrong field and what would be right."""
     first = error.errors()[0]
     field = ".".join(str(part) for part in first["loc"][1:2]) or "body"
     remedy = {"extra_forbidden": "this server does not know it", "literal_error": f"{first['msg']}"}
@@ -141,6 +209,35 @@ def _why_waiting(service: ReplicaService) -> str:
         return "a version is being loaded"
     because = f": {status.last_error}" if status.last_error else ""
     return f"no checked version of {status.chain} is loaded yet{because}"
+
+
+def _prompts_of(prompt: str | tuple[int, ...] | tuple[str, ...] | tuple[tuple[int, ...], ...]) -> tuple[Prompt, ...]:
+    """Returns the prompts of a body: a string or a tuple of numbers is one prompt, any other tuple is a batch."""
+    if isinstance(prompt, str):
+        return (prompt,)
+    tokens = tuple(part for part in prompt if isinstance(part, int))
+    return (tokens,) if len(tokens) == len(prompt) else tuple(part for part in prompt if not isinstance(part, int))
+
+
+def _completion_body(generation: Generation, model: str) -> dict[str, Any]:
+    """Returns OpenAI's answer, with the version of the weights added."""
+    completion_tokens = sum(one.num_tokens for one in generation.completions)
+    return {
+        "id": f"cmpl-{uuid.uuid4().hex}",
+        "object": "text_completion",
+        "created": int(time.time()),
+        "model": model,
+        "choices": [
+            {"index": index, "text": one.text, "finish_reason": one.finish_reason, "logprobs": None}
+            for index, one in enumerate(generation.completions)
+        ],
+        "usage": {
+            "prompt_tokens": generation.num_prompt_tokens,
+            "completion_tokens": completion_tokens,
+            "total_tokens": generation.num_prompt_tokens + completion_tokens,
+        },
+        "weightline_version": generation.version,
+    }
 
 
 async def _on_thread(threads: CapacityLimiter, work: Callable[[], T]) -> T:

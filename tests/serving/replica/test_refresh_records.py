@@ -10,8 +10,8 @@ from tests.chains import commit_state, nudged, random_state
 from weightline.chain import Chain, open_chain
 from weightline.chain.read.records import REFRESHES, read_record, read_records
 from weightline.errors import StorageError
-from weightline.serving.replica.facts import RefreshFacts
-from weightline.serving.replica.refresh_records import record_refresh
+from weightline.serving.replica.following import record_refresh
+from weightline.serving.replica.status import RefreshFacts
 from weightline.store.memory import MemoryStore
 
 
