@@ -15,7 +15,8 @@ from benchmarks.states import parse_states
 from benchmarks.timing import least_cpu_seconds, memcmp_cpu_seconds
 from weightline.codec.capture import capture
 from weightline.codec.coding import codings
-from weightline.format.payload import open_payload, write_delta
+from weightline.format.payload import open_payload
+from weightline.format.write_payload import write_delta
 from weightline.types import BitsArray, Segment, TensorSpec
 
 

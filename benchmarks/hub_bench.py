@@ -115,7 +115,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="weightline-bench-") as name:
         folder = Path(name)
         with _hub(folder, options.settle_seconds) as (url, hub):
-            from weightline.store.hub import open_hub  # the clients read the environment when they are imported
+            from weightline.store.hub.store import open_hub
 
             for mode, has_keys in _MODES.items():
                 if has_keys:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from weightline.chain.files.target import FileTarget
+from weightline.chain.files.source import FolderSource
 from weightline.types import BitsArray, TensorSpec
 
 _DATA = Path(__file__).parent.parent / "tests" / "codec" / "data" / "states.npz"
@@ -31,7 +31,7 @@ def parse_states(parser: argparse.ArgumentParser) -> tuple[TensorSpec, BitsArray
 
 def flat_bits(state: Path, dtype: str) -> BitsArray:
     """All elements of one dtype, laid end to end."""
-    target = FileTarget(state)
+    target = FolderSource(state)
     found = target.read(name for name, spec in target.specs.items() if spec.dtype == dtype)
     return np.concatenate(list(found.values()))
 

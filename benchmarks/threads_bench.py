@@ -18,7 +18,7 @@ from benchmarks.states import parse_states
 from weightline.bench.timing import best_of
 from weightline.codec.capture import capture
 from weightline.codec.coding import codings
-from weightline.format.payload import write_delta
+from weightline.format.write_payload import write_delta
 from weightline.types import BitsArray, Changes, Segment, TensorSpec
 
 _NUM_TENSORS = 8

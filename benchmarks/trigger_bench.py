@@ -21,7 +21,7 @@ from rich.console import Console
 
 from weightline.chain import Chain, open_chain
 from weightline.chain.read.records import write_record
-from weightline.chain.write.author import commit_folder
+from weightline.chain.write.standalone import commit_folder
 from weightline.deployments.stack.pipeline import stack_of
 
 CONSUMERS = ("evaluate-version", "refresh-serving")

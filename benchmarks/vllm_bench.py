@@ -28,9 +28,9 @@ from transformers import AutoModelForCausalLM, Qwen3Config
 
 from weightline.chain import Chain, open_chain
 from weightline.chain.files.checkpoint import write_checkpoint
-from weightline.chain.files.target import FileTarget
-from weightline.chain.write.author import commit_folder
-from weightline.codec.compose import inverse
+from weightline.chain.files.source import FolderSource
+from weightline.chain.write.standalone import commit_folder
+from weightline.codec.changes import inverse
 from weightline.serving.engines.barrier import RequestBarrier
 from weightline.serving.engines.vllm.engine import VllmEngine
 from weightline.serving.engines.vllm.exchange import read_changes_file, write_changes
@@ -119,7 +119,7 @@ def commit_changed(chain: Chain, share: float) -> None:
         tip = chain.tip_version()
         assert tip is not None
         write_checkpoint(chain, tip, folder)
-        for entry in FileTarget(folder)._entries.values():
+        for entry in FolderSource(folder)._entries.values():
             bits_N = np.memmap(entry.path, "<u2", "r+", entry.offset, entry.spec.num_elements)
             num = max(1, round(share * bits_N.size))
             bits_N[rng.choice(bits_N.size, num, replace=False)] ^= 1

@@ -25,11 +25,11 @@ from safetensors.numpy import load_file, save_file
 from weightline.chain.files.checkpoint import write_checkpoint
 from weightline.chain.read.history import Chain
 from weightline.chain.upkeep.verify import verify_chain
-from weightline.chain.write.author import commit_folder
+from weightline.chain.write.standalone import commit_folder
 from weightline.errors import NotFoundError, ObjectExistsError, TransientStorageError, WeightlineError
 from weightline.format.envelope import sha256_of
 from weightline.store import ObjectInfo, Store, open_store
-from weightline.store.contests import commit_mode, contests
+from weightline.store.base import commit_mode, contests
 from weightline.store.open import check_writable
 from weightline.store.retry import RetryingStore
 

@@ -12,9 +12,8 @@ from huggingface_hub import BucketFile, HfApi
 from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
 from weightline.errors import StorageError
-from weightline.store.hub import DEFAULT_ENDPOINT, open_hub
-from weightline.store.hub_errors import hub_errors
-from weightline.store.hub_url import HubUrl, parse_hub_url
+from weightline.store.hub.errors import hub_errors
+from weightline.store.hub.store import DEFAULT_ENDPOINT, HubUrl, open_hub, parse_hub_url
 
 #: More than a page, as far as is known.
 _NUM_FILES = 1001

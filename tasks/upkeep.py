@@ -11,12 +11,12 @@ from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 
 from weightline.chain import Chain, open_chain
-from weightline.chain.read.horizon import oldest_kept
-from weightline.chain.upkeep.compaction import plan_compaction, write_compaction
-from weightline.chain.upkeep.expire import expire_before
+from weightline.chain.read.refs import oldest_kept
+from weightline.chain.upkeep.compact import plan_compaction, write_compaction
 from weightline.chain.upkeep.gc import collect, plan_gc, view_chain
+from weightline.chain.upkeep.retention import expire_before
 from weightline.chain.upkeep.verify import VerifyReport, verify_chain
-from weightline.chain.write.author import DEFAULT_CODING
+from weightline.chain.write.standalone import DEFAULT_CODING
 from weightline.deployments.server.artifacts import artifact_key
 from weightline.errors import CorruptError
 from weightline.lineage.table import escape_markdown_url

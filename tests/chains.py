@@ -10,14 +10,14 @@ import numpy as np
 import numpy.typing as npt
 
 from weightline.chain.read.history import Chain
-from weightline.chain.write.commit import commit_manifest, new_commit_id, utc_now
+from weightline.chain.write.commit import commit_manifest, new_commit_id
 from weightline.codec.anchor import ANCHOR_CODING
 from weightline.codec.capture import capture
 from weightline.codec.coding import coding_named
 from weightline.codec.digest import format_digest, tensor_digest
 from weightline.format import keys
-from weightline.format.manifest import AssetRef, Manifest, PayloadRef, TensorState
-from weightline.format.payload import write_anchor, write_delta
+from weightline.format.manifest import AssetRef, Manifest, PayloadRef, TensorState, utc_now
+from weightline.format.write_payload import write_anchor, write_delta
 from weightline.store.memory import MemoryStore
 from weightline.types import Segment, TensorSpec, bits_dtype
 

@@ -23,7 +23,8 @@ from weightline.codec.coding import coding_named
 from weightline.errors import InputError
 from weightline.format import keys
 from weightline.format.manifest import PayloadRef
-from weightline.format.payload import PayloadInfo, open_payload, write_delta
+from weightline.format.payload import open_payload
+from weightline.format.write_payload import PayloadInfo, write_delta
 from weightline.store.local import LocalStore
 from weightline.trainer.baseline import Baseline
 from weightline.trainer.partition import partition_of

@@ -11,7 +11,7 @@ from safetensors.numpy import save_file
 from typer.testing import CliRunner
 
 from weightline.chain.read.history import Chain, open_chain
-from weightline.chain.write.author import commit_folder
+from weightline.chain.write.standalone import commit_folder
 from weightline.cli.main import app
 from weightline.errors import BaseMismatchError, InputError
 from weightline.store.memory import MemoryStore

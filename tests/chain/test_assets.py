@@ -11,10 +11,10 @@ import pytest
 from tests.store.racers import write_checkpoint_folder
 from weightline.chain.files.assets import upload_files
 from weightline.chain.read.history import Chain
-from weightline.chain.upkeep.expire import expire_before
 from weightline.chain.upkeep.gc import collect, plan_gc, view_chain
+from weightline.chain.upkeep.retention import expire_before
 from weightline.chain.upkeep.verify import verify_chain
-from weightline.chain.write.author import commit_folder, commit_fork, commit_revert
+from weightline.chain.write.standalone import commit_folder, commit_fork, commit_revert
 from weightline.errors import InputError
 from weightline.format import keys
 from weightline.store import ObjectInfo

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 from pydantic import ValidationError
 
-from weightline.chain.write.authorship import Authorship, build_manifest
+from weightline.chain.write.draft import Authorship, build_manifest
 from weightline.codec.anchor import ANCHOR_CODING
 from weightline.codec.digest import format_digest
 from weightline.format.manifest import Manifest, PayloadRef

@@ -14,8 +14,8 @@ from tests.chains import commit_state, make_manifest, nudged, random_state
 from weightline.chain.files.checkpoint import write_checkpoint
 from weightline.chain.read.history import Chain
 from weightline.chain.read.records import EVALUATIONS, read_record, read_records, write_record
+from weightline.chain.replay.plan import plan_between
 from weightline.chain.replay.state import advance_state, read_state
-from weightline.chain.replay.ways import plan_between
 from weightline.chain.write.commit import commit_manifest, new_commit_id
 from weightline.errors import (
     ChainEmptyError,

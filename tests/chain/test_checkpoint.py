@@ -16,7 +16,7 @@ from tests.chains import commit_state, nudged, random_state
 from weightline.chain.files import checkpoint
 from weightline.chain.files.assets import upload_files
 from weightline.chain.files.checkpoint import MARKER, write_checkpoint
-from weightline.chain.files.target import FileTarget, VersionTarget
+from weightline.chain.files.source import FolderSource, VersionSource
 from weightline.chain.read.history import Chain
 from weightline.errors import InputError
 from weightline.store.memory import MemoryStore
@@ -58,21 +58,21 @@ def test_shards_are_read_and_written_one_at_a_time(
     """No reader has to hold the model (SPEC "Goals"): never more than one file of it."""
     asked: list[int] = []
 
-    class Counting(VersionTarget):
+    class Counting(VersionSource):
         def read(self, names: Iterable[str]) -> dict[str, BitsArray]:
             bits = super().read(list(names))
             asked.append(sum(one.nbytes for one in bits.values()))
             return bits
 
     monkeypatch.setattr(checkpoint, "_MAX_SHARD_NBYTES", 400)
-    monkeypatch.setattr(checkpoint, "VersionTarget", Counting)
+    monkeypatch.setattr(checkpoint, "VersionSource", Counting)
     write_checkpoint(chain, 1, tmp_path / "out")
     assert asked == [320 + 60 + 2, 200]
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == 582
     assert set(index["weight_map"]) == set(_SHAPES)
     assert _is_whole(tmp_path / "out", 1)
-    assert set(FileTarget(tmp_path / "out").specs) == set(_SHAPES)
+    assert set(FolderSource(tmp_path / "out").specs) == set(_SHAPES)
 
 
 def test_a_crash_anywhere_leaves_no_marker_and_the_pull_can_be_repeated(chain: Chain, tmp_path: Path) -> None:

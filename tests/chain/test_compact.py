@@ -11,20 +11,20 @@ from hypothesis import strategies as st
 
 from tests.chains import State, commit_state, random_state
 from weightline.chain.read.history import Chain
-from weightline.chain.replay.plan import Hop
-from weightline.chain.replay.ways import plan_between
+from weightline.chain.replay.plan import Hop, plan_between
 from weightline.chain.upkeep.compact import (
     SLACK,
     AnchorPolicy,
     interpolate_direct,
     max_hops,
     plan_compact,
+    plan_compaction,
     sample_bases,
+    write_compaction,
 )
-from weightline.chain.upkeep.compaction import plan_compaction, write_compaction
 from weightline.codec.capture import capture
 from weightline.format.manifest import PayloadRef
-from weightline.format.payload import write_delta
+from weightline.format.write_payload import write_delta
 from weightline.store.memory import MemoryStore
 from weightline.types import Segment, TensorSpec
 

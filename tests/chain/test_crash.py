@@ -12,16 +12,15 @@ import pytest
 from safetensors.numpy import save_file
 
 from tests.chains import commit_state, nudged, random_state
-from weightline.chain.files.checkpoint import assets_of
+from weightline.chain.files.assets import assets_of
 from weightline.chain.read.history import Chain
 from weightline.chain.read.refs import move_ref
 from weightline.chain.replay.state import read_state
-from weightline.chain.upkeep.compact import AnchorPolicy
-from weightline.chain.upkeep.compaction import plan_compaction, write_compaction
-from weightline.chain.upkeep.expire import expire_before
+from weightline.chain.upkeep.compact import AnchorPolicy, plan_compaction, write_compaction
 from weightline.chain.upkeep.gc import collect, plan_gc, view_chain
+from weightline.chain.upkeep.retention import expire_before
 from weightline.chain.upkeep.verify import verify_chain
-from weightline.chain.write.author import commit_folder, commit_fork, commit_revert
+from weightline.chain.write.standalone import commit_folder, commit_fork, commit_revert
 from weightline.errors import CommitConflictError, TransientStorageError
 from weightline.store.memory import MemoryStore
 from weightline.testing.faults import FaultStore

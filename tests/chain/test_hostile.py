@@ -16,9 +16,8 @@ from tests.chains import commit_state, nudged, random_state
 from tests.codec.states import whole
 from tests.compat.generate import FOLDER
 from weightline.chain.read.history import Chain
-from weightline.chain.read.horizon import oldest_kept
 from weightline.chain.read.records import EVALUATIONS, read_record, read_records, write_record
-from weightline.chain.read.refs import current_refs, history_of, move_ref, newest_move, resolve
+from weightline.chain.read.refs import current_refs, history_of, move_ref, newest_move, oldest_kept, resolve
 from weightline.chain.replay.state import HostState, read_state
 from weightline.chain.upkeep.verify import verify_chain
 from weightline.chain.write.commit import commit_manifest
@@ -26,8 +25,8 @@ from weightline.codec.digest import format_digest, tensor_digest
 from weightline.errors import CorruptError, InputError, ManifestError, PayloadError
 from weightline.format import keys
 from weightline.format.manifest import Manifest, PayloadRef, TensorState
-from weightline.format.payload import PayloadInfo, write_anchor, write_delta
 from weightline.format.shortcut import Shortcut
+from weightline.format.write_payload import PayloadInfo, write_anchor, write_delta
 from weightline.store.memory import MemoryStore
 from weightline.types import Changes, Segment, TensorSpec
 

@@ -11,9 +11,8 @@ from tests.chains import commit_state, nudged, random_state
 from weightline.chain.read.history import Chain
 from weightline.chain.read.leases import Lease, live_leases, read_lease, read_leases, write_lease
 from weightline.chain.replay.state import read_state
-from weightline.chain.upkeep.expire import expire_before
 from weightline.chain.upkeep.gc import collect, plan_gc, view_chain
-from weightline.chain.upkeep.kept import leased_versions
+from weightline.chain.upkeep.retention import expire_before, leased_versions
 from weightline.chain.upkeep.verify import verify_chain
 from weightline.errors import InputError, VersionNotFoundError
 from weightline.format import keys

@@ -14,17 +14,15 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from tests.chain.test_leases import make_lease
 from tests.chains import commit_state, nudged, random_state
 from weightline.chain.read.history import Chain
-from weightline.chain.read.horizon import oldest_kept
 from weightline.chain.read.leases import write_lease
-from weightline.chain.read.refs import current_refs, move_ref
+from weightline.chain.read.refs import current_refs, move_ref, oldest_kept
+from weightline.chain.replay.plan import plan_between
 from weightline.chain.replay.state import HostState, advance_state, read_state
-from weightline.chain.replay.ways import plan_between
-from weightline.chain.upkeep.compact import AnchorPolicy
-from weightline.chain.upkeep.compaction import plan_compaction, write_compaction
-from weightline.chain.upkeep.expire import expire_before
+from weightline.chain.upkeep.compact import AnchorPolicy, plan_compaction, write_compaction
 from weightline.chain.upkeep.gc import collect, plan_gc, view_chain
+from weightline.chain.upkeep.retention import expire_before
 from weightline.chain.upkeep.verify import verify_chain
-from weightline.chain.write.author import commit_fork, commit_revert
+from weightline.chain.write.standalone import commit_fork, commit_revert
 from weightline.store.memory import MemoryStore
 
 SHAPES = {"model.embed.weight": (30, 4), "model.norm.weight": (4,), "scale": (), "empty": (0, 4)}
@@ -156,7 +154,7 @@ TestChainMachine.settings = settings(settings.get_profile("default"), max_exampl
 def test_the_machine_can_read_a_checkpoint_folder(tmp_path: Path) -> None:
     """Not part of the machine, since it writes files: commit of a folder equals commit by ranks."""
     from weightline.chain.files.checkpoint import write_checkpoint
-    from weightline.chain.write.author import commit_folder
+    from weightline.chain.write.standalone import commit_folder
 
     source, target = Chain(MemoryStore("memory://a")), Chain(MemoryStore("memory://b"))
     states = [random_state(0)]

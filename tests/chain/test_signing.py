@@ -14,18 +14,26 @@ import pytest
 
 from tests.chains import commit_state, nudged, random_state
 from weightline.chain.read.history import Chain, open_chain
+from weightline.chain.replay.plan import plan_between
 from weightline.chain.replay.state import read_state
-from weightline.chain.replay.ways import plan_between
-from weightline.chain.upkeep.compaction import CompactionPlan, write_compaction
-from weightline.chain.upkeep.expire import expire_before
+from weightline.chain.upkeep.compact import CompactionPlan, write_compaction
 from weightline.chain.upkeep.gc import collect, plan_gc, view_chain
+from weightline.chain.upkeep.retention import expire_before
 from weightline.chain.upkeep.verify import verify_chain
-from weightline.chain.write.author import commit_revert
-from weightline.chain.write.commit import commit_manifest
-from weightline.chain.write.signing import SIGNING_KEY_VARIABLE, TRUSTED_KEYS_VARIABLE, sign_existing
+from weightline.chain.write.commit import commit_manifest, sign_existing
+from weightline.chain.write.standalone import commit_revert
 from weightline.errors import InputError, SignatureError, TransientStorageError
 from weightline.format import keys
-from weightline.format.signature import Signature, Signer, TrustedKeys, generate_key, load_signer, load_trusted_keys
+from weightline.format.signature import (
+    SIGNING_KEY_VARIABLE,
+    TRUSTED_KEYS_VARIABLE,
+    Signature,
+    Signer,
+    TrustedKeys,
+    generate_key,
+    load_signer,
+    load_trusted_keys,
+)
 from weightline.store.base import ObjectInfo
 from weightline.store.memory import MemoryStore
 from weightline.testing.faults import FaultStore, failing

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from weightline.chain.files.target import FileTarget
+from weightline.chain.files.source import FolderSource
 from weightline.chain.read.history import Chain
 from weightline.chain.replay.state import read_state
-from weightline.chain.write.author import commit_folder
+from weightline.chain.write.standalone import commit_folder
 from weightline.errors import InputError
 from weightline.store.memory import MemoryStore
 
@@ -39,14 +39,14 @@ def sharded(tmp_path: Path) -> Path:
 
 def test_an_index_names_the_files(sharded: Path) -> None:
     _save(sharded / "consolidated.safetensors", a=_A, other=_B)
-    target = FileTarget(sharded)
+    target = FolderSource(sharded)
     assert set(target.specs) == {"a", "b"}
     assert np.array_equal(target.read(["b"])["b"], _B.view(np.uint32))
 
 
 def test_a_tensor_is_taken_from_the_file_that_the_index_names(sharded: Path) -> None:
     _save(sharded / _MAP["b"], a=_A + 1, b=_B)
-    assert np.array_equal(FileTarget(sharded).read(["a"])["a"], _A)
+    assert np.array_equal(FolderSource(sharded).read(["a"])["a"], _A)
 
 
 def test_a_torn_checkpoint_is_not_committed(sharded: Path) -> None:
@@ -64,32 +64,32 @@ def test_a_torn_checkpoint_is_not_committed(sharded: Path) -> None:
 def test_an_index_and_its_files_name_the_same_tensors(sharded: Path, held: dict[str, Any], told: str) -> None:
     _save(sharded / _MAP["b"], **held)
     with pytest.raises(InputError, match=told):
-        FileTarget(sharded)
+        FolderSource(sharded)
 
 
 @pytest.mark.parametrize("weight_map", [None, [], {"a": 1}, {"a": "../a.safetensors"}, {"a": "/a"}, {"a": ""}])
 def test_an_index_that_is_none_is_refused(sharded: Path, weight_map: object) -> None:
     _index(sharded, weight_map)
     with pytest.raises(InputError, match=r"index\.json (is no index|names)"):
-        FileTarget(sharded)
+        FolderSource(sharded)
 
 
 def test_model_safetensors_is_the_model_whatever_lies_beside_it(tmp_path: Path) -> None:
     _save(tmp_path / "model.safetensors", a=_A)
     _save(tmp_path / "consolidated.safetensors", b=_B)
-    assert set(FileTarget(tmp_path).specs) == {"a"}
+    assert set(FolderSource(tmp_path).specs) == {"a"}
 
 
 def test_an_adapter_folder_holds_an_adapter(tmp_path: Path) -> None:
     _save(tmp_path / "model.safetensors", a=_A)
     _save(tmp_path / "adapter_model.safetensors", b=_B)
     (tmp_path / "adapter_config.json").write_text("{}")
-    assert set(FileTarget(tmp_path).specs) == {"b"}
+    assert set(FolderSource(tmp_path).specs) == {"b"}
 
 
 def test_one_file_of_another_name_will_do(tmp_path: Path) -> None:
     _save(tmp_path / "weights.safetensors", a=_A)
-    assert set(FileTarget(tmp_path).specs) == {"a"}
+    assert set(FolderSource(tmp_path).specs) == {"a"}
 
 
 def _two_files(folder: Path) -> None:
@@ -113,7 +113,7 @@ def _two_indices(folder: Path) -> None:
 def test_a_folder_that_loaders_would_read_in_two_ways_is_refused(tmp_path: Path, make: Any) -> None:
     make(tmp_path)
     with pytest.raises(InputError, match=r"one|left over|checkpoint folder"):
-        FileTarget(tmp_path)
+        FolderSource(tmp_path)
 
 
 def _file(folder: Path, header: object, data: bytes = b"abcdefgh") -> Path:
@@ -157,7 +157,7 @@ HOSTILE: dict[str, object] = {
 def test_a_header_that_cannot_be_is_refused(tmp_path: Path, name: str) -> None:
     path = _file(tmp_path, HOSTILE[name])
     with pytest.raises(InputError) as caught:
-        FileTarget(path)
+        FolderSource(path)
     assert str(path) in str(caught.value)
 
 
@@ -169,7 +169,7 @@ def test_what_the_format_allows_is_taken(tmp_path: Path) -> None:
         "empty": _tensor([0, 3], [2, 2]),
         "early": _tensor([1], [0, 2], dtype="BF16"),
     }
-    target = FileTarget(_file(tmp_path, header))
+    target = FolderSource(_file(tmp_path, header))
     assert target.read(["late"])["late"].tobytes() == b"gh"
     assert target.read(["empty"])["empty"].size == 0
     chain = Chain(MemoryStore())

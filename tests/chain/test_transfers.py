@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from weightline.chain.replay.fetch import fetching
-from weightline.chain.write.upload import uploading
+from weightline.chain.write.draft import uploading
 from weightline.errors import TransientStorageError
 from weightline.format.manifest import StoredObject
 from weightline.store import Store

@@ -13,17 +13,15 @@ import pytest
 from tests.chains import commit_state, copy_of, nudged, random_state
 from weightline.chain.files.assets import upload_files
 from weightline.chain.read.history import Chain
-from weightline.chain.read.horizon import move_horizon
 from weightline.chain.read.records import EVALUATIONS, write_record
-from weightline.chain.read.refs import move_ref
+from weightline.chain.read.refs import move_horizon, move_ref
+from weightline.chain.replay.plan import plan_between
 from weightline.chain.replay.state import read_state
-from weightline.chain.replay.ways import plan_between
-from weightline.chain.upkeep.compact import AnchorPolicy
-from weightline.chain.upkeep.compaction import plan_compaction, write_compaction
-from weightline.chain.upkeep.expire import expire_before
+from weightline.chain.upkeep.compact import AnchorPolicy, plan_compaction, write_compaction
 from weightline.chain.upkeep.gc import collect, plan_gc, view_chain
+from weightline.chain.upkeep.retention import expire_before
 from weightline.chain.upkeep.verify import verify_chain
-from weightline.chain.write.author import commit_revert
+from weightline.chain.write.standalone import commit_revert
 from weightline.codec.capture import capture
 from weightline.errors import CorruptError, DigestMismatchError, NotFoundError
 from weightline.format import keys
@@ -255,7 +253,7 @@ def test_a_revert_that_leads_elsewhere_is_not_committed(chain: Chain, monkeypatc
     def see_nothing(segment: Segment, old: BitsArray, new: BitsArray, *, ranked: bool) -> Changes:
         return capture(segment, old, old, ranked=ranked)
 
-    monkeypatch.setattr("weightline.chain.write.author.capture", see_nothing)
+    monkeypatch.setattr("weightline.chain.write.standalone.capture", see_nothing)
     with pytest.raises(DigestMismatchError, match="would not be that of version 6"):
         commit_revert(chain, 6)
     assert chain.tip_version() == _TIP

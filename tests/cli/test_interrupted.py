@@ -15,7 +15,7 @@ from weightline.store.local import LocalStore
 
 _PROGRAM = """
 import sys, time
-import weightline.chain.write.author as author
+import weightline.chain.write.standalone as author
 from weightline.cli.main import main
 
 write = author.write_anchor

@@ -9,8 +9,7 @@ from hypothesis import given
 from tests.codec.states import DTYPES, RUNS, Pair, changed, pairs, random_bits, real_pairs, whole
 from weightline.codec import reference
 from weightline.codec.capture import capture, capture_into, rank_changes
-from weightline.codec.classes import class_field
-from weightline.codec.pieces import TILE, RankedChanges, cut
+from weightline.codec.pieces import TILE, RankedChanges, class_field, cut
 from weightline.errors import InputError
 from weightline.types import Changes, bits_dtype
 

@@ -8,9 +8,8 @@ from hypothesis import strategies as st
 from tests.codec.states import DTYPES, Pair, changed, random_bits, whole
 from weightline.codec.capture import capture
 from weightline.codec.chunknumbers import CodedNumbers, flatten_changes, group_changes
-from weightline.codec.classes import class_field, classes_of
 from weightline.codec.kernels import grouping
-from weightline.codec.pieces import RankedChanges
+from weightline.codec.pieces import RankedChanges, class_field, classes_of
 from weightline.codec.steps import steps
 from weightline.types import Changes
 

@@ -25,9 +25,10 @@ from weightline.codec.varint import put_numbers
 from weightline.errors import ManifestError, PayloadError, UnsupportedFeatureError
 from weightline.format.envelope import reserve_header, write_header
 from weightline.format.manifest import Manifest
-from weightline.format.payload import open_payload, write_anchor, write_delta
+from weightline.format.payload import open_payload
 from weightline.format.shortcut import Shortcut
 from weightline.format.table import DTYPES, ChunkEntry, pack_table
+from weightline.format.write_payload import write_anchor, write_delta
 from weightline.types import BitsArray, Segment, TensorSpec
 
 CODINGS = sorted(codings())

@@ -17,7 +17,8 @@ from weightline.codec.coding import codings
 from weightline.codec.pieces import TILE
 from weightline.errors import InputError, PayloadError, UnsupportedFeatureError
 from weightline.format import envelope, layout
-from weightline.format.payload import Payload, PayloadInfo, open_payload, write_anchor, write_delta
+from weightline.format.payload import Payload, open_payload
+from weightline.format.write_payload import PayloadInfo, write_anchor, write_delta
 from weightline.types import BitsArray, Changes, Segment, TensorSpec
 
 CODINGS = sorted(codings())

@@ -20,9 +20,9 @@ from weightline.chain.read.history import Chain
 from weightline.chain.read.records import EVALUATIONS, write_record
 from weightline.chain.read.refs import move_ref
 from weightline.chain.replay.state import HostState, read_state
-from weightline.chain.upkeep.compaction import CompactionPlan, write_compaction
-from weightline.chain.upkeep.expire import expire_before
-from weightline.chain.write.author import commit_revert
+from weightline.chain.upkeep.compact import CompactionPlan, write_compaction
+from weightline.chain.upkeep.retention import expire_before
+from weightline.chain.write.standalone import commit_revert
 from weightline.errors import InputError
 from weightline.store.local import LocalStore
 from weightline.types import BitsArray

@@ -11,12 +11,11 @@ import pytest
 
 from tests.compat.generate import FOLDER, sha256_of_state, write_chain
 from weightline.chain.read.history import Chain
-from weightline.chain.read.horizon import oldest_kept
 from weightline.chain.read.records import EVALUATIONS, read_records
-from weightline.chain.read.refs import current_refs, history_of
+from weightline.chain.read.refs import current_refs, history_of, oldest_kept
 from weightline.chain.replay.fetch import Fetcher
+from weightline.chain.replay.plan import Ways
 from weightline.chain.replay.state import HostState, advance_state, apply_hop, read_state
-from weightline.chain.replay.ways import Ways
 from weightline.chain.upkeep.verify import verify_chain
 from weightline.store.local import LocalStore
 

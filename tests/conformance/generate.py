@@ -19,8 +19,8 @@ from tests.conformance.objects import object_cases
 from weightline.codec.capture import capture
 from weightline.codec.coding import codings
 from weightline.codec.digest import format_digest, tensor_digest
-from weightline.format.payload import PayloadInfo, write_anchor, write_delta
 from weightline.format.table import ChunkEntry, pack_table
+from weightline.format.write_payload import PayloadInfo, write_anchor, write_delta
 from weightline.types import BitsArray, Segment, TensorSpec
 
 STRANGE_NAMES = ("", "../w", "a\0b", "\u00e9\U0001f40d")

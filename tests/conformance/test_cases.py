@@ -21,8 +21,9 @@ from weightline.codec.digest import format_digest, tensor_digest
 from weightline.errors import CorruptError, UnsupportedFeatureError
 from weightline.format.envelope import read_envelope
 from weightline.format.manifest import Manifest
-from weightline.format.payload import open_payload, write_anchor, write_delta
+from weightline.format.payload import open_payload
 from weightline.format.shortcut import Shortcut
+from weightline.format.write_payload import write_anchor, write_delta
 from weightline.types import BitsArray, Segment
 
 TOPICS = ("deltas", "anchors", "digests", "refused", "objects")

@@ -13,13 +13,13 @@ from tests.chains import State, make_manifest, random_state
 from weightline.chain import Chain, open_chain
 from weightline.chain.read.records import EVALUATIONS, REFRESHES, write_record
 from weightline.chain.read.refs import move_ref
-from weightline.chain.upkeep.compaction import plan_compaction, write_compaction
-from weightline.chain.write.author import commit_fork, commit_revert
+from weightline.chain.upkeep.compact import plan_compaction, write_compaction
 from weightline.chain.write.commit import commit_manifest, new_commit_id
+from weightline.chain.write.standalone import commit_fork, commit_revert
 from weightline.codec.capture import capture
 from weightline.format import keys
 from weightline.format.manifest import Manifest, PayloadRef
-from weightline.format.payload import write_anchor, write_delta
+from weightline.format.write_payload import write_anchor, write_delta
 from weightline.types import Segment, TensorSpec
 
 HOSTILE = '"><img src=x onerror="window.hacked=1"><script>window.hacked=1</script>'

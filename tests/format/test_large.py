@@ -10,7 +10,8 @@ import pytest
 from tests.codec.states import whole
 from weightline.codec.capture import capture
 from weightline.codec.coding import coding_named, codings
-from weightline.format.payload import open_payload, write_delta
+from weightline.format.payload import open_payload
+from weightline.format.write_payload import write_delta
 
 _NUM_ELEMENTS = (1 << 31) + 64
 _AT = [0, (1 << 31) - 1, 1 << 31, _NUM_ELEMENTS - 1]

@@ -14,7 +14,7 @@ import pytest
 from tests.chains import commit_state, nudged, random_state
 from weightline.chain import Chain, open_chain
 from weightline.chain.read.records import EVALUATIONS, write_record
-from weightline.chain.write.author import commit_fork
+from weightline.chain.write.standalone import commit_fork
 from weightline.lineage.openlineage import dataset_name, export_version, is_enabled, version_events
 
 

@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 
 from weightline.chain import open_chain
 from weightline.chain.upkeep.verify import verify_chain
-from weightline.chain.write.author import commit_folder
+from weightline.chain.write.standalone import commit_folder
 from weightline.errors import CommitConflictError
 
 NUM_WRITERS = 4

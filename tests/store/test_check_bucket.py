@@ -12,7 +12,7 @@ import pytest
 from tests.hub_emulator import HubEmulator
 from tests.store.proxy import Proxy
 from weightline.store import open_store
-from weightline.store.contests import commit_mode
+from weightline.store.base import commit_mode
 
 _SCRIPT = Path(__file__).parents[2] / "infra" / "check_bucket.py"
 

@@ -28,8 +28,7 @@ from weightline.errors import (
 )
 from weightline.format.manifest import PayloadRef
 from weightline.store import open_store
-from weightline.store.hub import HubStore, open_hub
-from weightline.store.hub_url import parse_hub_url
+from weightline.store.hub.store import HubStore, open_hub, parse_hub_url
 
 
 def _bucket_id(url: str) -> str:
@@ -179,7 +178,7 @@ def test_an_operation_that_fails_inside_a_200_is_not_silent(hub: HubEmulator, st
 def test_an_upload_that_does_not_show_is_an_error(
     hub: HubEmulator, hub_url: str, payload: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("weightline.store.hub_bucket._VISIBLE_AFTER_SECONDS", (0.0, 0.01))
+    monkeypatch.setattr("weightline.store.hub.bucket._VISIBLE_AFTER_SECONDS", (0.0, 0.01))
     hub.info_lag_seconds = 60.0
     with pytest.raises(TransientStorageError, match="is not there"):
         open_hub(hub_url).put_file("payloads/x", payload)

@@ -21,7 +21,7 @@ from weightline.chain.write.commit import commit_manifest, new_commit_id
 from weightline.cli.main import app
 from weightline.errors import CommitConflictError, StorageError, TransientStorageError
 from weightline.format import keys
-from weightline.store.hub import open_hub
+from weightline.store.hub.store import open_hub
 
 STATES = [random_state(0, {"weight": (6, 4), "scale": ()})]
 STATES.append(nudged(STATES[0], 1, density=0.5))

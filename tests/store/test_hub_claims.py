@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from tests.hub_emulator import Cut, Fault, HubEmulator, Late, LoseReply, Status
 from weightline.errors import ObjectExistsError, StorageError, TransientStorageError
 from weightline.store import Store, open_store
-from weightline.store.hub import HubStore, open_hub
-from weightline.store.hub_bucket import HubFile
-from weightline.store.hub_claims import first_claim, judge
-from weightline.store.hub_content import Content
+from weightline.store.hub.bucket import HubFile
+from weightline.store.hub.claims import first_claim, judge
+from weightline.store.hub.content import Content
+from weightline.store.hub.store import HubStore, open_hub
 from weightline.store.open import check_writable
 
 KEY = "commits/00000000000000000007.json"
@@ -182,7 +182,7 @@ def test_listings_that_lag_only_cost_time(hub: HubEmulator, store: HubStore) -> 
 def test_a_claim_that_never_shows_decides_nothing(
     hub: HubEmulator, store: HubStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("weightline.store.hub_claims._VISIBLE_SECONDS", 0.3)
+    monkeypatch.setattr("weightline.store.hub.claims._VISIBLE_SECONDS", 0.3)
     hub.list_lag_seconds = 60.0
     assert _attempt(store, b"first") == "unknown"
     assert store.head(KEY) is None

@@ -16,11 +16,12 @@ import pytest
 
 from tests.hub_emulator import HubEmulator, Truncate
 from weightline.errors import CorruptError, DigestMismatchError, StorageError, TransientStorageError
-from weightline.store import hub_content, hub_hash, resume
-from weightline.store.hub import open_hub
-from weightline.store.hub_hash import hash_arriving, hash_beside, xet_hash
-from weightline.store.hub_url import parse_hub_url
-from weightline.store.progress import watching
+from weightline.store import transfers
+from weightline.store.hub import content as hub_content
+from weightline.store.hub import hashing as hub_hash
+from weightline.store.hub.hashing import hash_arriving, hash_beside, xet_hash
+from weightline.store.hub.store import open_hub, parse_hub_url
+from weightline.store.transfers import watching
 
 NBYTES = 5_000_000
 _THREADS = ("weightline-hash", "weightline-feed")
@@ -198,7 +199,7 @@ def test_a_download_grows_at_the_callers_own_partial_name(
     source.write_bytes(body)
     store.put_file("payloads/x", source)
     out.write_bytes(b"\0" * (len(body) + 1))
-    resume.note_done(out, "another store's", 7)
+    transfers.note_done(out, "another store's", 7)
     seen: list[str] = []
 
     def look(number: int, method: str, path: str) -> None:
@@ -288,7 +289,7 @@ def test_an_upload_of_another_file_than_was_hashed_is_an_error(
     hub: HubEmulator, hub_url: str, body: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As when the file changes on its way."""
-    monkeypatch.setattr("weightline.store.hub_bucket._VISIBLE_AFTER_SECONDS", (0.0, 0.01))
+    monkeypatch.setattr("weightline.store.hub.bucket._VISIBLE_AFTER_SECONDS", (0.0, 0.01))
     source = tmp_path / "source"
     source.write_bytes(body)
     monkeypatch.setattr(hub_content, "hash_beside", lambda path, work: work() or "f" * 64)
@@ -335,7 +336,7 @@ def test_the_memory_of_a_download_does_not_grow_with_the_file(hub: HubEmulator, 
 _DOWNLOAD = """
 import re, sys, threading, time
 from pathlib import Path
-from weightline.store.hub import open_hub
+from weightline.store.hub.store import open_hub
 
 peak = 0
 def watch():

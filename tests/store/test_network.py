@@ -14,9 +14,10 @@ from tests.store.racers import same_weights, write_checkpoint_folder
 from weightline.chain.files.checkpoint import write_checkpoint
 from weightline.chain.read.history import Chain
 from weightline.chain.upkeep.verify import verify_chain
-from weightline.chain.write.author import commit_folder
+from weightline.chain.write.standalone import commit_folder
 from weightline.errors import DigestMismatchError, TransientStorageError
-from weightline.store import Store, objects, open_store
+from weightline.store import Store, open_store
+from weightline.store.objects import store as objects
 
 
 @pytest.fixture(autouse=True)

@@ -14,7 +14,7 @@ from weightline.store import Store, open_store
 from weightline.store.local import LocalStore
 from weightline.store.memory import MemoryStore
 from weightline.store.open import check_writable
-from weightline.store.progress import watching
+from weightline.store.transfers import watching
 
 
 def test_what_was_put_is_got(store: Store, tmp_path: Path) -> None:

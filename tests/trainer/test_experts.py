@@ -23,7 +23,7 @@ from weightline.chain.files.checkpoint import write_checkpoint
 from weightline.chain.read.history import Chain, open_chain
 from weightline.chain.replay.state import read_state
 from weightline.chain.upkeep.verify import verify_chain
-from weightline.chain.write.author import commit_folder
+from weightline.chain.write.standalone import commit_folder
 from weightline.codec.torch_ops import bits_of
 from weightline.errors import InputError
 from weightline.launch.command import DEEPSPEED_CONFIG, accelerate_config

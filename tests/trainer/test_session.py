@@ -10,8 +10,8 @@ import torch
 
 from weightline.chain.read.history import Chain
 from weightline.chain.read.records import GAPS, read_records
+from weightline.chain.replay.plan import Ways, plan_between
 from weightline.chain.replay.state import read_state
-from weightline.chain.replay.ways import Ways, plan_between
 from weightline.chain.upkeep.compact import AnchorPolicy
 from weightline.chain.upkeep.verify import verify_chain
 from weightline.codec.torch_ops import bits_of

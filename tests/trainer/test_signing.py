@@ -10,10 +10,9 @@ from tests.trainer.test_session import Model, _session, _train
 from weightline.chain.read.history import Chain
 from weightline.chain.upkeep.compact import AnchorPolicy
 from weightline.chain.upkeep.verify import verify_chain
-from weightline.chain.write.signing import SIGNING_KEY_VARIABLE
 from weightline.errors import InputError
 from weightline.format import keys
-from weightline.format.signature import generate_key, load_trusted_keys
+from weightline.format.signature import SIGNING_KEY_VARIABLE, generate_key, load_trusted_keys
 from weightline.store.memory import MemoryStore
 
 

@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Co
 
 from weightline.chain import Chain, open_chain
 from weightline.chain.files.checkpoint import write_checkpoint
-from weightline.chain.files.target import FileTarget
-from weightline.chain.write.author import commit_folder
+from weightline.chain.files.source import FolderSource
+from weightline.chain.write.standalone import commit_folder
 from weightline.serving.engines.base import GenerationRequest
 from weightline.serving.engines.vllm.engine import VllmEngine
 from weightline.serving.engines.vllm.offline import WORKER_EXTENSION, start_offline
@@ -53,7 +53,7 @@ class FolderChain:
         folder = self.work / f"v{version}"
         shutil.copytree(self.folders[-1], folder)
         rng = np.random.default_rng(version)
-        for entry in FileTarget(folder)._entries.values():
+        for entry in FolderSource(folder)._entries.values():
             values_N = np.memmap(entry.path, "<f4", "r+", entry.offset, entry.spec.num_elements)
             at = rng.choice(values_N.size, max(1, int(values_N.size * density)), replace=False)
             values_N[at] = rng.normal(1.0 if "norm" in entry.spec.name else 0.0, 0.3, at.size)

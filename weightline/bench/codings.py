@@ -16,7 +16,8 @@ import numpy as np
 from weightline.bench.timing import best_of
 from weightline.codec.capture import capture
 from weightline.codec.coding import coding_named, codings
-from weightline.format.payload import open_payload, write_delta
+from weightline.format.payload import open_payload
+from weightline.format.write_payload import write_delta
 from weightline.types import BitsArray, Changes, Segment, TensorSpec
 
 Pair = tuple[TensorSpec, BitsArray, BitsArray]

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from weightline.chain.files.target import FileTarget
+from weightline.chain.files.source import FolderSource
 from weightline.cli.output import Json, emit, percent, size, table
 from weightline.errors import InputError
 from weightline.types import BitsArray, TensorSpec
@@ -60,7 +60,7 @@ def peers(a: State, b: State, as_json: Json = False) -> None:
 
 def _pairs(a: Path, b: Path) -> list[tuple[TensorSpec, BitsArray, BitsArray]]:
     """The tensors of both states, paired. InputError when they are not states of one model."""
-    old, new = FileTarget(a), FileTarget(b)
+    old, new = FolderSource(a), FolderSource(b)
     differing = set(old.specs.items()) ^ set(new.specs.items())
     if differing:
         name = min(name for name, _ in differing)
@@ -70,6 +70,6 @@ def _pairs(a: Path, b: Path) -> list[tuple[TensorSpec, BitsArray, BitsArray]]:
     return list(_read_pairs(old, new))
 
 
-def _read_pairs(old: FileTarget, new: FileTarget) -> Iterator[tuple[TensorSpec, BitsArray, BitsArray]]:
+def _read_pairs(old: FolderSource, new: FolderSource) -> Iterator[tuple[TensorSpec, BitsArray, BitsArray]]:
     for name, spec in old.specs.items():
         yield spec, old.read([name])[name], new.read([name])[name]

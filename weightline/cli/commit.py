@@ -8,8 +8,8 @@ from typing import Annotated
 import typer
 
 from weightline.chain import open_chain
-from weightline.chain.files.adapter import is_adapter
-from weightline.chain.write.author import DEFAULT_CODING, commit_folder
+from weightline.chain.files.assets import is_adapter
+from weightline.chain.write.standalone import DEFAULT_CODING, commit_folder
 from weightline.cli.log import summary
 from weightline.cli.output import Bucket, Json, emit, percent, size
 from weightline.cli.progress import transferring

@@ -7,8 +7,8 @@ from typing import Annotated
 import typer
 
 from weightline.chain import open_chain
-from weightline.chain.upkeep.compaction import plan_compaction, write_compaction
-from weightline.chain.write.author import DEFAULT_CODING
+from weightline.chain.upkeep.compact import plan_compaction, write_compaction
+from weightline.chain.write.standalone import DEFAULT_CODING
 from weightline.cli.output import Bucket, Json, emit, size, table
 
 

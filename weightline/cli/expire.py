@@ -7,9 +7,8 @@ from typing import Annotated
 import typer
 
 from weightline.chain import open_chain
-from weightline.chain.read.horizon import oldest_kept
-from weightline.chain.read.refs import resolve
-from weightline.chain.upkeep.expire import expire_before
+from weightline.chain.read.refs import oldest_kept, resolve
+from weightline.chain.upkeep.retention import expire_before
 from weightline.cli.output import Bucket, Json, emit
 
 

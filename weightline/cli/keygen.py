@@ -7,9 +7,8 @@ from typing import Annotated
 
 import typer
 
-from weightline.chain.write.signing import SIGNING_KEY_VARIABLE, TRUSTED_KEYS_VARIABLE
 from weightline.cli.output import Json, emit
-from weightline.format.signature import generate_key
+from weightline.format.signature import SIGNING_KEY_VARIABLE, TRUSTED_KEYS_VARIABLE, generate_key
 
 
 def run(

@@ -8,7 +8,7 @@ import typer
 
 from weightline.chain import open_chain
 from weightline.chain.read.refs import resolve
-from weightline.chain.replay.ways import plan_between
+from weightline.chain.replay.plan import plan_between
 from weightline.cli.output import Bucket, Json, emit, size, table
 
 

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from weightline.store.progress import watching
+from weightline.store.transfers import watching
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import typer
 from weightline.chain import open_chain
 from weightline.chain.files.checkpoint import write_checkpoint
 from weightline.chain.read.refs import resolve
-from weightline.chain.replay.ways import plan_between
+from weightline.chain.replay.plan import plan_between
 from weightline.cli.output import Bucket, Json, emit
 from weightline.cli.progress import transferring
 

@@ -8,7 +8,7 @@ import typer
 
 from weightline.chain import open_chain
 from weightline.chain.read.refs import resolve
-from weightline.chain.write.author import commit_revert
+from weightline.chain.write.standalone import commit_revert
 from weightline.cli.commit import report
 from weightline.cli.output import Bucket, Json
 

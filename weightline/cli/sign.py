@@ -9,7 +9,7 @@ import typer
 
 from weightline.chain import Chain
 from weightline.chain.upkeep.verify import verify_chain
-from weightline.chain.write.signing import sign_existing
+from weightline.chain.write.commit import sign_existing
 from weightline.cli.output import Bucket, Json, emit
 from weightline.errors import ChainEmptyError, CorruptError
 from weightline.format.signature import load_signer

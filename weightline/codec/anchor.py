@@ -1,4 +1,8 @@
-"""Anchors: full bits of a tile as ordered integers, coded losslessly by pcodec.
+"""Anchors: full bits of a tile as ordered integers, coded losslessly by pcodec (https://github.com/pcodec/pcodec).
+
+pcodec finds bins of the distribution and codes them with tANS. That suits full states, whose distribution is not known
+beforehand. The distribution of a delta's gaps and steps is known: see geometric.py and rice.py. Mode and delta order
+are fixed, so that the same numbers always give the same bytes.
 
 Legend: N elements of the tile.
 """
@@ -8,16 +12,20 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
+from pcodec import ChunkConfig, DeltaSpec, ModeSpec, standalone
 
-from weightline.codec.entropy import pack, unpack
 from weightline.codec.steps import from_ordered, to_ordered
 from weightline.errors import PayloadError
 from weightline.types import DTYPE_ITEMSIZE, BitsArray, bits_dtype
 
 #: Name of the anchors' coding in payloads.
 ANCHOR_CODING = "ordered-pco"
+
 #: pcodec is faster, and no worse, on 32-bit numbers than on narrower ones.
 _MIN_ITEMSIZE = 4
+
+_CONFIG = ChunkConfig(compression_level=8, mode_spec=ModeSpec.classic(), delta_spec=DeltaSpec.no_op())
 
 
 def encode_anchor(bits_N: BitsArray, dtype: str) -> bytes:
@@ -37,3 +45,26 @@ def decode_anchor(stream: bytes, num_elements: int, dtype: str) -> BitsArray:
 
 def _packed_dtype(dtype: str) -> np.dtype[np.unsignedinteger[Any]]:
     return np.dtype(f"<u{max(DTYPE_ITEMSIZE[dtype], _MIN_ITEMSIZE)}")
+
+
+def pack(values: npt.NDArray[Any]) -> bytes:
+    """The coded stream of a flat integer array. No values, no bytes."""
+    if not values.size:
+        return b""
+    return bytes(standalone.simple_compress(np.ascontiguousarray(values), _CONFIG))
+
+
+def unpack(stream: bytes, count: int, dtype: npt.DTypeLike) -> npt.NDArray[Any]:
+    """The `count` values of a stream; PayloadError when it holds another number. Memory is bounded by `count`."""
+    values = np.zeros(count, dtype)
+    if not count:
+        if stream:
+            raise PayloadError("a stream of no values has bytes", rule="stream-count")
+        return values
+    try:
+        progress = standalone.simple_decompress_into(stream, values)
+    except (RuntimeError, TypeError) as error:
+        raise PayloadError(f"a stream does not decode: {error}", rule="stream-decode") from error
+    if progress.n_processed != count or not progress.finished:
+        raise PayloadError(f"a stream does not hold {count} values", rule="stream-count")
+    return values

@@ -11,8 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from weightline.codec.classes import NUM_CLASSES, class_field
-from weightline.codec.pieces import TILE, RankedChanges
+from weightline.codec.pieces import NUM_CLASSES, TILE, RankedChanges, class_field
 from weightline.errors import InputError
 from weightline.types import BitsArray, Changes, Segment, bits_dtype
 

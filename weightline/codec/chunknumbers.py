@@ -11,9 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from weightline.codec.classes import NUM_CLASSES
 from weightline.codec.geometric import Counts, Numbers
-from weightline.codec.pieces import RankedChanges
+from weightline.codec.pieces import NUM_CLASSES, RankedChanges
 from weightline.types import DTYPE_ITEMSIZE, FLOAT_DTYPES, Changes
 
 

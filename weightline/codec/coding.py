@@ -1,4 +1,4 @@
-"""What a position coding is, and the registry that names them.
+"""The interface of a delta coding, the registry of codings, and the threads that run them.
 
 A chunk is a run of pieces of one dtype; a piece is a segment, or a tile of one, with the changes that fall in it. A
 coding turns the changes of a chunk into two streams (positions, steps) and back.
@@ -6,14 +6,20 @@ coding turns the changes of a chunk into two streams (positions, steps) and back
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from weightline.errors import UnsupportedFeatureError
 from weightline.types import BitsArray, Changes, Segment
 
 Streams = tuple[bytes, bytes]
+
+Item = TypeVar("Item")
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,3 +64,18 @@ def coding_named(name: str) -> DeltaCoding:
     if name not in known:
         raise UnsupportedFeatureError(f"unknown coding {name!r}; this release knows {sorted(known)}", feature=name)
     return known[name]
+
+
+def ordered_map(work: Callable[[Item], Result], items: Iterable[Item], num_threads: int) -> Iterator[Result]:
+    """`map(work, items)` on threads, results in order; no more than two items a thread are held at a time."""
+    if num_threads <= 1:
+        yield from map(work, items)
+        return
+    with ThreadPoolExecutor(num_threads) as pool:
+        pending: deque[Future[Result]] = deque()
+        for item in items:
+            pending.append(pool.submit(work, item))
+            if len(pending) >= 2 * num_threads:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()

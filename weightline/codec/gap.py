@@ -20,8 +20,7 @@ from weightline.codec.chunknumbers import flatten_changes
 from weightline.codec.coding import ChunkBase, Streams
 from weightline.codec.geometric import Counts, Numbers, decode_runs, encode_runs, level_of, start_mean
 from weightline.codec.rice import LEAST_MEAN, decode_rice, encode_rice, parameter_of
-from weightline.codec.steps import apply_steps
-from weightline.codec.stepstream import decode_steps, encode_steps
+from weightline.codec.steps import apply_steps, decode_steps, encode_steps
 from weightline.codec.varint import NumberReader, put_numbers
 from weightline.errors import PayloadError
 from weightline.types import Changes, Segment

@@ -4,28 +4,35 @@ The receiver knows the base. Within one class every element is about equally lik
 are close to geometric and cost little more than their entropy; that is below what any coding blind to the base can
 reach. The steps go in the same order, class after class: their sizes, too, depend on the exponent.
 
-    positions stream = head (see classcounts.py), then one geometric stream; its runs: for each class that has changes,
-                       the deviations of its counts in the pieces; then for each such class its gaps, piece after piece
+    positions stream = head, then one geometric stream; its runs: for each class that has changes, the deviations of
+                       its counts in the pieces; then for each such class its gaps, piece after piece
+    head             = for each piece its changed elements; when there are any: first class, number of classes, for
+                       each class its changed elements and, where not zero, the level that its gaps start from
 
-Legend: K changed elements of the chunk, P pieces, C classes.
+The head lets a reader that wants only some pieces decode them without the base of the others. With two or more pieces
+that have changes (the rows), the geometric stream begins with a run for each class that has changes: for each row the
+deviation d = count - row total * class total // chunk total, as 2d or -2d - 1. It starts from the level of the mean
+isqrt(class total // rows).
+
+Legend: K changed elements of the chunk, P pieces, C classes, R runs, Q rows, S classes that have changes.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from weightline.codec.chunknumbers import group_changes
-from weightline.codec.classcounts import ClassCounts, pack_class_counts, unpack_class_counts
-from weightline.codec.classes import class_field
 from weightline.codec.coding import ChunkBase, Streams
-from weightline.codec.geometric import Counts
-from weightline.codec.pieces import RankedChanges
-from weightline.codec.steps import apply_steps
-from weightline.codec.stepstream import decode_steps, encode_steps
+from weightline.codec.geometric import Counts, Numbers, decode_runs, encode_runs, level_of, start_levels
+from weightline.codec.pieces import NUM_CLASSES, RankedChanges, class_field
+from weightline.codec.steps import apply_steps, decode_steps, encode_steps
+from weightline.codec.varint import NumberReader, put_numbers
 from weightline.errors import InputError, PayloadError
 from weightline.types import BitsArray, Changes, Segment
 
@@ -82,3 +89,101 @@ def _locate(
         missing = num_changed - int(found)
         raise PayloadError(f"{missing} changes lie beyond their piece; is it another base?", rule="position-range")
     return positions_K, order_K
+
+
+@dataclass(frozen=True, slots=True)
+class ClassCounts:
+    """counts_PC: changed elements of each class in each piece; starts_PC: where they begin, class after class."""
+
+    counts_PC: Counts
+    starts_PC: Counts
+
+
+def pack_class_counts(counts_PC: Counts, gaps_K: Numbers) -> bytes:
+    """The positions stream of a chunk. `gaps_K` goes class after class, in each piece after piece."""
+    head = bytearray()
+    put_numbers(head, *counts_PC.sum(axis=1).tolist())
+    totals_C = counts_PC.sum(axis=0)
+    present_S = np.flatnonzero(totals_C)
+    if not present_S.size:
+        return bytes(head)
+    levels_S = start_levels(gaps_K, totals_C[present_S])
+    levels = dict(zip(present_S.tolist(), levels_S.tolist(), strict=True))
+    first, last = int(present_S[0]), int(present_S[-1])
+    put_numbers(head, first, last - first + 1)
+    for kind in range(first, last + 1):
+        put_numbers(head, int(totals_C[kind]), *([levels[kind]] if kind in levels else []))
+    rows_Q = np.flatnonzero(counts_PC.sum(axis=1))
+    counts_QS = counts_PC[np.ix_(rows_Q, present_S)]
+    deviations = counts_QS - _expected(counts_QS.sum(axis=1), counts_QS.sum(axis=0))
+    zigzag = np.where(deviations < 0, -2 * deviations - 1, 2 * deviations)
+    counts_R, levels_R = _runs(rows_Q.size, totals_C[present_S], levels_S)
+    values = gaps_K if rows_Q.size < 2 else np.concatenate([zigzag.T.ravel().astype(gaps_K.dtype), gaps_K])
+    return encode_runs(values, counts_R, levels_R, head)
+
+
+def unpack_class_counts(stream: bytes, num_changed: int, lengths_P: Sequence[int]) -> tuple[ClassCounts, Counts]:
+    """(counts, gaps) of a chunk whose pieces have these lengths. Every rule is checked; raises PayloadError."""
+    reader = NumberReader(stream, "class-head")
+    rows_P = np.array([reader.number() for _ in lengths_P], np.int64)
+    if (rows_P > np.array(lengths_P)).any() or int(rows_P.sum()) != num_changed:
+        raise PayloadError(f"the pieces' counts do not add up to {num_changed}", rule="piece-count")
+    counts_PC = np.zeros((len(lengths_P), NUM_CLASSES), np.int64)
+    if not num_changed:
+        if reader.rest():
+            raise PayloadError("bytes after the counts of a chunk without changes", rule="stream-length")
+        return ClassCounts(counts_PC, counts_PC), np.zeros(0, np.int64)
+    present_S, totals_S, levels_S = _read_classes(reader, num_changed)
+    rows_Q = np.flatnonzero(rows_P)
+    counts_R, levels_R = _runs(rows_Q.size, totals_S, levels_S)
+    values = decode_runs(reader.rest(), counts_R, levels_R).view(np.int64)
+    num_deviations = values.size - num_changed
+    gaps_K = values[num_deviations:]
+    if int(gaps_K.max()) >= max(lengths_P):
+        raise PayloadError("a gap reaches beyond its piece", rule="position-range")
+    counts_PC[np.ix_(rows_Q, present_S)] = _counts(values[:num_deviations], rows_P[rows_Q], totals_S)
+    flat = np.cumsum(counts_PC.T.ravel()) - counts_PC.T.ravel()
+    return ClassCounts(counts_PC, np.ascontiguousarray(flat.reshape(NUM_CLASSES, -1).T)), gaps_K
+
+
+def _read_classes(reader: NumberReader, num_changed: int) -> tuple[Counts, Counts, Counts]:
+    """(classes that have changes, how many, the levels of their gaps)."""
+    first, count = reader.number(), reader.number()
+    if first + count > NUM_CLASSES:
+        raise PayloadError(f"classes {first} to {first + count}", rule="class-head")
+    found = []
+    for kind in range(first, first + count):
+        total = reader.number()
+        if total:
+            found.append((kind, total, reader.number()))
+    if sum(total for _, total, _ in found) != num_changed:
+        raise PayloadError(f"the classes' counts do not add up to {num_changed}", rule="class-count")
+    present_S, totals_S, levels_S = np.array(found, np.int64).T
+    return present_S, totals_S, levels_S
+
+
+def _runs(num_rows: int, totals_S: Counts, levels_S: Counts) -> tuple[Counts, Counts]:
+    """(lengths, start levels) of the runs of the geometric stream."""
+    if num_rows < 2:
+        return totals_S, levels_S
+    first_levels = [level_of(math.isqrt(total // num_rows)) for total in totals_S.tolist()]
+    return np.concatenate([np.full(totals_S.size, num_rows), totals_S]), np.concatenate([first_levels, levels_S])
+
+
+def _expected(rows_Q: Counts, totals_S: Counts) -> Counts:
+    """What each class would have in each row if all rows were alike; a chunk's counts are too small to overflow."""
+    expected: Counts = rows_Q[:, None] * totals_S[None, :] // totals_S.sum()
+    return expected
+
+
+def _counts(zigzag: Counts, rows_Q: Counts, totals_S: Counts) -> Counts:
+    """Row x class counts from their deviations."""
+    if rows_Q.size < 2:
+        return totals_S[None, :]
+    half = zigzag.reshape(totals_S.size, rows_Q.size).T
+    counts_QS = _expected(rows_Q, totals_S) + np.where(half & 1, -(half >> 1) - 1, half >> 1)
+    if int(counts_QS.min()) < 0 or int(counts_QS.max()) > int(totals_S.sum()):
+        raise PayloadError("a class has an impossible count in a piece", rule="class-count")
+    if (counts_QS.sum(axis=1) != rows_Q).any() or (counts_QS.sum(axis=0) != totals_S).any():
+        raise PayloadError("the counts of classes in pieces do not add up", rule="class-count")
+    return counts_QS

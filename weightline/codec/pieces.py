@@ -1,20 +1,35 @@
-"""Pieces: segments cut into tiles, so that everything after capture works on bounded memory.
+"""Tiles and magnitude classes: segments are cut into tiles, so that everything after capture works on bounded memory.
 
-Legend: K changed elements.
+The class of an element is its exponent in the base, which tells how far apart the representable values around it are.
+An optimizer moves all weights of a tensor by similar amounts, and a weight changes when the move crosses a rounding
+boundary: twice as often for every exponent further down. A receiver knows the base, hence the class of every element.
+
+Legend: N elements, K changed elements.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from weightline.types import Changes, Segment
+from weightline.types import BitsArray, Changes, Segment
 
 #: Elements of a tile. Part of the format: segments are cut at multiples of it, counted from the segment's start.
 TILE = 1 << 22
+
+#: Classes are bytes.
+NUM_CLASSES = 256
+
+#: dtype -> (shift, mask): class = bits >> shift & mask. The exponent field, or its upper eight bits. Others: one class.
+_EXPONENTS: dict[str, tuple[int, int]] = {
+    "F8_E4M3": (3, 0x0F), "F8_E5M2": (2, 0x1F),
+    "F16": (10, 0x1F), "BF16": (7, 0xFF),
+    "F32": (23, 0xFF), "F64": (55, 0xFF),
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -54,3 +69,15 @@ def cut(changes: Changes) -> Iterator[Changes]:
             yield RankedChanges(tile, positions_K, old_K, new_K, changes.ranks_K[part])
         else:
             yield Changes(tile, positions_K, old_K, new_K)
+
+
+def class_field(dtype: str) -> tuple[int, int]:
+    """(shift, mask) of the class in an element's bits; a mask of 0 puts all elements into class 0."""
+    return _EXPONENTS.get(dtype, (0, 0))
+
+
+def classes_of(bits_N: BitsArray, dtype: str) -> npt.NDArray[np.uint8]:
+    """The class of every element."""
+    shift, mask = class_field(dtype)
+    classes: npt.NDArray[Any] = (bits_N >> bits_N.dtype.type(shift)) & bits_N.dtype.type(mask)
+    return classes.astype(np.uint8)

@@ -12,10 +12,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from weightline.codec.classes import classes_of
 from weightline.codec.digest import tensor_seeds
 from weightline.codec.geometric import CLIP, FRACTION_BITS, MAX_MEAN, PROBABILITY_BITS, RATE_BITS, tables
-from weightline.codec.pieces import TILE, RankedChanges
+from weightline.codec.pieces import TILE, RankedChanges, classes_of
 from weightline.codec.rice import ESCAPE, bounds, start_mean
 from weightline.codec.varint import put_numbers
 from weightline.types import BitsArray, Segment

@@ -1,10 +1,14 @@
-"""Steps: differences of bit patterns read as ordered integers. Lossless for any bit pattern.
+"""Steps: differences of bit patterns read as ordered integers, and the stream that holds those of a chunk. Lossless.
 
-Reading a float's bits as sign and magnitude and laying them out in the order of their values makes neighbours differ by
+Reading a float's bits as sign and magnitude and laying them out in the order of their values makes neighbors differ by
 one: nearly every change of a trained bf16 weight is then +1 or -1. Arithmetic wraps modulo 2**width, so NaN payloads,
 infinities and -0.0 need no case of their own. Steps over the same elements add (compaction) and negate (going back).
 
-Legend: N elements, K changed elements.
+    stream = sign bits (one a step, lowest bit first, set for negative; padded to a byte)
+             number of large steps, and when there are any: two levels, then one geometric stream of two runs:
+             the unit steps before each large one, and the sizes |s| - 2 of the large ones
+
+Legend: N elements, K changed elements of the chunk, J large steps.
 """
 
 from __future__ import annotations
@@ -14,6 +18,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from weightline.codec.geometric import Numbers, decode_runs, encode_runs, start_levels
+from weightline.codec.varint import NumberReader, put_numbers
+from weightline.errors import PayloadError
 from weightline.types import DTYPE_ITEMSIZE, FLOAT_DTYPES, BitsArray, bits_dtype
 
 StepArray = npt.NDArray[np.signedinteger[Any]]
@@ -53,3 +60,57 @@ def apply_steps(old_K: BitsArray, steps_K: StepArray, dtype: str) -> BitsArray:
     """The bits that `steps_K` lead to from `old_K`. Inverse of `steps`; negated steps lead back."""
     ordered_K = to_ordered(old_K, dtype) + steps_K.astype(steps_dtype(dtype), copy=False).view(bits_dtype(dtype))
     return from_ordered(ordered_K, dtype)
+
+
+def encode_steps(sizes_K: Numbers, negative_K: npt.NDArray[np.bool_]) -> bytes:
+    """The stream of steps given as |s| - 1 and whether they are negative. No steps, no bytes."""
+    from weightline.codec.kernels import grouping
+
+    if not sizes_K.size:
+        return b""
+    head = bytearray(np.packbits(negative_K, bitorder="little").tobytes())
+    values: Numbers = np.empty(2 * sizes_K.size + 1, np.uint64 if sizes_K.itemsize == 8 else np.uint32)
+    num_large = int(grouping.large_steps(sizes_K, values))
+    put_numbers(head, num_large)
+    if not num_large:
+        return bytes(head)
+    values = values[: 2 * num_large]
+    counts_R = np.array([num_large, num_large], np.int64)
+    levels_R = start_levels(values, counts_R)
+    put_numbers(head, *levels_R.tolist())
+    return encode_runs(values, counts_R, levels_R, head)
+
+
+def decode_steps(stream: bytes, num_changed: int, dtype: str) -> StepArray:
+    """The steps of a stream. Memory is bounded by `num_changed`. Raises PayloadError."""
+    width = steps_dtype(dtype)
+    if not num_changed:
+        if stream:
+            raise PayloadError("a stream of no steps has bytes", rule="stream-length")
+        return np.zeros(0, width)
+    reader = NumberReader(stream, "step-head")
+    signs = np.frombuffer(reader.take(-(-num_changed // 8)), np.uint8)
+    negative_K = np.unpackbits(signs, count=num_changed, bitorder="little").view(np.bool_)
+    sizes_K = np.zeros(num_changed, np.int64)
+    num_large = reader.number()
+    if num_large > num_changed:
+        raise PayloadError(f"{num_large} large steps among {num_changed}", rule="step-count")
+    if num_large:
+        large_J, size_J = _decode_large(reader, num_large, num_changed)
+        sizes_K[large_J] = size_J
+    elif reader.rest():
+        raise PayloadError("bytes after the last step", rule="stream-length")
+    limit = (1 << (8 * width.itemsize - 1)) - 1
+    if int(sizes_K.min()) < 0 or int((sizes_K - negative_K).max()) >= limit:
+        raise PayloadError(f"a step does not fit {dtype}", rule="step-range")
+    return np.where(negative_K, ~sizes_K, sizes_K + 1).astype(width)
+
+
+def _decode_large(reader: NumberReader, num_large: int, num_changed: int) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+    """(places among the steps, |s| - 1) of the large steps."""
+    levels_R = np.array([reader.number(), reader.number()], np.int64)
+    values = decode_runs(reader.rest(), np.array([num_large, num_large], np.int64), levels_R)
+    runs_J = values[:num_large]
+    if int(runs_J.max()) >= num_changed or int(runs_J.sum()) + num_large > num_changed:
+        raise PayloadError("a large step lies beyond the last", rule="step-count")
+    return np.cumsum(runs_J.astype(np.int64) + 1) - 1, values[num_large:].view(np.int64) + 1

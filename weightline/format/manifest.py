@@ -9,17 +9,23 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
+from datetime import UTC, datetime
 from typing import Annotated, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from weightline.errors import ManifestError, UnsupportedFeatureError
+from weightline.errors import (
+    ManifestError,
+    UnsupportedFeatureError,
+)
 from weightline.format import keys
 from weightline.types import DTYPE_ITEMSIZE, MAX_ELEMENTS, MAX_NDIM, TensorSpec
 
 FORMAT = "weightline/1"
+
 #: Features of the format that this release reads. A manifest that names another one is refused, never guessed at.
 KNOWN_FEATURES = frozenset[str]()
+
 MAX_MANIFEST_NBYTES = 256 * 1024 * 1024
 
 
@@ -46,8 +52,14 @@ def _finite_only(metrics: dict[str, float]) -> dict[str, float]:
 
 
 Count = Annotated[int, Field(ge=0)]
+
+
 Hex128 = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
+
+
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
 Key = Annotated[str, Field(min_length=1, max_length=1024), AfterValidator(_key_inside_chain)]
 
 
@@ -237,3 +249,8 @@ def _refuse_unknown_features(document: object) -> None:
             f"the manifest needs {unknown[0]!r}, which this release does not know: upgrade weightline",
             feature=unknown[0],
         )
+
+
+def utc_now() -> str:
+    """This host's clock, UTC, ISO 8601 to the millisecond."""
+    return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")

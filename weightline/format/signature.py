@@ -22,7 +22,14 @@ if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
 SIGNATURE_FORMAT = "weightline-signature/1"
+
 _PUBLIC_BLOCK = "-----END PUBLIC KEY-----"
+
+#: Writers: the file of a private key. Every manifest and shortcut that this process writes is signed with it.
+SIGNING_KEY_VARIABLE = "WEIGHTLINE_SIGNING_KEY"
+
+#: Readers: a file of public keys. Every chain that this process opens must be signed by one of them.
+TRUSTED_KEYS_VARIABLE = "WEIGHTLINE_TRUSTED_KEYS"
 
 
 class Signature(Frozen):
@@ -178,3 +185,15 @@ def _cryptography() -> tuple[Any, Any]:
     except ImportError as error:
         raise InputError("signatures need the package cryptography: pip install 'weightline[sign]'") from error
     return serialization, ed25519
+
+
+def signer_from_environment() -> Signer | None:
+    """The key that this process signs with, if any. InputError when the file that is named cannot be used."""
+    path = os.environ.get(SIGNING_KEY_VARIABLE)
+    return load_signer(Path(path)) if path else None
+
+
+def trusted_from_environment() -> TrustedKeys | None:
+    """The keys that this process demands, if any. InputError when the file that is named cannot be used."""
+    path = os.environ.get(TRUSTED_KEYS_VARIABLE)
+    return load_trusted_keys(Path(path)) if path else None

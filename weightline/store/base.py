@@ -1,17 +1,22 @@
-"""What a bucket must offer: eight verbs. SPEC "What a store must offer".
+"""The interface of a bucket: eight verbs, and what a store reports about how its commits are decided.
 
-Keys are `/`-separated text below the bucket prefix of one chain. Bytes written are seen by every later read.
+Keys are `/`-separated text below the bucket prefix of one chain. Bytes written are seen by every later read. SPEC "What
+a store must offer".
 """
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
-from weightline.errors import InputError
+from weightline.errors import InputError, ObjectExistsError, StorageError
+
+#: Nothing reads what stands here; gc collects what a crash left.
+_PROBES = "probes/"
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,3 +79,68 @@ def checked_key(key: str) -> str:
     if "\\" in key or "\0" in key or any(part in ("", ".", "..") for part in parts):
         raise InputError(f"object key {key!r} is not relative and plain", key=key)
     return key
+
+
+@dataclass(frozen=True, slots=True)
+class Contest:
+    """A key about which several writers may believe different things, or that was won and never published."""
+
+    key: str
+    kind: Literal["fork", "unpublished"]
+    message: str
+
+
+@runtime_checkable
+class Contested(Protocol):
+    """A store whose writers can, in the worst case, both win; it leaves the traces."""
+
+    def contests(self) -> tuple[Contest, ...]:
+        """Every key in doubt. Reads only."""
+        ...
+
+
+def commit_mode(store: Store) -> str:
+    """What makes `put_if_absent` exclusive: `create-only` (one request that the store honours), or the store's word."""
+    return str(getattr(store, "commit_mode", "create-only"))
+
+
+def contests(store: Store) -> tuple[Contest, ...]:
+    """The keys in doubt, asked of the store below any wrapper; none where one request decides."""
+    below: object = store
+    while not isinstance(below, Contested):
+        below = getattr(below, "inner", None)
+        if below is None:
+            return ()
+    return below.contests()
+
+
+class Prober(Protocol):
+    """The part of a store that the proof needs."""
+
+    @property
+    def url(self) -> str: ...
+
+    def put_if_absent(self, key: str, body: bytes) -> None: ...
+
+    def delete(self, key: str) -> None: ...
+
+
+def prove_create_only(store: Prober) -> None:
+    """Put a random key twice. StorageError when the bucket takes no write, or takes the second one.
+
+    Safe to repeat; a crash leaves one small object under `probes/`, which nothing reads.
+    """
+    key = f"{_PROBES}{uuid.uuid4().hex}"
+    store.put_if_absent(key, b"weightline")
+    try:
+        store.put_if_absent(key, b"weightline again")
+    except ObjectExistsError:
+        return
+    finally:
+        store.delete(key)
+    raise StorageError(
+        f"{store.url} overwrote an object although asked to create only: two writers could lose each other's versions. "
+        "Use another store",
+        url=store.url,
+        key=key,
+    )

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from weightline.errors import InputError
-from weightline.store import resume
+from weightline.store import transfers
 from weightline.store.locks import FileLock
 
 #: Environment: the folder, and its bound in bytes (0: no cache).
@@ -130,7 +130,7 @@ class ObjectCache:
             # A store may have left a hidden file of its own beside the one it was asked for.
             lock = FileLock(self.folder / "locks" / path.name.lstrip(".").partition(".")[0])
             if time.time() - found.st_mtime > _PARTIAL_SECONDS and lock.take(exclusive=True):
-                resume.discard(path)
+                transfers.discard(path)
                 lock.remove()
 
 

@@ -17,7 +17,7 @@ from typing import BinaryIO
 
 from weightline.errors import NotFoundError, ObjectExistsError, StorageError, TransientStorageError
 from weightline.store.base import ObjectInfo, checked_key
-from weightline.store.progress import copy_counted
+from weightline.store.transfers import copy_counted
 
 _STAGING = ".staging"
 #: Where a crash leaves bytes that no key names: `list` shows them under this prefix and under no other.

@@ -7,10 +7,9 @@ from pathlib import Path
 from urllib.parse import SplitResult, unquote, urlsplit
 
 from weightline.errors import InputError, NotFoundError, StorageError
-from weightline.store.base import Store, checked_key
+from weightline.store.base import Store, checked_key, prove_create_only
 from weightline.store.local import LocalStore
 from weightline.store.memory import MemoryStore
-from weightline.store.probe import prove_create_only
 from weightline.store.retry import PATIENCE_SECONDS, RetryingStore
 
 _OBJECT_STORES = ("s3", "gs", "az")
@@ -40,7 +39,7 @@ def open_store(url: str, patience_seconds: float | None = None) -> Store:
     if parts.scheme in _OBJECT_STORES:
         return RetryingStore(_open_objects(url, parts), patience_seconds)
     if parts.scheme == "hf":
-        from weightline.store.hub import open_hub
+        from weightline.store.hub.store import open_hub
 
         return RetryingStore(open_hub(url), patience_seconds)
     raise InputError(
@@ -81,8 +80,8 @@ def _folder_of(url: str, parts: SplitResult) -> Path:
 def _open_objects(url: str, parts: SplitResult) -> Store:
     if not _BUCKET_NAME.fullmatch(parts.netloc) or "?" in url or "#" in url:
         raise InputError(f"{url}: name a bucket and a prefix, as in {parts.scheme}://bucket/chains/my-model", url=url)
-    from weightline.store import objects
+    from weightline.store.objects import clients
 
-    openers = {"s3": objects.open_s3, "gs": objects.open_gs, "az": objects.open_az}
+    openers = {"s3": clients.open_s3, "gs": clients.open_gs, "az": clients.open_az}
     prefix = unquote(parts.path).removeprefix("/").rstrip("/")
     return openers[parts.scheme](url.rstrip("/"), parts.netloc, checked_key(prefix) if prefix else "")

@@ -24,8 +24,7 @@ from typing import TypeVar
 from tenacity import RetryCallState, Retrying, retry_if_exception_type, wait_random_exponential
 
 from weightline.errors import NotFoundError, ObjectExistsError, TransientStorageError
-from weightline.store.base import ObjectInfo, Store
-from weightline.store.probe import prove_create_only
+from weightline.store.base import ObjectInfo, Store, prove_create_only
 
 #: How long one operation is repeated after it began to fail. Longer outages are for the caller to wait out.
 PATIENCE_SECONDS = 60.0

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from weightline.chain.files.assets import ADAPTER_CONFIG
+from weightline.chain.files.weight_files import ADAPTER_CONFIG
 from weightline.codec.digest import format_digest
 from weightline.errors import InputError
 from weightline.format.manifest import AdapterBase

@@ -10,17 +10,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from weightline.chain.read.history import Chain
-from weightline.chain.replay.plan import Hop
-from weightline.chain.replay.ways import hop_of, hop_of_shortcut, plan_between
+from weightline.chain.replay.plan import Hop, hop_of, hop_of_shortcut, plan_between
 from weightline.chain.upkeep.compact import AnchorPolicy
-from weightline.chain.write.commit import utc_now
-from weightline.chain.write.signing import put_signed
+from weightline.chain.write.commit import put_signed
 from weightline.codec.anchor import ANCHOR_CODING
 from weightline.errors import ObjectExistsError, WeightlineError
 from weightline.format import keys
-from weightline.format.manifest import Manifest, PayloadRef
-from weightline.format.payload import write_anchor
+from weightline.format.manifest import Manifest, PayloadRef, utc_now
 from weightline.format.shortcut import Shortcut
+from weightline.format.write_payload import write_anchor
 from weightline.trainer.baseline import Baseline
 from weightline.trainer.group import RankGroup
 from weightline.trainer.sync import PayloadPart

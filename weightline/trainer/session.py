@@ -12,12 +12,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from weightline.chain.files.adapter import require_base
-from weightline.chain.files.checkpoint import assets_of
+from weightline.chain.files.assets import assets_of, require_base
 from weightline.chain.read.history import Chain
 from weightline.chain.read.records import GAPS, write_record
 from weightline.chain.upkeep.compact import AnchorPolicy
-from weightline.chain.write.signing import check_signing_key
+from weightline.chain.write.commit import check_signing_key
 from weightline.codec.coding import coding_named, codings
 from weightline.codec.digest import parse_digest, tensor_digest
 from weightline.codec.torch_ops import bits_of

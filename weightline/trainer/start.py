@@ -12,8 +12,8 @@ from typing import Literal
 
 import torch
 
-from weightline.chain.files.groups import tensor_groups
 from weightline.chain.read.history import Chain
+from weightline.chain.replay.diff import tensor_groups
 from weightline.chain.replay.fetch import fetching
 from weightline.chain.replay.state import read_state
 from weightline.codec.capture import capture

@@ -16,13 +16,13 @@ from pathlib import Path
 import torch
 
 from weightline.chain.read.history import Chain
-from weightline.chain.write.authorship import Authorship, build_manifest
-from weightline.chain.write.commit import commit_manifest, committed_facts, utc_now
+from weightline.chain.write.commit import commit_manifest, committed_facts
+from weightline.chain.write.draft import Authorship, build_manifest
 from weightline.codec.digest import add_digests, digest_change, digest_to_limbs, limbs_to_digest
 from weightline.errors import ConflictError, TransientStorageError, WeightlineError
 from weightline.format import keys
-from weightline.format.manifest import AdapterBase, Manifest, PayloadRef
-from weightline.format.payload import PayloadInfo, write_anchor, write_delta
+from weightline.format.manifest import AdapterBase, Manifest, PayloadRef, utc_now
+from weightline.format.write_payload import PayloadInfo, write_anchor, write_delta
 from weightline.trainer.anchoring import LateJoiner, write_anchor_shortcut
 from weightline.trainer.baseline import Baseline
 from weightline.trainer.group import RankGroup

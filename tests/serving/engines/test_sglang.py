@@ -19,7 +19,7 @@ from tests.chains import commit_state, nudged, random_state
 from tests.waiting import wait_until
 from weightline.chain import Chain, open_chain
 from weightline.chain.files.checkpoint import write_checkpoint
-from weightline.chain.files.target import FileTarget
+from weightline.chain.files.source import FolderSource
 from weightline.chain.read.leases import live_leases
 from weightline.errors import InputError, NotFoundError, VersionNotFoundError
 from weightline.format import keys
@@ -62,7 +62,7 @@ def pull(source_dir: Path, local: Path, applied: int, target: int) -> int:
 
 
 def _patch(local: Path, path: Path) -> None:
-    entries = FileTarget(local)._entries
+    entries = FolderSource(local)._entries
     with safe_open(path, "np") as file:
         checksums = file.metadata()
         for name in file.keys():  # noqa: SIM118 - not a mapping
@@ -75,7 +75,7 @@ def _patch(local: Path, path: Path) -> None:
 
 def _assert_same_weights(folder: Path, chain: Chain, version: int, tmp_path: Path) -> None:
     write_checkpoint(chain, version, tmp_path / f"expected-{version}")
-    held, expected = FileTarget(folder), FileTarget(tmp_path / f"expected-{version}")
+    held, expected = FolderSource(folder), FolderSource(tmp_path / f"expected-{version}")
     assert held.specs == expected.specs
     for name, bits_N in expected.read(expected.specs).items():
         np.testing.assert_array_equal(held.read([name])[name], bits_N, strict=True)

@@ -17,9 +17,8 @@ from tests.serving.http.test_app import AUTHORIZED, AppClient
 from tests.serving.model_chains import engine_bits, make_chain, trained
 from tests.serving.servers import TOKEN, running_replica
 from weightline.chain import Chain
-from weightline.chain.write.signing import SIGNING_KEY_VARIABLE
 from weightline.errors import ApplyError, InputError, SignatureError
-from weightline.format.signature import generate_key, load_trusted_keys
+from weightline.format.signature import SIGNING_KEY_VARIABLE, generate_key, load_trusted_keys
 from weightline.serving.engines.transformers import TransformersEngine
 from weightline.serving.http import auth, client
 from weightline.serving.http.auth import is_authorized, is_loopback

@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from weightline.codec.capture import capture
-from weightline.codec.compose import inverse
-from weightline.serving.replica.changes import compose, join_parts, whole
+from weightline.codec.changes import compose, inverse, join_parts, whole
 from weightline.types import BitsArray, Changes, Segment, TensorSpec
 
 TENSOR = TensorSpec("w", "BF16", (17,))

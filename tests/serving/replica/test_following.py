@@ -16,8 +16,8 @@ from weightline.chain import Chain
 from weightline.chain.read.leases import Lease, live_leases, read_lease, read_leases
 from weightline.chain.read.records import REFRESHES, read_records
 from weightline.chain.read.refs import move_ref
-from weightline.chain.upkeep.expire import expire_before
 from weightline.chain.upkeep.gc import collect, plan_gc, view_chain
+from weightline.chain.upkeep.retention import expire_before
 from weightline.errors import InputError, StorageError
 from weightline.serving.engines.transformers import TransformersEngine
 from weightline.serving.http.service import ReplicaService

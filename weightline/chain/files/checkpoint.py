@@ -11,18 +11,21 @@ from pathlib import Path
 
 import safetensors
 
-from weightline.chain.files.assets import ADAPTER_CONFIG
-from weightline.chain.files.target import Target, VersionTarget
+from weightline.chain.files.assets import assets_of
+from weightline.chain.files.source import VersionSource, WeightSource
+from weightline.chain.files.weight_files import ADAPTER_CONFIG
 from weightline.chain.read.history import Chain
 from weightline.chain.replay.fetch import fetching
 from weightline.errors import InputError
-from weightline.format.manifest import AssetRef
 from weightline.types import BitsArray, TensorSpec
 
 #: What says in a folder which version it holds.
 MARKER = "weightline.json"
+
 _PARTIAL = ".weightline-partial"
+
 _INDEX = "model.safetensors.index.json"
+
 _MAX_SHARD_NBYTES = 5 * 1000**3
 
 
@@ -50,7 +53,7 @@ def write_checkpoint(chain: Chain, version: int, out_dir: Path) -> None:
                 fetcher.prefetch(assets)
                 for asset in assets:
                     shutil.copyfile(fetcher.fetch(asset), partial / asset.name)
-                _write_files(VersionTarget(chain, version, fetcher), files, partial)
+                _write_files(VersionSource(chain, version, fetcher), files, partial)
             _move_up(partial, out_dir)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
@@ -88,14 +91,6 @@ def _move_up(partial: Path, out_dir: Path) -> None:
         path.replace(out_dir / path.name)
 
 
-def assets_of(chain: Chain, version: int) -> tuple[AssetRef, ...]:
-    """The model's small files as of a version: those of the newest manifest up to it that names any."""
-    for candidate in reversed(chain.versions(last=version)):
-        if assets := chain.manifest(candidate).assets:
-            return assets
-    return ()
-
-
 def plan_files(specs: Mapping[str, TensorSpec], *, is_adapter: bool = False) -> dict[str, list[str]]:
     """The tensors of each file: model.safetensors, or shards when the state is larger than one.
 
@@ -121,7 +116,7 @@ def _shards(specs: Mapping[str, TensorSpec]) -> Iterator[list[str]]:
     yield names
 
 
-def _write_files(target: Target, files: Mapping[str, list[str]], folder: Path) -> None:
+def _write_files(target: WeightSource, files: Mapping[str, list[str]], folder: Path) -> None:
     specs = target.specs
     for file_name, names in files.items():
         _write_file(specs, target.read(names), folder / file_name)

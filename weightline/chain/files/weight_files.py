@@ -1,21 +1,35 @@
-"""Which files of a checkpoint folder hold its weights: those that loaders would read, or an error where they differ."""
+"""Finds the files of a checkpoint folder that hold its weights, and parses the headers of those files.
+
+The choice is the one that loaders make. Where loaders would differ, it is an InputError.
+"""
 
 from __future__ import annotations
 
+import json
 from collections import defaultdict
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from weightline.chain.files.assets import ADAPTER_CONFIG
 from weightline.errors import InputError
+from weightline.format.manifest import Count
+from weightline.types import DTYPE_ITEMSIZE, TensorSpec
 
 _WHOLE = "model.safetensors"
+
 _ADAPTER = "adapter_model.safetensors"
+
 _INDEX_SUFFIX = ".safetensors.index.json"
 
 #: The tensors to take from each file; None: all that it holds.
 WeightFiles = dict[Path, frozenset[str] | None]
+
+_MAX_HEADER_NBYTES = 256 * 1024 * 1024
+
+#: The file that makes a folder an adapter's (peft).
+ADAPTER_CONFIG = "adapter_config.json"
 
 
 class _Index(BaseModel):
@@ -83,3 +97,75 @@ def _indexed(folder: Path, index: Path) -> WeightFiles:
             path=str(folder),
         )
     return {folder / file_name: frozenset(names[file_name]) for file_name in sorted(names)}
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    spec: TensorSpec
+    path: Path
+    offset: int
+
+
+class _HeaderEntry(BaseModel):
+    """A tensor in a safetensors header."""
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
+
+    dtype: str
+    shape: Annotated[tuple[Count, ...], Field(strict=False)]
+    data_offsets: Annotated[tuple[Count, Count], Field(strict=False)]
+
+
+_HEADER: TypeAdapter[dict[str, _HeaderEntry]] = TypeAdapter(dict[str, _HeaderEntry])
+
+
+def read_header(path: Path) -> list[StoredTensor]:
+    """The tensors that a safetensors file announces: 8 bytes of length, then JSON. InputError when it cannot be so."""
+    file_nbytes = path.stat().st_size
+    with path.open("rb") as file:
+        header_nbytes = int.from_bytes(file.read(8), "little")
+        if not 0 < header_nbytes <= min(_MAX_HEADER_NBYTES, file_nbytes - 8):
+            raise InputError(f"{path} is not a safetensors file", path=str(path))
+        header = _parse_header(path, file.read(header_nbytes))
+    start = 8 + header_nbytes
+    end_before = 0
+    entries = []
+    for name, tensor in sorted(header.items(), key=lambda item: item[1].data_offsets):
+        spec = TensorSpec(name, tensor.dtype, tensor.shape)
+        first, stop = tensor.data_offsets
+        if stop - first != spec.nbytes or start + stop > file_nbytes:
+            raise InputError(f"{path}: tensor {name} is cut off", path=str(path))
+        if spec.nbytes and first < end_before:
+            raise InputError(f"{path}: tensor {name} overlaps another one", path=str(path))
+        end_before = max(end_before, stop)
+        entries.append(StoredTensor(spec, path, start + first))
+    return entries
+
+
+def _parse_header(path: Path, raw: bytes) -> dict[str, _HeaderEntry]:
+    try:
+        document = json.loads(raw, object_pairs_hook=_without_duplicates)
+        if isinstance(document, dict):
+            document.pop("__metadata__", None)
+        header = _HEADER.validate_python(document)
+        "".join(header).encode()  # JSON can spell names that UTF-8 cannot
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is not a safetensors file: {_told(error)}", path=str(path)) from error
+    for name, tensor in header.items():
+        if tensor.dtype not in DTYPE_ITEMSIZE:
+            raise InputError(f"{path}: tensor {name} has dtype {tensor.dtype}, which no chain holds", path=str(path))
+    return header
+
+
+def _without_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("its header names a tensor twice")
+    return found
+
+
+def _told(error: Exception) -> str:
+    if not isinstance(error, ValidationError):
+        return str(error)
+    first = error.errors(include_url=False)[0]
+    return f"{'.'.join(str(part) for part in first['loc']) or 'its header'}: {first['msg']}"

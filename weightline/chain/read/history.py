@@ -1,17 +1,32 @@
-"""Reading a chain: its tip, its manifests. Manifests are immutable, so each is fetched once."""
+"""Reads a chain: its tip and its manifests. Manifests are immutable, so each is fetched once.
+
+Where this process trusts certain keys only, a manifest or shortcut without a signature by one of them is refused.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import PurePosixPath
 from urllib.parse import unquote, urlsplit
 
-from weightline.chain.write.signing import check_signed, trusted_from_environment
-from weightline.errors import ChainEmptyError, ManifestError, NotFoundError, VersionNotFoundError
+from weightline.errors import (
+    ChainEmptyError,
+    CorruptError,
+    ManifestError,
+    NotFoundError,
+    SignatureError,
+    VersionNotFoundError,
+)
 from weightline.format import keys
 from weightline.format.manifest import Manifest
-from weightline.format.signature import TrustedKeys
+from weightline.format.signature import (
+    SIGNING_KEY_VARIABLE,
+    Signature,
+    TrustedKeys,
+    trusted_from_environment,
+)
 from weightline.store import Store, open_store
 
 
@@ -115,3 +130,27 @@ def open_chain(url: str, trusted: TrustedKeys | None = None, patience_seconds: f
     `patience_seconds`: see `open_store`.
     """
     return Chain(open_store(url, patience_seconds), trusted or trusted_from_environment())
+
+
+def check_signed(store: Store, trusted: TrustedKeys, key: str, body: bytes) -> None:
+    """SignatureError unless a trusted key signed exactly these bytes for this place. Reads one object a trusted key."""
+    digest = hashlib.sha256(body).hexdigest()
+    for key_id in trusted.key_ids:
+        try:
+            raw = store.get(keys.signature(key, digest, key_id))
+        except NotFoundError:
+            continue
+        trusted.check(_parsed(raw, key), key, body)
+        return
+    raise SignatureError(
+        f"{store.url}: {key} is not signed by a trusted key ({', '.join(trusted.key_ids)}). Whoever writes this chain "
+        f"signs it by {SIGNING_KEY_VARIABLE}",
+        key=key, key_ids=trusted.key_ids,
+    )  # fmt: skip
+
+
+def _parsed(raw: bytes, key: str) -> Signature:
+    try:
+        return Signature.from_bytes(raw)
+    except CorruptError as error:
+        raise SignatureError(f"the signature of {key} is none: {error}", key=key) from error

@@ -1,29 +1,59 @@
-"""What happened to versions after their commit, written beside the chain so that the bucket alone tells the lineage.
+"""Records: what happened to versions after their commit, stored beside the chain, so that the bucket holds the lineage.
 
 A record is a JSON object with at least `status`: `done`, `skipped`, `failed` or `rolled_back`. Records are create-only:
-the first one stands, which makes every consumer keyed by (chain, version) safe to repeat.
+the first one stands, which makes every consumer keyed by (chain, version) safe to repeat. Records, refs and horizons
+are not signed, so `read_stored` checks every field of what it reads.
 """
 
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import Any, TypeVar
 
-from pydantic import ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from weightline.chain.read.history import Chain
-from weightline.chain.read.stored import Stored, read_stored, require_key
-from weightline.chain.write.commit import utc_now
-from weightline.errors import NotFoundError, ObjectExistsError
+from weightline.errors import CorruptError, NotFoundError, ObjectExistsError
 from weightline.format import keys
-from weightline.format.manifest import Count
+from weightline.format.manifest import Count, utc_now
 
 EVALUATIONS = "evaluations"
+
 REFRESHES = "refreshes"
+
 ROLLOUTS = "rollouts"
+
 GAPS = "gaps"
 
 Record = dict[str, Any]
+
+
+class Stored(BaseModel):
+    """Base of such objects: types are exact, fields of later releases are ignored."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore", strict=True)
+
+
+Object = TypeVar("Object", bound=Stored)
+
+
+def read_stored(chain: Chain, key: str, cls: type[Object]) -> Object:
+    """The object under a key. NotFoundError; CorruptError for bytes that are no such object."""
+    raw = chain.store.get(key)
+    try:
+        return cls.model_validate_json(raw)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise CorruptError(
+            f"{key} in {chain.url} cannot be read: {where and f'{where}: '}{first['msg']}", key=key
+        ) from error
+
+
+def require_key(chain: Chain, key: str, claimed: str) -> None:
+    """CorruptError unless the object says that it belongs where it stands."""
+    if claimed != key:
+        raise CorruptError(f"{key} in {chain.url} holds what belongs under {claimed}", key=key)
 
 
 class _Record(Stored):

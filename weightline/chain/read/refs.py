@@ -1,19 +1,23 @@
-"""Names for versions: append-only records, so that a name's history is never lost. A tag is a ref that never moves."""
+"""Refs: names for versions, and the horizon, the oldest version that history keeps. Both are append-only records.
+
+A name's history is therefore never lost. A tag is a ref that never moves.
+"""
 
 from __future__ import annotations
 
 import re
 
 from weightline.chain.read.history import Chain
-from weightline.chain.read.stored import Stored, read_stored, require_key
-from weightline.chain.write.commit import utc_now
+from weightline.chain.read.records import Stored, read_stored, require_key
 from weightline.errors import ConflictError, InputError, NotFoundError, ObjectExistsError
 from weightline.format import keys
-from weightline.format.manifest import Count, Hex128
+from weightline.format.manifest import Count, Hex128, utc_now
 
 #: What a person may say instead of a name: these stand for no ref.
 _VERSION = re.compile(r"[0-9]{1,20}")
+
 TIP = "tip"
+
 NOTHING = "nothing"
 
 
@@ -102,3 +106,26 @@ def resolve(chain: Chain, text: str) -> int:
     if newest is None:
         raise NotFoundError(f"{chain.url} has no ref {text!r}: give a version number, 'tip' or a name", key=text)
     return newest.version
+
+
+class Horizon(Stored):
+    """One record: from then on, history keeps nothing before this version."""
+
+    oldest_kept: Count
+    created_at: str
+
+
+def oldest_kept(chain: Chain) -> int:
+    """The horizon. 0 when nothing was ever expired. CorruptError for an object that is no record of it."""
+    records = [read_stored(chain, info.key, Horizon) for info in chain.store.list(keys.HISTORY)]
+    return max((record.oldest_kept for record in records), default=0)
+
+
+def move_horizon(chain: Chain, version: int) -> None:
+    """Append a record. ConflictError when another process appended one at the same moment."""
+    number = sum(1 for _ in chain.store.list(keys.HISTORY))
+    record = Horizon(oldest_kept=version, created_at=utc_now())
+    try:
+        chain.store.put_if_absent(f"{keys.HISTORY}{keys.padded(number)}.json", record.model_dump_json().encode())
+    except ObjectExistsError as error:
+        raise ConflictError("another process expired history at the same moment: look, and repeat") from error

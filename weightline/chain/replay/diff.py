@@ -1,16 +1,33 @@
-"""Where two versions differ."""
+"""Compares two versions a bounded group of tensors at a time: no operation needs a machine that holds the model."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from weightline.chain.files.groups import GROUP_NBYTES, tensor_groups
 from weightline.chain.read.history import Chain
 from weightline.chain.replay.fetch import fetching
 from weightline.chain.replay.state import read_state
 from weightline.codec.capture import capture
 from weightline.errors import InputError
-from weightline.types import Segment
+from weightline.types import Segment, TensorSpec
+
+#: Bytes of one group's state. Operations hold two states of a group at most.
+GROUP_NBYTES = 1024**3
+
+
+def tensor_groups(specs: Iterable[TensorSpec], group_nbytes: int = GROUP_NBYTES) -> Iterator[frozenset[str]]:
+    """Names of consecutive tensors that together take `group_nbytes` or less; a larger tensor is a group by itself."""
+    names: list[str] = []
+    nbytes = 0
+    for spec in specs:
+        if names and nbytes + spec.nbytes > group_nbytes:
+            yield frozenset(names)
+            names, nbytes = [], 0
+        names.append(spec.name)
+        nbytes += spec.nbytes
+    if names:
+        yield frozenset(names)
 
 
 @dataclass(frozen=True, slots=True)

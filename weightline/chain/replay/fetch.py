@@ -12,7 +12,7 @@ from pathlib import Path
 from weightline.errors import DigestMismatchError
 from weightline.format.envelope import sha256_of
 from weightline.format.manifest import StoredObject
-from weightline.store import Store, resume
+from weightline.store import Store, transfers
 from weightline.store.cache import CachedObject, ObjectCache, host_cache
 from weightline.store.open import is_remote
 
@@ -30,7 +30,7 @@ def fetch_object(store: Store, wanted: StoredObject, path: Path) -> Path:
         download_object(store, wanted, partial)
         return partial.replace(path)
     finally:
-        resume.discard(partial)
+        transfers.discard(partial)
 
 
 def download_object(store: Store, wanted: StoredObject, partial: Path) -> None:
@@ -43,7 +43,7 @@ def download_object(store: Store, wanted: StoredObject, partial: Path) -> None:
     actual: tuple[int, str] = (partial.stat().st_size, sha256_of(partial))
     expected = (wanted.nbytes, wanted.sha256)
     if actual != expected:
-        resume.discard(partial)
+        transfers.discard(partial)
         raise DigestMismatchError(
             f"{wanted.key} has {actual[0]} bytes with sha256 {actual[1]}, its manifest says {expected[0]} bytes "
             f"with {expected[1]}",

@@ -13,9 +13,8 @@ import numpy as np
 
 from weightline.chain.read.history import Chain
 from weightline.chain.replay.fetch import Fetcher, fetching
-from weightline.chain.replay.plan import Hop
-from weightline.chain.replay.ways import plan_between
-from weightline.codec.compose import taken_back
+from weightline.chain.replay.plan import Hop, plan_between
+from weightline.codec.changes import taken_back
 from weightline.codec.digest import add_digests, digest_change, format_digest, parse_digest, tensor_digest
 from weightline.errors import DigestMismatchError, InputError, PayloadError
 from weightline.format.manifest import Manifest

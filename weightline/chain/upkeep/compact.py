@@ -1,18 +1,37 @@
-"""Which shortcuts make catching up cheap. Pure: from what each way costs to which ways to add.
+"""Compaction: shortcuts and anchors that make catching up cheap. Pure planning first, then the writing.
 
 A reader at version a < tip should get to the tip by at most `SLACK` times the bytes of the one direct delta, and by at
 most about 2 log2(distance) hops. Walking back from the tip, a direct shortcut a -> tip is added exactly where the best
-way so far breaks one of the two. So the promise holds by construction, and every shortcut earns its bytes.
+way so far breaks one of the two, so both bounds hold by construction. The writing works through the model a bounded
+group of tensors at a time and holds two states of a group.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import tempfile
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 
-from weightline.chain.replay.plan import Hop
+from weightline.chain.read.history import Chain
+from weightline.chain.read.refs import oldest_kept
+from weightline.chain.replay.diff import GROUP_NBYTES, tensor_groups
+from weightline.chain.replay.fetch import Fetcher, fetching
+from weightline.chain.replay.plan import Hop, Ways, plan_between
+from weightline.chain.replay.state import HostState, advance_state, read_state
+from weightline.chain.write.commit import new_commit_id, put_signed
+from weightline.codec.anchor import ANCHOR_CODING
+from weightline.codec.capture import capture
+from weightline.codec.coding import coding_named
+from weightline.errors import ObjectExistsError
+from weightline.format import keys
+from weightline.format.manifest import Manifest, PayloadRef, utc_now
+from weightline.format.shortcut import Shortcut
+from weightline.format.write_payload import PayloadInfo, write_anchor, write_delta
+from weightline.types import Changes, Segment
 
 #: Bytes of the planned way over bytes of the direct delta. Below the promised 1.3, for direct sizes are interpolated.
 SLACK = 1.25
@@ -95,3 +114,138 @@ def plan_compact(tip: int, hops: Sequence[Hop], direct_nbytes: Mapping[int, floa
             chosen.append(base)
             best[base] = (direct_nbytes[base], 1)
     return tuple(chosen)
+
+
+@dataclass(frozen=True, slots=True)
+class CompactionPlan:
+    """What a compaction would write."""
+
+    tip: int
+    bases: tuple[int, ...]
+    """Versions that get a direct shortcut to the tip."""
+    direct_nbytes: dict[int, float]
+    """Bytes of the direct delta to the tip, measured or interpolated, for every version below it."""
+    writes_anchor: bool
+    """Whether the tip gets an anchor."""
+
+
+def plan_compaction(
+    chain: Chain, *, coding: str, policy: AnchorPolicy | None = None, group_nbytes: int = GROUP_NBYTES
+) -> CompactionPlan:
+    """Look at the chain and decide. Reads payloads; writes nothing."""
+    tip = chain.tip()
+    first = oldest_kept(chain)
+    manifests = chain.manifests(first)
+    late_joiner = plan_between(chain, None, tip.version)
+    writes_anchor = (policy or AnchorPolicy()).wants_anchor(late_joiner.hops, tip.num_elements)
+    if first == tip.version:
+        return CompactionPlan(tip.version, (), {}, writes_anchor)
+    ways = Ways(chain)
+    hops = [hop for manifest in manifests for hop in ways(manifest.version)]
+    measured = _measure(chain, sample_bases(first, tip.version), coding, group_nbytes)
+    direct = interpolate_direct(tip.version, measured)
+    return CompactionPlan(tip.version, plan_compact(tip.version, hops, direct), direct, writes_anchor)
+
+
+def write_compaction(
+    chain: Chain, plan: CompactionPlan, *, coding: str, group_nbytes: int = GROUP_NBYTES
+) -> list[Shortcut]:
+    """Write the planned shortcuts. Safe to repeat: a shortcut that exists stands. A crash leaves orphans for gc."""
+    tip = chain.manifest(plan.tip)
+    drafts = {base: _Draft(tip) for base in plan.bases}
+    anchor = _Draft(tip) if plan.writes_anchor else None
+    with _workspace(chain) as (fetcher, path):
+        for names in tensor_groups(tip.specs.values(), group_nbytes):
+            at_tip = read_state(chain, tip.version, names.__contains__, fetcher)
+            if anchor is not None:
+                segments = [(Segment(spec, 0, spec.num_elements), at_tip.bits[n]) for n, spec in at_tip.specs.items()]
+                anchor.add(chain, path, lambda p, s=segments: write_anchor(p, (part for part in s if part[0].length)))  # type: ignore[misc]
+            for base, state in _states(chain, sorted(plan.bases), names, fetcher):
+                changes = list(_changes(state, at_tip, ranked=coding_named(coding).ranked))
+                if changes:
+                    drafts[base].add(chain, path, lambda p, c=changes: write_delta(p, c, coding))  # type: ignore[misc]
+    written = [draft.finish(chain, base, coding) for base, draft in drafts.items()]
+    if anchor is not None:
+        written.append(anchor.finish(chain, None, ANCHOR_CODING))
+    return written
+
+
+@dataclass(slots=True)
+class _Draft:
+    """One shortcut's payloads so far."""
+
+    tip: Manifest
+    attempt: str = field(default_factory=new_commit_id)
+    payloads: list[PayloadRef] = field(default_factory=list)
+    num_changed: int = 0
+
+    def add(self, chain: Chain, path: Path, write: Callable[[Path], PayloadInfo]) -> None:
+        info = write(path)
+        number = len(self.payloads)
+        key = keys.payload(self.tip.version, self.attempt, number)
+        chain.store.put_file(key, path)
+        self.payloads.append(PayloadRef(key=key, nbytes=info.nbytes, sha256=info.sha256, rank=number))
+        self.num_changed += info.num_changed
+
+    def finish(self, chain: Chain, base: int | None, coding: str) -> Shortcut:
+        shortcut = Shortcut(
+            version=self.tip.version,
+            base_version=base,
+            commit_id=self.tip.commit_id,
+            base_commit_id=None if base is None else chain.manifest(base).commit_id,
+            created_at=utc_now(),
+            coding=coding,
+            num_changed=self.tip.num_elements if base is None else self.num_changed,
+            payload_nbytes=sum(payload.nbytes for payload in self.payloads),
+            payloads=tuple(self.payloads),
+        )
+        try:
+            put_signed(chain.store, shortcut.key, shortcut.to_bytes())
+        except ObjectExistsError:
+            return Shortcut.from_bytes(chain.store.get(shortcut.key))
+        return shortcut
+
+
+def _measure(chain: Chain, bases: tuple[int, ...], coding: str, group_nbytes: int) -> dict[int, float]:
+    """Bytes of the direct delta from each base to the tip."""
+    tip = chain.tip()
+    nbytes: dict[int, float] = defaultdict(float, dict.fromkeys(bases, 0.0))
+    with _workspace(chain) as (fetcher, path):
+        for names in tensor_groups(tip.specs.values(), group_nbytes):
+            at_tip = read_state(chain, tip.version, names.__contains__, fetcher)
+            for base, state in _states(chain, sorted(bases), names, fetcher):
+                changes = list(_changes(state, at_tip, ranked=coding_named(coding).ranked))
+                nbytes[base] += write_delta(path, changes, coding).nbytes if changes else 0
+    return dict(nbytes)
+
+
+def _states(
+    chain: Chain, versions: list[int], names: frozenset[str], fetcher: Fetcher
+) -> Iterator[tuple[int, HostState]]:
+    """The group's state at each of the versions, in ascending order; one state that moves."""
+    state = HostState()
+    for version in versions:
+        advance_state(chain, state, version, names.__contains__, fetcher)
+        yield version, state
+
+
+def _changes(old: HostState, new: HostState, *, ranked: bool) -> Iterator[Changes]:
+    for name, spec in new.specs.items():
+        changes = capture(Segment(spec, 0, spec.num_elements), old.bits[name], new.bits[name], ranked=ranked)
+        if changes.num_changed:
+            yield changes
+
+
+class _workspace:  # noqa: N801 - reads as the context manager that it is
+    """A fetcher and a scratch path for the length of one operation."""
+
+    def __init__(self, chain: Chain) -> None:
+        self._fetching = fetching(chain.store)
+        self._folder = tempfile.TemporaryDirectory(prefix="weightline-")
+
+    def __enter__(self) -> tuple[Fetcher, Path]:
+        return self._fetching.__enter__(), Path(self._folder.name) / "payload.safetensors"
+
+    def __exit__(self, *_: object) -> None:
+        self._folder.cleanup()
+        self._fetching.__exit__(None, None, None)

@@ -11,14 +11,14 @@ from datetime import datetime, timedelta
 
 from weightline.chain.read.history import Chain
 from weightline.chain.read.refs import current_refs
-from weightline.chain.replay.ways import Ways
-from weightline.chain.upkeep.kept import Kept, read_kept
+from weightline.chain.replay.plan import Ways
+from weightline.chain.upkeep.retention import Kept, read_kept
 from weightline.errors import StorageError
 from weightline.format import keys
 from weightline.format.manifest import Manifest
 from weightline.format.shortcut import Shortcut
 from weightline.store import ObjectInfo
-from weightline.store.contests import contests
+from weightline.store.base import contests
 from weightline.store.local import STAGING_PREFIX
 
 DEFAULT_GRACE = timedelta(hours=24)

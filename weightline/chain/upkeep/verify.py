@@ -11,20 +11,18 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 
-from weightline.chain.files.groups import GROUP_NBYTES
-from weightline.chain.read.finding import Finding, noting
 from weightline.chain.read.history import Chain
-from weightline.chain.read.horizon import oldest_kept
 from weightline.chain.read.records import EVALUATIONS, REFRESHES, read_records
-from weightline.chain.read.refs import Ref, current_refs
-from weightline.chain.replay.ways import Ways
-from weightline.chain.upkeep.kept import Kept, read_kept
-from weightline.chain.upkeep.verify_deep import Progress, asset_findings, replay_findings
+from weightline.chain.read.refs import Ref, current_refs, oldest_kept
+from weightline.chain.replay.diff import GROUP_NBYTES
+from weightline.chain.replay.plan import Ways
+from weightline.chain.upkeep.retention import Kept, read_kept
+from weightline.chain.upkeep.verify_replay import Finding, Progress, asset_findings, noting, replay_findings
 from weightline.errors import VersionNotFoundError
 from weightline.format import keys
 from weightline.format.manifest import Manifest, StoredObject
 from weightline.format.shortcut import Shortcut
-from weightline.store.contests import commit_mode, contests
+from weightline.store.base import commit_mode, contests
 
 __all__ = ["Finding", "VerifyReport", "verify_chain"]
 

@@ -1,27 +1,33 @@
-"""The one write that makes a version exist. SPEC "Commit"."""
+"""Commits a version: the one create-only put that makes it exist, after its signature. SPEC "Commit", "Signatures".
+
+A signature is an object of its own, written before the object that it signs, so the commit stays one create-only put
+and a reader that asks for no signatures never reads one.
+"""
 
 from __future__ import annotations
 
 import json
 import secrets
-from datetime import UTC, datetime
+import tempfile
+from pathlib import Path
 from typing import Any
 
 from weightline.chain.read.history import Chain
-from weightline.chain.write.signing import put_signed
-from weightline.errors import CommitConflictError, InputError, ObjectExistsError, StorageError
+from weightline.errors import (
+    CommitConflictError,
+    InputError,
+    ObjectExistsError,
+    StorageError,
+)
 from weightline.format import keys
 from weightline.format.manifest import Manifest
+from weightline.format.signature import Signer, signer_from_environment
+from weightline.store import Store
 
 
 def new_commit_id() -> str:
     """128 random bits: tells this attempt to commit from every other."""
     return secrets.token_hex(16)
-
-
-def utc_now() -> str:
-    """This host's clock, UTC, ISO 8601 to the millisecond."""
-    return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 def commit_manifest(chain: Chain, manifest: Manifest) -> None:
@@ -75,3 +81,43 @@ def _hint_tip(chain: Chain, version: int) -> None:
         chain.store.put(keys.TIP_HINT, json.dumps({"version": version}).encode())
     except StorageError:
         return
+
+
+def check_signing_key() -> None:
+    """InputError, before any work, when this process is to sign and cannot. Safe to repeat."""
+    signer_from_environment()
+
+
+def put_signed(store: Store, key: str, body: bytes) -> None:
+    """`put_if_absent`, and before it the signature of this process's key, if it has one.
+
+    Safe to repeat with the same bytes. A crash between the two leaves a signature of nothing, which gc collects.
+    """
+    signer = signer_from_environment()
+    if signer is not None:
+        _put_signature(store, signer, key, body)
+    store.put_if_absent(key, body)
+
+
+def sign_existing(store: Store, signer: Signer) -> int:
+    """Vouch for every manifest and shortcut that the bucket holds now: what makes an unsigned chain a signed one.
+
+    Returns how many signatures were added. Safe to repeat; a crash leaves some objects unsigned. It says nothing of
+    whether they are right: verify the chain first.
+    """
+    found = [info.key for prefix in (keys.COMMITS, keys.SHORTCUTS) for info in store.list(prefix)]
+    return sum(_put_signature(store, signer, key, store.get(key)) for key in found)
+
+
+def _put_signature(store: Store, signer: Signer, key: str, body: bytes) -> bool:
+    """False when it was there: the same key over the same bytes is the same signature. Durable when it returns."""
+    signature = signer.sign(key, body)
+    if store.head(signature.key) is not None:
+        return False
+    # Not create-only, which may be slow: the key names what is signed and by whom, and ed25519 signs that one way, so
+    # writers that race write the same bytes. As a file: `put` is for hints, and need not have settled when it returns.
+    with tempfile.TemporaryDirectory(prefix="weightline-") as folder:
+        path = Path(folder) / "signature.json"
+        path.write_bytes(signature.to_bytes())
+        store.put_file(signature.key, path)
+    return True

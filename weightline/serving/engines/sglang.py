@@ -32,8 +32,9 @@ import safetensors
 import zstandard
 
 from weightline.chain import Chain
-from weightline.chain.files.checkpoint import assets_of, write_checkpoint
-from weightline.chain.files.groups import tensor_groups
+from weightline.chain.files.assets import assets_of
+from weightline.chain.files.checkpoint import write_checkpoint
+from weightline.chain.replay.diff import tensor_groups
 from weightline.chain.replay.fetch import Fetcher, fetching
 from weightline.chain.replay.state import HostState, read_state
 from weightline.errors import WeightlineError

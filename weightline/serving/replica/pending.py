@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 
+from weightline.codec.changes import compose, join_parts
 from weightline.codec.digest import add_digests, digest_change, format_digest
 from weightline.errors import DigestMismatchError, PayloadError
 from weightline.format.manifest import Manifest
-from weightline.serving.replica.changes import compose, join_parts
 from weightline.types import BitsArray, Changes, Segment, TensorSpec
 
 #: The flat bits of a tensor by name. May be a view of the engine's own memory: read, never write.

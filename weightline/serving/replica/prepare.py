@@ -9,17 +9,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from weightline.chain import Chain
-from weightline.chain.files.checkpoint import assets_of, write_checkpoint
-from weightline.chain.files.groups import tensor_groups
+from weightline.chain.files.assets import assets_of
+from weightline.chain.files.checkpoint import write_checkpoint
+from weightline.chain.replay.diff import tensor_groups
 from weightline.chain.replay.fetch import Fetcher, fetching
-from weightline.chain.replay.plan import Hop, ReplayPlan
+from weightline.chain.replay.plan import Hop, ReplayPlan, plan_between
 from weightline.chain.replay.state import read_changes, read_state
-from weightline.chain.replay.ways import plan_between
 from weightline.codec.capture import capture
+from weightline.codec.changes import whole
 from weightline.errors import BaseMismatchError, DigestMismatchError, VersionNotFoundError
 from weightline.format.manifest import Manifest
 from weightline.format.payload import open_payload
-from weightline.serving.replica.changes import whole
 from weightline.serving.replica.pending import PendingState, ReadBits, check_digests
 from weightline.types import Changes
 

@@ -6,11 +6,11 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from weightline.codec.changes import whole
 from weightline.codec.digest import tensor_digest
 from weightline.errors import ApplyError, DigestMismatchError
 from weightline.format.manifest import Manifest
 from weightline.serving.engines.base import Engine, StagingEngine
-from weightline.serving.replica.changes import whole
 from weightline.serving.replica.pending import check_digests
 from weightline.types import Changes
 

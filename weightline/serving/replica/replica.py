@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Literal
 
 from weightline.chain import Chain
-from weightline.chain.files.checkpoint import assets_of
-from weightline.chain.write.commit import utc_now
-from weightline.codec.compose import inverse
+from weightline.chain.files.assets import assets_of
+from weightline.codec.changes import inverse
 from weightline.errors import ApplyError, BaseMismatchError, InputError, WeightlineError
 from weightline.format.keys import checked_name
+from weightline.format.manifest import utc_now
 from weightline.serving.engines.base import Engine, StagingEngine
 from weightline.serving.replica.prepare import (
     Held,

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTransferInitInfo, WeightTransferUpdateInfo
 
-from weightline.chain.files.target import FileTarget
+from weightline.chain.files.source import FolderSource
 from weightline.errors import ApplyError
 from weightline.serving.engines.vllm.state import WorkerWeights
 
@@ -49,7 +49,7 @@ class WeightlineBackend(WeightTransferEngine[FolderInfo, ChangesInfo]):
     def init_transfer_engine(self, init_info: FolderInfo) -> None:
         self._weights = WorkerWeights(self.model)
         with _config(self.vllm_config):
-            self._weights.learn(FileTarget(Path(init_info.folder)).specs)
+            self._weights.learn(FolderSource(Path(init_info.folder)).specs)
 
     def start_weight_update(self) -> None:
         """Nothing: changes are written in place."""

@@ -13,7 +13,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Protocol
 
-from weightline.chain.files.target import FileTarget
+from weightline.chain.files.source import FolderSource
 from weightline.codec.digest import digest_change, format_digest
 from weightline.errors import ApplyError, DigestMismatchError, UnsupportedFeatureError
 from weightline.format.envelope import sha256_of
@@ -94,7 +94,7 @@ class VllmEngine:
                 )  # fmt: skip
 
     def load(self, folder: Path) -> None:
-        specs = FileTarget(folder).specs
+        specs = FolderSource(folder).specs
         with self._calling:
             self._forget()
             self._workers.load(folder)
@@ -193,7 +193,7 @@ def _is_same(changes: Sequence[Changes], staged: Sequence[Changes]) -> bool:
 
 
 def _is_inverse(changes: Sequence[Changes], staged: Sequence[Changes]) -> bool:
-    """What `weightline.codec.compose.inverse` makes of them: the same arrays, old and new exchanged."""
+    """What `weightline.codec.changes.inverse` makes of them: the same arrays, old and new exchanged."""
     return bool(staged) and len(changes) == len(staged) and all(
         one.positions_K is other.positions_K and one.old_K is other.new_K and one.new_K is other.old_K
         for one, other in zip(changes, staged, strict=True)

@@ -19,8 +19,8 @@ from typing import Any
 
 import numpy as np
 
+from weightline.codec.changes import whole
 from weightline.errors import ApplyError
-from weightline.serving.replica.changes import whole
 from weightline.types import BitsArray, Changes, TensorSpec, bits_dtype
 
 _ALIGNMENT = 64

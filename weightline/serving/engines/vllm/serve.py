@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from weightline.chain import Chain
-from weightline.chain.files.checkpoint import assets_of
+from weightline.chain.files.assets import assets_of
 from weightline.chain.replay.fetch import fetch_object
 from weightline.errors import InputError, UnsupportedFeatureError
 from weightline.format.manifest import Manifest

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from weightline.codec.coding import ordered_map
 from weightline.codec.digest import add_digests, digest_change
-from weightline.codec.parallel import ordered_map
 from weightline.errors import ApplyError, BaseMismatchError, DigestMismatchError
 from weightline.serving.engines.vllm.elements import hold_elements, num_cpus, use_all_cpus, write_elements
 from weightline.serving.engines.vllm.placement import Place, Placement

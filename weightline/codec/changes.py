@@ -1,6 +1,6 @@
-"""Changes of whole tensors: joined over ranks, composed over versions. Pure.
+"""Joins the changes of a tensor's segments, composes those of successive versions, and inverts them. Pure.
 
-Legend: K changed elements of a tensor.
+Legend: K changed elements of a segment or tensor.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from weightline.codec.steps import apply_steps, steps
 from weightline.types import Changes, Segment, TensorSpec
 
 
@@ -43,3 +44,21 @@ def compose(first: Changes, second: Changes) -> Changes:
     new_K[at_first], new_K[at_second] = first.new_K, second.new_K
     is_changed = old_K != new_K
     return Changes(first.segment, positions_K[is_changed], old_K[is_changed], new_K[is_changed])
+
+
+def inverse(changes: Changes) -> Changes:
+    """What leads back: old and new change places."""
+    return Changes(changes.segment, changes.positions_K, changes.new_K, changes.old_K)
+
+
+def taken_back(forward_from_new: Changes) -> Changes:
+    """The way back, from a delta that was decoded against the state *after* it.
+
+    Decoding adds each step to the bits at hand; when those are the new ones, the sum means nothing, but the step is
+    right, and subtracting it gives the old bits (steps wrap around, so no bit pattern is lost).
+    """
+    dtype = forward_from_new.segment.tensor.dtype
+    new_K = forward_from_new.old_K
+    steps_K = steps(new_K, forward_from_new.new_K, dtype)
+    old_K = apply_steps(new_K, -steps_K, dtype)
+    return Changes(forward_from_new.segment, forward_from_new.positions_K, new_K, old_K)

@@ -1,6 +1,6 @@
 """One Hub bucket by its own API: paths and the content that each stands for.
 
-The API has no conditions: a write replaces, whatever stood there. What makes one writer win is in `hub_claims`.
+The API has no conditions: a write replaces, whatever stood there. What makes one writer win is in `claims.py`.
 """
 
 from __future__ import annotations
@@ -26,13 +26,16 @@ from huggingface_hub.utils import (
 )
 
 from weightline.errors import NotFoundError, StorageError, TransientStorageError, WeightlineError
-from weightline.store.hub_content import Content, HubContent, content_beside
-from weightline.store.hub_errors import hub_errors, is_missing_bucket
+from weightline.store.hub.content import Content, HubContent, content_beside
+from weightline.store.hub.errors import hub_errors, is_missing_bucket
 
 _HTTP_TIMEOUT_SECONDS = 60.0
+
 _NUM_REPEATS = 5
+
 #: How long a write may take to be seen by a read of the same path.
 _VISIBLE_AFTER_SECONDS = (0.0, 0.1, 0.3, 0.6, 1.0, 2.0, 4.0)
+
 #: Words of the Hub about an operation that will never work.
 _PERMANENT = ("invalid", "forbidden", "not allowed", "permission", "quota", "exceed", "too large")
 

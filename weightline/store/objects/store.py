@@ -1,4 +1,4 @@
-"""Object stores through obstore: S3 and what speaks it, Google Cloud Storage, Azure. The one file that imports obstore.
+"""The store of S3 and what speaks it, Google Cloud Storage and Azure, through obstore.
 
 Payloads move in parts, several at a time: an upload holds `_NUM_PARALLEL` parts in memory at most; downloads stream.
 
@@ -23,13 +23,12 @@ from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 import obstore
 from obstore.exceptions import AlreadyExistsError, BaseError, PermissionDeniedError, UnauthenticatedError
-from obstore.store import AzureStore, GCSStore, S3Store
 
-from weightline.errors import InputError, NotFoundError, ObjectExistsError, StorageError, TransientStorageError
-from weightline.store import resume
+from weightline.errors import NotFoundError, ObjectExistsError, StorageError, TransientStorageError
+from weightline.store import transfers
 from weightline.store.base import ObjectInfo, checked_key
-from weightline.store.object_errors import translated
-from weightline.store.progress import moved
+from weightline.store.objects.errors import translated
+from weightline.store.transfers import moved
 
 if TYPE_CHECKING:
     from obstore.store import ClientConfig, RetryConfig
@@ -37,20 +36,26 @@ if TYPE_CHECKING:
     Connect = Callable[[ClientConfig, RetryConfig], Any]
 
 PART_NBYTES = 16 * 1024 * 1024
+
 _NUM_PARALLEL = 6
+
 _PIECE_NBYTES = 1024 * 1024
+
 #: S3 takes 10,000 parts of an upload.
 _MAX_PARTS = 9_000
 
 #: All parts that are under way at once have this time: links down to 3 Mbit/s keep up.
 _SENDING: ClientConfig = {"connect_timeout": timedelta(seconds=10), "timeout": timedelta(minutes=5)}
+
 #: Who waits for an answer notices sooner that nothing comes. (Of a request that sends, this would bound the whole.)
 _READING: ClientConfig = {**_SENDING, "read_timeout": timedelta(seconds=20)}
+
 _REPEATS: RetryConfig = {
     "max_retries": 3,
     "retry_timeout": timedelta(seconds=20),
     "backoff": {"init_backoff": timedelta(milliseconds=100), "max_backoff": timedelta(seconds=2)},
 }
+
 _ONCE: RetryConfig = {"max_retries": 0}
 
 #: The process in which obstore's threads run, once it was used.
@@ -83,12 +88,12 @@ class ObjectStore:
             found = obstore.head(self._client, self._path(key))
         nbytes = int(found["size"])
         identity = json.dumps([self.url, key, found["e_tag"], nbytes])
-        start = resume.num_bytes_done(path, identity)
+        start = transfers.num_bytes_done(path, identity)
         ranges = [(at, min(at + PART_NBYTES, nbytes)) for at in range(start, nbytes, PART_NBYTES)]
         with path.open("r+b") as file:
             for end in self._fill(key, file.fileno(), ranges, nbytes):
-                resume.note_done(path, identity, end)
-        resume.finish(path)
+                transfers.note_done(path, identity, end)
+        transfers.finish(path)
 
     def put_if_absent(self, key: str, body: bytes) -> None:
         with self._storage_errors(key):
@@ -231,84 +236,3 @@ def _require_home(url: str) -> None:
             "client would hang here. Start workers by spawn: multiprocessing.get_context('spawn')",
             url=url,
         )
-
-
-def open_s3(
-    url: str,
-    bucket: str,
-    prefix: str,
-    *,
-    endpoint: str | None = None,
-    access_key_id: str | None = None,
-    secret_access_key: str | None = None,
-    region: str | None = None,
-) -> ObjectStore:
-    """A bucket that speaks S3. What is not given comes from the environment; given keys shut out all others.
-
-    An endpoint may have a path, as in https://host/door/namespace; the bucket's name is added to it. An `http://`
-    endpoint is taken at its word. InputError for a setting that the client does not take. Nothing is read or written.
-    """
-    endpoint = endpoint or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
-    config: dict[str, Any] = {"disable_bulk_delete": True}
-    if endpoint:
-        config |= {"endpoint": endpoint, "aws_endpoint_url_s3": endpoint}
-    if access_key_id and secret_access_key:
-        keys = {"access_key_id": access_key_id, "secret_access_key": secret_access_key, "expires_at": None}
-        config["credential_provider"] = lambda: keys
-    else:
-        config |= _aws_profile()
-    if region:
-        config["region"] = region
-    return _open(url, prefix, endpoint.startswith("http://"), lambda options, retry: S3Store(
-        bucket, client_options=options, retry_config=retry, **config
-    ))  # fmt: skip
-
-
-def open_gs(url: str, bucket: str, prefix: str) -> ObjectStore:
-    """A Google Cloud Storage bucket; credentials from the environment or the application defaults."""
-    is_plain = os.environ.get("GOOGLE_BASE_URL", "").startswith("http://")
-    return _open(url, prefix, is_plain, lambda options, retry: GCSStore(
-        bucket, client_options=options, retry_config=retry
-    ))  # fmt: skip
-
-
-def open_az(url: str, container: str, prefix: str) -> ObjectStore:
-    """An Azure Blob Storage container; account and credentials from the environment, a managed identity or az login."""
-    is_emulator = os.environ.get("AZURE_STORAGE_USE_EMULATOR", "").lower() in ("1", "true")
-    is_plain = os.environ.get("AZURE_STORAGE_ENDPOINT", "").startswith("http://")
-    return _open(url, prefix, is_emulator or is_plain, lambda options, retry: AzureStore(
-        container, client_options=options, retry_config=retry
-    ))  # fmt: skip
-
-
-def _open(url: str, prefix: str, is_plain: bool, connect: Connect) -> ObjectStore:
-    """`is_plain`: the service speaks http."""
-    try:
-        return ObjectStore(url, prefix, lambda options, retry: connect({**options, "allow_http": is_plain}, retry))
-    except (BaseError, ValueError) as error:
-        reason = str(error).partition("\n")[0]
-        raise InputError(f"{url}: {reason}. docs/buckets.md lists the settings of each store", url=url) from error
-
-
-def _aws_profile() -> dict[str, Any]:
-    """Keys of ~/.aws by boto3 where they are asked for; obstore itself reads the environment and instance roles."""
-    profile = os.environ.get("AWS_PROFILE")
-    files = (os.environ.get("AWS_SHARED_CREDENTIALS_FILE", "~/.aws/credentials"), "~/.aws/config")
-    has_files = any(Path(name).expanduser().exists() for name in files)
-    has_others = "AWS_ACCESS_KEY_ID" in os.environ or "AWS_SKIP_SIGNATURE" in os.environ
-    if profile is None and (has_others or not has_files):
-        return {}
-    try:
-        from obstore.auth.boto3 import Boto3CredentialProvider
-    except ImportError as error:
-        if profile is None:
-            return {}
-        raise InputError("AWS_PROFILE is set, and reading profiles needs boto3: pip install boto3") from error
-    from botocore.exceptions import BotoCoreError
-
-    try:
-        return {"credential_provider": Boto3CredentialProvider()}
-    except (BotoCoreError, ValueError) as error:
-        if profile is None:
-            return {}
-        raise InputError(f"AWS_PROFILE={profile}: {error}", profile=profile) from error

@@ -1,15 +1,24 @@
-"""What a version says of where it comes from, and its manifest: the same for every writer. Pure."""
+"""Drafts of versions: provenance, uploads while later payloads are encoded, and the manifest that names them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 from weightline.codec.anchor import ANCHOR_CODING
 from weightline.codec.digest import format_digest
 from weightline.format.manifest import AdapterBase, AssetRef, Manifest, Origin, PayloadRef, TensorState
+from weightline.store import Store
+from weightline.store.open import is_remote
 from weightline.types import TensorSpec
+
+#: Files that wait on disk or are under way, besides the one being written.
+_NUM_AHEAD = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,3 +86,45 @@ def build_manifest(
         metrics=author.metrics,
         provenance=author.provenance,
     )
+
+
+class Uploads:
+    """Uploads files and removes them. For one thread."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._pending: deque[Future[None]] = deque()
+        self._threads = ThreadPoolExecutor(_NUM_AHEAD, thread_name_prefix="weightline-upload")
+
+    def start(self, key: str, path: Path) -> None:
+        """Hand a finished file over. Waits while enough are under way; raises what became of earlier ones."""
+        if not is_remote(self._store):
+            self._upload(key, path)
+            return
+        while len(self._pending) >= _NUM_AHEAD:
+            self._pending.popleft().result()
+        self._pending.append(self._threads.submit(self._upload, key, path))
+
+    def finish(self) -> None:
+        """Wait until all are durable in the bucket; raises the first error."""
+        while self._pending:
+            self._pending.popleft().result()
+
+    def close(self) -> None:
+        """Give up what has not begun."""
+        self._threads.shutdown(cancel_futures=True)
+
+    def _upload(self, key: str, path: Path) -> None:
+        self._store.put_file(key, path)
+        path.unlink()
+
+
+@contextmanager
+def uploading(store: Store) -> Iterator[Uploads]:
+    """When the block ends well, all that was started is in the bucket. Otherwise orphans may be, which gc removes."""
+    uploads = Uploads(store)
+    try:
+        yield uploads
+        uploads.finish()
+    finally:
+        uploads.close()

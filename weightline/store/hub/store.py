@@ -4,7 +4,7 @@ Reads and uploads go through the Hub's own API. For the one write that commits t
 
 - `s3-gateway`: one request with `If-None-Match: *` to the Hub's S3 gateway, when its keys are in the environment
   (`HF_S3_ACCESS_KEY_ID`, `HF_S3_SECRET_ACCESS_KEY`; `HF_S3_ENDPOINT` for another gateway);
-- `claims`: with a token alone; see `hub_claims`.
+- `claims`: with a token alone; see `weightline.store.hub.claims`.
 
 A writer with keys joins the claims of a key that has any, so that writers of both modes agree on a winner.
 """
@@ -12,27 +12,67 @@ A writer with keys joins the claims of a key that has any, so that writers of bo
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
 from huggingface_hub import get_token
 
 from weightline.errors import InputError, NotFoundError, TransientStorageError
-from weightline.store import resume
-from weightline.store.base import ObjectInfo, Store, checked_key
-from weightline.store.contests import Contest
-from weightline.store.hub_bucket import HubBucket, HubFile
-from weightline.store.hub_claims import CLAIMS, ClaimLog
-from weightline.store.hub_url import HubUrl, parse_hub_url
-from weightline.store.progress import moved
+from weightline.store import transfers
+from weightline.store.base import Contest, ObjectInfo, Store, checked_key
+from weightline.store.hub.bucket import HubBucket, HubFile
+from weightline.store.hub.claims import CLAIMS, ClaimLog
+from weightline.store.transfers import moved
+
+_SCHEME = "hf://"
+
+_NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9])?")
 
 DEFAULT_ENDPOINT = "https://huggingface.co"
+
 DEFAULT_S3_ENDPOINT = "https://s3.hf.co"
+
 _S3_REGION = "us-east-1"
-#: Must exceed the skew between the Hub's servers, not the lag of its listings: see `hub_claims`.
+
+#: Must exceed the skew between the Hub's servers, not the lag of its listings: see `claims.py`.
 DEFAULT_SETTLE_SECONDS = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class HubUrl:
+    """A prefix of a Hub bucket. `root` is what stands before every key: empty, or a path with a slash at its end."""
+
+    owner: str
+    name: str
+    root: str
+
+    @property
+    def bucket_id(self) -> str:
+        return f"{self.owner}/{self.name}"
+
+    @property
+    def text(self) -> str:
+        return f"{_SCHEME}buckets/{self.bucket_id}/{self.root}".rstrip("/")
+
+
+def parse_hub_url(url: str) -> HubUrl:
+    """The bucket and prefix that the URL names. InputError for any other `hf://` URL."""
+    kind, *parts = url.removeprefix(_SCHEME).rstrip("/").split("/")
+    if not url.startswith(_SCHEME) or kind != "buckets" or len(parts) < 2:
+        raise InputError(f"{url}: a Hub bucket's URL is hf://buckets/<owner>/<name>/<prefix>", url=url)
+    owner, name, *below = parts
+    for part in (owner, name):
+        if not _NAME.fullmatch(part):
+            raise InputError(
+                f"{url}: {part!r} is no name on the Hub: use letters, digits, '.', '_' and '-', up to 96", url=url
+            )
+    if any(character in url for character in "?#%"):
+        raise InputError(f"{url}: a Hub bucket's URL has no '?', '#' or '%'", url=url)
+    return HubUrl(owner, name, f"{checked_key('/'.join(below))}/" if below else "")
 
 
 class HubStore:
@@ -59,7 +99,7 @@ class HubStore:
     def get_file(self, key: str, path: Path) -> None:
         """Download anew, whatever an attempt before left at `path`, and check. A failure leaves nothing there."""
         file = self._existing(key)
-        resume.discard(path)
+        transfers.discard(path)
         self._bucket.download(file, path)
 
     def put_if_absent(self, key: str, body: bytes) -> None:
@@ -170,7 +210,7 @@ def _gateway(url: HubUrl) -> Store | None:
         return None
     if not key_id or not secret:
         raise InputError("HF_S3_ACCESS_KEY_ID and HF_S3_SECRET_ACCESS_KEY go together: set both, or none")
-    from weightline.store.objects import open_s3
+    from weightline.store.objects.clients import open_s3
 
     endpoint = (os.environ.get("HF_S3_ENDPOINT") or DEFAULT_S3_ENDPOINT).rstrip("/")
     return open_s3(

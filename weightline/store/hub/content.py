@@ -1,7 +1,7 @@
 """Content of Hub buckets: bytes to and from the Hub's content store with hf_xet, without touching any path.
 
-Uploading gives a hash; a path of the bucket stands for a hash (`hub_bucket`). Downloads are checked against it, since
-the client returns a flipped bit without an error.
+Uploading gives a hash; a path of the bucket stands for a hash (bucket.py). Downloads are checked against it, since the
+client returns a flipped bit without an error.
 """
 
 from __future__ import annotations
@@ -22,19 +22,26 @@ import hf_xet
 from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_backoff
 
 from weightline.errors import DigestMismatchError, TransientStorageError
-from weightline.store.hub_hash import hash_arriving, hash_beside, xet_hash
-from weightline.store.progress import moved
+from weightline.store.hub.hashing import hash_arriving, hash_beside, xet_hash
+from weightline.store.transfers import moved
 
 #: The content hash of a file without bytes, which no upload ever makes.
 EMPTY_HASH = "0" * 64
+
 _HTTP_TIMEOUT_SECONDS = 60.0
+
 #: A token that is about to expire is fetched again.
 _EXPIRY_MARGIN_SECONDS = 120
+
 _WAIT_SECONDS = 0.2
+
 _BLOCK_NBYTES = 16_000_000
+
 _BUFFER_NBYTES = 4 * _BLOCK_NBYTES
+
 #: Of all downloads of a process together.
 _ALL_BUFFERS_NBYTES = 4 * _BUFFER_NBYTES
+
 #: What we set of the client, unless the environment sets any part of it.
 _XET_SETTINGS: tuple[dict[str, object], ...] = (
     # Callers ask again as well (`weightline.store.retry`): the client need not for ten minutes.

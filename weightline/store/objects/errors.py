@@ -1,4 +1,4 @@
-"""What an object store's failure means: obstore tells it as text. Pure."""
+"""Translates the text of obstore's errors into the project's errors. Pure."""
 
 from __future__ import annotations
 

@@ -1,25 +1,54 @@
-"""The deep half of verify: every kept byte is read, past every cache, and every way into every version is replayed.
+"""The deep half of verify: reads every kept byte, past every cache, and replays every way into every kept version.
 
-A bounded group of tensors at a time. What is fetched lies in a temporary folder until the end.
+Works through a bounded group of tensors at a time. What is fetched lies in a temporary folder until the end.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from weightline.chain.files.groups import tensor_groups
-from weightline.chain.read.finding import Finding, noting
 from weightline.chain.read.history import Chain
+from weightline.chain.replay.diff import tensor_groups
 from weightline.chain.replay.fetch import Fetcher, fetching
-from weightline.chain.replay.plan import Hop
+from weightline.chain.replay.plan import Hop, hop_of, hop_of_shortcut
 from weightline.chain.replay.state import HostState, advance_state, apply_hop
-from weightline.chain.replay.ways import hop_of, hop_of_shortcut
+from weightline.errors import (
+    CorruptError,
+    NotFoundError,
+    SignatureError,
+    StorageError,
+    TransientStorageError,
+    UnsupportedFeatureError,
+)
 from weightline.format.manifest import Manifest
 from weightline.format.payload import open_payload
 from weightline.format.shortcut import Shortcut
 
 Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing that does not hold."""
+
+    rule: str
+    subject: str
+    message: str
+
+
+@contextmanager
+def noting(findings: list[Finding], rule: str, subject: str) -> Iterator[None]:
+    """What the block meets in the bucket becomes a finding, and the block ends there. A bucket that is away raises."""
+    try:
+        yield
+    except TransientStorageError:
+        raise
+    except SignatureError as error:
+        findings.append(Finding("signature", subject, str(error)))
+    except (CorruptError, UnsupportedFeatureError, NotFoundError, StorageError) as error:
+        findings.append(Finding(rule, subject, str(error)))
 
 
 def asset_findings(chain: Chain, manifests: Sequence[Manifest]) -> Iterator[Finding]:

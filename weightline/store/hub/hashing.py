@@ -17,8 +17,11 @@ import hf_xet
 
 #: Smaller files are hashed in less time than it takes to start threads.
 _MIN_NBYTES = 2 * 2**20
+
 _POLL_SECONDS = 0.002
+
 _PIECE_NBYTES = 2**20
+
 #: The end of a pipe does not show while a process that was forked meanwhile holds it open.
 _END_SECONDS = 10.0
 

@@ -1,4 +1,8 @@
-"""What must stay in a bucket: what gc never collects, and what verify looks at. SPEC "Collect"."""
+"""What a bucket must keep, and how old history is dropped. SPEC "Collect".
+
+Expiry moves a horizon and deletes nothing; gc deletes what lies behind the horizon. A version stays reachable by replay
+only if an anchor stands at or before it, so the horizon always has one.
+"""
 
 from __future__ import annotations
 
@@ -7,15 +11,30 @@ from dataclasses import dataclass, field
 from datetime import datetime
 
 from weightline.chain.read.history import Chain
-from weightline.chain.read.horizon import oldest_kept
 from weightline.chain.read.leases import Lease, live_leases
-from weightline.chain.read.refs import Ref
-from weightline.chain.replay.plan import ReplayPlan
-from weightline.chain.replay.ways import plan_between
+from weightline.chain.read.refs import Ref, move_horizon, oldest_kept
+from weightline.chain.replay.plan import ReplayPlan, Ways, plan_between
+from weightline.chain.upkeep.compact import CompactionPlan, write_compaction
+from weightline.codec.anchor import ANCHOR_CODING
 from weightline.errors import VersionNotFoundError
 from weightline.format import keys
 from weightline.format.manifest import Manifest
 from weightline.format.shortcut import Shortcut
+
+
+def expire_before(chain: Chain, version: int) -> int:
+    """Keep `version` and later ones; older history may be collected. Returns the horizon. Safe to repeat.
+
+    Writes an anchor at `version` first when it has none. A crash in between leaves an anchor more, and nothing less.
+    """
+    chain.manifest(version)
+    horizon = oldest_kept(chain)
+    if version <= horizon:
+        return horizon
+    if not any(hop.base_version is None for hop in Ways(chain)(version)):
+        write_compaction(chain, CompactionPlan(version, (), {}, writes_anchor=True), coding=ANCHOR_CODING)
+    move_horizon(chain, version)
+    return version
 
 
 @dataclass(frozen=True, slots=True)

@@ -48,15 +48,19 @@ from collections.abc import Collection, Iterable
 from datetime import UTC, datetime
 
 from weightline.errors import ObjectExistsError, StorageError, TransientStorageError
-from weightline.store.contests import Contest
-from weightline.store.hub_bucket import HubBucket, HubFile
-from weightline.store.hub_content import Content
+from weightline.store.base import Contest
+from weightline.store.hub.bucket import HubBucket, HubFile
+from weightline.store.hub.content import Content
 
 CLAIMS = "claims/"
+
 _NEVER = datetime.max.replace(tzinfo=UTC)
+
 _MAX_ATTEMPTS = 3
+
 #: How long a claim that the Hub has confirmed may take to show in a listing.
 _VISIBLE_SECONDS = 30.0
+
 _PUBLISH_PAUSES_SECONDS = (0.0, 0.0, 0.1, 0.3, 0.6, 1.0, 2.0, 4.0)
 
 

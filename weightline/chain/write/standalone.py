@@ -1,6 +1,6 @@
-"""Versions written without a trainer: from a checkpoint folder, from an earlier version, or as the first of a fork.
+"""Commits versions without a trainer: from a checkpoint folder, from an earlier version, or as the first of a fork.
 
-One process, a bounded group of tensors at a time; each group is a payload of its own.
+One process works through a bounded group of tensors at a time; each group is a payload of its own.
 """
 
 from __future__ import annotations
@@ -11,25 +11,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from weightline.chain.files.adapter import base_of_folder, require_base
-from weightline.chain.files.assets import upload_file, upload_files
-from weightline.chain.files.checkpoint import assets_of
-from weightline.chain.files.groups import tensor_groups
-from weightline.chain.files.target import FileTarget, Target, VersionTarget
+from weightline.chain.files.assets import assets_of, base_of_folder, require_base, upload_file, upload_files
+from weightline.chain.files.source import FolderSource, VersionSource, WeightSource
 from weightline.chain.read.history import Chain
+from weightline.chain.replay.diff import tensor_groups
 from weightline.chain.replay.fetch import fetch_object, fetching
 from weightline.chain.replay.state import read_state
-from weightline.chain.write.authorship import Authorship, build_manifest
-from weightline.chain.write.commit import commit_manifest, new_commit_id, utc_now
-from weightline.chain.write.signing import check_signing_key
-from weightline.chain.write.upload import uploading
+from weightline.chain.write.commit import check_signing_key, commit_manifest, new_commit_id
+from weightline.chain.write.draft import Authorship, build_manifest, uploading
 from weightline.codec.capture import capture
 from weightline.codec.coding import coding_named
 from weightline.codec.digest import add_digests, digest_change, tensor_digest
 from weightline.errors import BaseMismatchError, DigestMismatchError, InputError
 from weightline.format import keys
-from weightline.format.manifest import AssetRef, Manifest, Origin, PayloadRef
-from weightline.format.payload import write_anchor, write_delta
+from weightline.format.manifest import AssetRef, Manifest, Origin, PayloadRef, utc_now
+from weightline.format.write_payload import write_anchor, write_delta
 from weightline.store.open import check_writable
 from weightline.types import BitsArray, Changes, Segment, TensorSpec
 
@@ -48,7 +44,7 @@ def commit_folder(
     """
     if not folder.is_dir():
         raise InputError(f"{folder} is no folder: name the checkpoint folder that its weights lie in", path=str(folder))
-    target = FileTarget(folder)
+    target = FolderSource(folder)
     check_writable(chain.store)
     tip = chain.tip_version()
     recorded = None if tip is None else chain.manifest(tip).base_model
@@ -73,7 +69,7 @@ def commit_revert(chain: Chain, version: int, *, coding: str = DEFAULT_CODING) -
             reverts_to=version, base_model=tip.base_model, is_milestone=True,
             assets=_carry_assets(chain, version, chain, held=assets_of(chain, tip.version)),
         )  # fmt: skip
-        return _commit(chain, VersionTarget(chain, version, fetcher), author)
+        return _commit(chain, VersionSource(chain, version, fetcher), author)
 
 
 def commit_fork(source: Chain, version: int, new: Chain) -> Manifest:
@@ -89,7 +85,7 @@ def commit_fork(source: Chain, version: int, new: Chain) -> Manifest:
             coding=DEFAULT_CODING, forked_from=origin, base_model=wanted.base_model, is_milestone=True,
             assets=_carry_assets(source, version, new, held=()),
         )  # fmt: skip
-        return _commit(new, VersionTarget(source, version, fetcher), author)
+        return _commit(new, VersionSource(source, version, fetcher), author)
 
 
 def _carry_assets(source: Chain, version: int, new: Chain, *, held: tuple[AssetRef, ...]) -> tuple[AssetRef, ...]:
@@ -113,7 +109,7 @@ class _Draft:
     num_changed: int = 0
 
 
-def _commit(chain: Chain, target: Target, author: Authorship) -> Manifest:
+def _commit(chain: Chain, target: WeightSource, author: Authorship) -> Manifest:
     check_signing_key()
     tip = None if author.kind == "anchor" else chain.tip()
     if tip is not None:
@@ -150,7 +146,7 @@ def _commit(chain: Chain, target: Target, author: Authorship) -> Manifest:
     return manifest
 
 
-def _read(target: Target, names: frozenset[str]) -> Iterator[tuple[TensorSpec, BitsArray]]:
+def _read(target: WeightSource, names: frozenset[str]) -> Iterator[tuple[TensorSpec, BitsArray]]:
     specs = target.specs
     bits = target.read(names)
     yield from ((specs[name], bits[name]) for name in specs if name in names)
@@ -178,7 +174,7 @@ def _add_digests(draft: _Draft, before: dict[str, int], changes: list[Changes]) 
         draft.digests[name] = add_digests(draft.digests[name], digest_change(change))
 
 
-def _require_same_tensors(chain: Chain, tip: Manifest, target: Target) -> None:
+def _require_same_tensors(chain: Chain, tip: Manifest, target: WeightSource) -> None:
     differing = set(tip.specs.items()) ^ set(target.specs.items())
     if differing:
         name = min(name for name, _ in differing)

@@ -23,7 +23,9 @@ from huggingface_hub.errors import (
 from weightline.errors import InputError, NotFoundError, StorageError, TransientStorageError, WeightlineError
 
 _TRANSIENT_STATUS = frozenset({408, 409, 425, 429, 500, 502, 503, 504})
+
 _STATUS_IN_TEXT = re.compile(r"HTTP status (?:client|server) error \((\d{3})\b")
+
 #: Of hf_xet: a request that never got an answer, or one that was cut.
 _CUT_IN_TEXT = re.compile(r"network error|request|connection|timed? ?out|decoding response body|reset", re.IGNORECASE)
 

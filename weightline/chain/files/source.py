@@ -1,0 +1,94 @@
+"""Sources of weights for a new version when no trainer holds them: another version, or a checkpoint folder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from weightline.chain.files.weight_files import StoredTensor, WeightFiles, read_header, weight_files
+from weightline.chain.read.history import Chain
+from weightline.chain.replay.fetch import Fetcher
+from weightline.chain.replay.state import read_state
+from weightline.errors import InputError
+from weightline.types import BitsArray, TensorSpec, bits_dtype
+
+
+class WeightSource(Protocol):
+    """A full state that can be read a group of tensors at a time."""
+
+    @property
+    def specs(self) -> dict[str, TensorSpec]:
+        """Every tensor, by name."""
+        ...
+
+    def read(self, names: Iterable[str]) -> dict[str, BitsArray]:
+        """Flat bits of these tensors."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class VersionSource:
+    """The state of a version."""
+
+    chain: Chain
+    version: int
+    fetcher: Fetcher
+
+    @property
+    def specs(self) -> dict[str, TensorSpec]:
+        return self.chain.manifest(self.version).specs
+
+    def read(self, names: Iterable[str]) -> dict[str, BitsArray]:
+        return read_state(self.chain, self.version, frozenset(names).__contains__, self.fetcher).bits
+
+
+@dataclass(slots=True)
+class FolderSource:
+    """The weights of a checkpoint folder, or of one safetensors file: mapped, not loaded.
+
+    InputError when it cannot be told which files are the model's, when one is missing, cut off or no safetensors file,
+    and when an index and its files do not name the same tensors.
+    """
+
+    path: Path
+    _entries: dict[str, StoredTensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        files: WeightFiles = {self.path: None} if self.path.is_file() else weight_files(self.path)
+        anywhere = frozenset[str]().union(*(names or () for names in files.values()))
+        for path, names in files.items():
+            entries = {entry.spec.name: entry for entry in read_header(path)}
+            if names is not None:
+                _require_indexed(path, frozenset(entries), names, anywhere)
+            self._entries |= {name: entry for name, entry in entries.items() if names is None or name in names}
+        if not self._entries:
+            raise InputError(f"{self.path} holds no tensor: name a checkpoint folder", path=str(self.path))
+
+    @property
+    def specs(self) -> dict[str, TensorSpec]:
+        return {name: entry.spec for name, entry in self._entries.items()}
+
+    def read(self, names: Iterable[str]) -> dict[str, BitsArray]:
+        return {name: self._map(self._entries[name]) for name in names}
+
+    def _map(self, entry: StoredTensor) -> BitsArray:
+        dtype, count = bits_dtype(entry.spec.dtype), entry.spec.num_elements
+        if count == 0:
+            return np.zeros(0, dtype)
+        raw = np.memmap(entry.path, np.uint8, "r", entry.offset, count * dtype.itemsize)
+        return raw.view(dtype)
+
+
+def _require_indexed(path: Path, found: frozenset[str], here: frozenset[str], anywhere: frozenset[str]) -> None:
+    """The file holds what the index says that it holds, and nothing that the index says nothing of."""
+    if lacking := here - found:
+        told = f"lacks tensor {min(lacking)}, which the index says it holds"
+    elif unnamed := found - anywhere:
+        told = f"holds tensor {min(unnamed)}, which the index does not name"
+    else:
+        return
+    raise InputError(f"{path} {told}: the checkpoint is not whole, save it again", path=str(path))

@@ -1,0 +1,97 @@
+"""Opens buckets of S3 and what speaks it, of Google Cloud Storage and of Azure."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from obstore.exceptions import BaseError
+from obstore.store import AzureStore, GCSStore, S3Store
+
+from weightline.errors import InputError
+from weightline.store.objects.store import ObjectStore
+
+if TYPE_CHECKING:
+    from weightline.store.objects.store import Connect
+
+
+def open_s3(
+    url: str,
+    bucket: str,
+    prefix: str,
+    *,
+    endpoint: str | None = None,
+    access_key_id: str | None = None,
+    secret_access_key: str | None = None,
+    region: str | None = None,
+) -> ObjectStore:
+    """A bucket that speaks S3. What is not given comes from the environment; given keys shut out all others.
+
+    An endpoint may have a path, as in https://host/door/namespace; the bucket's name is added to it. An `http://`
+    endpoint is taken at its word. InputError for a setting that the client does not take. Nothing is read or written.
+    """
+    endpoint = endpoint or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
+    config: dict[str, Any] = {"disable_bulk_delete": True}
+    if endpoint:
+        config |= {"endpoint": endpoint, "aws_endpoint_url_s3": endpoint}
+    if access_key_id and secret_access_key:
+        keys = {"access_key_id": access_key_id, "secret_access_key": secret_access_key, "expires_at": None}
+        config["credential_provider"] = lambda: keys
+    else:
+        config |= _aws_profile()
+    if region:
+        config["region"] = region
+    return _open(url, prefix, endpoint.startswith("http://"), lambda options, retry: S3Store(
+        bucket, client_options=options, retry_config=retry, **config
+    ))  # fmt: skip
+
+
+def open_gs(url: str, bucket: str, prefix: str) -> ObjectStore:
+    """A Google Cloud Storage bucket; credentials from the environment or the application defaults."""
+    is_plain = os.environ.get("GOOGLE_BASE_URL", "").startswith("http://")
+    return _open(url, prefix, is_plain, lambda options, retry: GCSStore(
+        bucket, client_options=options, retry_config=retry
+    ))  # fmt: skip
+
+
+def open_az(url: str, container: str, prefix: str) -> ObjectStore:
+    """An Azure Blob Storage container; account and credentials from the environment, a managed identity or az login."""
+    is_emulator = os.environ.get("AZURE_STORAGE_USE_EMULATOR", "").lower() in ("1", "true")
+    is_plain = os.environ.get("AZURE_STORAGE_ENDPOINT", "").startswith("http://")
+    return _open(url, prefix, is_emulator or is_plain, lambda options, retry: AzureStore(
+        container, client_options=options, retry_config=retry
+    ))  # fmt: skip
+
+
+def _open(url: str, prefix: str, is_plain: bool, connect: Connect) -> ObjectStore:
+    """`is_plain`: the service speaks http."""
+    try:
+        return ObjectStore(url, prefix, lambda options, retry: connect({**options, "allow_http": is_plain}, retry))
+    except (BaseError, ValueError) as error:
+        reason = str(error).partition("\n")[0]
+        raise InputError(f"{url}: {reason}. docs/buckets.md lists the settings of each store", url=url) from error
+
+
+def _aws_profile() -> dict[str, Any]:
+    """Keys of ~/.aws by boto3 where they are asked for; obstore itself reads the environment and instance roles."""
+    profile = os.environ.get("AWS_PROFILE")
+    files = (os.environ.get("AWS_SHARED_CREDENTIALS_FILE", "~/.aws/credentials"), "~/.aws/config")
+    has_files = any(Path(name).expanduser().exists() for name in files)
+    has_others = "AWS_ACCESS_KEY_ID" in os.environ or "AWS_SKIP_SIGNATURE" in os.environ
+    if profile is None and (has_others or not has_files):
+        return {}
+    try:
+        from obstore.auth.boto3 import Boto3CredentialProvider
+    except ImportError as error:
+        if profile is None:
+            return {}
+        raise InputError("AWS_PROFILE is set, and reading profiles needs boto3: pip install boto3") from error
+    from botocore.exceptions import BotoCoreError
+
+    try:
+        return {"credential_provider": Boto3CredentialProvider()}
+    except (BotoCoreError, ValueError) as error:
+        if profile is None:
+            return {}
+        raise InputError(f"AWS_PROFILE={profile}: {error}", profile=profile) from error
