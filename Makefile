@@ -15,16 +15,16 @@ help:  ## This list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 run: $(VENV)/.run-ready  ## Train a small model through SFT, DPO and GRPO; every sync a committed, evaluated, served version
-	$(BIN)/python -m weightline.flows run $(RUN_ARGS)
+	$(BIN)/weightline run $(RUN_ARGS)
 
 up: $(VENV)/.run-ready  ## Leave the whole stack running: Prefect server with UI, runner, inference server
-	$(BIN)/python -m weightline.flows up
+	$(BIN)/weightline up
 
 down: $(VENV)/.run-ready  ## End what `make up` started
-	$(BIN)/python -m weightline.flows down
+	$(BIN)/weightline down
 
 deploy: $(VENV)/.run-ready  ## Make a Prefect server know every flow: PREFECT_API_URL, or what `make up` started
-	$(BIN)/python -m weightline.flows deploy
+	$(BIN)/weightline deploy
 
 test: $(VENV)/.test-ready lint  ## Everything that CI checks
 	$(BIN)/python -m pytest $(PYTEST_ARGS)

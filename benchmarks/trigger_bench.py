@@ -52,7 +52,7 @@ def main() -> None:
     console = Console(width=120)
     with tempfile.TemporaryDirectory(prefix="weightline-bench-") as name:
         folder = Path(name)
-        with stack_of(folder / "runs", Path.cwd(), console, 0):
+        with stack_of(folder / "runs", console, 0):
             load = os.getloadavg()
             starts = _measure(_prepared(folder), folder / "model", args.num, args.pause)
     _print(console, starts, load)

@@ -34,7 +34,7 @@ def _name_stage() -> str:
 
 @flow(name="post-training", flow_run_name=_name_run, persist_result=False)
 def post_training(
-    recipe: Annotated[str | None, label("Recipe", min_length=1)] = "deployments/recipes/arithmetic.yaml",
+    recipe: Annotated[str | None, label("Recipe", min_length=1)] = "arithmetic",
     stages: StageNames = [],  # noqa: B006 - never changed; a form shows an empty choice only for this default
     start_from: Annotated[str | None, label("Start from", min_length=1)] = None,
     run_id: Annotated[str | None, label("Run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")] = None,
@@ -44,7 +44,7 @@ def post_training(
     """Train through the stages of a recipe, in its order.
 
     Args:
-        recipe: Path of a recipe file. Clear it to resume a run that was started with another recipe.
+        recipe: Path of a recipe file, or name of a shipped recipe. Clear it to resume a run that has another recipe.
         stages: Train only these stages of the recipe. Empty: all.
         start_from: A Hub id, a folder, or a version of a chain, as in file:///data/bucket/my-model@12 (or @tip). Empty:
             what the recipe says.

@@ -1,4 +1,4 @@
-"""Making a Prefect server know our flows: pool, queues, automations, deployments of deployments/prefect.yaml."""
+"""Making a Prefect server know our flows: pool, queues, automations, and the deployments of prefect.yaml."""
 
 from __future__ import annotations
 
@@ -22,24 +22,22 @@ from prefect.states import Cancelled
 
 from weightline.deployments.server.automations import ensure_automation, zombie_automation
 from weightline.deployments.worker.work_queues import LANES, WORK_POOL
-from weightline.errors import InputError, LaunchError
+from weightline.errors import LaunchError
 
-PREFECT_FILE = Path("deployments/prefect.yaml")
+PREFECT_FILE = Path(__file__).parents[1] / "prefect.yaml"
 
 
-def deploy_all(root: Path, *, keeps_toggles: bool = False) -> None:
-    """Create pool, queues and automations, and deploy everything from the repository at `root`. Safe to repeat.
+def deploy_all(*, keeps_toggles: bool = False) -> None:
+    """Create pool, queues and automations, and deploy every flow. Safe to repeat.
 
-    A schedule is as active as the file says; with `keeps_toggles`, as the server has it already. InputError when there
-    is no deployments/prefect.yaml; LaunchError with Prefect's own words when it refuses.
+    A schedule is as active as the file says; with `keeps_toggles`, as the server has it already. LaunchError
+    with Prefect's own words when it refuses.
     """
-    if not (root / PREFECT_FILE).is_file():
-        raise InputError(f"{root} has no {PREFECT_FILE}: run from the repository's root", path=str(root))
     with get_client(sync_client=True) as client:
         create_queues(client)
         ensure_automation(client, zombie_automation())
         toggles = _read_toggles(client) if keeps_toggles else {}
-        _prefect_deploy(root)
+        _prefect_deploy()
         for deployment in client.read_deployments():
             for schedule in deployment.schedules:
                 is_active = toggles.get((deployment.id, schedule.slug), schedule.active)
@@ -53,9 +51,9 @@ def _read_toggles(client: SyncPrefectClient) -> dict[tuple[UUID, str | None], bo
     return {(one.id, schedule.slug): schedule.active for one in found for schedule in one.schedules}
 
 
-def _prefect_deploy(root: Path) -> None:
+def _prefect_deploy() -> None:
     argv = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all", "--prefect-file", str(PREFECT_FILE)]
-    done = subprocess.run(argv, cwd=root, capture_output=True, text=True, check=False)
+    done = subprocess.run(argv, capture_output=True, text=True, check=False)
     if done.returncode:
         tail = (done.stdout + done.stderr).splitlines()[-20:]
         told = "\n    ".join(["Prefect refused the deployments:", *tail])

@@ -16,9 +16,9 @@ from uuid import UUID
 
 from rich.console import Console
 
+from weightline.deployments.stack import DEFAULT_PORT
 from weightline.deployments.stack.screen import RunScreen
 from weightline.deployments.stack.stack import (
-    DEFAULT_PORT,
     Stack,
     StackFolder,
     free_port,
@@ -44,7 +44,7 @@ _GIVE_UP_SECONDS = 240.0
 
 
 def run_pipeline(
-    recipe: Path | None, runs_dir: Path, run_id: str | None, root: Path, console: Console, port: int = DEFAULT_PORT
+    recipe: str | Path | None, runs_dir: Path, run_id: str | None, console: Console, port: int = DEFAULT_PORT
 ) -> Run:
     """Train, evaluate and serve a recipe's versions under a local stack, then print and write what came of it.
 
@@ -56,19 +56,19 @@ def run_pipeline(
     run = prepare_run(recipe, runs_dir, run_id)
     console.print(f"run {run.run_id}: {run.placement.num_processes} ranks on {run.placement.device}", highlight=False)
     console.print(f"chain {run.chain_url}", highlight=False, soft_wrap=True)
-    with stack_of(runs_dir_of(runs_dir), root, console, port) as stack:
+    with stack_of(runs_dir_of(runs_dir), console, port) as stack:
         _train(run, stack, console)
         rows = RunWatch(run).look().rows
         summary = write_summary(run, rows, stack.ui_url, time.monotonic() - started)
         console.print(versions_table(rows, f"{run.run_id} in {summary['seconds']:.0f} s"))
         for line in stage_lines(summary):
             console.print(line, highlight=False, soft_wrap=True)
-        console.print(f"Prefect UI: {stack.ui_url} (make up shows it again)", highlight=False)
+        console.print(f"Prefect UI: {stack.ui_url} (weightline up shows it again)", highlight=False)
         console.print(f"summary: {run.summary_path}", highlight=False, soft_wrap=True)
     return run
 
 
-def bring_up(runs_dir: Path, root: Path, console: Console, port: int = DEFAULT_PORT) -> str:
+def bring_up(runs_dir: Path, console: Console, port: int = DEFAULT_PORT) -> str:
     """Start a stack that stays, and return its UI's URL; the one that is up already if there is one. Safe to repeat."""
     folder = StackFolder.under(runs_dir_of(runs_dir))
     found = running_stack(folder)
@@ -77,19 +77,19 @@ def bring_up(runs_dir: Path, root: Path, console: Console, port: int = DEFAULT_P
         return found.ui_url
     bring_down(runs_dir)
     with console.status("starting the Prefect server and deploying the flows"):
-        facts = start_supervisor(folder, root, port)
+        facts = start_supervisor(folder, port)
     console.print(f"Dashboard: {facts.dashboard_url}", highlight=False)
     return facts.ui_url
 
 
-def stay_up(runs_dir: Path, root: Path, console: Console, port: int) -> None:
+def stay_up(runs_dir: Path, console: Console, port: int) -> None:
     """Be the supervisor: start a stack, and start again what dies, until SIGTERM; then end everything.
 
     LaunchError when something dies again and again. Killed with kill -9, it takes the stack along.
     """
     stack = Stack(StackFolder.under(runs_dir_of(runs_dir)), port, is_supervised=True)
     try:
-        _start(stack, root, console)
+        _start(stack, console)
         stack.start_dashboard()
         while True:
             for name in stack.keep_up():
@@ -107,7 +107,7 @@ def bring_down(runs_dir: Path) -> bool:
     return was_there
 
 
-def deploy_everything(runs_dir: Path, root: Path) -> str:
+def deploy_everything(runs_dir: Path) -> str:
     """Deploy to the server of PREFECT_API_URL, or to the stack that is up. Returns the server's URL. Safe to repeat.
 
     InputError when there is neither, or nothing answers there; LaunchError with Prefect's own words when it refuses.
@@ -118,16 +118,16 @@ def deploy_everything(runs_dir: Path, root: Path) -> str:
         folder = StackFolder.under(runs_dir_of(runs_dir))
         found = running_stack(folder)
         if found is None:
-            raise InputError("no Prefect server is known: set PREFECT_API_URL, or start a stack (make up)")
+            raise InputError("no Prefect server is known: set PREFECT_API_URL, or start a stack (weightline up)")
         Stack(folder, port_of(found)).enter()
     from weightline.deployments.server.deploy import deploy_all
 
-    deploy_all(root)
+    deploy_all()
     return os.environ["PREFECT_API_URL"]
 
 
 @contextmanager
-def stack_of(runs_dir: Path, root: Path, console: Console, port: int) -> Iterator[Stack]:
+def stack_of(runs_dir: Path, console: Console, port: int) -> Iterator[Stack]:
     """The stack that is up, left as it is; or one of our own, ended at the end."""
     folder = StackFolder.under(runs_dir)
     found = running_stack(folder)
@@ -140,13 +140,13 @@ def stack_of(runs_dir: Path, root: Path, console: Console, port: int) -> Iterato
     bring_down(runs_dir)
     stack = Stack(folder, free_port(port))
     try:
-        _start(stack, root, console)
+        _start(stack, console)
         yield stack
     finally:
         stack.end()
 
 
-def _start(stack: Stack, root: Path, console: Console) -> None:
+def _start(stack: Stack, console: Console) -> None:
     with console.status("starting the Prefect server"):
         stack.enter()
         stack.start_server()
@@ -158,7 +158,7 @@ def _start(stack: Stack, root: Path, console: Console) -> None:
         with get_client(sync_client=True) as client:
             end_stale_runs(client)
         stack.start_runner()  # its processes import what they need while the flows are deployed
-        deploy_all(root, keeps_toggles=True)
+        deploy_all(keeps_toggles=True)
     console.print(f"Prefect UI: {stack.ui_url}", highlight=False)
 
 

@@ -22,7 +22,6 @@ from weightline.fleet.local_replica import REPLICAS_DIR_VARIABLE
 from weightline.launch.machines import RUNS_DIR_VARIABLE
 from weightline.launch.processes import start_process
 
-DEFAULT_PORT = 4200
 DASHBOARD_PORT = 4300
 _HOST = "127.0.0.1"
 _SERVER_START_SECONDS = 120.0
@@ -226,7 +225,7 @@ def require_answer(api_url: str) -> None:
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         raise InputError(
             f"PREFECT_API_URL: no Prefect server answers at {api_url} ({error}): start one, or unset the variable to "
-            "use the stack that is up (make up)",
+            "use the stack that is up (weightline up)",
             field="PREFECT_API_URL",
         ) from error
 

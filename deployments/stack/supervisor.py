@@ -1,4 +1,4 @@
-"""Starting the process that keeps a stack up (`python -m weightline.flows stay`), and waiting until it has."""
+"""Starting the process that keeps a stack up (`weightline stay`), and waiting until it has."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from weightline.launch.processes import start_process
 _UP_SECONDS = 300.0
 
 
-def start_supervisor(folder: StackFolder, root: Path, port: int) -> StackFacts:
+def start_supervisor(folder: StackFolder, port: int) -> StackFacts:
     """Start it, for good, and return the stack's facts once all of it is up and deployed.
 
     LaunchError with its last lines when it ended instead; then, and when this process is interrupted, nothing is left.
@@ -23,9 +23,9 @@ def start_supervisor(folder: StackFolder, root: Path, port: int) -> StackFacts:
     folder.log_dir.mkdir(parents=True, exist_ok=True)
     log_path = folder.log_dir / f"{SUPERVISOR}.log"
     runs_dir = str(folder.root.parent)
-    argv = [sys.executable, "-m", "weightline.flows", "stay", "--runs-dir", runs_dir, "--port", str(free_port(port))]
+    argv = [sys.executable, "-m", "weightline", "stay", "--runs-dir", runs_dir, "--port", str(free_port(port))]
     with log_path.open("ab") as log:
-        process = start_process(argv, cwd=root, stdout=log, stderr=subprocess.STDOUT, dies_with_parent=False)
+        process = start_process(argv, stdout=log, stderr=subprocess.STDOUT, dies_with_parent=False)
     itself = StackProcess.of(SUPERVISOR, process.pid)
     try:
         return _wait_until_up(folder, process, log_path)

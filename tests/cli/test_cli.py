@@ -20,7 +20,7 @@ from weightline.errors import InputError, NotFoundError
 
 VERBS = [
     "log", "show", "diff", "pull", "commit", "revert", "fork", "tag", "compact", "expire", "gc", "keygen", "sign",
-    "verify", "plan", "plan-cluster", "bench", "dashboard", "serve",
+    "verify", "plan", "plan-cluster", "bench", "dashboard", "serve", "run", "up", "down", "deploy", "stay",
 ]  # fmt: skip
 
 

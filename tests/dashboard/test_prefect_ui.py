@@ -27,7 +27,7 @@ _DRAW_MILLISECONDS = 90_000
 
 
 def _flows(verb: str, runs_dir: Path, *arguments: str) -> None:
-    argv = [sys.executable, "-m", "weightline.flows", verb, "--runs-dir", str(runs_dir), *arguments]
+    argv = [sys.executable, "-m", "weightline", verb, "--runs-dir", str(runs_dir), *arguments]
     subprocess.run(argv, cwd=ROOT, check=True, capture_output=True, timeout=400)
 
 

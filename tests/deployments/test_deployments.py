@@ -49,7 +49,7 @@ def deployed(server: str) -> Iterator[SyncPrefectClient]:
     """Everything of prefect.yaml is there; no worker is."""
     with pytest.MonkeyPatch.context() as patch, get_client(sync_client=True) as client:
         patch.setenv("PREFECT_API_URL", server)
-        deploy_all(ROOT)
+        deploy_all()
         yield client
         drain_events()
 
@@ -195,7 +195,7 @@ def test_nightly_training_is_off_until_it_is_switched_on(deployed: SyncPrefectCl
 def test_deploying_again_changes_nothing_that_a_person_sees(deployed: SyncPrefectClient) -> None:
     before = {deployment.id for deployment in deployed.read_deployments()}
     done = subprocess.run(
-        [sys.executable, "-m", "weightline.flows", "deploy"], cwd=ROOT, capture_output=True, text=True, check=True
+        [sys.executable, "-m", "weightline", "deploy"], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert os.environ["PREFECT_API_URL"] in done.stdout
     assert {deployment.id for deployment in deployed.read_deployments()} == before
@@ -222,11 +222,11 @@ def test_a_stack_that_comes_up_leaves_toggles_and_limits_as_a_person_set_them(de
     deployed.update_deployment_schedule(found.id, nightly().id, active=True)
     deployed.update_work_queue(queue.id, concurrency_limit=3)
     try:
-        deploy_all(ROOT, keeps_toggles=True)
+        deploy_all(keeps_toggles=True)
         assert nightly().active
         assert [schedule.active for schedule in monthly()] == [True]
         assert deployed.read_work_queue(queue.id).concurrency_limit == 3
-        deploy_all(ROOT)
+        deploy_all()
         assert not nightly().active
         assert deployed.read_work_queue(queue.id).concurrency_limit == 3
     finally:

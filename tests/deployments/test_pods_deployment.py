@@ -19,7 +19,7 @@ pytestmark = pytest.mark.slow
 def test_training_moves_to_the_pool_of_pods_with_its_schedule(
     client: SyncPrefectClient, server_environment: None
 ) -> None:
-    deploy_all(ROOT)
+    deploy_all()
     before = client.read_deployment_by_name("post-training/post-training")
     template = json.loads((ROOT / "infra/kubernetes/work-pool.json").read_text())
     client.create_work_pool(WorkPoolCreate(name="machines", type="kubernetes", base_job_template=template))
@@ -34,5 +34,5 @@ def test_training_moves_to_the_pool_of_pods_with_its_schedule(
         (nightly,) = after.schedules
         assert not nightly.active
     finally:
-        deploy_all(ROOT)
+        deploy_all()
         client.delete_work_pool("machines")

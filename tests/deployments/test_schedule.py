@@ -15,7 +15,6 @@ from prefect.client.schemas.filters import DeploymentFilter, DeploymentFilterNam
 from prefect.client.schemas.objects import FlowRun
 from prefect.client.schemas.schedules import IntervalSchedule
 
-from tests import ROOT
 from tests.waiting import wait_until
 from weightline.deployments.server.deploy import deploy_all
 
@@ -28,7 +27,7 @@ def _scheduled_runs(client: SyncPrefectClient) -> list[FlowRun]:
 
 
 def test_what_a_schedule_makes_is_run(client: SyncPrefectClient, server_environment: None, tmp_path: Path) -> None:
-    deploy_all(ROOT)
+    deploy_all()
     found = client.read_deployment_by_name("reconcile/reconcile")
     (often,) = client.create_deployment_schedules(found.id, [(IntervalSchedule(interval=timedelta(seconds=5)), True)])
     began_at = time.time()

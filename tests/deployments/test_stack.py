@@ -64,14 +64,14 @@ def test_no_stack_is_running_where_none_was_started(tmp_path: Path) -> None:
 
 @pytest.fixture
 def flows(tmp_path: Path) -> Iterator[StartFlows]:
-    """Starts `python -m weightline.flows`, and ends all of it, whatever fails."""
+    """Starts `weightline`, and ends all of it, whatever fails."""
     env, mark = marked_environment(os.environ)
     with ExitStack() as at_end:
 
         def start(*argv: str) -> subprocess.Popen[str]:
             process = at_end.enter_context(subprocess.Popen(
-                [sys.executable, "-m", "weightline.flows", *argv, "--runs-dir", str(tmp_path / "runs")], env=env,
-                cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=_heed_interrupts,
+                [sys.executable, "-m", "weightline", *argv, "--runs-dir", str(tmp_path / "runs")], env=env,
+                cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=_heed_interrupts,
             ))  # fmt: skip
             at_end.callback(ProcessTree(process.pid, mark).end)
             return process
@@ -163,7 +163,7 @@ def test_a_wrong_recipe_is_one_clear_error_before_anything_is_started(tmp_path: 
     out, err = run.communicate(timeout=PATIENCE_SECONDS)
     assert run.returncode == 1
     assert out == ""
-    assert err.startswith("error: stages[0].max_step")
+    assert err.startswith("error (recipe): stages[0].max_step")
     assert len(err.strip().splitlines()) == 1
     assert not (tmp_path / "runs").exists()
 
@@ -172,12 +172,19 @@ def test_a_wrong_recipe_is_one_clear_error_before_anything_is_started(tmp_path: 
     ("argv", "environment", "returncode", "told"),
     [
         (["up", "--port", "99999"], {}, 2, "Invalid value for '--port'"),
+        (["run", "one.yaml", "--recipe", "two.yaml"], {}, 2, "name the recipe once"),
+        (["run", "no-such-recipe"], {}, 1, "error (recipe): recipe: no-such-recipe cannot be read"),
         (["up", "--port", "-1"], {}, 2, "Invalid value for '--port'"),
         (["up", "--runs-dir", "{file}"], {}, 2, "Invalid value for '--runs-dir'"),
-        (["up", "--runs-dir", "{file}/below"], {}, 1, "error: [Errno 20] Not a directory"),
-        (["deploy"], {"PREFECT_API_URL": "http://127.0.0.1:9/api"}, 1, "error: PREFECT_API_URL: no Prefect server"),
-        (["deploy"], {"PREFECT_API_URL": "not-a-url"}, 1, "error: PREFECT_API_URL: no Prefect server"),
-        (["deploy"], {"PREFECT_API_URL": "http://[::1"}, 1, "error: PREFECT_API_URL: no Prefect server"),
+        (["up", "--runs-dir", "{file}/below"], {}, 1, "error (os): [Errno 20] Not a directory"),
+        (
+            ["deploy"],
+            {"PREFECT_API_URL": "http://127.0.0.1:9/api"},
+            1,
+            "error (input): PREFECT_API_URL: no Prefect",
+        ),
+        (["deploy"], {"PREFECT_API_URL": "not-a-url"}, 1, "error (input): PREFECT_API_URL: no Prefect"),
+        (["deploy"], {"PREFECT_API_URL": "http://[::1"}, 1, "error (input): PREFECT_API_URL: no Prefect"),
     ],
 )
 def test_wrong_usage_is_one_clear_error(
@@ -186,8 +193,8 @@ def test_wrong_usage_is_one_clear_error(
     file = tmp_path / "file"
     file.touch()
     done = subprocess.run(
-        [sys.executable, "-m", "weightline.flows", *(part.format(file=file) for part in argv)],
-        env=os.environ | environment, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_SECONDS, check=False,
+        [sys.executable, "-m", "weightline", *(part.format(file=file) for part in argv)],
+        env=os.environ | environment, cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE_SECONDS,
     )  # fmt: skip
     assert done.returncode == returncode, done.stderr
     assert told in done.stderr

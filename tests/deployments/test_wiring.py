@@ -86,7 +86,7 @@ def test_deployments_are_called_what_our_code_calls_them() -> None:
 
 
 def test_the_recipe_of_the_form_is_there() -> None:
-    assert load_recipe(ROOT / BY_NAME["post-training"]["parameters"]["recipe"]).stages
+    assert load_recipe(BY_NAME["post-training"]["parameters"]["recipe"]).stages
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "flows").glob("*.py")), ids=lambda path: path.stem)
@@ -99,9 +99,11 @@ def test_no_flow_file_shadows_an_installed_module(path: Path) -> None:
     assert spec is None or Path(spec.origin or "").parent == path.parent
 
 
-def test_the_command_line_starts_without_prefect_or_torch() -> None:
+def test_a_stack_is_known_without_prefect_or_torch() -> None:
+    """Prefect reads the stack's environment as it is imported, so it must not be imported before."""
     program = (
-        "import sys, weightline.flows.__main__; print([name for name in ('prefect', 'torch') if name in sys.modules])"
+        "import sys, weightline.deployments.stack.pipeline\n"
+        "print([name for name in ('prefect', 'torch') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

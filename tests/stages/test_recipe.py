@@ -12,7 +12,7 @@ import pytest
 from pydantic import ValidationError
 
 from weightline.errors import ErrorKind, RecipeError
-from weightline.stages.load import load_recipe, parse_recipe
+from weightline.stages.load import load_recipe, parse_recipe, shipped_recipes
 
 RECIPES = Path(__file__).parents[2] / "deployments" / "recipes"
 SMALL: dict[str, Any] = {
@@ -101,8 +101,21 @@ def test_a_file_that_is_no_recipe(tmp_path: Path, text: str) -> None:
 
 
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="cannot be read"):
+    with pytest.raises(RecipeError, match=r"cannot be read.*shipped recipe \(arithmetic\)"):
         load_recipe(tmp_path / "none.yaml")
+
+
+def test_a_shipped_recipe_is_found_by_its_name_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert list(shipped_recipes()) == [path.stem for path in sorted(RECIPES.glob("*.yaml"))]
+    for path in RECIPES.glob("*.yaml"):
+        assert load_recipe(path.stem) == load_recipe(path)
+
+
+def test_a_file_comes_before_the_shipped_recipe_of_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("arithmetic").write_bytes((RECIPES / "arithmetic.yaml").read_bytes() + b"num_processes: 3\n")
+    assert load_recipe("arithmetic").num_processes == 3
 
 
 def test_reading_and_checking_a_recipe_needs_no_torch() -> None:

@@ -25,6 +25,7 @@ from weightline.cli import (
     serve,
     show,
     sign,
+    stack,
     tag,
     verify,
 )
@@ -60,19 +61,22 @@ for verb in (
     dashboard,
 ):
     app.command(name=verb.__name__.rpartition(".")[2].replace("_", "-"))(verb.run)
+for stack_verb in (stack.run, stack.up, stack.down, stack.deploy):
+    app.command(name=stack_verb.__name__)(stack_verb)
+app.command(name="stay", hidden=True)(stack.stay)
 app.add_typer(bench.app, name="bench")
 app.add_typer(serve.app, name="serve")
 
 
 def main() -> None:
-    """Entry point. A WeightlineError is one line on stderr and exit code 1; wrong usage is exit code 2.
+    """Runs the command line. A WeightlineError or OSError is one line on stderr and exit code 1; wrong usage is 2.
 
     SIGTERM leaves through the `finally`s too, which remove temporary files: exit code 143.
     """
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
         app()
-    except WeightlineError as error:
+    except (WeightlineError, OSError) as error:
         fail(error)
 
 

@@ -53,11 +53,15 @@ def percent(part: int, whole: int) -> str:
     return f"{100 * part / whole:.3f} %" if whole else "-"
 
 
-def fail(error: WeightlineError) -> NoReturn:
-    """Say what was wrong on stderr, with its stable kind, and end with exit code 1."""
+def fail(error: WeightlineError | OSError) -> NoReturn:
+    """Prints what was wrong to stderr, with its stable kind, and ends with exit code 1.
+
+    An OSError is what a local folder answered: a full disk, a missing permission. Its kind is `os`.
+    """
+    kind, facts = ("os", {}) if isinstance(error, OSError) else (error.kind, error.facts)
     if "--json" in sys.argv:
-        facts = {name: str(value) for name, value in error.facts.items()}
-        typer.echo(json.dumps({"error": {"kind": error.kind, "message": str(error), "facts": facts}}), err=True)
+        texts = {name: str(value) for name, value in facts.items()}
+        typer.echo(json.dumps({"error": {"kind": kind, "message": str(error), "facts": texts}}), err=True)
     else:
-        typer.echo(f"error ({error.kind}): {error}", err=True)
+        typer.echo(f"error ({kind}): {error}", err=True)
     raise SystemExit(1)

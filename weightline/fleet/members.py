@@ -77,7 +77,7 @@ def find_fleet(chain: Chain) -> Fleet:
     followers |= {lease.replica: lease.follows for lease in leases if lease.replica not in names}
     if not is_somebody_known:
         raise InputError(
-            f"no replica is known: set {SERVING_URL_VARIABLE} and {TOKEN_VARIABLE}, or start a stack (make up)",
+            f"no replica is known: set {SERVING_URL_VARIABLE} and {TOKEN_VARIABLE}, or start a stack (weightline up)",
             field=SERVING_URL_VARIABLE,
         )
     if errors and not reached and not followers:

@@ -4,7 +4,7 @@ runs/<id>/recipe.json           the recipe as it was resolved; a resumed run rea
 runs/<id>/model/                what the first stage starts from
 runs/<id>/stages/<kind>/        checkpoints, metrics.jsonl, model/, done.json (weightline.stages.job), rank logs
 runs/<id>/bucket/<chain>/       the chain, unless another bucket was named
-runs/<id>/summary.json          the end of `python -m weightline.flows run`
+runs/<id>/summary.json          the end of `weightline run`
 """
 
 from __future__ import annotations

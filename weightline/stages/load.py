@@ -1,9 +1,11 @@
-"""Recipe files: YAML to a frozen `Recipe`, every complaint as one `RecipeError` that names the field and the remedy."""
+"""Recipe files: YAML to a frozen `Recipe`. Every complaint is one `RecipeError` that names the field and the remedy."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
+from importlib.resources import files
+from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any, get_args
 
@@ -15,21 +17,29 @@ from weightline.errors import RecipeError
 from weightline.stages.recipe import Recipe
 
 
-def load_recipe(path: str | Path) -> Recipe:
-    """Read and validate a recipe file.
+def load_recipe(recipe: str | Path) -> Recipe:
+    """Reads and validates a recipe file, or the shipped recipe of that name when there is no such file.
 
     Raises RecipeError (facts: `field`, `remedy`) for a file that cannot be read, is not YAML, or breaks a rule.
     """
-    path = Path(path)
+    path = _find_recipe(recipe)
     try:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
-        raise recipe_error("recipe", f"{path} cannot be read: {error}", "give the path of a recipe file") from error
+        remedy = f"give the path of a recipe file, or the name of a shipped recipe ({', '.join(shipped_recipes())})"
+        raise recipe_error("recipe", f"{path} cannot be read: {error}", remedy) from error
     except yaml.YAMLError as error:
         raise recipe_error("recipe", f"{path} is not YAML: {error}", "correct the syntax at that place") from error
     if not isinstance(raw, Mapping):
-        raise recipe_error("recipe", f"{path} holds no fields", "start from deployments/recipes/arithmetic.yaml")
+        raise recipe_error("recipe", f"{path} holds no fields", "start from one that is complete")
     return parse_recipe(raw)
+
+
+def shipped_recipes() -> dict[str, Traversable]:
+    """Returns the recipe files that are part of the package, by the name that a person gives."""
+    folder = files("weightline") / "deployments" / "recipes"
+    found = sorted(folder.iterdir(), key=lambda file: file.name)
+    return {file.name.removesuffix(".yaml"): file for file in found if file.name.endswith(".yaml")}
 
 
 def parse_recipe(raw: Mapping[str, Any]) -> Recipe:
@@ -52,6 +62,11 @@ def dotted(location: tuple[int | str, ...]) -> str:
     """("stages", 0, "max_steps") -> "stages[0].max_steps"."""
     text = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location)
     return text.removeprefix(".") or "recipe"
+
+
+def _find_recipe(recipe: str | Path) -> Path | Traversable:
+    path = Path(recipe).expanduser()
+    return path if path.is_file() else shipped_recipes().get(str(recipe), path)
 
 
 def _explain(details: ErrorDetails, num_others: int) -> RecipeError:

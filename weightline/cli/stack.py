@@ -1,0 +1,105 @@
+"""weightline run | up | down | deploy: whole pipelines under Prefect, on one machine or for a server that is there."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from weightline.deployments.stack import DEFAULT_PORT
+from weightline.errors import LaunchError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+INTERRUPTED = 130
+DEFAULT_RECIPE = "arithmetic"
+
+RunsDir = Annotated[Path, typer.Option(help="Folder of all runs and of the stack.", file_okay=False)]
+Port = Annotated[int, typer.Option(help="Port of the Prefect server; another one if it is taken.", min=0, max=65535)]
+Recipe = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="[RECIPE]",
+        help=f"Path of a recipe file, or name of a recipe that comes with weightline. [default: {DEFAULT_RECIPE}]",
+    ),
+]
+
+
+def run(
+    recipe: Recipe = None,
+    recipe_option: Annotated[str | None, typer.Option("--recipe", hidden=True)] = None,
+    runs_dir: RunsDir = Path("runs"),
+    resume: Annotated[str | None, typer.Option(metavar="RUN", help="Id of a run to resume.")] = None,
+    port: Port = DEFAULT_PORT,
+) -> None:
+    """Train a recipe's stages, evaluate and serve every version, and print a summary.
+
+    Exit code 0 when all of it succeeded, 1 when it failed, 2 for wrong usage, 130 when it was interrupted.
+    """
+    if recipe is not None and recipe_option is not None:
+        raise typer.BadParameter("name the recipe once: as the argument or with --recipe", param_hint="RECIPE")
+    named = recipe or recipe_option
+    with _stack_errors():
+        from weightline.deployments.stack.pipeline import run_pipeline
+
+        run_pipeline(named if named or resume else DEFAULT_RECIPE, runs_dir, resume, _console(), port)
+
+
+def up(runs_dir: RunsDir = Path("runs"), port: Port = DEFAULT_PORT) -> None:
+    """Start a Prefect server, a runner and the dashboard, deploy every flow, and leave all of it running."""
+    with _stack_errors():
+        from weightline.deployments.stack.pipeline import bring_up
+
+        typer.echo(f"up: {bring_up(runs_dir, _console(), port)}")
+
+
+def stay(runs_dir: RunsDir = Path("runs"), port: Port = DEFAULT_PORT) -> None:
+    """Run the supervisor that `up` leaves behind: it keeps the stack up until SIGTERM."""
+    with _stack_errors():
+        from weightline.deployments.stack.pipeline import stay_up
+
+        stay_up(runs_dir, _console(), port)
+
+
+def down(runs_dir: RunsDir = Path("runs")) -> None:
+    """End every process that `up` started."""
+    with _stack_errors():
+        from weightline.deployments.stack.pipeline import bring_down
+
+        typer.echo("down" if bring_down(runs_dir) else "nothing was up")
+
+
+def deploy(runs_dir: RunsDir = Path("runs")) -> None:
+    """Deploy every flow to a Prefect server: the one of PREFECT_API_URL, else the stack that is up."""
+    with _stack_errors():
+        from weightline.deployments.stack.pipeline import deploy_everything
+
+        typer.echo(f"deployed to {deploy_everything(runs_dir)}")
+
+
+@contextmanager
+def _stack_errors() -> Iterator[None]:
+    """Treats SIGTERM as Ctrl-C, which ends with exit code 130, and a refusal of the Prefect server as a LaunchError."""
+    import httpx
+
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    except KeyboardInterrupt:
+        typer.echo("interrupted: everything was ended", err=True)
+        raise typer.Exit(INTERRUPTED) from None
+    except httpx.HTTPError as error:
+        raise LaunchError(f"the Prefect server did not do what was asked: {error}") from error
+
+
+def _console() -> Console:
+    """The terminal. Where standard output is a file or a pipe, lines may be longer than a terminal is wide."""
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else 160)
