@@ -24,7 +24,8 @@ with atheris.instrument_imports(include=["weightline"]):
 
 import numpy as np
 
-from weightline.types import BitsArray, Segment, bits_dtype
+from weightline.dtypes import bits_dtype
+from weightline.types import BitsArray, Segment
 
 #: Of this size and below segments are decoded; opening alone must bound the rest.
 _MAX_ELEMENTS = 1 << 16

@@ -15,11 +15,12 @@ from weightline.codec.anchor import ANCHOR_CODING
 from weightline.codec.capture import capture
 from weightline.codec.coding import coding_named
 from weightline.codec.digest import format_digest, tensor_digest
+from weightline.dtypes import bits_dtype
 from weightline.format import keys
 from weightline.format.manifest import AssetRef, Manifest, PayloadRef, TensorState, utc_now
 from weightline.format.write_payload import write_anchor, write_delta
 from weightline.store.memory import MemoryStore
-from weightline.types import Segment, TensorSpec, bits_dtype
+from weightline.types import Segment, TensorSpec
 
 State = Mapping[str, npt.NDArray[np.uint16]]
 

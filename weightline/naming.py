@@ -17,13 +17,13 @@ from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
-from weightline.codec.torch_ops import dtype_code
+from weightline.codec.torch_ops import dtype_code, torch_dtype
 from weightline.errors import InputError
 from weightline.types import TensorSpec
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Published:
+class CheckpointTensor:
     """A tensor of the checkpoint: `spec.num_elements` elements from `offset` on of one that is held in memory."""
 
     spec: TensorSpec
@@ -32,7 +32,7 @@ class Published:
     offset: int = 0
 
 
-def published_tensors(model: torch.nn.Module) -> tuple[Published, ...]:
+def checkpoint_tensors(model: torch.nn.Module) -> tuple[CheckpointTensor, ...]:
     """Every parameter and persistent buffer as the model's checkpoint has it, in the model's order. Tied ones once.
 
     InputError for a model whose `save_pretrained` computes what it writes. Reads no weights; the same on all ranks.
@@ -40,10 +40,10 @@ def published_tensors(model: torch.nn.Module) -> tuple[Published, ...]:
     return as_saved(model, dict(_named_tensors(model)))
 
 
-def as_saved(model: torch.nn.Module, held: Mapping[str, torch.Tensor]) -> tuple[Published, ...]:
+def as_saved(model: torch.nn.Module, held: Mapping[str, torch.Tensor]) -> tuple[CheckpointTensor, ...]:
     """The tensors of a model, by the names that it has for them, as its `save_pretrained` would write them."""
     if not isinstance(model, PreTrainedModel):
-        return tuple(Published(spec_of(name, tensor), tensor) for name, tensor in held.items())
+        return tuple(CheckpointTensor(spec_of(name, tensor), tensor) for name, tensor in held.items())
     stand_ins = {name: _stand_in(spec_of(name, tensor)) for name, tensor in held.items()}
     order = {_storage(stand_in): (rank, name) for rank, (name, stand_in) in enumerate(stand_ins.items())}
     with _WithoutCopies():
@@ -59,7 +59,7 @@ def as_saved(model: torch.nn.Module, held: Mapping[str, torch.Tensor]) -> tuple[
             )
         spec = TensorSpec(name, dtype_code(part.dtype), tuple(part.shape))
         offset = int(part.storage_offset())
-        found.append((rank, offset, Published(spec, held[source], offset)))
+        found.append((rank, offset, CheckpointTensor(spec, held[source], offset)))
     return tuple(published for _, _, published in sorted(found, key=lambda row: row[:2]))
 
 
@@ -87,7 +87,7 @@ def _named_tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]
 
 def _stand_in(spec: TensorSpec) -> torch.Tensor:
     """A tensor of that shape and dtype without memory: views of it show where they begin."""
-    return torch.empty(spec.shape, dtype=_TORCH_DTYPE[spec.dtype], device="meta")
+    return torch.empty(spec.shape, dtype=torch_dtype(spec.dtype), device="meta")
 
 
 def _storage(tensor: torch.Tensor) -> int:
@@ -108,13 +108,3 @@ class _WithoutCopies(TorchFunctionMode):
         if func in (torch.Tensor.contiguous, torch.Tensor.clone):
             return args[0]
         return func(*args, **(kwargs or {}))
-
-
-_TORCH_DTYPE = {
-    dtype_code(dtype): dtype
-    for dtype in (
-        torch.bool, torch.uint8, torch.int8, torch.float8_e4m3fn, torch.float8_e5m2, torch.uint16, torch.int16,
-        torch.float16, torch.bfloat16, torch.uint32, torch.int32, torch.float32, torch.uint64, torch.int64,
-        torch.float64,
-    )
-}  # fmt: skip

@@ -8,12 +8,14 @@ from pathlib import Path
 import hypothesis.strategies as st
 import numpy as np
 
-from weightline.types import DTYPE_ITEMSIZE, BitsArray, Segment, TensorSpec, bits_dtype
+from weightline import dtypes
+from weightline.dtypes import bits_dtype
+from weightline.types import BitsArray, Segment, TensorSpec
 
 #: Two consecutive bf16 states (optimizer steps 2 and 3) of a few rows of a trained 40M-parameter Qwen3, AdamW.
 DATA = Path(__file__).parent / "data" / "states.npz"
 RUNS = ("sft-3e-6", "grpo-3e-6")
-DTYPES = tuple(sorted(DTYPE_ITEMSIZE))
+DTYPES = tuple(sorted(dtypes.DTYPES))
 
 Pair = tuple[Segment, BitsArray, BitsArray]
 
@@ -41,7 +43,7 @@ def whole(name: str, dtype: str, num_elements: int) -> Segment:
 
 def random_bits(rng: np.random.Generator, dtype: str, num_elements: int) -> BitsArray:
     """Any bit pattern: NaN payloads, infinities, subnormals and both zeros among them."""
-    raw = rng.integers(0, 256, num_elements * DTYPE_ITEMSIZE[dtype], dtype=np.uint8)
+    raw = rng.integers(0, 256, num_elements * bits_dtype(dtype).itemsize, dtype=np.uint8)
     return raw.view(bits_dtype(dtype))
 
 

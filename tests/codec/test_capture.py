@@ -10,8 +10,9 @@ from tests.codec.states import DTYPES, RUNS, Pair, changed, pairs, random_bits, 
 from weightline.codec import reference
 from weightline.codec.capture import capture, capture_into, rank_changes
 from weightline.codec.pieces import TILE, RankedChanges, class_field, cut
+from weightline.dtypes import bits_dtype
 from weightline.errors import InputError
-from weightline.types import Changes, bits_dtype
+from weightline.types import Changes
 
 
 def assert_same(found: Changes, expected: Changes) -> None:

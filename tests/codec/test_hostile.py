@@ -22,12 +22,13 @@ from weightline.codec.coding import codings
 from weightline.codec.geometric import encode_runs
 from weightline.codec.rice import encode_rice
 from weightline.codec.varint import put_numbers
+from weightline.dtypes import DTYPES
 from weightline.errors import ManifestError, PayloadError, UnsupportedFeatureError
 from weightline.format.envelope import reserve_header, write_header
 from weightline.format.manifest import Manifest
 from weightline.format.payload import open_payload
 from weightline.format.shortcut import Shortcut
-from weightline.format.table import DTYPES, ChunkEntry, pack_table
+from weightline.format.table import ChunkEntry, pack_table
 from weightline.format.write_payload import write_anchor, write_delta
 from weightline.types import BitsArray, Segment, TensorSpec
 
@@ -190,7 +191,7 @@ def test_what_this_release_does_not_know_is_said_so(tmp_path: Path, change: dict
         read(put(tmp_path / "p", b"", deflated(0, 0), DELTA | change))
 
 
-BF16 = DTYPES.index("BF16")
+BF16 = list(DTYPES).index("BF16")
 
 
 TABLES = [

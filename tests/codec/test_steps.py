@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 
 from tests.codec.states import DTYPES, Pair, pairs, random_bits
-from weightline.codec.steps import apply_steps, from_ordered, steps, steps_dtype, to_ordered
-from weightline.types import bits_dtype
+from weightline.codec.steps import apply_steps, from_ordered, steps, to_ordered
+from weightline.dtypes import bits_dtype, signed_dtype
 
 
 @given(pairs())
@@ -14,7 +14,7 @@ def test_steps_lead_from_old_to_new_and_back(pair: Pair) -> None:
     segment, old_N, new_N = pair
     dtype = segment.tensor.dtype
     steps_N = steps(old_N, new_N, dtype)
-    assert steps_N.dtype == steps_dtype(dtype)
+    assert steps_N.dtype == signed_dtype(dtype)
     assert np.array_equal(apply_steps(old_N, steps_N, dtype), new_N)
     assert np.array_equal(apply_steps(new_N, -steps_N, dtype), old_N)
 

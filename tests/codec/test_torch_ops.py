@@ -13,7 +13,7 @@ from weightline.codec.torch_ops import bits_of, capture_tensor, dtype_code
 from weightline.errors import InputError
 from weightline.types import BitsArray, Changes, Segment
 
-TORCH_DTYPES = {code: dtype for dtype, code in torch_ops._DTYPE_CODES.items()}
+TORCH_DTYPES = {code: torch_ops.torch_dtype(code) for code in DTYPES}
 
 
 def as_tensor(bits_N: BitsArray, dtype: str) -> torch.Tensor:

@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from weightline.types import BitsArray, Segment, TensorSpec, bits_dtype
+from weightline.dtypes import bits_dtype
+from weightline.types import BitsArray, Segment, TensorSpec
 
 FOLDER = Path(__file__).parent / "cases"
 

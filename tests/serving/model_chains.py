@@ -17,7 +17,7 @@ from weightline.chain import Chain, open_chain
 from weightline.chain.files.checkpoint import write_checkpoint
 from weightline.codec.torch_ops import bits_of
 from weightline.format.manifest import AssetRef, Manifest
-from weightline.naming import published_tensors
+from weightline.naming import checkpoint_tensors
 from weightline.serving.engines.transformers import TransformersEngine
 from weightline.stages.model import VOCAB_SIZE, build_byte_tokenizer
 from weightline.trainer.assets import upload_assets
@@ -53,7 +53,7 @@ def state_of(model: torch.nn.Module) -> Bits:
         .reshape(-1)[one.offset :][: one.spec.num_elements]
         .reshape(one.spec.shape)
         .copy()
-        for one in published_tensors(model)
+        for one in checkpoint_tensors(model)
     }
 
 

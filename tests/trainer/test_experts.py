@@ -27,7 +27,7 @@ from weightline.chain.write.standalone import commit_folder
 from weightline.codec.torch_ops import bits_of
 from weightline.errors import InputError
 from weightline.launch.command import DEEPSPEED_CONFIG, accelerate_config
-from weightline.naming import published_tensors
+from weightline.naming import checkpoint_tensors
 from weightline.store.memory import MemoryStore
 from weightline.trainer.partition import partition_of
 from weightline.trainer.session import PublishSession, PublishSettings
@@ -110,7 +110,7 @@ def test_ranks_parts_of_fused_experts_cover_each_tensor_once(world_size: int) ->
         for shard in partition_of(model, rank, world_size):
             assert shard.read().numel() == shard.segment.length
             covered.setdefault(shard.segment.tensor.name, []).append((shard.segment.start, shard.segment.stop))
-    for published in published_tensors(model):
+    for published in checkpoint_tensors(model):
         ranges = sorted(covered[published.spec.name])
         assert [start for start, _ in ranges] == [0, *[stop for _, stop in ranges[:-1]]]
         assert ranges[-1][1] == published.spec.num_elements
@@ -123,7 +123,7 @@ def test_a_checkpoint_that_is_rearranged_is_refused(monkeypatch: pytest.MonkeyPa
     turned = WeightConverter("mlp.gate.weight", "mlp.gate.weight", operations=[Transpose(0, 1)])
     monkeypatch.setattr(model, "_weight_conversions", [turned], raising=False)
     with pytest.raises(InputError, match=r"computes .*mlp\.gate\.weight"):
-        published_tensors(model)
+        checkpoint_tensors(model)
 
 
 @pytest.mark.slow

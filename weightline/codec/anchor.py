@@ -16,8 +16,9 @@ import numpy.typing as npt
 from pcodec import ChunkConfig, DeltaSpec, ModeSpec, standalone
 
 from weightline.codec.steps import from_ordered, to_ordered
+from weightline.dtypes import DTYPES, bits_dtype
 from weightline.errors import PayloadError
-from weightline.types import DTYPE_ITEMSIZE, BitsArray, bits_dtype
+from weightline.types import BitsArray
 
 #: Name of the anchors' coding in payloads.
 ANCHOR_CODING = "ordered-pco"
@@ -44,7 +45,7 @@ def decode_anchor(stream: bytes, num_elements: int, dtype: str) -> BitsArray:
 
 
 def _packed_dtype(dtype: str) -> np.dtype[np.unsignedinteger[Any]]:
-    return np.dtype(f"<u{max(DTYPE_ITEMSIZE[dtype], _MIN_ITEMSIZE)}")
+    return np.dtype(f"<u{max(DTYPES[dtype].itemsize, _MIN_ITEMSIZE)}")
 
 
 def pack(values: npt.NDArray[Any]) -> bytes:

@@ -12,8 +12,9 @@ import numpy as np
 import numpy.typing as npt
 
 from weightline.codec.pieces import NUM_CLASSES, TILE, RankedChanges, class_field
+from weightline.dtypes import bits_dtype
 from weightline.errors import InputError
-from weightline.types import BitsArray, Changes, Segment, bits_dtype
+from weightline.types import BitsArray, Changes, Segment
 
 Array = npt.NDArray[Any]
 

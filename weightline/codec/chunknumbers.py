@@ -13,7 +13,8 @@ import numpy.typing as npt
 
 from weightline.codec.geometric import Counts, Numbers
 from weightline.codec.pieces import NUM_CLASSES, RankedChanges
-from weightline.types import DTYPE_ITEMSIZE, FLOAT_DTYPES, Changes
+from weightline.dtypes import DTYPES
+from weightline.types import Changes
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +35,7 @@ def flatten_changes(pieces: Sequence[Changes]) -> CodedNumbers:
 
     dtype = pieces[0].segment.tensor.dtype
     numbers = _allocate(sum(piece.num_changed for piece in pieces), dtype)
-    flatten = grouping.flatten_16 if DTYPE_ITEMSIZE[dtype] == 2 else grouping.flatten
+    flatten = grouping.flatten_16 if DTYPES[dtype].itemsize == 2 else grouping.flatten
     sign, unused = _ordering(dtype)
     first, last = 0, -1
     for piece in pieces:
@@ -66,7 +67,7 @@ def group_changes(pieces: Sequence[RankedChanges], field: tuple[int, int]) -> tu
     totals_C = counts_PC.sum(axis=0)
     numbers = _allocate(int(totals_C.sum()), dtype)
     next_C = (np.cumsum(totals_C) - totals_C).astype(np.uint64)
-    is_16_bit = DTYPE_ITEMSIZE[dtype] == 2
+    is_16_bit = DTYPES[dtype].itemsize == 2
     packed_K = np.empty(numbers.gaps_K.size if is_16_bit else 0, np.uint64)
     group = grouping.group_16 if is_16_bit else grouping.group
     columns = (packed_K,) if is_16_bit else (numbers.gaps_K, numbers.sizes_K, numbers.negative_K)
@@ -82,7 +83,7 @@ def group_changes(pieces: Sequence[RankedChanges], field: tuple[int, int]) -> tu
 
 
 def _allocate(num_changed: int, dtype: str) -> CodedNumbers:
-    sizes_dtype = {1: np.uint16, 2: np.uint16, 4: np.uint32, 8: np.uint64}[DTYPE_ITEMSIZE[dtype]]
+    sizes_dtype = np.dtype(f"u{max(2, DTYPES[dtype].itemsize)}")  # no narrower: |step| - 1 of one byte needs nine bits
     return CodedNumbers(
         np.empty(num_changed, np.uint32), np.empty(num_changed, sizes_dtype), np.empty(num_changed, np.bool_)
     )
@@ -90,5 +91,5 @@ def _allocate(num_changed: int, dtype: str) -> CodedNumbers:
 
 def _ordering(dtype: str) -> tuple[np.uint64, np.uint64]:
     """(sign bit of a float, zero for others; bits of 64 that an element does not have): what the kernels need."""
-    width = 8 * DTYPE_ITEMSIZE[dtype]
-    return np.uint64(1 << (width - 1) if dtype in FLOAT_DTYPES else 0), np.uint64(64 - width)
+    width = 8 * DTYPES[dtype].itemsize
+    return np.uint64(1 << (width - 1) if DTYPES[dtype].is_float else 0), np.uint64(64 - width)

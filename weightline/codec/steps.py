@@ -20,15 +20,11 @@ import numpy.typing as npt
 
 from weightline.codec.geometric import Numbers, decode_runs, encode_runs, start_levels
 from weightline.codec.varint import NumberReader, put_numbers
+from weightline.dtypes import DTYPES, bits_dtype, signed_dtype
 from weightline.errors import PayloadError
-from weightline.types import DTYPE_ITEMSIZE, FLOAT_DTYPES, BitsArray, bits_dtype
+from weightline.types import BitsArray
 
 StepArray = npt.NDArray[np.signedinteger[Any]]
-
-
-def steps_dtype(dtype: str) -> np.dtype[np.signedinteger[Any]]:
-    """The signed integer dtype, as wide as one element of `dtype`, that holds its steps."""
-    return np.dtype(f"<i{DTYPE_ITEMSIZE[dtype]}")
 
 
 def to_ordered(bits_N: BitsArray, dtype: str) -> BitsArray:
@@ -37,28 +33,28 @@ def to_ordered(bits_N: BitsArray, dtype: str) -> BitsArray:
     -NaN < -inf < ... < -0.0 < +0.0 < ... < +inf < +NaN; -0.0 and +0.0 are one apart. Signed integers need no map:
     differences of two's complement are differences of values already.
     """
-    if dtype not in FLOAT_DTYPES:
+    if not DTYPES[dtype].is_float:
         return bits_N
-    sign = bits_dtype(dtype).type(1 << (8 * DTYPE_ITEMSIZE[dtype] - 1))
+    sign = bits_dtype(dtype).type(1 << (8 * DTYPES[dtype].itemsize - 1))
     return np.where(bits_N & sign, ~bits_N, bits_N | sign)
 
 
 def from_ordered(ordered_N: BitsArray, dtype: str) -> BitsArray:
     """Inverse of `to_ordered`."""
-    if dtype not in FLOAT_DTYPES:
+    if not DTYPES[dtype].is_float:
         return ordered_N
-    sign = bits_dtype(dtype).type(1 << (8 * DTYPE_ITEMSIZE[dtype] - 1))
+    sign = bits_dtype(dtype).type(1 << (8 * DTYPES[dtype].itemsize - 1))
     return np.where(ordered_N & sign, ordered_N ^ sign, ~ordered_N)
 
 
 def steps(old_K: BitsArray, new_K: BitsArray, dtype: str) -> StepArray:
     """Signed steps that lead from `old_K` to `new_K`, modulo 2**width."""
-    return (to_ordered(new_K, dtype) - to_ordered(old_K, dtype)).view(steps_dtype(dtype))
+    return (to_ordered(new_K, dtype) - to_ordered(old_K, dtype)).view(signed_dtype(dtype))
 
 
 def apply_steps(old_K: BitsArray, steps_K: StepArray, dtype: str) -> BitsArray:
     """The bits that `steps_K` lead to from `old_K`. Inverse of `steps`; negated steps lead back."""
-    ordered_K = to_ordered(old_K, dtype) + steps_K.astype(steps_dtype(dtype), copy=False).view(bits_dtype(dtype))
+    ordered_K = to_ordered(old_K, dtype) + steps_K.astype(signed_dtype(dtype), copy=False).view(bits_dtype(dtype))
     return from_ordered(ordered_K, dtype)
 
 
@@ -83,7 +79,7 @@ def encode_steps(sizes_K: Numbers, negative_K: npt.NDArray[np.bool_]) -> bytes:
 
 def decode_steps(stream: bytes, num_changed: int, dtype: str) -> StepArray:
     """The steps of a stream. Memory is bounded by `num_changed`. Raises PayloadError."""
-    width = steps_dtype(dtype)
+    width = signed_dtype(dtype)
     if not num_changed:
         if stream:
             raise PayloadError("a stream of no steps has bytes", rule="stream-length")

@@ -15,17 +15,36 @@ import torch
 
 from weightline.codec.capture import capture
 from weightline.codec.pieces import NUM_CLASSES, TILE, RankedChanges, class_field
+from weightline.dtypes import DTYPES, bits_dtype
 from weightline.errors import InputError
-from weightline.types import BitsArray, Changes, Segment, bits_dtype
+from weightline.types import BitsArray, Changes, Segment
 
-_DTYPE_CODES: dict[torch.dtype, str] = {
-    torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8",
-    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
-    torch.uint16: "U16", torch.int16: "I16", torch.float16: "F16", torch.bfloat16: "BF16",
-    torch.uint32: "U32", torch.int32: "I32", torch.float32: "F32",
-    torch.uint64: "U64", torch.int64: "I64", torch.float64: "F64",
-}  # fmt: skip
+_TORCH_DTYPES: dict[str, torch.dtype] = {code: getattr(torch, dtype.torch_name) for code, dtype in DTYPES.items()}
+_DTYPE_CODES = {dtype: code for code, dtype in _TORCH_DTYPES.items()}
 _SIGNED = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def torch_dtype(code: str) -> torch.dtype:
+    """Returns the torch dtype of a safetensors code."""
+    return _TORCH_DTYPES[code]
+
+
+def signed_torch_dtype(code: str) -> torch.dtype:
+    """Returns the signed integer dtype of torch that is as wide as one element."""
+    return _SIGNED[DTYPES[code].itemsize]
+
+
+def signed_view(tensor: torch.Tensor) -> torch.Tensor:
+    """Returns a contiguous tensor's bits, flat, as signed integers: torch compares and scatters those on every device.
+
+    It is a view: writing to it writes to the tensor.
+    """
+    return tensor.detach().view(-1).view(_SIGNED[tensor.element_size()])
+
+
+def signed_tensor(bits: BitsArray) -> torch.Tensor:
+    """Returns an array of bits as a CPU tensor of signed integers that shares its memory."""
+    return torch.from_numpy(bits.view(f"i{bits.itemsize}"))
 
 
 def dtype_code(dtype: torch.dtype) -> str:
@@ -46,8 +65,7 @@ def bits_of(tensor: torch.Tensor) -> BitsArray:
         raise InputError(
             "bits_of needs a contiguous tensor on the CPU: .cpu().contiguous() first", device=str(tensor.device)
         )
-    flat = tensor.detach().view(-1).view(_SIGNED[tensor.element_size()])
-    array: BitsArray = flat.numpy().view(bits_dtype(dtype_code(tensor.dtype)))
+    array: BitsArray = signed_view(tensor).numpy().view(bits_dtype(dtype_code(tensor.dtype)))
     return array
 
 
@@ -87,7 +105,7 @@ def flat_bits(segment: Segment, tensor: torch.Tensor) -> torch.Tensor:
             f"not {tensor.numel()} of {tensor.dtype}",
             tensor=segment.tensor.name,
         )
-    return tensor.detach().reshape(-1).view(_SIGNED[tensor.element_size()])
+    return signed_view(tensor.reshape(-1))
 
 
 def _as_array(segment: Segment, bits_N: torch.Tensor) -> BitsArray:

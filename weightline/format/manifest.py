@@ -14,12 +14,13 @@ from typing import Annotated, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from weightline.dtypes import DTYPES
 from weightline.errors import (
     ManifestError,
     UnsupportedFeatureError,
 )
 from weightline.format import keys
-from weightline.types import DTYPE_ITEMSIZE, MAX_ELEMENTS, MAX_NDIM, TensorSpec
+from weightline.types import MAX_ELEMENTS, MAX_NDIM, TensorSpec
 
 FORMAT = "weightline/1"
 
@@ -30,7 +31,7 @@ MAX_MANIFEST_NBYTES = 256 * 1024 * 1024
 
 
 def _known_dtype(dtype: str) -> str:
-    if dtype not in DTYPE_ITEMSIZE:
+    if dtype not in DTYPES:
         raise ValueError(f"unknown dtype {dtype!r}")
     return dtype
 

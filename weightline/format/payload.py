@@ -21,6 +21,7 @@ from weightline.codec.anchor import ANCHOR_CODING, decode_anchor
 from weightline.codec.capture import check_bits
 from weightline.codec.coding import ChunkBase, DeltaCoding, coding_named, ordered_map
 from weightline.codec.pieces import num_tiles
+from weightline.dtypes import bits_dtype
 from weightline.errors import PayloadError, UnsupportedFeatureError
 from weightline.format.envelope import read_envelope
 from weightline.format.layout import (
@@ -28,7 +29,7 @@ from weightline.format.layout import (
     place_chunks,
 )
 from weightline.format.table import unpack_table
-from weightline.types import BitsArray, Changes, Segment, bits_dtype
+from weightline.types import BitsArray, Changes, Segment
 
 Select = Callable[[Segment], bool]
 

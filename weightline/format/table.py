@@ -5,7 +5,8 @@
     chunk   = dtype num_elements num_changed positions_nbytes steps_nbytes
 
 Numbers are unsigned LEB128. `shared` is how many bytes of the previous name this one starts with; dtype is an index
-into DTYPES. A chunk covers the next num_elements elements of the line of its dtype: all its segments laid end to end.
+into `weightline.dtypes.DTYPES`. A chunk covers the next num_elements elements of the line of its dtype: all its segments
+laid end to end.
 """
 
 from __future__ import annotations
@@ -15,33 +16,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from weightline.codec.varint import NumberReader, put_numbers
+from weightline.dtypes import DTYPES
 from weightline.errors import PayloadError
 from weightline.types import MAX_ELEMENTS, MAX_NDIM, Segment, TensorSpec
-
-#: The order is part of the format: append only.
-DTYPES = (
-    "BOOL",
-    "U8",
-    "I8",
-    "F8_E4M3",
-    "F8_E5M2",
-    "U16",
-    "I16",
-    "F16",
-    "BF16",
-    "U32",
-    "I32",
-    "F32",
-    "U64",
-    "I64",
-    "F64",
-)
 
 #: What a reader accepts: bytes of an inflated table, segments, chunks.
 MAX_TABLE_NBYTES = 1 << 23
 MAX_SEGMENTS = 1 << 18
 MAX_CHUNKS = 1 << 18
 MAX_NAME_NBYTES = 1 << 16
+_DTYPE_CODES = tuple(DTYPES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,11 +51,11 @@ def pack_table(segments: Sequence[Segment], chunks: Sequence[ChunkEntry]) -> byt
         out += name[shared:]
         is_whole = segment.start == 0 and segment.length == tensor.num_elements
         span = (1,) if is_whole else (0, segment.start, segment.length)
-        put_numbers(out, DTYPES.index(tensor.dtype), len(tensor.shape), *tensor.shape, *span)
+        put_numbers(out, _DTYPE_CODES.index(tensor.dtype), len(tensor.shape), *tensor.shape, *span)
         previous = name
     put_numbers(out, len(chunks))
     for chunk in chunks:
-        put_numbers(out, DTYPES.index(chunk.dtype), chunk.num_elements, chunk.num_changed, *chunk.stream_nbytes)
+        put_numbers(out, _DTYPE_CODES.index(chunk.dtype), chunk.num_elements, chunk.num_changed, *chunk.stream_nbytes)
     deflate = zlib.compressobj(9, zlib.DEFLATED, -15)
     return deflate.compress(bytes(out)) + deflate.flush()
 
@@ -138,9 +122,9 @@ def _name(reader: NumberReader, previous: bytes) -> bytes:
 
 def _dtype(reader: NumberReader) -> str:
     code = reader.number()
-    if code >= len(DTYPES):
+    if code >= len(_DTYPE_CODES):
         raise PayloadError(f"unknown dtype code {code}", rule="table-dtype")
-    return DTYPES[code]
+    return _DTYPE_CODES[code]
 
 
 def _shared_prefix(a: bytes, b: bytes) -> int:

@@ -22,7 +22,7 @@ from weightline.chain.files.weight_files import ADAPTER_CONFIG
 from weightline.codec.digest import format_digest
 from weightline.errors import InputError
 from weightline.format.manifest import AdapterBase
-from weightline.naming import Published, as_saved, spec_of, without_wrappers
+from weightline.naming import CheckpointTensor, as_saved, spec_of, without_wrappers
 
 #: What peft puts between a wrapped module's name and its tensors.
 _WRAPPERS = frozenset({"base_layer", "original_module", "token_adapter"})
@@ -32,8 +32,8 @@ _WRAPPERS = frozenset({"base_layer", "original_module", "token_adapter"})
 class AdapterParts:
     """The two halves of a PeftModel."""
 
-    adapter: tuple[Published, ...]
-    base: tuple[Published, ...]
+    adapter: tuple[CheckpointTensor, ...]
+    base: tuple[CheckpointTensor, ...]
     """Frozen, as the base model's own checkpoint has them."""
 
 
@@ -75,7 +75,7 @@ def adapter_names(model: Any) -> dict[str, str]:
 def adapter_parts(model: Any, names: Mapping[str, str]) -> AdapterParts:
     """The adapter under its published names, and the frozen rest. InputError when something else is being trained."""
     held = _held_tensors(model)
-    adapter = tuple(Published(spec_of(name, held[internal]), held[internal]) for name, internal in names.items())
+    adapter = tuple(CheckpointTensor(spec_of(name, held[internal]), held[internal]) for name, internal in names.items())
     in_adapter = {id(held[internal]) for internal in names.values()}
     base: dict[str, torch.Tensor] = {}
     seen: set[int] = set()

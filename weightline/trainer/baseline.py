@@ -12,7 +12,7 @@ import torch
 
 from weightline.codec.capture import capture
 from weightline.codec.digest import tensor_digest
-from weightline.codec.torch_ops import bits_of, capture_tensor
+from weightline.codec.torch_ops import bits_of, capture_tensor, signed_tensor, signed_view
 from weightline.trainer.partition import Shard
 from weightline.types import BitsArray, Changes, Segment
 
@@ -55,11 +55,7 @@ class Baseline:
     def _scatter(self, changes: Changes, bits_K: BitsArray) -> None:
         held = self._held[changes.segment.tensor.name]
         positions_K = torch.from_numpy(changes.positions_K).to(held.device)
-        held.view(_INTEGER[held.itemsize])[positions_K] = _as_tensor(bits_K).to(held.device)
-
-
-#: Signed integers of each width: torch scatters those on every device.
-_INTEGER = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+        signed_view(held)[positions_K] = signed_tensor(bits_K).to(held.device)
 
 
 def _capture(segment: Segment, held: torch.Tensor, current: torch.Tensor, *, ranked: bool) -> Changes:
@@ -67,7 +63,3 @@ def _capture(segment: Segment, held: torch.Tensor, current: torch.Tensor, *, ran
     if held.device.type == current.device.type == "cpu":
         return capture(segment, bits_of(held), bits_of(current.contiguous()), ranked=ranked)
     return capture_tensor(segment, held.to(current.device), current, ranked=ranked)
-
-
-def _as_tensor(bits: BitsArray) -> torch.Tensor:
-    return torch.from_numpy(bits.view(f"i{bits.itemsize}"))

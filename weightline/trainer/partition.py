@@ -18,7 +18,7 @@ from torch.distributed.tensor import Shard as ShardPlacement
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from weightline.errors import InputError
-from weightline.naming import Published, published_tensors, spec_of
+from weightline.naming import CheckpointTensor, checkpoint_tensors, spec_of
 from weightline.types import Segment, TensorSpec
 
 
@@ -35,16 +35,16 @@ def partition_of(model: torch.nn.Module, rank: int, world_size: int) -> tuple[Sh
 
     The shards of all ranks cover each tensor exactly once. A rank that holds nothing of a tensor has no shard of it.
     """
-    return shards_of(published_tensors(model), rank, world_size)
+    return shards_of(checkpoint_tensors(model), rank, world_size)
 
 
-def shards_of(tensors: Iterable[Published], rank: int, world_size: int) -> tuple[Shard, ...]:
+def shards_of(tensors: Iterable[CheckpointTensor], rank: int, world_size: int) -> tuple[Shard, ...]:
     """This rank's shards of these tensors, in their order. A held tensor that is cut up is dealt out as a whole."""
     shards = (_cut(_shard(published, rank, world_size), published) for published in tensors)
     return tuple(shard for shard in shards if shard.segment.length > 0)
 
 
-def _shard(published: Published, rank: int, world_size: int) -> Shard:
+def _shard(published: CheckpointTensor, rank: int, world_size: int) -> Shard:
     """The part of the held tensor that this rank publishes."""
     held = published.held
     spec = spec_of(published.spec.name, held)
@@ -56,7 +56,7 @@ def _shard(published: Published, rank: int, world_size: int) -> Shard:
     return Shard(Segment(spec, start, length), lambda: held.detach().reshape(-1)[start : start + length])
 
 
-def _cut(shard: Shard, published: Published) -> Shard:
+def _cut(shard: Shard, published: CheckpointTensor) -> Shard:
     """What of a held tensor's shard lies in a published one."""
     spec, offset, held = published.spec, published.offset, shard.segment
     start, stop = max(held.start, offset), min(held.stop, offset + spec.num_elements)

@@ -22,7 +22,7 @@ from weightline.codec.digest import parse_digest, tensor_digest
 from weightline.codec.torch_ops import bits_of
 from weightline.errors import CommitConflictError, InputError, PublishError, StorageError, WeightlineError
 from weightline.format.manifest import AdapterBase, AssetRef
-from weightline.naming import Published, published_tensors
+from weightline.naming import CheckpointTensor, checkpoint_tensors
 from weightline.store.open import check_writable
 from weightline.trainer.adapter import AdapterParts, adapter_names, adapter_parts, base_model_of, is_peft_model
 from weightline.trainer.anchoring import LateJoiner
@@ -128,10 +128,10 @@ class PublishSession:
         self.last_step = global_step
         return plan
 
-    def _published(self, model: Any) -> tuple[tuple[Published, ...], AdapterBase | None]:
+    def _published(self, model: Any) -> tuple[tuple[CheckpointTensor, ...], AdapterBase | None]:
         """What the chain holds of the model: all of it, or an adapter and on rank 0 the base that it belongs to."""
         if not is_peft_model(model):
-            return published_tensors(model), None
+            return checkpoint_tensors(model), None
         parts: AdapterParts = adapter_parts(model, self._on_first(lambda: adapter_names(model)))
         own = {}
         for shard in shards_of(parts.base, self.group.rank, self.group.world_size):

@@ -16,6 +16,7 @@ from weightline.chain.files.source import VersionSource, WeightSource
 from weightline.chain.files.weight_files import ADAPTER_CONFIG
 from weightline.chain.read.history import Chain
 from weightline.chain.replay.fetch import fetching
+from weightline.dtypes import DTYPES
 from weightline.errors import InputError
 from weightline.types import BitsArray, TensorSpec
 
@@ -133,14 +134,6 @@ def _write_file(specs: Mapping[str, TensorSpec], bits: Mapping[str, BitsArray], 
     for name, bits_N in bits.items():
         spec = specs[name]
         tensors[name] = safetensors.TensorSpec(
-            dtype=_RUST_DTYPE[spec.dtype], shape=spec.shape, data_ptr=bits_N.ctypes.data, data_len=bits_N.nbytes
+            dtype=DTYPES[spec.dtype].torch_name, shape=spec.shape, data_ptr=bits_N.ctypes.data, data_len=bits_N.nbytes
         )
     safetensors.serialize_file(tensors, os.fspath(path), {"format": "pt"})
-
-
-#: safetensors' own writer takes these names for the dtype codes of the format.
-_RUST_DTYPE = {
-    "BOOL": "bool", "U8": "uint8", "I8": "int8", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
-    "U16": "uint16", "I16": "int16", "F16": "float16", "BF16": "bfloat16", "U32": "uint32", "I32": "int32",
-    "F32": "float32", "U64": "uint64", "I64": "int64", "F64": "float64",
-}  # fmt: skip

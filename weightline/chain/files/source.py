@@ -13,8 +13,9 @@ from weightline.chain.files.weight_files import StoredTensor, WeightFiles, read_
 from weightline.chain.read.history import Chain
 from weightline.chain.replay.fetch import Fetcher
 from weightline.chain.replay.state import read_state
+from weightline.dtypes import bits_dtype
 from weightline.errors import InputError
-from weightline.types import BitsArray, TensorSpec, bits_dtype
+from weightline.types import BitsArray, TensorSpec
 
 
 class WeightSource(Protocol):

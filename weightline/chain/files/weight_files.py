@@ -13,9 +13,10 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
+from weightline.dtypes import DTYPES
 from weightline.errors import InputError
 from weightline.format.manifest import Count
-from weightline.types import DTYPE_ITEMSIZE, TensorSpec
+from weightline.types import TensorSpec
 
 _WHOLE = "model.safetensors"
 
@@ -152,7 +153,7 @@ def _parse_header(path: Path, raw: bytes) -> dict[str, _HeaderEntry]:
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not a safetensors file: {_told(error)}", path=str(path)) from error
     for name, tensor in header.items():
-        if tensor.dtype not in DTYPE_ITEMSIZE:
+        if tensor.dtype not in DTYPES:
             raise InputError(f"{path}: tensor {name} has dtype {tensor.dtype}, which no chain holds", path=str(path))
     return header
 

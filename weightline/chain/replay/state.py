@@ -16,10 +16,11 @@ from weightline.chain.replay.fetch import Fetcher, fetching
 from weightline.chain.replay.plan import Hop, plan_between
 from weightline.codec.changes import taken_back
 from weightline.codec.digest import add_digests, digest_change, format_digest, parse_digest, tensor_digest
+from weightline.dtypes import bits_dtype
 from weightline.errors import DigestMismatchError, InputError, PayloadError
 from weightline.format.manifest import Manifest
 from weightline.format.payload import Payload, open_payload
-from weightline.types import BitsArray, Changes, Segment, TensorSpec, bits_dtype
+from weightline.types import BitsArray, Changes, Segment, TensorSpec
 
 Select = Callable[[str], bool]
 

@@ -8,12 +8,11 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from weightline.codec.torch_ops import signed_view
+from weightline.dtypes import bits_dtype, signed_dtype
 from weightline.errors import ApplyError, InputError
-from weightline.naming import Published, as_saved
-from weightline.types import BitsArray, Changes, PositionArray, TensorSpec, bits_dtype
-
-_SIGNED = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-_SIGNED_NUMPY = {1: np.int8, 2: np.int16, 4: np.int32, 8: np.int64}
+from weightline.naming import CheckpointTensor, as_saved
+from weightline.types import BitsArray, Changes, PositionArray, TensorSpec
 
 
 class LiveWeights:
@@ -50,7 +49,7 @@ class LiveWeights:
         # torch bounds-checks an index on a CPU, but only asserts in a kernel elsewhere, which poisons the device.
         if changes.positions_K[0] < 0 or changes.positions_K[-1] >= spec.num_elements:
             raise ApplyError(f"changes of {spec.name} reach beyond its {spec.num_elements} elements", tensor=spec.name)
-        new_K = self._on_device(spec.name, changes.new_K.view(_SIGNED_NUMPY[spec.itemsize]))
+        new_K = self._on_device(spec.name, changes.new_K.view(signed_dtype(spec.dtype)))
         try:
             self._flat[spec.name].index_copy_(0, self._on_device(spec.name, changes.positions_K), new_K)
         except RuntimeError as error:
@@ -64,7 +63,7 @@ class LiveWeights:
         return array
 
 
-def _published(model: torch.nn.Module) -> tuple[Published, ...]:
+def _published(model: torch.nn.Module) -> tuple[CheckpointTensor, ...]:
     try:
         return as_saved(model, model.state_dict(keep_vars=True))
     except InputError as error:
@@ -77,4 +76,4 @@ def _flat_bits(name: str, tensor: torch.Tensor) -> torch.Tensor:
         raise ApplyError(f"{name} has no data (offloaded?): it cannot be written in place", tensor=name)
     if not tensor.is_contiguous():
         raise ApplyError(f"{name} is not contiguous: it cannot be written in place", tensor=name)
-    return tensor.detach().view(-1).view(_SIGNED[tensor.element_size()])
+    return signed_view(tensor)

@@ -15,13 +15,15 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, StoppingCriteria
 from transformers.utils import logging as transformers_logging
 
+from weightline.codec.torch_ops import torch_dtype
 from weightline.errors import ApplyError, InputError
 from weightline.serving.engines.barrier import RequestBarrier
 from weightline.serving.engines.base import Completion, Generation, GenerationRequest, Prompt
 from weightline.serving.engines.in_place import LiveWeights
 from weightline.types import BitsArray, Changes, PositionArray, TensorSpec
 
-_FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
+#: What transformers computes in.
+_FLOATS = frozenset({"F16", "BF16", "F32", "F64"})
 
 
 class TransformersEngine:
@@ -194,7 +196,7 @@ def _dtype_of(folder: Path) -> torch.dtype | str:
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, "pt") as file:
             found |= {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118 - not a mapping
-    floats = [_FLOATS[dtype] for dtype in found if dtype in _FLOATS]
+    floats = [torch_dtype(code) for code in found & _FLOATS]
     return floats[0] if len(floats) == 1 else "auto"
 
 

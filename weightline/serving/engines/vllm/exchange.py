@@ -20,8 +20,9 @@ from typing import Any
 import numpy as np
 
 from weightline.codec.changes import whole
+from weightline.dtypes import bits_dtype
 from weightline.errors import ApplyError
-from weightline.types import BitsArray, Changes, TensorSpec, bits_dtype
+from weightline.types import BitsArray, Changes, TensorSpec
 
 _ALIGNMENT = 64
 _PREFIX, _LOCK = "weightline-exchange-", "lock"

@@ -16,24 +16,17 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from weightline.codec.torch_ops import dtype_code
+from weightline.codec.torch_ops import dtype_code, signed_torch_dtype, torch_dtype
 from weightline.errors import ApplyError
 from weightline.serving.engines.vllm.boxes import Box
-from weightline.types import DTYPE_ITEMSIZE, TensorSpec
+from weightline.types import TensorSpec
 
 LoadWeights = Callable[[Iterable[tuple[str, torch.Tensor]]], Any]
 
-SIGNED = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 #: Writes that put no checkpoint element anywhere: loaders pad with them.
 _PADDING_OPS = frozenset({"aten::fill_", "aten::zero_"})
 #: What modules keep of requests, not of weights.
 _CACHES = frozenset({"kv_cache"})
-_TORCH_DTYPES = {
-    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2, "U16": torch.uint16, "I16": torch.int16, "F16": torch.float16,
-    "BF16": torch.bfloat16, "U32": torch.uint32, "I32": torch.int32, "F32": torch.float32, "U64": torch.uint64,
-    "I64": torch.int64, "F64": torch.float64,
-}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -82,7 +75,7 @@ def learn_placement(model: torch.nn.Module, specs: Mapping[str, TensorSpec]) -> 
     _require_nothing_derived(model, owned)
     placement: Placement = {}
     for name, spec in specs.items():
-        stand_in = torch.empty(spec.shape, dtype=_TORCH_DTYPES[spec.dtype])
+        stand_in = torch.empty(spec.shape, dtype=torch_dtype(spec.dtype))
         watch = _WatchWrites(spec, stand_in, owned)
         try:
             with torch.no_grad(), watch:
@@ -177,7 +170,7 @@ def _place(spec: TensorSpec, parameter: str, target: torch.Tensor, source: torch
     box = Box(
         int(source.storage_offset()), tuple(shape[axis] for axis in order), tuple(dims[axis][1] for axis in order)
     ).checked(spec)
-    flat = torch.empty(0, dtype=SIGNED[DTYPE_ITEMSIZE[spec.dtype]], device=target.device)
+    flat = torch.empty(0, dtype=signed_torch_dtype(spec.dtype), device=target.device)
     flat.set_(target.untyped_storage())
     return Place(box, flat, int(target.storage_offset()), tuple(into[axis][1] for axis in order))
 

@@ -11,9 +11,10 @@ from pathlib import Path
 import numpy as np
 
 from weightline.codec.digest import add_digests, tensor_digest
+from weightline.dtypes import bits_dtype
 from weightline.errors import ApplyError
 from weightline.serving.engines.vllm.placement import Place, Placement
-from weightline.types import BitsArray, TensorSpec, bits_dtype
+from weightline.types import BitsArray, TensorSpec
 
 Owned = dict[str, list[int]]
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from weightline.chain import Chain
 from weightline.chain.files.assets import assets_of
 from weightline.chain.replay.fetch import fetch_object
+from weightline.dtypes import DTYPES
 from weightline.errors import InputError, UnsupportedFeatureError
 from weightline.format.manifest import Manifest
 from weightline.serving.engines.vllm.features import SERVER, require
@@ -31,7 +32,8 @@ from weightline.serving.replica.registration import require_free_name
 from weightline.serving.replica.status import read_mark
 
 MIDDLEWARE = "weightline.serving.engines.vllm.middleware.ReplicaMiddleware"
-_DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
+#: What vLLM takes for `--dtype`.
+_DTYPES = frozenset({"F16", "BF16", "F32"})
 
 
 def serve_vllm(model: str, settings: ServerSettings, vllm_args: Sequence[str] = ()) -> None:
@@ -69,7 +71,7 @@ def vllm_argv(
     argv += ["--load-format", "dummy", "--worker-extension-cls", WORKER_EXTENSION, "--middleware", MIDDLEWARE]
     dtypes = {spec.dtype for spec in first.specs.values() if spec.dtype in _DTYPES}
     if len(dtypes) == 1 and not any(argument.partition("=")[0] == "--dtype" for argument in vllm_args):
-        argv += ["--dtype", _DTYPES[dtypes.pop()]]
+        argv += ["--dtype", DTYPES[dtypes.pop()].torch_name]
     return [*argv, *vllm_args]
 
 

@@ -12,17 +12,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 from weightline.codec.coding import ordered_map
 from weightline.codec.digest import add_digests, digest_change
+from weightline.codec.torch_ops import signed_tensor
 from weightline.errors import ApplyError, BaseMismatchError, DigestMismatchError
 from weightline.serving.engines.vllm.elements import hold_elements, num_cpus, use_all_cpus, write_elements
 from weightline.serving.engines.vllm.placement import Place, Placement
 from weightline.types import BitsArray, Changes
-
-_SIGNED_NUMPY = {1: np.int8, 2: np.int16, 4: np.int32, 8: np.int64}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -133,4 +131,4 @@ def _staged_place(place: Place, at_K: torch.Tensor, held: Changes) -> StagedPlac
 
 def _signed(bits_K: BitsArray) -> torch.Tensor:
     """A copy in memory of our own: what it is read from may go away."""
-    return torch.from_numpy(bits_K.view(_SIGNED_NUMPY[bits_K.dtype.itemsize]).copy())
+    return signed_tensor(bits_K.copy())

@@ -14,11 +14,12 @@ from typing import Any, Protocol
 import numpy as np
 
 from weightline.codec.digest import add_digests, parse_digest
+from weightline.dtypes import bits_dtype
 from weightline.errors import ApplyError
 from weightline.serving.engines.vllm.boxes import Box, Owned, box_from_json, share_out
 from weightline.serving.engines.vllm.exchange import allocate
 from weightline.serving.http.errors import error_of
-from weightline.types import BitsArray, TensorSpec, bits_dtype
+from weightline.types import BitsArray, TensorSpec
 
 _FIRST_POLL_SECONDS = 0.001
 _LONGEST_POLL_SECONDS = 0.05

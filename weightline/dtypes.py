@@ -1,0 +1,68 @@
+"""The one table of dtypes: what a chain can hold, and how numpy, torch and safetensors call it. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+
+
+@dataclass(frozen=True, slots=True)
+class Dtype:
+    """One dtype. Elements are little-endian on every host."""
+
+    code: str
+    """Its name in safetensors headers, manifests and recipes."""
+    itemsize: int
+    """Bytes of one element."""
+    torch_name: str
+    """The attribute of `torch`. The writer of the safetensors package takes the same names."""
+    bits: np.dtype[np.unsignedinteger[Any]]
+    """The unsigned integers that hold an element's bits."""
+    signed: np.dtype[np.signedinteger[Any]]
+    """Signed integers of the same width: what steps are, and what torch can scatter on every device."""
+
+    @property
+    def is_float(self) -> bool:
+        """Whether the top bit is a sign with a magnitude below it (IEEE-like floats)."""
+        return "float" in self.torch_name
+
+
+def _dtype(code: str, itemsize: int, torch_name: str) -> Dtype:
+    return Dtype(code, itemsize, torch_name, np.dtype(f"<u{itemsize}"), np.dtype(f"<i{itemsize}"))
+
+
+#: By code. Payload tables store the index of a dtype in this order, so the order is part of the format: append only.
+DTYPES: Mapping[str, Dtype] = MappingProxyType({
+    dtype.code: dtype
+    for dtype in (
+        _dtype("BOOL", 1, "bool"),
+        _dtype("U8", 1, "uint8"),
+        _dtype("I8", 1, "int8"),
+        _dtype("F8_E4M3", 1, "float8_e4m3fn"),
+        _dtype("F8_E5M2", 1, "float8_e5m2"),
+        _dtype("U16", 2, "uint16"),
+        _dtype("I16", 2, "int16"),
+        _dtype("F16", 2, "float16"),
+        _dtype("BF16", 2, "bfloat16"),
+        _dtype("U32", 4, "uint32"),
+        _dtype("I32", 4, "int32"),
+        _dtype("F32", 4, "float32"),
+        _dtype("U64", 8, "uint64"),
+        _dtype("I64", 8, "int64"),
+        _dtype("F64", 8, "float64"),
+    )
+})  # fmt: skip
+
+
+def bits_dtype(code: str) -> np.dtype[np.unsignedinteger[Any]]:
+    """Returns the unsigned integer dtype that holds one element's bits."""
+    return DTYPES[code].bits
+
+
+def signed_dtype(code: str) -> np.dtype[np.signedinteger[Any]]:
+    """Returns the signed integer dtype as wide as one element."""
+    return DTYPES[code].signed
