@@ -5,8 +5,8 @@
     chunk   = dtype num_elements num_changed positions_nbytes steps_nbytes
 
 Numbers are unsigned LEB128. `shared` is how many bytes of the previous name this one starts with; dtype is an index
-into `weightline.dtypes.DTYPES`. A chunk covers the next num_elements elements of the line of its dtype: all its segments
-laid end to end.
+into `weightline.dtypes.DTYPES`. A chunk covers the next num_elements elements of the line of its dtype: all segments of
+that dtype laid end to end.
 """
 
 from __future__ import annotations
