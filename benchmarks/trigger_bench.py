@@ -60,7 +60,7 @@ def main() -> None:
 
 def _prepared(folder: Path) -> Chain:
     """A chain with one version that has been evaluated and served: what follows finds everything warm."""
-    from weightline.runs.folder import RUNS
+    from weightline.runs.recipes import RUNS
     from weightline.stages.model import materialize_model
     from weightline.stages.recipe import Recipe
 

@@ -1,1 +1,1 @@
-"""What a person runs, schedules or triggers: one file a flow."""
+"""Prefect flows, which a person runs, schedules or triggers: one flow in each file."""

@@ -1,7 +1,7 @@
-"""Labels and limits of the run forms: one name a kind of field, so that it looks the same in every form.
+"""Titles and limits of the fields of run forms: one name for each kind of field, the same in every form.
 
-Prefect takes a field's help from the docstring's `Args:`, and calls it by its parameter's name; `label` sets the name
-that a person reads. Everything else here is JSON Schema, which the server checks before a run is made.
+Prefect takes a field's help from the docstring's `Args:` and names it after its parameter; `label` sets the title that
+a person reads. Everything else here is JSON Schema, which the server checks before it makes a run.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pydantic import Field
 
 
 def label(title: str, **limits: Any) -> Any:
-    """A field's name in the form, and its limits: `ge`, `le`, `min_length`, `pattern`."""
+    """Returns a field with a title and limits for the form. Limits are those of pydantic: `ge`, `min_length`, ..."""
     return Field(json_schema_extra={"title": title}, **limits)
 
 

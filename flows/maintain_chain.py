@@ -1,4 +1,4 @@
-"""Keep a chain in shape: check it, shorten the ways into it, let go of old history. Scheduled or by hand."""
+"""Keeps a chain in shape: checks it, shortens the ways into it, expires old history. Scheduled or by hand."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from prefect.runtime import flow_run
 
 from weightline.chain.read.history import chain_name
 from weightline.flows.forms import ChainUrl, label
+from weightline.lineage.pages import UpkeepResult
 from weightline.runs.checks import PATIENCE_SECONDS, check_chain
-from weightline.tasks.upkeep import UpkeepResult, collect_garbage, compact, expire, show_maintenance, verify
+from weightline.tasks.upkeep import collect_garbage, compact, expire, show_maintenance, verify
 
 
 def _name_run() -> str:
@@ -33,17 +34,17 @@ def maintain_chain(
         check: `replay every version` reads all payloads and proves every digest; `sizes only` looks at manifests and
             object sizes.
         write_shortcuts: Write direct deltas to the newest version where catching up would otherwise cost more.
-        keep_versions: Let go of history older than the newest so many versions. Refs and live replicas keep what they
-            stand for. Empty: keep all.
-        delete_garbage: Really delete what nothing can reach. Off: only say what would go.
+        keep_versions: Expire history older than the newest so many versions. What refs and live replicas need stays.
+            Empty: keep all.
+        delete_garbage: Delete the objects that nothing can reach. Off: only say which would be deleted.
         grace_hours: Leave objects alone that are younger than this: a commit under way has some that nothing names yet.
     """
     check_chain(chain, PATIENCE_SECONDS)
-    outcomes = [verify(chain, is_deep=check == "replay every version")]
+    results = [verify(chain, is_deep=check == "replay every version")]
     if write_shortcuts:
-        outcomes.append(compact(chain))
+        results.append(compact(chain))
     if keep_versions is not None:
-        outcomes.append(expire(chain, keep_versions))
-    outcomes.append(collect_garbage(chain, delete_garbage, grace_hours))
-    show_maintenance(chain, outcomes)
-    return outcomes
+        results.append(expire(chain, keep_versions))
+    results.append(collect_garbage(chain, delete_garbage, grace_hours))
+    show_maintenance(chain, results)
+    return results

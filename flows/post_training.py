@@ -1,26 +1,31 @@
-"""Train a model through the stages of a recipe; every sync becomes a version of one chain."""
+"""Trains a model through the stages of a recipe; every sync becomes a version of one chain."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from prefect import flow, get_run_logger, tags
 from prefect.runtime import flow_run
 
 from weightline.deployments.server.artifacts import lineage_key
 from weightline.deployments.server.automations import WATCHED_TAG
+from weightline.deployments.server.flow_runs import run_id_of_flow_run
 from weightline.flows.forms import RunsDir, StageNames, label
 from weightline.runs.folder import default_runs_dir, open_run
 from weightline.runs.lock import exclusive_training_lock
-from weightline.tasks.training import (
-    finished_version,
-    make_start_model,
-    open_or_prepare_run,
-    prove_equality,
-    run_id_of_flow_run,
-    run_stage_ranks,
-)
+from weightline.runs.stage import StageProof, finished_version
+from weightline.tasks.training import make_start_model, open_or_prepare_run, prove_equality, run_stage_ranks
+
+
+@dataclass(frozen=True, slots=True)
+class TrainedRun:
+    """A run whose stages have all finished, with the proof of each."""
+
+    run_id: str
+    chain: str
+    proofs: dict[str, StageProof]
 
 
 def _name_run() -> str:
@@ -40,7 +45,7 @@ def post_training(
     run_id: Annotated[str | None, label("Run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")] = None,
     runs_dir: RunsDir = None,
     chain: Annotated[str | None, label("Chain", min_length=1)] = None,
-) -> dict[str, Any]:
+) -> TrainedRun:
     """Train through the stages of a recipe, in its order.
 
     Args:
@@ -60,14 +65,16 @@ def post_training(
     get_run_logger().info("run %s commits to %s; its lineage is artifact %s", run.run_id, run.chain_url, lineage)
     with exclusive_training_lock(run.chain_url, run.run_id):
         make_start_model(run)
-        # By the tag, runs are marked as crashed when they no longer live. A stage has none from its deployment.
+        # The automation for lost runs watches this tag. A stage's run gets no tag from a deployment.
         with tags(WATCHED_TAG):
-            equality = {stage.kind: train_stage(str(run.folder), stage.kind) for stage in run.recipe.stages}
-    return {"run_id": run.run_id, "chain": run.chain_url, "equality": equality}
+            proofs: dict[str, StageProof] = {
+                stage.kind: train_stage(str(run.folder), stage.kind) for stage in run.recipe.stages
+            }
+    return TrainedRun(run.run_id, run.chain_url, proofs)
 
 
 @flow(name="train-stage", flow_run_name=_name_stage, persist_result=False)
-def train_stage(run_dir: str, kind: str) -> dict[str, Any]:
+def train_stage(run_dir: str, kind: str) -> StageProof:
     """Train one stage, unless it is finished, and prove that the chain holds its result bit for bit.
 
     Args:

@@ -1,4 +1,4 @@
-"""Give one version away: as a checkpoint folder, as a model repository on the Hub, or both, with its lineage on it."""
+"""Publishes one version as a model: a checkpoint folder, a repository on the Hub, or both, with a model card."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from prefect.runtime import flow_run
 
 from weightline.chain.read.history import chain_name
 from weightline.flows.forms import ChainUrl, VersionName, label
-from weightline.tasks.release import Release, check_release, release
+from weightline.release.model_repo import Release
+from weightline.runs.checks import check_release
+from weightline.tasks.release import release
 
 
 def _name_run() -> str:
@@ -23,17 +25,17 @@ def publish_model(
     folder: Annotated[str | None, label("Folder", min_length=1)] = None,
     repo_id: Annotated[str | None, label("Hub repository", pattern=r"^[\w.-]+/[\w.-]+$")] = None,
     is_private: Annotated[bool, label("Private repository")] = True,
-    license_id: Annotated[str | None, label("Licence", pattern=r"^[a-z0-9][a-z0-9.-]*$")] = None,
+    license_id: Annotated[str | None, label("License", pattern=r"^[a-z0-9][a-z0-9.-]*$")] = None,
 ) -> Release:
     """Write a version, every digest checked, with a model card that states its chain, runs, stages and evaluations.
 
     Args:
         chain: URL of the bucket and chain.
         version: A number, `tip`, or the name of a tag.
-        folder: New folder for the checkpoint. Empty: none is left.
+        folder: New folder for the checkpoint. Empty: none is kept.
         repo_id: owner/name on the Hub; made if it is not there. Log in with HF_TOKEN. Empty: nothing is uploaded.
         is_private: Whether a repository that is made now is private.
-        license_id: Licence to state on the card, as the Hub calls it: apache-2.0, mit, ... Empty: none is stated.
+        license_id: License to state on the card, as the Hub calls it: apache-2.0, mit, ... Empty: none is stated.
     """
     check_release(chain, version, folder, repo_id)
     return release(chain, version, folder, repo_id, is_private, license_id)

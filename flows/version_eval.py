@@ -1,11 +1,12 @@
-"""Measure one version with lm-evaluation-harness. Started by every commit; safe to start again."""
+"""Measures one version with lm-evaluation-harness. Started by every commit; safe to start again."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
 from prefect import flow, get_run_logger
 
+from weightline.chain.read.records import Record
 from weightline.flows.forms import ChainUrl, VersionNumber, label
 from weightline.runs.checks import check_version
 from weightline.tasks.evaluation import evaluate
@@ -18,14 +19,14 @@ def evaluate_version(
     version: VersionNumber,
     task: Annotated[str | None, label("Task", min_length=1)] = None,
     limit: Annotated[int | None, label("Problems", ge=1)] = None,
-) -> dict[str, Any]:
+) -> Record:
     """Measure a version, or record that a newer one took its place. A milestone is always measured.
 
     Args:
         chain: URL of the bucket and chain.
-        version: Which version.
+        version: The version to measure.
         task: Task of lm-evaluation-harness. Empty: what the recipe of the version's run says.
-        limit: Use the first so many problems. Empty: what the recipe says.
+        limit: Measure on the first so many problems. Empty: what the recipe says.
     """
     check_version(chain, version)
     record = evaluate(chain, version, task, limit)

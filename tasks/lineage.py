@@ -1,4 +1,4 @@
-"""The lineage of a chain as an artifact in the Prefect UI: the same graph and table as everywhere else."""
+"""The task of lineage: a chain's graph and table as an artifact in the Prefect UI."""
 
 from __future__ import annotations
 
@@ -6,32 +6,24 @@ from prefect import get_run_logger, task
 from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 
-from weightline.chain import Chain, open_chain
+from weightline.chain import open_chain
 from weightline.deployments.server.artifacts import lineage_key
 from weightline.lineage.graph import MAX_NODES
-from weightline.lineage.openlineage import export_version
+from weightline.lineage.openlineage import try_export
+from weightline.lineage.pages import lineage_markdown
 from weightline.lineage.read import read_lineage, read_shortcuts
-from weightline.lineage.table import lineage_markdown
 
 
 @task(task_run_name="draw lineage", cache_policy=NO_CACHE, persist_result=False)
 def draw_lineage(chain: str, version: int | None = None) -> str:
-    """Rewrite the artifact `lineage-<chain>` from the bucket: the newest versions only. Safe to repeat.
+    """Rewrites the artifact `lineage-<chain>` with the newest versions, from the bucket. Safe to repeat.
 
-    What became of `version` goes to the company's own lineage tool as well, where the environment names one.
+    Exports the events of `version` to OpenLineage as well, if the environment names a server for them.
     """
     opened = open_chain(chain)
     key = lineage_key(opened.name)
     page = lineage_markdown(opened.url, read_lineage(opened, MAX_NODES), shortcuts=read_shortcuts(opened))
     create_markdown_artifact(page, key=key, description=f"Lineage of {opened.name}")
     if version is not None:
-        _export(opened, version)
+        try_export(opened, version, get_run_logger())
     return key
-
-
-def _export(chain: Chain, version: int) -> None:
-    try:
-        export_version(chain, version)
-    # Whatever somebody else's service does, the version was measured and served.
-    except Exception as error:  # noqa: BLE001
-        get_run_logger().warning("no OpenLineage events of version %d: %r", version, error)

@@ -1,16 +1,18 @@
-"""What a driver asks a Prefect server for: start a run of a deployment, tell its state, say what came of it."""
+"""Flow runs on a Prefect server: starts one for a driver, reads its state, and names the one that this process runs."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 from uuid import UUID
 
 import httpx
 from prefect.client.orchestration import get_client
+from prefect.context import FlowRunContext
 from prefect.exceptions import PrefectException
 
-from weightline.runs.folder import Run
+from weightline.runs.folder import Run, new_run_id
+from weightline.stages.load import load_recipe
 
 POST_TRAINING = "post-training/post-training"
 RECONCILE = "reconcile/reconcile"
@@ -18,7 +20,7 @@ RECONCILE = "reconcile/reconcile"
 
 @dataclass(frozen=True, slots=True)
 class RunState:
-    """What the server says of a flow run."""
+    """The state of a flow run as the server has it."""
 
     kind: str
     """Prefect's state type: RUNNING, COMPLETED, FAILED, CRASHED, CANCELLED, ..."""
@@ -31,18 +33,18 @@ class RunState:
 
 
 def start_training(run: Run) -> UUID:
-    """Start the post-training deployment for a prepared run. Not safe to repeat: it starts another flow run."""
+    """Starts the post-training deployment for a prepared run. Not safe to repeat: it starts another flow run."""
     parameters = {"recipe": None, "run_id": run.run_id, "runs_dir": str(run.folder.parent), "chain": None}
     return _start(POST_TRAINING, parameters)
 
 
 def start_reconcile(run: Run) -> UUID:
-    """Start what the run's versions are owed, however young they are."""
+    """Starts the reconcile deployment for the run's chain, without a grace for young versions."""
     return _start(RECONCILE, {"chains": [run.chain_url], "grace_seconds": 0.0})
 
 
 def read_run_state(flow_run_id: UUID) -> RunState | None:
-    """The flow run's state, or None while the server cannot say."""
+    """Reads the flow run's state. Returns None while the server does not answer."""
     try:
         with get_client(sync_client=True) as client:
             state = client.read_flow_run(flow_run_id).state
@@ -51,7 +53,24 @@ def read_run_state(flow_run_id: UUID) -> RunState | None:
     return None if state is None else RunState(state.type.value, state.message or "", state.is_final())
 
 
-def _start(deployment: str, parameters: dict[str, Any]) -> UUID:
+def run_id_of_flow_run(recipe: str | None) -> str | None:
+    """Returns a run id derived from the current flow run, so that a retry of the flow run resumes the same run.
+
+    Returns None outside a flow run, or without a recipe to name the run after.
+    """
+    context = FlowRunContext.get()
+    if recipe is None or context is None or context.flow_run is None:
+        return None
+    return f"{new_run_id(load_recipe(recipe).name, context.flow_run.created)}-{context.flow_run.id.hex[:4]}"
+
+
+def flow_run_provenance() -> dict[str, str]:
+    """Returns what a version's manifest says about the current flow run: its id. Empty outside a flow run."""
+    context = FlowRunContext.get()
+    return {"flow_run_id": str(context.flow_run.id)} if context is not None and context.flow_run is not None else {}
+
+
+def _start(deployment: str, parameters: Mapping[str, object]) -> UUID:
     with get_client(sync_client=True) as client:
         found = client.read_deployment_by_name(deployment)
-        return client.create_flow_run_from_deployment(found.id, parameters=parameters).id
+        return client.create_flow_run_from_deployment(found.id, parameters=dict(parameters)).id

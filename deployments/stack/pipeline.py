@@ -28,7 +28,8 @@ from weightline.deployments.stack.stack import (
 )
 from weightline.deployments.stack.supervisor import start_supervisor
 from weightline.errors import InputError, LaunchError
-from weightline.runs.folder import Run, prepare_run, runs_dir_of
+from weightline.runs.folder import Run, runs_dir_of
+from weightline.runs.prepare import prepare_run
 from weightline.runs.progress import RunProgress, RunWatch
 from weightline.runs.summary import stage_lines, versions_table, write_summary
 
@@ -60,7 +61,7 @@ def run_pipeline(
         _train(run, stack, console)
         rows = RunWatch(run).look().rows
         summary = write_summary(run, rows, stack.ui_url, time.monotonic() - started)
-        console.print(versions_table(rows, f"{run.run_id} in {summary['seconds']:.0f} s"))
+        console.print(versions_table(rows, f"{run.run_id} in {summary.seconds:.0f} s"))
         for line in stage_lines(summary):
             console.print(line, highlight=False, soft_wrap=True)
         console.print(f"Prefect UI: {stack.ui_url} (weightline up shows it again)", highlight=False)

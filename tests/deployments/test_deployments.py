@@ -32,12 +32,12 @@ from tests.waiting import wait_until
 from weightline.chain import Chain, open_chain
 from weightline.chain.read.records import EVALUATIONS, REFRESHES, read_records
 from weightline.deployments.prefect_private import drain_events
-from weightline.deployments.server.consumer_runs import MAX_RUNS
 from weightline.deployments.server.deploy import deploy_all, end_stale_runs
 from weightline.deployments.server.events import announce_commit
 from weightline.deployments.worker.work_queues import LANES, WORK_POOL
 from weightline.flows.reconcile import reconcile
 from weightline.format import keys
+from weightline.lineage.owed import MAX_ATTEMPTS
 
 CONSUMERS = ("evaluate-version", "refresh-serving")
 
@@ -131,19 +131,18 @@ def test_a_chain_that_cannot_be_read_costs_the_others_nothing(deployed: SyncPref
 
 
 def test_what_fails_for_good_is_written_down_and_not_started_again(
-    deployed: SyncPrefectClient, monkeypatch: pytest.MonkeyPatch
+    deployed: SyncPrefectClient,
 ) -> None:
-    monkeypatch.setattr("weightline.deployments.server.consumer_runs.WINDOW_SECONDS", 0)
     chain = _committed_unheard("exhausted")
     for manifest in chain.manifests():
         announce_commit(chain.url, {"version": manifest.version, "commit_id": manifest.commit_id})
-    for tried in range(MAX_RUNS + 1):
+    for tried in range(MAX_ATTEMPTS + 1):
         for name in CONSUMERS:
             runs = wait_until(lambda name=name: _runs(deployed, name, chain.url), lambda found: len(found) >= 2)
             assert len(runs) == 2 * (tried + 1)
             for run in (run for run in runs if run.state and not run.state.is_final()):
                 deployed.set_flow_run_state(run.id, Failed(message="no such task"), force=True)
-        assert reconcile(chains=[chain.url], grace_seconds=0.0) == (4 if tried < MAX_RUNS else 0)
+        assert reconcile(chains=[chain.url], grace_seconds=0.0, retry_seconds=0.0) == (4 if tried < MAX_ATTEMPTS else 0)
     for kind in (EVALUATIONS, REFRESHES):
         records = read_records(chain, kind)
         assert [(record["version"], record["status"]) for record in records] == [(0, "failed"), (1, "failed")]

@@ -17,7 +17,7 @@ from prefect.events import DeploymentEventTrigger
 from prefect.flows import Flow
 
 from tests import ROOT
-from weightline.deployments.server.consumer_runs import EVALUATE, REFRESH
+from weightline.deployments.server.consumer_runs import CONSUMERS
 from weightline.deployments.server.events import COMMITTED
 from weightline.deployments.server.flow_runs import POST_TRAINING, RECONCILE
 from weightline.deployments.worker.work_queues import LANES, WORK_POOL
@@ -82,7 +82,7 @@ def test_every_queue_has_a_lane_and_every_lane_a_deployment() -> None:
 
 def test_deployments_are_called_what_our_code_calls_them() -> None:
     known = {f"{_flow(deployment).name}/{deployment['name']}" for deployment in DEPLOYMENTS}
-    assert known >= {EVALUATE, REFRESH, POST_TRAINING, RECONCILE}
+    assert known >= {*CONSUMERS.values(), POST_TRAINING, RECONCILE}
 
 
 def test_the_recipe_of_the_form_is_there() -> None:

@@ -20,7 +20,7 @@ from weightline.chain.files.checkpoint import write_checkpoint
 from weightline.chain.read.records import EVALUATIONS, read_record, read_records
 from weightline.errors import DigestMismatchError, InputError, VersionNotFoundError
 from weightline.evaluation.checkpoint import prove_checkpoint
-from weightline.evaluation.evaluate import evaluate_or_skip, evaluate_version
+from weightline.evaluation.evaluate import evaluate_or_skip, measure_version
 from weightline.evaluation.task import EvaluationTask, arithmetic_task
 from weightline.format import keys
 
@@ -91,7 +91,7 @@ def test_the_score_is_that_of_a_direct_greedy_evaluation(
         write_checkpoint(grown.chain, version, tmp_path / f"direct-{version}")
         answers = _greedy_answers(tmp_path / f"direct-{version}", [row["question"] for row in rows])
         expected = sum(answer == row["answer"] for answer, row in zip(answers, rows, strict=True)) / NUM_PROBLEMS
-        record = evaluate_version(grown.chain, version, task, tmp_path / "work")
+        record = measure_version(grown.chain, version, task, tmp_path / "work")
         assert record["score"] == record["metrics"]["exact_match,none"] == expected
         assert expected == 0.75 if version == 0 else expected < 0.75
         assert record["num_problems"] == NUM_PROBLEMS
@@ -104,14 +104,14 @@ def test_the_score_is_that_of_a_direct_greedy_evaluation(
 def test_a_recorded_version_is_not_measured_again(
     grown: ModelChain, task: EvaluationTask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = evaluate_version(grown.chain, 1, task, tmp_path)
+    first = measure_version(grown.chain, 1, task, tmp_path)
     monkeypatch.setattr("weightline.evaluation.evaluate.write_checkpoint", None)
-    assert evaluate_version(grown.chain, 1, task, tmp_path) == first
+    assert measure_version(grown.chain, 1, task, tmp_path) == first
 
 
 def test_a_limit_measures_the_first_problems(grown: ModelChain, problems: Path, tmp_path: Path) -> None:
     limited = EvaluationTask("first-8", problems=problems, limit=8, max_new_tokens=MAX_NEW_TOKENS)
-    record = evaluate_version(grown.chain, 0, limited, tmp_path)
+    record = measure_version(grown.chain, 0, limited, tmp_path)
     assert (record["num_problems"], record["score"]) == (8, 0.75)
 
 
@@ -160,7 +160,7 @@ def test_a_task_that_cannot_be_run_is_refused_before_any_work(
 ) -> None:
     bad = EvaluationTask(**{"name": "bad", "problems": problems} | changed)
     with pytest.raises(InputError) as raised:
-        evaluate_version(grown.chain, 0, bad, tmp_path / "work")
+        measure_version(grown.chain, 0, bad, tmp_path / "work")
     assert raised.value.field == field
     assert not (tmp_path / "work").exists()
     assert read_record(grown.chain, EVALUATIONS, 0, "bad") is None
@@ -177,12 +177,12 @@ def test_a_task_of_the_users_own_folder(grown: ModelChain, problems: Path, tmp_p
         "metric_list:\n  - metric: acc\n  - metric: perplexity\n"
     )
     mine = EvaluationTask("my_task", include_path=folder, limit=8)
-    record = evaluate_version(grown.chain, 0, mine, tmp_path / "work")
+    record = measure_version(grown.chain, 0, mine, tmp_path / "work")
     assert record["metrics"].keys() == {"acc,none", "perplexity,none"}
     assert record["score"] == record["metrics"]["acc,none"]
     unknown = EvaluationTask("no_such_task", include_path=folder)
     with pytest.raises(InputError, match="knows no task 'no_such_task'"):
-        evaluate_version(grown.chain, 0, unknown, tmp_path / "work")
+        measure_version(grown.chain, 0, unknown, tmp_path / "work")
 
 
 def test_a_version_that_does_not_exist(grown: ModelChain, task: EvaluationTask, tmp_path: Path) -> None:
@@ -193,7 +193,7 @@ def test_a_version_that_does_not_exist(grown: ModelChain, task: EvaluationTask, 
 def test_measuring_is_quiet(
     grown: ModelChain, task: EvaluationTask, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    evaluate_version(grown.chain, 2, task, tmp_path)
+    measure_version(grown.chain, 2, task, tmp_path)
     captured = capfd.readouterr()
     assert captured.out + captured.err == ""
     assert logging.getLogger("lm_eval").level != logging.ERROR

@@ -210,6 +210,6 @@ def test_accelerate_reads_the_file_for_several_machines() -> None:
 
 
 def test_a_peer_s_pod_waits_for_calls_and_the_first_one_runs_the_flow() -> None:
-    argv = [sys.executable, "-m", "weightline.launch.machine_entry", sys.executable, "-c", "print('the flow')"]
+    argv = [sys.executable, "-m", "weightline.launch.peer", "--indexed-job", sys.executable, "-c", "print('the flow')"]
     env = {"PYTHONPATH": str(ROOT), "JOB_COMPLETION_INDEX": "0"}
     assert subprocess.run(argv, env=env, capture_output=True, text=True, check=True).stdout == "the flow\n"

@@ -22,15 +22,16 @@ from weightline.launch.machines import (
     MAIN_PORT_VARIABLE,
     Call,
     calling,
+    launching,
     new_call,
     standing_calls,
 )
 from weightline.launch.peer import answer
 from weightline.launch.ranks import run_ranks
-from weightline.runs.folder import Run, prepare_run
+from weightline.runs.folder import Run
+from weightline.runs.prepare import prepare_run
 from weightline.stages.job import StageResult
 from weightline.stages.model import materialize_model
-from weightline.tasks.training import launching
 
 
 def _call(job_path: Path, **changes: object) -> Call:
@@ -100,7 +101,10 @@ def test_two_machines_train_one_stage(tmp_path: Path, monkeypatch: pytest.Monkey
     )  # fmt: skip
     try:
         env = launch_environment(job, os.environ)
-        with launching(run, job.output_dir / "job.json", {}) as argv:
+        with launching(
+            job.output_dir / "job.json", run.folder.parent,
+            num_processes=run.placement.num_processes, device="cpu", num_machines=2, environment={},
+        ) as argv:  # fmt: skip
             run_ranks(argv, env, job.output_dir / "ranks.log", lambda _: None, lambda: None)
         # The second machine's launcher may end a moment after the first one's.
         wait_until((job.output_dir / "ranks-1.log").exists)

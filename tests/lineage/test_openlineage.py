@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import socket
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -15,7 +17,7 @@ from tests.chains import commit_state, nudged, random_state
 from weightline.chain import Chain, open_chain
 from weightline.chain.read.records import EVALUATIONS, write_record
 from weightline.chain.write.standalone import commit_fork
-from weightline.lineage.openlineage import dataset_name, export_version, is_enabled, version_events
+from weightline.lineage.openlineage import dataset_name, export_version, is_enabled, try_export, version_events
 
 
 @pytest.fixture
@@ -103,3 +105,17 @@ def test_datasets_are_named_as_others_name_them() -> None:
     assert dataset_name("s3://bucket/models/a") == ("s3://bucket", "models/a")
     assert dataset_name("file:///data/my%20model") == ("file", "/data/my model")
     assert dataset_name("/data/model") == ("file", "/data/model")
+
+
+def test_a_lineage_server_that_is_away_fails_nothing(
+    chain: Chain, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("OPENLINEAGE__TRANSPORT__TYPE", "http")
+        monkeypatch.setenv("OPENLINEAGE__TRANSPORT__URL", f"http://127.0.0.1:{closed.getsockname()[1]}")
+        monkeypatch.setenv("OPENLINEAGE__TRANSPORT__RETRY", '{"total": 0}')
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+        with caplog.at_level(logging.WARNING, "test"):
+            try_export(chain, 0, logging.getLogger("test"))
+    assert "no OpenLineage events of version 0" in caplog.text

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 
 from tests.lineage.rows import row
-from weightline.lineage.table import COLUMNS, cells, lineage_markdown, markdown_table, summary_rows
+from weightline.lineage.pages import lineage_markdown
+from weightline.lineage.table import COLUMNS, cells, markdown_table, summary_rows
 
 
 def test_cells_match_the_columns() -> None:

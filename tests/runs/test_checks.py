@@ -22,7 +22,7 @@ from weightline.flows.serving_refresh import refresh_serving
 from weightline.flows.version_eval import evaluate_version
 from weightline.runs import checks as form_checks
 from weightline.runs.checks import check_form
-from weightline.runs.folder import prepare_run
+from weightline.runs.prepare import prepare_run
 
 CHAIN = "memory://form-checks"
 
@@ -76,10 +76,9 @@ def test_a_model_of_the_recipe_is_told_by_the_recipe_s_field(tmp_path: Path) -> 
 def test_a_bucket_that_is_not_there_is_told_soon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"ENDPOINT_URL": "http://127.0.0.1:9", "ACCESS_KEY_ID": "a", "SECRET_ACCESS_KEY": "b"}.items():
         monkeypatch.setenv(f"AWS_{name}", value)
-    monkeypatch.setattr("weightline.runs.folder.PATIENCE_SECONDS", 0.5)
     began_at = time.monotonic()
     with pytest.raises(TransientStorageError, match=r"^chain: s3://nobody/x"):
-        prepare_run(write_recipe(tmp_path), tmp_path / "runs", chain_url="s3://nobody/x")
+        prepare_run(write_recipe(tmp_path), tmp_path / "runs", chain_url="s3://nobody/x", patience_seconds=0.5)
     assert time.monotonic() - began_at < 60.0
     assert form_checks.PATIENCE_SECONDS <= 10.0
 

@@ -13,9 +13,10 @@ from tests.runs.recipes import write_recipe
 from weightline.chain import open_chain
 from weightline.chain.read.records import read_records
 from weightline.errors import InputError, NotFoundError, RecipeError, StorageError
-from weightline.runs.folder import RUNS, new_run_id, open_run, prepare_run
+from weightline.runs.folder import CHAINS_VARIABLE, configured_chains, new_run_id, open_run
+from weightline.runs.prepare import prepare_run
+from weightline.runs.recipes import RUNS, evaluation_task, recorded_recipe
 from weightline.stages.recipe import ModelConfig, parse_start
-from weightline.tasks.evaluation import evaluation_task, recipe_of
 
 
 def test_a_new_run_writes_its_folder_its_bucket_and_its_record(tmp_path: Path) -> None:
@@ -96,7 +97,7 @@ def test_a_version_is_evaluated_as_its_runs_recipe_says(tmp_path: Path) -> None:
     run = prepare_run(write_recipe(tmp_path, evaluation=evaluation), tmp_path / "runs", "run-1")
     chain = run.open_chain()
     commit_state(chain, random_state(0))  # by run-1
-    recipe = recipe_of(chain, 0)
+    recipe = recorded_recipe(chain, 0)
     assert recipe == run.recipe
     task = evaluation_task(recipe, None, None, tmp_path / "work")
     assert (task.name, task.limit, task.batch_size) == ("arithmetic", 33, 16)
@@ -151,3 +152,17 @@ def test_a_run_from_a_version_stays_with_that_version(tmp_path: Path) -> None:
 )
 def test_what_a_person_names_to_start_from(text: str, start: dict[str, str]) -> None:
     assert parse_start(text) == ModelConfig.model_validate(start)
+
+
+def test_all_configured_chains_are_looked_after_newest_run_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert configured_chains(tmp_path) == []
+    (tmp_path / "no-run").mkdir()
+    (tmp_path / "no-run" / "run.json").write_text("{}")
+    older, newer = (prepare_run(write_recipe(tmp_path), tmp_path, name) for name in ("older", "newer"))
+    os.utime(older.folder / "run.json", (1, 1))
+    assert configured_chains(tmp_path) == [newer.chain_url, older.chain_url]
+    plain_path = older.chain_url.removeprefix("file://")
+    monkeypatch.setenv(CHAINS_VARIABLE, f"ftp://no-bucket {plain_path}")
+    assert configured_chains(tmp_path) == ["ftp://no-bucket", older.chain_url, newer.chain_url]

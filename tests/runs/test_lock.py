@@ -11,8 +11,8 @@ import pytest
 from tests import ROOT
 from tests.runs.recipes import write_recipe
 from weightline.errors import InputError
-from weightline.runs.folder import prepare_run
 from weightline.runs.lock import exclusive_training_lock, lock_path
+from weightline.runs.prepare import prepare_run
 
 _HOLDER = (
     "import sys; from weightline.runs.lock import exclusive_training_lock\n"

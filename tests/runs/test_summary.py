@@ -14,9 +14,11 @@ from tests.runs.recipes import write_recipe
 from weightline.chain.read.records import EVALUATIONS, REFRESHES, write_record
 from weightline.deployments.stack.screen import RunScreen
 from weightline.lineage.read import read_lineage
-from weightline.runs.folder import Run, prepare_run
+from weightline.runs.folder import Run
+from weightline.runs.prepare import prepare_run
 from weightline.runs.progress import RunWatch
-from weightline.runs.summary import stage_lines, versions_table, write_summary
+from weightline.runs.stage import StageProof
+from weightline.runs.summary import RunSummary, stage_lines, versions_table, write_summary
 
 
 @pytest.fixture
@@ -41,9 +43,11 @@ def _text(console: Console) -> str:
 
 
 def test_the_summary_says_all_of_a_run(run: Run) -> None:
-    run.equality_path("sft").write_text(json.dumps({"version": 1, "is_bit_equal": True}))
-    write_summary(run, read_lineage(run.open_chain()), "http://127.0.0.1:4200", 12.34)
+    proof = StageProof(version=1, commit_id="0" * 32, is_bit_equal=True, num_tensors=2, num_elements=8)
+    run.equality_path("sft").write_text(proof.model_dump_json())
+    written = write_summary(run, read_lineage(run.open_chain()), "http://127.0.0.1:4200", 12.34)
     summary = json.loads(run.summary_path.read_text())
+    assert RunSummary.model_validate(summary) == written
     first, second = summary["versions"]
     assert (first["version"], first["stage"], first["kind"], first["score"]) == (0, "sft", "anchor", 0.25)
     assert (second["score"], second["served_at"]) == (None, "2026-01-02T03:04:05Z")
@@ -51,7 +55,7 @@ def test_the_summary_says_all_of_a_run(run: Run) -> None:
     assert summary["stages"]["sft"]["is_bit_equal"] is True
     assert summary["stages"]["sft"]["last_version"] == 1
     assert summary["stages"]["dpo"]["is_bit_equal"] is False
-    told = stage_lines(summary)
+    told = list(stage_lines(written))
     assert told[0] == "start: score 0.250"
     assert "version 1, replayed from the bucket, is bit-equal to what trainer.save_model wrote" in told[1]
     assert "NOT proved equal" in told[2]

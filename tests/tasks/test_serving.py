@@ -24,7 +24,7 @@ from weightline.fleet.local_replica import REPLICAS_DIR_VARIABLE
 from weightline.fleet.members import SERVING_URL_VARIABLE, find_fleet
 from weightline.fleet.rollout import RolloutSettings, open_rollout
 from weightline.flows.serving_refresh import refresh_serving
-from weightline.runs.folder import RUNS
+from weightline.runs.recipes import RUNS
 from weightline.serving.http import client
 from weightline.serving.http.auth import TOKEN_VARIABLE
 from weightline.serving.replica.following import Following

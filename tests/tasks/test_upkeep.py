@@ -8,11 +8,12 @@ from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey
 
 from tests.chains import commit_state, nudged, random_state
 from weightline.chain import Chain, open_chain
+from weightline.chain.upkeep.retention import first_of_newest
 from weightline.chain.upkeep.verify import verify_chain
 from weightline.errors import ChainEmptyError, CorruptError
 from weightline.flows.maintain_chain import maintain_chain
 from weightline.format import keys
-from weightline.tasks.upkeep import UpkeepResult, first_to_keep, upkeep_markdown
+from weightline.lineage.pages import UpkeepResult, upkeep_markdown
 
 SHAPES = {"model.embed.weight": (400, 64), "model.norm.weight": (64,)}
 
@@ -40,7 +41,7 @@ def test_a_page_says_what_each_step_did() -> None:
 
 def test_the_newest_versions_are_kept() -> None:
     chain = _grown("kept", 3)
-    assert [first_to_keep(chain, number) for number in (1, 2, 3, 9)] == [2, 1, 0, 0]
+    assert [first_of_newest(chain, number) for number in (1, 2, 3, 9)] == [2, 1, 0, 0]
 
 
 @pytest.mark.slow

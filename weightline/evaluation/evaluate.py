@@ -29,10 +29,23 @@ def evaluate_or_skip(
         case Skip(newer_version=newer):
             return write_record(chain, EVALUATIONS, version, task.name, {"status": "skipped", "newer_version": newer})
         case Evaluate():
-            return evaluate_version(chain, version, task, work_dir, device)
+            return measure_version(chain, version, task, work_dir, device)
 
 
-def evaluate_version(
+def wait_or_measure(
+    chain: Chain, version: int, task: EvaluationTask, work_dir: Path, wait_seconds: float, poll_seconds: float = 1.0
+) -> Record:
+    """Waits for the record of an evaluation that runs elsewhere. Measures the version here when it does not come."""
+    deadline = time.monotonic() + wait_seconds
+    while time.monotonic() < deadline:
+        record = read_record(chain, EVALUATIONS, version, task.name)
+        if record is not None:
+            return record
+        time.sleep(poll_seconds)
+    return measure_version(chain, version, task, work_dir)
+
+
+def measure_version(
     chain: Chain, version: int, task: EvaluationTask, work_dir: Path, device: str | None = None
 ) -> Record:
     """Measure exactly that version and write the record: score, metrics, num_problems, seconds, and of which bits.

@@ -29,33 +29,36 @@ def accelerate_config(name: str) -> Path:
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
-    """One of several machines that train a stage together."""
+class Rendezvous:
+    """Where several machines meet to train one stage, and which of them this one is."""
 
     num_machines: int
     machine_rank: int
     main_address: str
-    """Of machine 0, as the others reach it."""
+    """Address of machine 0, as the others reach it."""
     main_port: int
 
 
-def launch_argv(job_path: str | Path, num_processes: int, device: str = "cpu", place: Place | None = None) -> list[str]:
-    """`accelerate launch` of the job's rank program on this machine, with this interpreter.
+def launch_argv(
+    job_path: str | Path, num_processes: int, device: str = "cpu", rendezvous: Rendezvous | None = None
+) -> list[str]:
+    """Returns the `accelerate launch` command of the job's rank program on this machine, with this interpreter.
 
-    Alone, and on a free port; or as one of several machines, `num_processes` counting the ranks of all.
+    Without a rendezvous this machine trains alone and takes a free port. With one, `num_processes` counts the ranks of
+    all machines.
     """
     config = accelerate_config("zero3_cpu.yaml" if device == "cpu" else "zero3_gpu.yaml")
     options = {
         "--config_file": str(config),
         "--deepspeed_config_file": str(accelerate_config(DEEPSPEED_CONFIG)),
         "--num_processes": str(num_processes),
-        "--main_process_port": "0" if place is None else str(place.main_port),
+        "--main_process_port": "0" if rendezvous is None else str(rendezvous.main_port),
     }
-    if place is not None:
+    if rendezvous is not None:
         options |= {
-            "--num_machines": str(place.num_machines),
-            "--machine_rank": str(place.machine_rank),
-            "--main_process_ip": place.main_address,
+            "--num_machines": str(rendezvous.num_machines),
+            "--machine_rank": str(rendezvous.machine_rank),
+            "--main_process_ip": rendezvous.main_address,
             # torchrun on every machine; DeepSpeed's own launchers would go there by ssh.
             "--deepspeed_multinode_launcher": "standard",
         }
@@ -65,10 +68,10 @@ def launch_argv(job_path: str | Path, num_processes: int, device: str = "cpu", p
 
 
 def launch_environment(job: StageJob, base: Mapping[str, str]) -> dict[str, str]:
-    """`base` (usually os.environ) with what the ranks need. The person's own settings of the same names win."""
-    wanted = {"TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
+    """Returns `base` (usually os.environ) with what the ranks need. A setting that `base` has already wins."""
+    needed = {"TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
     if job.device == "cpu":
-        wanted |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+        needed |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     if job.stage.dataset.is_arithmetic or is_local_path(job.stage.dataset.path):
-        wanted |= {"HF_HUB_OFFLINE": "1"}
-    return wanted | dict(base)
+        needed |= {"HF_HUB_OFFLINE": "1"}
+    return needed | dict(base)

@@ -8,6 +8,7 @@ Spec: https://openlineage.io/docs/spec/object-model
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
@@ -53,6 +54,18 @@ def export_version(chain: Chain, version: int) -> int:
     finally:
         client.close()
     return len(events)
+
+
+def try_export(chain: Chain, version: int, logger: logging.Logger | logging.LoggerAdapter[Any]) -> None:
+    """Exports the version's events if the environment names a server. A failure is logged as a warning, never raised.
+
+    The version was measured and served whatever a lineage server does.
+    """
+    try:
+        export_version(chain, version)
+    # The transport is a third party's and raises anything.
+    except Exception as error:  # noqa: BLE001
+        logger.warning("no OpenLineage events of version %d: %r", version, error)
 
 
 def version_events(chain: Chain, version: int) -> Iterator[RunEvent]:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from weightline.lineage.edges import Shortcut
-from weightline.lineage.graph import MAX_NODES, mermaid_graph
 from weightline.lineage.rows import LineageRow
 from weightline.lineage.text import escape_markdown, format_nbytes, format_percent, format_time
 
@@ -35,29 +33,6 @@ def markdown_table(rows: Sequence[LineageRow]) -> str:
     lines = ["| " + " | ".join(COLUMNS) + " |", "|" + " --- |" * len(COLUMNS)]
     lines += ["| " + " | ".join(escape_markdown(cell) for cell in cells(row)) + " |" for row in reversed(rows)]
     return "\n".join(lines)
-
-
-def lineage_markdown(
-    chain_url: str,
-    rows: Sequence[LineageRow],
-    max_versions: int = MAX_NODES,
-    shortcuts: Iterable[Shortcut] = (),
-) -> str:
-    """The page of a chain: graph and table of its newest versions. `rows` may leave out older versions.
-
-    Its size is bounded by `max_versions`, whatever the length of the chain.
-    """
-    name = f"Chain {escape_markdown_url(chain_url)}"
-    if not rows:
-        return f"{name} holds no version yet.\n"
-    shown = rows[-max_versions:]
-    intro = f"{name}: newest {len(shown)} of {shown[-1].version + 1} versions. `*`: a milestone, always evaluated."
-    return f"{intro}\n\n```mermaid\n{mermaid_graph(shown, max_versions, shortcuts)}\n```\n\n{markdown_table(shown)}\n"
-
-
-def escape_markdown_url(url: str) -> str:
-    """A URL as inline code: shown, never a link, and unable to leave the code."""
-    return "`" + " ".join(url.replace("`", "'").split()) + "`"
 
 
 def summary_rows(rows: Sequence[LineageRow]) -> list[dict[str, Any]]:

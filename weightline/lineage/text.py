@@ -23,6 +23,11 @@ def escape_markdown(text: str) -> str:
     return _MARKDOWN_SPECIAL.sub(r"\\\1", plain)
 
 
+def escape_markdown_url(url: str) -> str:
+    """Returns a URL as inline code: it is shown, is never a link, and cannot end the code."""
+    return "`" + " ".join(url.replace("`", "'").split()) + "`"
+
+
 def slug(text: str) -> str:
     """Returns lowercase letters, digits and dashes: "My_Chain v2" -> "my-chain-v2"."""
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-") or "unnamed"

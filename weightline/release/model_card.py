@@ -1,23 +1,46 @@
-"""The model card of a version: where it comes from, in words, and as the Hub's metadata. Pure."""
+"""The model card of a version: where it comes from, in words, and as the Hub's metadata.
+
+The words are in model_card_template.md; `ModelCard` of huggingface_hub fills it in and writes the YAML header.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any
+from pathlib import Path
 
-import yaml
-
-from weightline.chain.read.records import Record
+from weightline.chain import Chain
+from weightline.chain.read.records import EVALUATIONS, Record, read_records
+from weightline.evaluation.gate import measured_score
 from weightline.format.manifest import Manifest
-from weightline.lineage.table import escape_markdown_url
-from weightline.lineage.text import escape_markdown, format_nbytes
+from weightline.lineage.text import escape_markdown, escape_markdown_url, format_nbytes
 from weightline.stages.preflight import is_local_path
 from weightline.stages.recipe import ModelConfig
 
 CARD = "README.md"
+_TEMPLATE = Path(__file__).with_name("model_card_template.md")
 _MAX_DIGESTS = 200
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Versions that follow each other in one stage of one run. Step and time are those of the last one."""
+
+    versions: str
+    stage: str
+    run_id: str
+    global_step: int
+    created_at: str
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """The result of one finished evaluation of the version."""
+
+    task: str
+    score: float | None
+    num_problems: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,8 +50,9 @@ class CardFacts:
     chain_url: str
     chain_name: str
     manifests: Sequence[Manifest]
-    evaluations: Sequence[Record]
+    scores: Sequence[Score]
     start: ModelConfig | None
+    """The model that training started from, if the run's recipe is recorded."""
     license_id: str | None = None
 
     @property
@@ -39,96 +63,68 @@ class CardFacts:
     def base_model(self) -> str | None:
         """The Hub id of the model that training started from, or of the one that an adapter belongs to."""
         if self.manifest.base_model is not None:
-            return self.manifest.base_model.name_or_path
-        path = self.start.path if self.start is not None else None
+            path: str | None = self.manifest.base_model.name_or_path
+        else:
+            path = self.start.path if self.start is not None else None
         return path if path is not None and not is_local_path(path) else None
+
+    @property
+    def spans(self) -> tuple[Span, ...]:
+        return tuple(_spans(self.manifests))
+
+
+def card_facts(chain: Chain, version: int, start: ModelConfig | None, license_id: str | None = None) -> CardFacts:
+    """Reads what a card states: every manifest up to the version, and the version's evaluations."""
+    records = (record for record in read_records(chain, EVALUATIONS, version) if record["version"] == version)
+    scores = tuple(_score(record) for record in records if record.get("status") == "done")
+    return CardFacts(chain.url, chain.name, chain.manifests(last=version), scores, start, license_id)
 
 
 def model_card(facts: CardFacts) -> str:
-    """Markdown with the Hub's YAML header. Names from the bucket are escaped."""
-    header = yaml.safe_dump(_metadata(facts), sort_keys=False, allow_unicode=False)
-    return f"---\n{header}---\n" + "\n".join(_body(facts)) + "\n"
+    """Returns the card as Markdown with the Hub's YAML header. Names from the bucket are escaped. Pure."""
+    from huggingface_hub import ModelCard, ModelCardData
 
-
-def _metadata(facts: CardFacts) -> dict[str, Any]:
-    stages = dict.fromkeys(manifest.stage for manifest in facts.manifests)
-    metadata: dict[str, Any] = {
-        "library_name": "peft" if facts.manifest.base_model is not None else "transformers",
-        "pipeline_tag": "text-generation",
-        "tags": ["weightline", "trl", *(stage for stage in stages if stage in ("sft", "dpo", "grpo"))],
-    }
-    if facts.license_id is not None:
-        metadata["license"] = facts.license_id
-    base = facts.base_model
-    if base is not None and not is_local_path(base):
-        metadata["base_model"] = base
-    return metadata
-
-
-def _body(facts: CardFacts) -> Iterator[str]:
     manifest = facts.manifest
-    chain = escape_markdown_url(facts.chain_url)
-    yield f"# {escape_markdown(facts.chain_name)} v{manifest.version}"
-    yield ""
-    yield f"Version {manifest.version} of the chain {chain}, commit `{manifest.commit_id}`."
-    yield "Every weight is, bit for bit, what the trainer held when it committed the version."
-    yield from _origin(facts)
-    yield from (
-        "",
-        "## Training",
-        "",
-        "| versions | stage | run | optimizer step | committed (UTC) |",
-        "|" + " --- |" * 5,
+    stages = dict.fromkeys(one.stage for one in facts.manifests)
+    metadata = ModelCardData(
+        library_name="peft" if manifest.base_model is not None else "transformers",
+        pipeline_tag="text-generation",
+        tags=["weightline", "trl", *(stage for stage in stages if stage in ("sft", "dpo", "grpo"))],
+        license=facts.license_id,
+        base_model=facts.base_model,
     )
-    yield from (f"| {row} |" for row in _spans(facts.manifests))
-    yield from _measured(facts.evaluations)
-    yield from _digests(manifest)
+    card = ModelCard.from_template(
+        metadata,
+        template_path=str(_TEMPLATE),
+        facts=facts,
+        manifest=manifest,
+        adapted=manifest.base_model,
+        start=facts.start,
+        fork=facts.manifests[0].forked_from,
+        tensors=list(manifest.tensors.items())[:_MAX_DIGESTS],
+        num_more=max(0, len(manifest.tensors) - _MAX_DIGESTS),
+        text=escape_markdown,
+        url=escape_markdown_url,
+        nbytes=format_nbytes,
+    )
+    return f"{card}\n"
 
 
-def _origin(facts: CardFacts) -> Iterator[str]:
-    adapted, fork = facts.manifest.base_model, facts.manifests[0].forked_from
-    if adapted is not None:
-        yield f"An adapter of {escape_markdown(adapted.name_or_path)}, the model with the digest `{adapted.digest}`."
-    elif facts.base_model is not None:
-        yield f"Training started from [{escape_markdown(facts.base_model)}](https://huggingface.co/{facts.base_model})."
-    elif facts.start is not None:
-        started = facts.start.path or facts.start.chain
-        where = escape_markdown_url(started) if started else "a small model made from nothing"
-        yield f"Training started from {where}."
-    if fork is not None:
-        yield f"The chain is a fork of version {fork.version} of {escape_markdown_url(fork.chain)}."
+def card_body(card: str) -> str:
+    """Returns the card without its YAML header. Pure."""
+    from huggingface_hub import ModelCard
+
+    return str(ModelCard(card).text)
 
 
-def _spans(manifests: Sequence[Manifest]) -> Iterator[str]:
-    """One row for versions that follow each other in one stage of one run."""
+def _spans(manifests: Sequence[Manifest]) -> Iterator[Span]:
     for (stage, run_id), group in groupby(manifests, key=lambda m: (m.stage, m.run_id)):
         span = list(group)
         first, last = span[0], span[-1]
         versions = f"v{first.version}" if first is last else f"v{first.version} to v{last.version}"
-        cells = (versions, stage, run_id, str(last.global_step), last.created_at)
-        yield " | ".join(escape_markdown(cell) for cell in cells)
+        yield Span(versions, stage, run_id, last.global_step, last.created_at)
 
 
-def _measured(evaluations: Sequence[Record]) -> Iterator[str]:
-    yield from ("", "## Evaluation", "")
-    done = [record for record in evaluations if record.get("status") == "done"]
-    if not done:
-        yield "This version was not evaluated."
-        return
-    yield from ("| task | score | problems |", "| --- | --- | --- |")
-    for record in done:
-        score = f"{record['score']:.4f}" if isinstance(record.get("score"), int | float) else "-"
-        yield f"| {escape_markdown(str(record['name']))} | {score} | {record.get('num_problems', '-')} |"
-
-
-def _digests(manifest: Manifest) -> Iterator[str]:
-    size = f"{manifest.num_elements:,} elements, {format_nbytes(manifest.full_nbytes)}"
-    yield from ("", "## Digests", "", f"{len(manifest.tensors)} tensors, {size}.", "")
-    yield from ("<details><summary>State digest of every tensor</summary>", "")
-    yield from ("| tensor | dtype | shape | digest |", "|" + " --- |" * 4)
-    for name, tensor in list(manifest.tensors.items())[:_MAX_DIGESTS]:
-        shape = "x".join(str(size) for size in tensor.shape) or "scalar"
-        yield f"| {escape_markdown(name)} | {tensor.dtype} | {shape} | `{tensor.digest}` |"
-    if len(manifest.tensors) > _MAX_DIGESTS:
-        yield f"| and {len(manifest.tensors) - _MAX_DIGESTS} more | | | in the manifest |"
-    yield from ("", "</details>")
+def _score(record: Record) -> Score:
+    num_problems = record.get("num_problems")
+    return Score(record["name"], measured_score(record), num_problems if isinstance(num_problems, int) else None)

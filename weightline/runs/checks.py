@@ -1,4 +1,4 @@
-"""What only the machine can know of a form's values: checked first, and told with the field's name. Free of Prefect."""
+"""Checks of form values that need the machine or the bucket. Each error begins with the name of the form's field."""
 
 from __future__ import annotations
 
@@ -8,17 +8,18 @@ from pathlib import Path
 
 from weightline.chain import Chain, open_chain
 from weightline.chain.files.checkpoint import MARKER
+from weightline.chain.read.refs import resolve
 from weightline.errors import ChainEmptyError, InputError, WeightlineError
 
-#: How long a bucket is asked that a person has just named: a wrong address is told soon.
+#: How long a bucket that a person has just named is asked before it counts as absent: a wrong address is reported soon.
 PATIENCE_SECONDS = 8.0
 
 
 @contextmanager
 def check_form(field: str) -> Iterator[None]:
-    """Tell what goes wrong in here by the field of the form that it comes from, as the same kind of error.
+    """Adds the form's field to errors that are raised in the block: to their text and to their facts.
 
-    What is no error of ours (a path that cannot be, a value that cannot be parsed) becomes an InputError.
+    A weightline error keeps its type. An OSError or ValueError becomes an InputError.
     """
     try:
         yield
@@ -31,7 +32,7 @@ def check_form(field: str) -> Iterator[None]:
 
 
 def check_chain(url: str, patience_seconds: float | None = None) -> Chain:
-    """The chain, which holds a version. ChainEmptyError, InputError or StorageError, each with the field."""
+    """Opens a chain that holds a version. Raises ChainEmptyError, InputError or StorageError."""
     with check_form("chain"):
         chain = open_chain(url, patience_seconds=patience_seconds)
         if chain.tip_version() is None:
@@ -40,15 +41,25 @@ def check_chain(url: str, patience_seconds: float | None = None) -> Chain:
 
 
 def check_version(url: str, version: int) -> Chain:
-    """The chain, which holds this version. Events start this, too: it waits for a bucket as long as any reader."""
+    """Opens a chain that holds this version. Events start this as well, so it waits for a bucket like any reader."""
     chain = check_chain(url)
     with check_form("version"):
         chain.manifest(version)
     return chain
 
 
+def check_release(url: str, version: str, folder: str | None, repo_id: str | None) -> None:
+    """Checks that there is a place to publish to, and that the version exists. Nothing is published yet."""
+    if folder is None and repo_id is None:
+        raise InputError("folder, repo_id: name a folder, a Hub repository, or both", field="folder")
+    chain = check_chain(url, PATIENCE_SECONDS)
+    with check_form("version"):
+        resolve(chain, version)
+    check_folder(folder)
+
+
 def check_folder(folder: str | None) -> None:
-    """InputError where no new checkpoint can be. What is above the folder is made now; safe to repeat."""
+    """Raises InputError where no new checkpoint can be written. Makes the folders above it; safe to repeat."""
     if folder is None:
         return
     target = Path(folder).expanduser().absolute()
@@ -61,6 +72,6 @@ def check_folder(folder: str | None) -> None:
 
 
 def check_runs_dir(folder: str) -> None:
-    """InputError where there is no such folder."""
+    """Raises InputError when there is no such folder."""
     if not Path(folder).expanduser().is_dir():
         raise InputError(f"runs_dir: there is no folder {folder}", field="runs_dir")

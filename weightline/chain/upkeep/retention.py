@@ -22,6 +22,11 @@ from weightline.format.manifest import Manifest
 from weightline.format.shortcut import Shortcut
 
 
+def first_of_newest(chain: Chain, num_versions: int) -> int:
+    """Returns the oldest of the newest `num_versions` versions."""
+    return max(0, chain.tip().version - num_versions + 1)
+
+
 def expire_before(chain: Chain, version: int) -> int:
     """Keep `version` and later ones; older history may be collected. Returns the horizon. Safe to repeat.
 

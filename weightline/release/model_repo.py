@@ -1,19 +1,43 @@
-"""A folder as a model repository on the Hugging Face Hub. Free of Prefect; the client is imported when it is needed."""
+"""A version as a model: its checkpoint folder with a model card, and that folder as a repository on the Hub."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
-from weightline.chain.files.checkpoint import MARKER
+from weightline.chain import Chain
+from weightline.chain.files.checkpoint import MARKER, write_checkpoint
 from weightline.errors import InputError, StorageError, TransientStorageError
+from weightline.release.model_card import CARD, card_facts, model_card
+from weightline.stages.job import write_atomically
+from weightline.stages.recipe import ModelConfig
+
+
+@dataclass(frozen=True, slots=True)
+class Release:
+    """A version that was published, and where."""
+
+    chain: str
+    version: int
+    commit_id: str
+    folder: str | None
+    repo_url: str | None
+
+
+def write_model(chain: Chain, version: int, folder: Path, start: ModelConfig | None, license_id: str | None) -> str:
+    """Writes the version's checkpoint, every digest checked, and its model card. Returns the card. Safe to repeat."""
+    write_checkpoint(chain, version, folder)
+    card = model_card(card_facts(chain, version, start, license_id))
+    write_atomically(folder / CARD, card)
+    return card
 
 
 def upload_model(folder: Path, repo_id: str, *, is_private: bool, message: str) -> str:
-    """Make the repository if it is not there, and commit the folder's files to it. Returns its URL.
+    """Makes the repository if it is not there, and commits the folder's files to it. Returns its URL.
 
-    Token from HF_TOKEN or the stored login, server from HF_ENDPOINT. Safe to repeat: files that are there already are
-    not uploaded again. InputError for a name that the Hub refuses, StorageError with a remedy when it says no,
-    TransientStorageError when it was away.
+    Takes the token from HF_TOKEN or the stored login, and the server from HF_ENDPOINT. Safe to repeat: files that are
+    there already are not uploaded again. Raises InputError for a name that the Hub refuses, StorageError with a remedy
+    when it refuses the write, TransientStorageError when it did not answer.
     """
     import httpx
     from huggingface_hub import HfApi

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,6 @@ from typing import Any
 import pytest
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterName
-from prefect.logging import disable_run_logger
 from safetensors.torch import load_file, save_file
 
 from tests.chains import commit_state, nudged, random_state
@@ -21,11 +19,20 @@ from weightline.deployments.server.automations import WATCHED_TAG
 from weightline.errors import DigestMismatchError, InputError, LaunchError
 from weightline.flows.post_training import post_training, train_stage
 from weightline.format import keys
-from weightline.runs.equality import differing_tensors
-from weightline.runs.folder import Run, prepare_run
+from weightline.runs import stage as stages
+from weightline.runs.folder import Run
+from weightline.runs.prepare import prepare_run
 from weightline.runs.progress import MetricsFollower
+from weightline.runs.stage import (
+    StageProof,
+    differing_tensors,
+    finished_version,
+    last_version,
+    newest_first,
+    prove_stage,
+    read_proof,
+)
 from weightline.stages.job import StageResult
-from weightline.tasks import training
 
 
 def _trained(run: Run) -> Chain:
@@ -53,24 +60,24 @@ def run(tmp_path: Path) -> Run:
 
 def test_a_stage_is_finished_when_marker_and_chain_agree(run: Run) -> None:
     job = run.job("sft")
-    assert training.finished_version(job, run.open_chain()) is None
+    assert finished_version(job, run.open_chain()) is None
     chain = _trained(run)
-    assert training.finished_version(job, chain) is None  # no marker
+    assert finished_version(job, chain) is None  # no marker
     _mark_done(run, global_step=7)
-    assert training.finished_version(job, chain) is None  # the marker vouches for another step
+    assert finished_version(job, chain) is None  # the marker vouches for another step
     _mark_done(run, global_step=1)
-    finished = training.finished_version(job, chain)
+    finished = finished_version(job, chain)
     assert finished is not None
     assert finished.version == 1
 
 
 def test_versions_of_other_stages_and_runs_do_not_count(run: Run) -> None:
-    manifests = list(training.newest_first(_trained(run)))
+    manifests = list(newest_first(_trained(run)))
     assert [manifest.version for manifest in manifests] == [1, 0]
-    assert training.last_version(manifests, "sft", "run-1") == manifests[0]
-    assert training.last_version(manifests, "dpo", "run-1") is None
-    assert training.last_version(manifests, "sft", "run-2") is None
-    assert training.last_version((), "sft", "run-1") is None
+    assert last_version(manifests, "sft", "run-1") == manifests[0]
+    assert last_version(manifests, "dpo", "run-1") is None
+    assert last_version(manifests, "sft", "run-2") is None
+    assert last_version((), "sft", "run-1") is None
 
 
 def test_what_is_near_the_tip_is_found_without_reading_history(run: Run) -> None:
@@ -78,17 +85,18 @@ def test_what_is_near_the_tip_is_found_without_reading_history(run: Run) -> None
     chain.store.delete(keys.commit(0))
     chain.store.put(keys.commit(0), b"nobody reads this")
     _mark_done(run, global_step=1)
-    finished = training.finished_version(run.job("sft"), run.open_chain())
+    finished = finished_version(run.job("sft"), run.open_chain())
     assert finished is not None
     assert finished.version == 1
 
 
 def test_equal_bits_are_proved_and_written_down(run: Run) -> None:
     _trained(run)
-    with disable_run_logger():
-        proof = training.prove_equality.fn(run, run.job("sft"))
-    assert (proof["version"], proof["is_bit_equal"]) == (1, True)
-    assert json.loads(run.equality_path("sft").read_text()) == proof
+    proof = prove_stage(run, run.job("sft"))
+    assert (proof.version, proof.is_bit_equal) == (1, True)
+    assert StageProof.model_validate_json(run.equality_path("sft").read_bytes()) == proof
+    assert read_proof(run, "sft") == proof
+    assert read_proof(run, "dpo") is None
 
 
 def test_one_wrong_bit_is_found_and_named(run: Run) -> None:
@@ -97,8 +105,8 @@ def test_one_wrong_bit_is_found_and_named(run: Run) -> None:
     raw = bytearray(path.read_bytes())
     raw[-1] ^= 1
     path.write_bytes(raw)
-    with disable_run_logger(), pytest.raises(DigestMismatchError) as caught:
-        training.prove_equality.fn(run, run.job("sft"))
+    with pytest.raises(DigestMismatchError) as caught:
+        prove_stage(run, run.job("sft"))
     assert caught.value.facts["what"] in random_state(0)
     assert not run.equality_path("sft").exists()
 
@@ -113,16 +121,16 @@ def test_a_missing_and_an_additional_tensor_are_found(run: Run, tmp_path: Path) 
 
 
 def test_a_stage_without_versions_proves_nothing(run: Run) -> None:
-    with disable_run_logger(), pytest.raises(InputError, match="no version of stage sft"):
-        training.prove_equality.fn(run, run.job("sft"))
+    with pytest.raises(InputError, match="no version of stage sft"):
+        prove_stage(run, run.job("sft"))
 
 
 @pytest.mark.slow
 def test_a_finished_stage_is_skipped_and_proved_again(server: str, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     _trained(run)
     _mark_done(run, global_step=1)
-    monkeypatch.setattr(training, "run_ranks", _must_not_run)
-    assert train_stage(str(run.folder), "sft")["version"] == 1
+    monkeypatch.setattr(stages, "run_ranks", _must_not_run)
+    assert train_stage(str(run.folder), "sft").version == 1
 
 
 @pytest.mark.slow
@@ -138,7 +146,7 @@ def test_a_failing_rank_fails_the_run_with_its_own_last_lines(
         fake = [sys.executable, "-m", "tests.launch.fake_launcher", "rank-fails", str(tmp_path / "pids")]
         return [*fake, "accelerate.commands.launch"]
 
-    monkeypatch.setattr(training, "launch_argv", launch)
+    monkeypatch.setattr("weightline.launch.machines.launch_argv", launch)
     with pytest.raises(LaunchError, match="ValueError: the data are gone"):
         post_training(recipe=str(recipe), run_id="failing-1", runs_dir=str(tmp_path / "runs"))
 

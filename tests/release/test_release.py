@@ -9,18 +9,18 @@ import pytest
 import yaml
 
 from tests.chains import commit_state, nudged, random_state
+from tests.release.model_repos import ModelRepos, serving_repos
 from tests.runs.recipes import write_recipe
-from tests.tasks.model_repos import ModelRepos, serving_repos
 from weightline.chain import Chain, open_chain
 from weightline.chain.read.records import EVALUATIONS, write_record
 from weightline.errors import InputError, StorageError
 from weightline.flows.publish_model import publish_model
 from weightline.lineage.text import escape_markdown
-from weightline.release.hub_repo import upload_model
-from weightline.release.model_card import model_card
-from weightline.runs.equality import differing_tensors
-from weightline.runs.folder import prepare_run
-from weightline.tasks.release import card_facts
+from weightline.release.model_card import CardFacts, Score, card_body, card_facts, model_card
+from weightline.release.model_repo import upload_model
+from weightline.runs.prepare import prepare_run
+from weightline.runs.recipes import recorded_recipe
+from weightline.runs.stage import differing_tensors
 
 
 @pytest.fixture
@@ -52,8 +52,13 @@ def _front(card: str) -> dict[str, object]:
     return front
 
 
+def _card(chain: Chain, version: int, license_id: str | None = None) -> str:
+    recipe = recorded_recipe(chain, version)
+    return model_card(card_facts(chain, version, recipe.model if recipe else None, license_id))
+
+
 def test_a_card_states_the_lineage(chain: Chain) -> None:
-    card = model_card(card_facts(chain, 1, "apache-2.0"))
+    card = _card(chain, 1, "apache-2.0")
     front = _front(card)
     assert front["license"] == "apache-2.0"
     assert front["library_name"] == "transformers"
@@ -69,7 +74,9 @@ def test_a_card_states_the_lineage(chain: Chain) -> None:
     assert "0.1250" not in card  # another version's
     for digest in manifest.digests.values():
         assert digest in card
-    assert "This version was not evaluated" in model_card(card_facts(_bare("uneval"), 0))
+    assert card_body(card).startswith("# ")
+    assert card.endswith(f"---\n{card_body(card)}")
+    assert "This version was not evaluated" in _card(_bare("uneval"), 0)
 
 
 def _bare(name: str) -> Chain:
@@ -82,18 +89,19 @@ def test_a_hub_model_is_named_as_the_base(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, model={"path": "Qwen/Qwen3-0.6B"})
     run = prepare_run(recipe, tmp_path / "runs", "run-1")
     commit_state(run.open_chain(), random_state(0))
-    card = model_card(card_facts(run.open_chain(), 0))
+    card = _card(run.open_chain(), 0)
     assert _front(card)["base_model"] == "Qwen/Qwen3-0.6B"
     assert "(https://huggingface.co/Qwen/Qwen3-0.6B)" in card
 
 
 def test_names_from_the_bucket_are_text(chain: Chain) -> None:
     hostile = chain.manifest(1).model_copy(update={"stage": "a|b<script>", "run_id": "[x](http://evil)"})
-    facts = card_facts(chain, 1)
-    card = model_card(type(facts)(facts.chain_url, facts.chain_name, [hostile], (), None))
+    card = model_card(CardFacts(chain.url, "<b>name</b>", [hostile], (Score("c|d<script>", None, None),), None))
     assert "<script>" not in card
     assert "[x](http" not in card
     assert "a|b" not in card
+    assert "c|d" not in card
+    assert "<b>" not in card
 
 
 @pytest.mark.slow

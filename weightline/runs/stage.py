@@ -1,0 +1,129 @@
+"""One stage of a run: launches its ranks, finds the version that it ended with, and proves that version's bits."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+from safetensors import deserialize
+
+from weightline.chain import Chain
+from weightline.chain.replay.state import HostState, read_state
+from weightline.errors import DigestMismatchError, InputError
+from weightline.format.manifest import Manifest
+from weightline.launch.command import launch_environment
+from weightline.launch.machines import launching
+from weightline.launch.ranks import run_ranks, with_rank_logs
+from weightline.runs.folder import Run
+from weightline.stages.job import StageJob, StageResult, write_atomically
+from weightline.stages.recipe import FrozenModel
+
+
+def run_stage(
+    run: Run, job: StageJob, environment: Mapping[str, str], show: Callable[[str], None], tick: Callable[[], None]
+) -> None:
+    """Writes the job file and runs `accelerate launch` to its end, on every machine that the recipe asks for.
+
+    Ranks get `environment` beside that of their machine. Their lines go to `ranks.log` and, at a bearable rate, to
+    `show`; `tick` is called about twice a second. Repeating it resumes from the stage's last checkpoint. Raises
+    LaunchError with the failing rank's last lines.
+    """
+    job_path = job.output_dir / "job.json"
+    job.save(job_path)
+    # FutureWarnings of libraries say nothing about this run.
+    env = launch_environment(job, {"PYTHONWARNINGS": "ignore::FutureWarning", **os.environ, **environment})
+    with launching(
+        job_path, run.folder.parent, num_processes=run.placement.num_processes, device=run.placement.device,
+        num_machines=run.recipe.num_machines, environment=environment,
+    ) as argv:  # fmt: skip
+        run_ranks(with_rank_logs(argv, job.output_dir / "rank-logs"), env, job.output_dir / "ranks.log", show, tick)
+
+
+def newest_first(chain: Chain) -> Iterator[Manifest]:
+    """Yields the chain's manifests, each read when it is asked for: what a run looks for is near the tip."""
+    return (chain.manifest(version) for version in reversed(chain.versions()))
+
+
+def last_version(manifests: Iterable[Manifest], stage: str, run_id: str) -> Manifest | None:
+    """Returns the newest version that this stage of this run committed. `manifests`: newest first. Pure."""
+    return next((m for m in manifests if m.stage == stage and m.run_id == run_id), None)
+
+
+def finished_version(job: StageJob, chain: Chain) -> Manifest | None:
+    """Returns the stage's last version if the stage is finished: its marker and the chain name the same step."""
+    result = StageResult.load(job)
+    manifest = None if result is None else last_version(newest_first(chain), job.stage.kind, job.run_id)
+    if result is None or manifest is None or not manifest.is_milestone:
+        return None
+    return manifest if manifest.global_step == result.global_step else None
+
+
+class StageProof(FrozenModel):
+    """The contents of equality.json: which version was compared, bit for bit, with what the trainer saved."""
+
+    version: int
+    commit_id: str
+    is_bit_equal: bool
+    num_tensors: int
+    num_elements: int
+
+
+def prove_stage(run: Run, job: StageJob) -> StageProof:
+    """Replays the stage's last version from the bucket, compares every bit with the trainer's files, writes the proof.
+
+    Raises DigestMismatchError with the names of the tensors that differ; nothing is written then.
+    """
+    chain = run.open_chain()
+    manifest = last_version(newest_first(chain), job.stage.kind, run.run_id)
+    if manifest is None:
+        raise InputError(f"{chain.url} has no version of stage {job.stage.kind} of run {run.run_id}")
+    different = differing_tensors(chain, manifest.version, job.final_model_dir)
+    if different:
+        raise DigestMismatchError(
+            f"version {manifest.version} of {chain.url} is not what the trainer saved in {job.final_model_dir}: "
+            f"{', '.join(different)}",
+            what=different[0], expected=str(job.final_model_dir), actual=f"version {manifest.version}",
+        )  # fmt: skip
+    proof = StageProof(
+        version=manifest.version, commit_id=manifest.commit_id, is_bit_equal=True,
+        num_tensors=len(manifest.tensors), num_elements=manifest.num_elements,
+    )  # fmt: skip
+    write_atomically(run.equality_path(job.stage.kind), proof.model_dump_json())
+    return proof
+
+
+def read_proof(run: Run, kind: str) -> StageProof | None:
+    """Reads the proof of a stage. Returns None when there is none."""
+    try:
+        return StageProof.model_validate_json(run.equality_path(kind).read_bytes())
+    except (OSError, ValidationError):
+        return None
+
+
+def differing_tensors(chain: Chain, version: int, model_dir: Path) -> list[str]:
+    """Returns the names of tensors whose dtype, shape or any bit differs, or that only one side has. Reads only.
+
+    Replays the version from the bucket and compares bytes, not digests. Raises what a replay raises.
+    """
+    state = read_state(chain, version)
+    saved: set[str] = set()
+    different: list[str] = []
+    for name, tensor in _saved_tensors(model_dir):
+        saved.add(name)
+        if not _is_equal(state, name, tensor["dtype"], tuple(tensor["shape"]), tensor["data"]):
+            different.append(name)
+    return sorted({*different, *(state.specs.keys() - saved)})
+
+
+def _is_equal(state: HostState, name: str, dtype: str, shape: tuple[int, ...], data: bytes) -> bool:
+    spec = state.specs.get(name)
+    return spec is not None and (spec.dtype, spec.shape) == (dtype, shape) and state.bits[name].tobytes() == bytes(data)
+
+
+def _saved_tensors(model_dir: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yields every tensor of the folder's safetensors files, one file in memory at a time."""
+    for path in sorted(model_dir.glob("*.safetensors")):
+        yield from deserialize(path.read_bytes())  # type: ignore[no-untyped-call]
