@@ -160,7 +160,7 @@ class Stack:
         if self._dashboard_port is None:
             self._dashboard_port = free_port(DASHBOARD_PORT)
         runs_dir, port = f"{self.folder.root.parent}/", str(self._dashboard_port)
-        argv = [sys.executable, "-m", "weightline.cli.main", "dashboard", runs_dir, "--port", port]
+        argv = [sys.executable, "-m", "weightline", "dashboard", runs_dir, "--port", port]
         self._start("dashboard", [*argv, "--prefect-ui", self.ui_url])
 
     def keep_up(self) -> list[str]:

@@ -1,18 +1,20 @@
-"""weightline bench codec|peers A B: what your own checkpoints would cost."""
+"""weightline bench codec | peers A B, and plan-cluster: what your own checkpoints, or a cluster, would cost."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from weightline.chain.files.source import FolderSource
-from weightline.cli.output import Json, emit, percent, size, table
+from weightline.cli.output import DEFAULT_CODING, Coding, Json, emit, percent, size, table
 from weightline.errors import InputError
-from weightline.types import BitsArray, TensorSpec
+
+if TYPE_CHECKING:
+    from weightline.chain.files.source import FolderSource
+    from weightline.types import BitsArray, TensorSpec
 
 app = typer.Typer(help="Measure codings and peers on two states of one model.", no_args_is_help=True)
 
@@ -60,6 +62,8 @@ def peers(a: State, b: State, as_json: Json = False) -> None:
 
 def _pairs(a: Path, b: Path) -> list[tuple[TensorSpec, BitsArray, BitsArray]]:
     """The tensors of both states, paired. InputError when they are not states of one model."""
+    from weightline.chain.files.source import FolderSource
+
     old, new = FolderSource(a), FolderSource(b)
     differing = set(old.specs.items()) ^ set(new.specs.items())
     if differing:
@@ -73,3 +77,47 @@ def _pairs(a: Path, b: Path) -> list[tuple[TensorSpec, BitsArray, BitsArray]]:
 def _read_pairs(old: FolderSource, new: FolderSource) -> Iterator[tuple[TensorSpec, BitsArray, BitsArray]]:
     for name, spec in old.specs.items():
         yield spec, old.read([name])[name], new.read([name])[name]
+
+
+def _per_second(what: str) -> Any:
+    return typer.Option(help=f"Elements a second: {what}.")
+
+
+def plan_cluster(
+    params: Annotated[float, typer.Option(help="Parameters of the model, as in 1e12.")],
+    ranks: Annotated[int, typer.Option(help="Training ranks; each holds and publishes its part.")],
+    density: Annotated[float, typer.Option(help="Share of elements that change between two syncs.")] = 0.01,
+    itemsize: Annotated[int, typer.Option(help="Bytes of one element.")] = 2,
+    coding: Coding = DEFAULT_CODING,
+    uplink_gbps: Annotated[float, typer.Option(help="Gigabits a second from one rank to the bucket.")] = 25.0,
+    downlink_gbps: Annotated[float, typer.Option(help="Gigabits a second from the bucket to one reader rank.")] = 25.0,
+    reader_ranks: Annotated[int, typer.Option(help="Ranks of one serving replica.")] = 8,
+    capture_elements_per_second: Annotated[float, _per_second("compared by one training rank")] = 1.5e9,
+    encode_elements_per_second: Annotated[float, _per_second("changed ones, coded by one training rank")] = 40e6,
+    decode_elements_per_second: Annotated[float, _per_second("changed ones, decoded by one reader rank")] = 10e6,
+    apply_elements_per_second: Annotated[float, _per_second("changed ones, scattered by one reader rank")] = 50e6,
+    commit_seconds: Annotated[float, typer.Option(help="Gathering the ranks' facts and the create-only put.")] = 0.3,
+    as_json: Json = False,
+) -> None:
+    """Compute what a sync would cost; docs/performance.md says how the model was checked, and where rates come from."""
+    from weightline.bench.cluster import Cluster, plan_cluster
+
+    cluster = Cluster(
+        num_params=params, num_ranks=ranks, density=density, itemsize=itemsize, coding=coding,
+        uplink_gbps=uplink_gbps, downlink_gbps=downlink_gbps, num_reader_ranks=reader_ranks,
+        capture_elements_per_second=capture_elements_per_second,
+        encode_elements_per_second=encode_elements_per_second,
+        decode_elements_per_second=decode_elements_per_second,
+        apply_elements_per_second=apply_elements_per_second, commit_seconds=commit_seconds,
+    )  # fmt: skip
+    cost = asdict(plan_cluster(cluster))
+    lines = [f"{name:<26} {_readable(name, value)}" for name, value in cost.items()]
+    emit({"cluster": asdict(cluster), "cost": cost}, lines, as_json=as_json)
+
+
+def _readable(name: str, value: float) -> str:
+    if "nbytes" in name:
+        return size(value)
+    if name.endswith("_seconds"):
+        return f"{value:.3f} s"
+    return f"{value:.4f}"

@@ -1,34 +1,15 @@
-"""The command line: one file a verb. Nothing here imports torch; heavy rooms are imported when their verb runs."""
+"""The `weightline` command. Verbs import the engine when they run, so that every help text takes a moment only."""
 
 from __future__ import annotations
 
 import signal
 import sys
+from typing import Annotated
 
 import typer
 
-from weightline.cli import (
-    bench,
-    commit,
-    compact,
-    dashboard,
-    diff,
-    expire,
-    fork,
-    gc,
-    keygen,
-    log,
-    plan,
-    plan_cluster,
-    pull,
-    revert,
-    serve,
-    show,
-    sign,
-    stack,
-    tag,
-    verify,
-)
+from weightline import __version__
+from weightline.cli import bench, read, serve, stack, upkeep, write
 from weightline.cli.output import fail
 from weightline.errors import WeightlineError
 
@@ -42,30 +23,31 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 for verb in (
-    log,
-    show,
-    diff,
-    pull,
-    commit,
-    revert,
-    fork,
-    tag,
-    compact,
-    expire,
-    gc,
-    verify,
-    keygen,
-    sign,
-    plan,
-    plan_cluster,
-    dashboard,
+    *(read.log, read.show, read.diff, read.plan, read.pull),
+    *(write.commit, write.revert, write.fork, write.tag, write.keygen, write.sign),
+    *(upkeep.verify, upkeep.compact, upkeep.expire, upkeep.gc),
+    *(stack.run, stack.up, stack.down, stack.deploy),
+    *(serve.dashboard, bench.plan_cluster),
 ):
-    app.command(name=verb.__name__.rpartition(".")[2].replace("_", "-"))(verb.run)
-for stack_verb in (stack.run, stack.up, stack.down, stack.deploy):
-    app.command(name=stack_verb.__name__)(stack_verb)
+    app.command(name=verb.__name__.replace("_", "-"))(verb)
 app.command(name="stay", hidden=True)(stack.stay)
 app.add_typer(bench.app, name="bench")
 app.add_typer(serve.app, name="serve")
+
+
+def _print_version(is_asked: bool) -> None:
+    if is_asked:
+        typer.echo(f"weightline {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    pass
 
 
 def main() -> None:

@@ -1,10 +1,11 @@
-"""How verbs speak: a table or lines for people, one JSON document for programs."""
+"""What verbs share: options of one meaning, text for people or one JSON document for programs, a bar, an error line."""
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -15,10 +16,13 @@ Bucket = Annotated[
     str, typer.Argument(metavar="BUCKET", help="URL that names a chain, as in file:///data/bucket/model.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document instead of text.")]
+Coding = Annotated[str, typer.Option(help="How payloads are coded: gap or gap-by-magnitude.")]
+#: That of weightline.chain.write.standalone, which is not imported for a help text.
+DEFAULT_CODING = "gap-by-magnitude"
 
 
 def emit(document: dict[str, Any], text: Iterable[str], *, as_json: bool) -> None:
-    """Print the document, or the lines."""
+    """Prints the document, or the lines."""
     if as_json:
         typer.echo(json.dumps(document, indent=1, default=str))
     else:
@@ -27,7 +31,7 @@ def emit(document: dict[str, Any], text: Iterable[str], *, as_json: bool) -> Non
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:
-    """Aligned columns, numbers to the right."""
+    """Returns lines with aligned columns, numbers to the right."""
     cells = [[str(cell) for cell in row] for row in rows]
     widths = [max(len(row[i]) for row in [list(header), *cells]) for i in range(len(header))]
     right = [bool(cells) and all(row[i][:1].isdigit() or row[i] == "-" for row in cells) for i in range(len(header))]
@@ -40,7 +44,7 @@ def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:
 
 
 def size(nbytes: float) -> str:
-    """Bytes for people."""
+    """Formats a number of bytes with a unit, as in 1.2 MB."""
     for unit in ("B", "kB", "MB", "GB"):
         if nbytes < 1000:
             return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
@@ -49,7 +53,7 @@ def size(nbytes: float) -> str:
 
 
 def percent(part: int, whole: int) -> str:
-    """A share for people."""
+    """Formats a share as in 1.234 %."""
     return f"{100 * part / whole:.3f} %" if whole else "-"
 
 
@@ -65,3 +69,24 @@ def fail(error: WeightlineError | OSError) -> NoReturn:
     else:
         typer.echo(f"error ({kind}): {error}", err=True)
     raise SystemExit(1)
+
+
+@contextmanager
+def transferring(what: str, total_nbytes: Callable[[], int] | None = None) -> Iterator[None]:
+    """Shows a bar of the bytes that move to or from any bucket until the block ends.
+
+    Shows nothing where standard error is no terminal. `total_nbytes` is called only when the bar is shown.
+    """
+    if not sys.stderr.isatty():
+        yield
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    from weightline.store.transfers import watching
+
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task(what, total=None if total_nbytes is None else total_nbytes())
+        with watching(lambda nbytes: progress.advance(task, nbytes)):
+            yield

@@ -25,7 +25,7 @@ Port = Annotated[int, typer.Option(help="Port of the Prefect server; another one
 Recipe = Annotated[
     str | None,
     typer.Argument(
-        metavar="[RECIPE]",
+        metavar="RECIPE",
         help=f"Path of a recipe file, or name of a recipe that comes with weightline. [default: {DEFAULT_RECIPE}]",
     ),
 ]

@@ -1,0 +1,147 @@
+"""weightline commit | revert | fork | tag | keygen | sign: new versions, names for them, and signatures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from weightline.cli.output import DEFAULT_CODING, Bucket, Coding, Json, emit, percent, size, table, transferring
+from weightline.cli.read import summary
+from weightline.errors import ChainEmptyError, CorruptError
+
+if TYPE_CHECKING:
+    from weightline.format.manifest import Manifest
+
+_UNTIED = (
+    "warning: the adapter's base model is not here, so the version is tied to none, and nothing can tell whether the "
+    "adapter is put on the right one. Name it with --base FOLDER"
+)
+
+
+def commit(
+    bucket: Bucket,
+    checkpoint_dir: Annotated[Path, typer.Argument(help="Folder with *.safetensors, config and tokenizer.")],
+    stage: Annotated[str, typer.Option(help="Label of the version.")] = "import",
+    coding: Coding = DEFAULT_CODING,
+    base: Annotated[Path | None, typer.Option(help="An adapter's base model: its folder, or one file.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Commit a checkpoint folder as the chain's next version (the first becomes an anchor).
+
+    Its weights are what its index names, else model.safetensors (an adapter's: adapter_model.safetensors). A folder
+    that lacks a part, or that loaders would read in two ways, is refused.
+    """
+    from weightline.chain import open_chain
+    from weightline.chain.files.assets import is_adapter
+    from weightline.chain.write.standalone import commit_folder
+
+    with transferring("committing"):
+        manifest = commit_folder(open_chain(bucket), checkpoint_dir, stage=stage, coding=coding, base=base)
+    if manifest.base_model is None and is_adapter(checkpoint_dir):
+        typer.echo(_UNTIED, err=True)
+    _report(manifest, as_json)
+
+
+def _report(manifest: Manifest, as_json: bool) -> None:
+    """Prints what was committed."""
+    changed = percent(manifest.num_changed, manifest.num_elements)
+    nbytes = f"{size(manifest.payload_nbytes)} of {size(manifest.full_nbytes)}"
+    line = f"version {manifest.version} ({manifest.kind}): {changed} changed, {nbytes}"
+    emit(summary(manifest), [line], as_json=as_json)
+
+
+def revert(
+    bucket: Bucket,
+    version: Annotated[str, typer.Argument(help="The version to go back to: a number or a ref.")],
+    as_json: Json = False,
+) -> None:
+    """Commit a version whose bits equal those of an earlier one, made from the chain alone."""
+    from weightline.chain import open_chain
+    from weightline.chain.read.refs import resolve
+    from weightline.chain.write.standalone import commit_revert
+
+    chain = open_chain(bucket)
+    _report(commit_revert(chain, resolve(chain, version)), as_json)
+
+
+def fork(
+    bucket: Bucket,
+    new_bucket: Annotated[str, typer.Argument(help="URL of the new, empty chain.")],
+    version: Annotated[str, typer.Option(help="A number, 'tip', or the name of a ref.")] = "tip",
+    as_json: Json = False,
+) -> None:
+    """Start a new chain whose version 0 is a version of this one."""
+    from weightline.chain import open_chain
+    from weightline.chain.read.refs import resolve
+    from weightline.chain.write.standalone import commit_fork
+
+    chain = open_chain(bucket)
+    _report(commit_fork(chain, resolve(chain, version), open_chain(new_bucket)), as_json)
+
+
+def tag(
+    bucket: Bucket,
+    name: Annotated[str | None, typer.Argument(help="The name; without it, names are listed.")] = None,
+    version: Annotated[str, typer.Option(help="A number, 'tip', or another name.")] = "tip",
+    move: Annotated[bool, typer.Option("--move", help="A ref that may be moved later, instead of a tag.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Name a version, or list the names. A tag never moves; one made with --move may, until it is named without."""
+    from weightline.chain import open_chain
+    from weightline.chain.read.refs import current_refs, move_ref, resolve
+
+    chain = open_chain(bucket)
+    if name is not None:
+        move_ref(chain, name, resolve(chain, version), is_tag=not move)
+    refs = sorted(current_refs(chain).values(), key=lambda ref: ref.name)
+    rows = [(ref.name, ref.version, "tag" if ref.is_tag else "ref", ref.created_at) for ref in refs]
+    emit(
+        {"refs": [ref.model_dump() for ref in refs]}, table(("name", "version", "kind", "since"), rows), as_json=as_json
+    )
+
+
+def keygen(
+    key: Annotated[Path, typer.Argument(metavar="FILE", help="New file for the private key; FILE.pub is the other.")],
+    as_json: Json = False,
+) -> None:
+    """Make an ed25519 key pair for signing manifests and shortcuts."""
+    from weightline.format.signature import SIGNING_KEY_VARIABLE, TRUSTED_KEYS_VARIABLE, generate_key
+
+    key_id = generate_key(key)
+    public = key.with_name(f"{key.name}.pub")
+    emit(
+        {"key_id": key_id, "private": str(key), "public": str(public)},
+        [
+            f"key {key_id}",
+            f"writers:  {SIGNING_KEY_VARIABLE}={key}",
+            f"readers:  {TRUSTED_KEYS_VARIABLE}={public}",
+        ],
+        as_json=as_json,
+    )
+
+
+def sign(
+    bucket: Bucket,
+    key: Annotated[Path, typer.Option(metavar="FILE", help="The private key, as weightline keygen writes it.")],
+    quick: Annotated[bool, typer.Option("--quick", help="Verify manifests and object sizes only.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Verify a chain, then sign every manifest and shortcut in it. Later ones are signed as they are written."""
+    from weightline.chain import Chain
+    from weightline.chain.upkeep.verify import verify_chain
+    from weightline.chain.write.commit import sign_existing
+    from weightline.format.signature import load_signer
+    from weightline.store import open_store
+
+    signer, store = load_signer(key), open_store(bucket)
+    found = verify_chain(Chain(store), is_deep=not quick)
+    if found.num_versions == 0:
+        raise ChainEmptyError(f"{store.url} holds no version: is the URL right?", chain=store.url)
+    if not found.holds:
+        first = found.findings[0]
+        raise CorruptError(f"{store.url} does not verify, so it is not signed: {first.subject} {first.message}")
+    num_signed = sign_existing(store, signer)
+    line = f"{num_signed} objects signed by {signer.key_id}"
+    emit({"key_id": signer.key_id, "num_signed": num_signed}, [line], as_json=as_json)
