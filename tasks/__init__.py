@@ -1,1 +1,1 @@
-"""What flows are made of: thin Prefect tasks that call weightline, and the processes that a local stack consists of."""
+"""Prefect tasks: the steps of flows, each of them thin and safe to repeat."""

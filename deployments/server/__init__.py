@@ -1,1 +1,1 @@
-"""What is asked of a Prefect server through its client: deployments, automations, runs, artifacts."""
+"""Calls to a Prefect server through its client: deployments, automations, flow runs, events, artifacts."""

@@ -1,4 +1,4 @@
-"""What a Prefect server does by itself: it marks a run as crashed that no longer says that it lives."""
+"""Automations of the Prefect server: one marks a training as crashed when its heartbeats stop."""
 
 from __future__ import annotations
 
@@ -10,24 +10,25 @@ from prefect.events.actions import ChangeFlowRunState
 from prefect.events.schemas.automations import AutomationCore, EventTrigger, Posture
 
 ZOMBIES = "weightline: mark trainings that no longer live"
-#: The tag of the runs that are looked after. Every event of theirs is written to the server's database once more, which
-#: SQLite does one at a time: for each short evaluation as well, that made the events of commits late.
+#: The tag of the runs that the automation watches. The server writes each of their events to its database once more,
+#: and SQLite writes one at a time: when short evaluations were watched as well, the events of commits were late.
 WATCHED_TAG = "training"
-#: Runs send a heartbeat a minute. Five are missed before a run is taken for dead: a server that was away for a moment
-#: has missed some of runs that live.
+#: Runs send a heartbeat every minute. Five may be missing, since a server that was away for a moment has missed some of
+#: runs that are alive.
 _SILENT_FOR = timedelta(minutes=5)
 
 
 def zombie_automation(silent_for: timedelta = _SILENT_FOR) -> AutomationCore:
-    """Marks a training as crashed whose last sign of life is this old: its process and its worker are both gone.
+    """Returns the automation that marks a training Crashed when no heartbeat arrived for `silent_for`.
 
-    A run that was marked by mistake, since its server was away for longer, goes on; a retry is refused while it does
+    That happens when its process and its worker are both gone: nothing else reports the end then. A run that is marked
+    by mistake, because its server was away for longer, goes on; a retry is refused while it does
     (weightline/runs/lock.py), and later finds its stages finished.
     """
     ended = {f"prefect.flow-run.{state}" for state in ("Completed", "Failed", "Cancelled", "Crashed")}
     return AutomationCore(
         name=ZOMBIES,
-        description="Worker and process of a run are gone: nobody else would say so. Retry the run to go on with it.",
+        description="Its heartbeats stopped: worker and process of the run are gone. Retry the run to go on with it.",
         trigger=EventTrigger(
             after={"prefect.flow-run.heartbeat"},
             expect={"prefect.flow-run.heartbeat", *ended},
@@ -38,12 +39,12 @@ def zombie_automation(silent_for: timedelta = _SILENT_FOR) -> AutomationCore:
             threshold=1,
             within=silent_for,
         ),
-        actions=[ChangeFlowRunState(state=StateType.CRASHED, message="It no longer said that it lives")],
+        actions=[ChangeFlowRunState(state=StateType.CRASHED, message="Its heartbeats stopped")],
     )
 
 
 def ensure_automation(client: SyncPrefectClient, automation: AutomationCore) -> None:
-    """Make the server have it, once, under its name. Safe to repeat."""
+    """Creates or updates the automation of this name, and deletes further ones of the name. Safe to repeat."""
     found = client.read_automations_by_name(automation.name)
     if not found:
         client.create_automation(automation)

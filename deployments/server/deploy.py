@@ -1,4 +1,4 @@
-"""Making a Prefect server know our flows: pool, queues, automations, and the deployments of prefect.yaml."""
+"""Deploys the flows to a Prefect server: work pool, queues, automations, and the deployments of prefect.yaml."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ PREFECT_FILE = Path(__file__).parents[1] / "prefect.yaml"
 
 
 def deploy_all(*, keeps_toggles: bool = False) -> None:
-    """Create pool, queues and automations, and deploy every flow. Safe to repeat.
+    """Creates pool, queues and automations, and deploys every flow. Safe to repeat.
 
-    A schedule is as active as the file says; with `keeps_toggles`, as the server has it already. LaunchError
-    with Prefect's own words when it refuses.
+    A schedule becomes active or not as the file says; with `keeps_toggles` it stays as the server has it. Raises
+    LaunchError with Prefect's message when Prefect refuses.
     """
     with get_client(sync_client=True) as client:
         create_queues(client)
@@ -46,7 +46,7 @@ def deploy_all(*, keeps_toggles: bool = False) -> None:
 
 
 def _read_toggles(client: SyncPrefectClient) -> dict[tuple[UUID, str | None], bool]:
-    """Whether each schedule of each deployment is active. Deploying makes schedules anew; their slugs stay."""
+    """Reads whether each schedule of each deployment is active. Deploying makes schedules anew; their slugs stay."""
     found = client.read_deployments()
     return {(one.id, schedule.slug): schedule.active for one in found for schedule in one.schedules}
 
@@ -56,12 +56,12 @@ def _prefect_deploy() -> None:
     done = subprocess.run(argv, capture_output=True, text=True, check=False)
     if done.returncode:
         tail = (done.stdout + done.stderr).splitlines()[-20:]
-        told = "\n    ".join(["Prefect refused the deployments:", *tail])
-        raise LaunchError(told, argv=argv, returncode=done.returncode, tail=tail)
+        message = "\n    ".join(["Prefect refused the deployments:", *tail])
+        raise LaunchError(message, argv=argv, returncode=done.returncode, tail=tail)
 
 
 def create_queues(client: SyncPrefectClient) -> None:
-    """The pool, and every lane's queues; one without a limit is given room for one run. Safe to repeat."""
+    """Creates the pool and every lane's queues. A queue without a limit gets a limit of one run. Safe to repeat."""
     try:
         client.create_work_pool(WorkPoolCreate(name=WORK_POOL, type="process"))
     except ObjectAlreadyExists:
@@ -76,10 +76,10 @@ def create_queues(client: SyncPrefectClient) -> None:
 
 
 def end_stale_runs(client: SyncPrefectClient) -> int:
-    """End what an earlier stack on the same database left behind: it would be started now, for chains of the past.
+    """Ends runs that an earlier stack on the same database left behind: they would be started now, for old chains.
 
-    Runs that a schedule made in advance are removed, others cancelled; what is planned for later stays. Only for a
-    server that is ours alone and has just come up. Returns how many. Safe to repeat.
+    Deletes runs that a schedule made in advance and cancels others; runs that are planned for later stay. Only for a
+    server that this stack alone uses and that has just come up. Returns the number of runs. Safe to repeat.
     """
     under_way = [StateType.PENDING, StateType.RUNNING, StateType.CANCELLING, StateType.PAUSED]
     stale = (

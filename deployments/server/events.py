@@ -1,4 +1,4 @@
-"""The event that announces a committed version: a hint, since `reconcile` finds in the bucket what was lost."""
+"""The event that announces a committed version. It is a hint: `reconcile` finds lost events from the bucket."""
 
 from __future__ import annotations
 

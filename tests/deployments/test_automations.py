@@ -62,7 +62,7 @@ def test_a_training_whose_process_and_worker_are_gone_is_marked_with_its_stages(
         lambda found: len(found) == 2 and all(state and state.is_crashed() for state in found),
         every_seconds=0.5,
     )
-    assert ["no longer said that it lives" in ((state and state.message) or "") for state in states] == [True, True]
+    assert ["heartbeats stopped" in ((state and state.message) or "") for state in states] == [True, True]
     if before:
         ensure_automation(client, zombie_automation())
     else:

@@ -45,7 +45,7 @@ def test_a_launcher_that_fails_by_itself_is_quoted() -> None:
 
 
 def test_a_silent_failure_says_so() -> None:
-    assert explain_failure([], 1).tail == ("(it said nothing)",)
+    assert explain_failure([], 1).tail == ("(it printed nothing)",)
 
 
 def test_the_gate_lets_a_burst_pass_and_then_a_trickle() -> None:

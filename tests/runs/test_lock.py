@@ -41,7 +41,7 @@ def test_the_second_training_is_refused_until_the_first_has_gone_however_it_went
     holder.stdin.close()
     holder.stdout.close()
     with exclusive_training_lock(chain, "mine"):
-        assert "run mine" in lock_path(chain).read_text()
+        assert "run mine" in lock_path(chain).with_suffix(".holder").read_text()
 
 
 @pytest.mark.parametrize(

@@ -1,1 +1,1 @@
-"""Starts the ranks of a stage on one or several machines and follows them to their end. Free of Prefect."""
+"""Starts the ranks of a stage on one or several machines, follows them, and ends them."""

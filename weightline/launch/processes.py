@@ -1,7 +1,7 @@
-"""Starting processes so that none outlives its purpose, and ending whole trees of them. Free of Prefect.
+"""Starts processes so that none outlives its parent, and ends whole trees of them.
 
-Ranks are started by torchrun in sessions of their own, so ending a process group is not enough: a tree is followed
-while it lives, and everything that was ever seen in it is ended, also after the process between has gone.
+torchrun starts ranks in sessions of their own, so ending a process group is not enough. A tree is observed while it
+lives, and every process that was ever seen in it is ended, also one whose parent has gone since.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ _PR_SET_PDEATHSIG = 1
 
 
 def with_parent(argv: Sequence[str]) -> list[str]:
-    """The command, wrapped so that the kernel sends SIGTERM when the thread that starts it has gone, even by kill -9.
+    """Returns the command wrapped so that the kernel sends it SIGTERM when the thread that starts it ends, however.
 
-    Linux with util-linux; elsewhere the command itself.
+    Needs Linux with util-linux; elsewhere it returns the command itself.
     """
     setpriv = shutil.which("setpriv")
     return [setpriv, "--pdeathsig", "TERM", "--", *argv] if setpriv else list(argv)
 
 
 def die_with_parent() -> None:
-    """Ask the kernel to send this process SIGTERM when the thread that started it has gone. Linux only."""
+    """Asks the kernel to send this process SIGTERM when the thread that started it ends. Does nothing but on Linux."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
 
@@ -48,9 +48,9 @@ def start_process(
     stderr: int | IO[Any] | None = None,
     dies_with_parent: bool = True,
 ) -> subprocess.Popen[bytes]:
-    """Start a command in a session of its own: a Ctrl-C in the terminal is ours to handle, not its.
+    """Starts a command in a session of its own, so that a Ctrl-C in the terminal reaches only this process.
 
-    `dies_with_parent=False` is for what shall stay when we go.
+    `dies_with_parent=False` is for a process that stays when this one ends.
     """
     return subprocess.Popen(
         with_parent(argv) if dies_with_parent else list(argv),
@@ -64,16 +64,16 @@ def start_process(
 
 
 def marked_environment(env: Mapping[str, str]) -> tuple[dict[str, str], str]:
-    """The environment with a mark that no other process has, and the mark. Children inherit it."""
+    """Returns the environment with a unique mark, which children inherit, and the mark."""
     mark = uuid.uuid4().hex
     return {**env, MARK_VARIABLE: mark}, mark
 
 
 class ProcessTree:
-    """A process and all that descends from it. Call `observe` now and then while it lives.
+    """A process and its descendants. `observe` must be called regularly while the process lives.
 
-    With a `mark` of its environment (`marked_environment`), descendants are found also when nobody saw them before
-    whoever started them was gone.
+    With a `mark` of its environment (`marked_environment`), `end` also finds descendants that were never observed
+    before their parent ended.
     """
 
     def __init__(self, pid: int, mark: str | None = None) -> None:
@@ -84,17 +84,17 @@ class ProcessTree:
         self.observe()
 
     def observe(self) -> None:
-        """Take note of descendants that are new. Those whose parent has gone in between stay known."""
+        """Adds new descendants. Those whose parent has ended in the meantime stay members."""
         for member in self.alive():
             with contextlib.suppress(psutil.NoSuchProcess):
                 self._add(member.children(recursive=True))
 
     def alive(self) -> list[psutil.Process]:
-        """Members that still run. A pid that was given to another process since is not a member."""
+        """Returns the members that still run. A pid that belongs to another process since is not a member."""
         return [member for member in self._members.values() if _is_alive(member)]
 
     def end(self, grace_seconds: float = 5.0) -> None:
-        """SIGTERM to all members, SIGKILL to those that still run after the grace. Safe to repeat."""
+        """Sends SIGTERM to all members, and SIGKILL to those that still run after the grace. Safe to repeat."""
         self.observe()
         self._add(_marked_processes(self._mark))
         end_processes(self.alive(), grace_seconds)
@@ -117,7 +117,7 @@ def _marked_processes(mark: str | None) -> list[psutil.Process]:
 
 
 def end_processes(processes: Iterable[psutil.Process], grace_seconds: float) -> list[psutil.Process]:
-    """SIGTERM, wait, SIGKILL. Returns those that even so could not be ended in two seconds."""
+    """Sends SIGTERM, waits, sends SIGKILL. Returns the processes that still run two seconds later."""
     members = [process for process in processes if _is_alive(process)]
     if grace_seconds > 0:
         for process in members:

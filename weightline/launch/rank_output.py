@@ -1,4 +1,4 @@
-"""What ranks print, made useful: which rank said it, how much of it a log takes, and why a stage failed. Pure.
+"""Parses what ranks print: which rank printed a line, which lines a log shows, and why a stage failed. Pure.
 
 torchrun, asked to tee, begins each line of rank N with "[defaultN]:".
 """
@@ -21,7 +21,7 @@ MAX_TAIL_LINES = 25
 
 @dataclass(frozen=True, slots=True)
 class RankLine:
-    """One line. `rank` is None for the launcher's own."""
+    """One line of output. `rank` is None for a line of the launcher."""
 
     rank: int | None
     text: str
@@ -32,7 +32,7 @@ class RankLine:
 
 
 def parse_line(raw: str) -> RankLine:
-    """ "[default1]:loading" -> rank 1, "loading"."""
+    """Parses one line: "[default1]:loading" is "loading" of rank 1."""
     line = raw.rstrip("\r\n")
     found = _RANK_PREFIX.match(line)
     return RankLine(int(found[1]), line[found.end() :]) if found else RankLine(None, line)
@@ -40,7 +40,7 @@ def parse_line(raw: str) -> RankLine:
 
 @dataclass(slots=True)
 class LineGate:
-    """Lets `burst` lines pass at once and `lines_per_second` after that. Repeats and progress bars never pass."""
+    """Limits the rate of lines: `burst` at once, then `lines_per_second`. Repeats and progress bars never pass."""
 
     lines_per_second: float = 5.0
     burst: float = 50.0
@@ -53,7 +53,7 @@ class LineGate:
         self._allowance = self.burst
 
     def passes(self, line: RankLine, now_seconds: float) -> bool:
-        """Whether to show the line. `now_seconds` never decreases."""
+        """Returns whether to show the line. `now_seconds` never decreases."""
         if not line.text.strip() or line.text == self._last_text or _PROGRESS_BAR.search(line.text):
             return False
         self._last_text = line.text
@@ -69,7 +69,7 @@ class LineGate:
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """Why the ranks ended. `tail` holds the last lines of the rank that failed first, or of whoever spoke last."""
+    """Why the ranks ended. `tail` holds the last lines of the rank that failed first, or else of all ranks."""
 
     rank: int | None
     cause: str
@@ -80,7 +80,7 @@ class Failure:
 
 
 def explain_failure(lines: Sequence[RankLine], returncode: int) -> Failure:
-    """Find the rank that failed first and what it said last. `lines`: the newest lines, oldest first."""
+    """Finds the rank that failed first and its last lines. `lines`: the newest lines, oldest first."""
     found = _ROOT_CAUSE.search("\n".join(line.text for line in lines if line.rank is None))
     if found is None:
         return Failure(None, f"the launcher ended with exit code {returncode}", _last(lines, is_labelled=True))
@@ -91,6 +91,6 @@ def explain_failure(lines: Sequence[RankLine], returncode: int) -> Failure:
 
 
 def _last(lines: Iterable[RankLine], *, is_labelled: bool = False) -> tuple[str, ...]:
-    told = [line for line in lines if line.text.strip() and not _PROGRESS_BAR.search(line.text)]
-    texts = (line.labelled if is_labelled else line.text for line in told[-MAX_TAIL_LINES:])
-    return tuple(texts) or ("(it said nothing)",)
+    shown = [line for line in lines if line.text.strip() and not _PROGRESS_BAR.search(line.text)]
+    texts = (line.labelled if is_labelled else line.text for line in shown[-MAX_TAIL_LINES:])
+    return tuple(texts) or ("(it printed nothing)",)

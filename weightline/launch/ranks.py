@@ -1,7 +1,4 @@
-"""Starting ranks and staying with them: their lines, their end, and that none of them outlives the flow run.
-
-Free of Prefect, except for the task at the end.
-"""
+"""Runs a stage's ranks to their end: passes on their lines, explains their failure, and leaves no process behind."""
 
 from __future__ import annotations
 
@@ -30,16 +27,16 @@ Tick = Callable[[], None]
 
 
 def with_rank_logs(argv: Sequence[str], log_dir: Path) -> list[str]:
-    """The launch command, with every line labelled by its rank and kept in a file a rank."""
+    """Returns the launch command with options that label every line by its rank and keep one file for each rank."""
     start = argv.index("accelerate.commands.launch") + 1
     return [*argv[:start], "--tee", "3", "--log_dir", str(log_dir), *argv[start:]]
 
 
 def run_ranks(argv: Sequence[str], env: Mapping[str, str], log_path: Path, show: Show, tick: Tick) -> None:
-    """Run the launcher to its end. Lines go to `log_path`, and, at a bearable rate, to `show`. `tick` is called often.
+    """Runs the launcher to its end. Lines go to `log_path` and, at a limited rate, to `show`; `tick` is called often.
 
-    LaunchError carries the last lines of the rank that failed first. However this ends, by an exception or a signal in
-    the middle too, no process of the launcher's tree is left; if this process is killed, the kernel tells the launcher.
+    Raises LaunchError with the last lines of the rank that failed first. However this ends, also by an exception or a
+    signal, no process of the launcher's tree is left. If this process is killed, the kernel sends the launcher SIGTERM.
     """
     marked, mark = marked_environment(env)
     process = start_process(argv, env=marked, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
@@ -67,13 +64,13 @@ def run_ranks(argv: Sequence[str], env: Mapping[str, str], log_path: Path, show:
     if returncode != 0:
         failure = explain_failure(reader.newest, returncode)
         raise LaunchError(
-            f"{failure}\nEverything that the ranks said is in {log_path}",
+            f"{failure}\nThe whole output of the ranks is in {log_path}",
             argv=list(argv), returncode=returncode, tail=list(failure.tail),
         )  # fmt: skip
 
 
 def _exit_code(process: subprocess.Popen[bytes]) -> int:
-    """Of a launcher that has closed its output. One that does not go then is as good as killed."""
+    """Returns the exit code of a launcher that has closed its output. One that does not end then counts as killed."""
     try:
         return process.wait(_LINGER_SECONDS)
     except subprocess.TimeoutExpired:
@@ -81,7 +78,7 @@ def _exit_code(process: subprocess.Popen[bytes]) -> int:
 
 
 class LineReader:
-    """Reads a process's output in a thread, so that the process never waits for whoever looks at its lines."""
+    """Reads a process's output in a thread, so that the process never waits for the reader of its lines."""
 
     def __init__(self, stream: IO[bytes], log_path: Path) -> None:
         self.newest: deque[RankLine] = deque(maxlen=_KEPT_LINES)
@@ -97,7 +94,7 @@ class LineReader:
         return not self._thread.is_alive() and self._queue.empty()
 
     def take(self, wait_seconds: float) -> list[RankLine]:
-        """The lines that have come, after waiting for the first for at most so long."""
+        """Returns the lines that have arrived. Waits for the first one for at most `wait_seconds`."""
         taken: list[RankLine] = []
         try:
             taken.append(self._queue.get(timeout=wait_seconds))
@@ -107,7 +104,7 @@ class LineReader:
             return taken
 
     def close(self) -> None:
-        """Wait for the rest of the output; the processes have ended."""
+        """Reads the rest of the output. The processes must have ended."""
         self._thread.join(timeout=_LINGER_SECONDS)
         if not self._thread.is_alive():
             self._stream.close()

@@ -1,1 +1,1 @@
-"""Publishes a version as a model: the model card and the Hub repository."""
+"""Publishes a version as a model: its folder, its model card, its repository on the Hub."""

@@ -1,1 +1,1 @@
-"""One run of a recipe: its folder, checks, progress and summary. Free of Prefect."""
+"""A run of a recipe: preparing it, its folder, its stages, its progress and its summary."""

@@ -1,4 +1,7 @@
-"""Curves as pictures that Prefect's pages show: small SVGs, inlined as images. Pure."""
+"""Curves of metrics as small SVGs, inlined as images that Prefect's pages show. Pure.
+
+docs/design-notes/006 says why no plotting library draws them.
+"""
 
 from __future__ import annotations
 
@@ -10,14 +13,14 @@ from xml.sax.saxutils import escape
 _WIDTH, _HEIGHT = 640, 180
 _LEFT, _RIGHT, _TOP, _BOTTOM = 64, 12, 26, 24
 _MAX_POINTS = 400
-#: Legible on a light page and on a dark one.
+#: These colors are legible on a light page and on a dark one.
 _INK, _LINE = "#7d8590", "#3b82f6"
 
 Point = tuple[float, float]
 
 
 def points_of(history: Iterable[Mapping[str, float]], name: str) -> list[Point]:
-    """(step, value) wherever the metric was logged as a finite number; the newest one of each step."""
+    """Returns (step, value) for each step at which the metric was logged as a finite number; its newest value."""
     found = {
         float(logged["step"]): float(logged[name])
         for logged in history
@@ -27,7 +30,7 @@ def points_of(history: Iterable[Mapping[str, float]], name: str) -> list[Point]:
 
 
 def curve_image(title: str, points: Sequence[Point]) -> str:
-    """The curve as a Markdown image; "" for fewer than two points."""
+    """Returns the curve as a Markdown image, or "" for fewer than two points."""
     if len(points) < 2:
         return ""
     encoded = base64.b64encode(curve_svg(title, points).encode()).decode()
@@ -35,7 +38,7 @@ def curve_image(title: str, points: Sequence[Point]) -> str:
 
 
 def curve_svg(title: str, points: Sequence[Point]) -> str:
-    """A line over steps, with its first and last step and its range of values written on the axes."""
+    """Returns a line over steps. The axes show the first and last step and the range of values."""
     shown = thinned(points, _MAX_POINTS)
     (first, last), (low, high) = _range(x for x, _ in shown), _range(y for _, y in shown)
     path = " ".join(f"{_x(x, first, last):.1f},{_y(y, low, high):.1f}" for x, y in shown)
@@ -55,7 +58,7 @@ def curve_svg(title: str, points: Sequence[Point]) -> str:
 
 
 def thinned(points: Sequence[Point], max_points: int) -> list[Point]:
-    """At most so many points: means of neighbours, but for the last one, which stays what it is."""
+    """Returns at most `max_points` points: means of neighbors, and the last point as it is."""
     size = -(-len(points) // max_points)
     if size <= 1:
         return list(points)

@@ -1,13 +1,12 @@
-"""One training a chain: whoever trains holds a lock of this host. Free of Prefect.
+"""A lock of this host that lets one training at a time write to a chain.
 
-The lock is the kernel's, so it goes with its holder, however that ends; no server has to be there, and none can take it
-away from a training that goes on. It goes by the bucket, not by how its URL is spelled. Between hosts, the queue
-`training` lets one run go on at a time, and the bucket has the last word: the second writer of a version loses.
+The lock is the kernel's: it ends with the process that holds it, however that ends. It needs no server, and no server
+can take it from a training that goes on. It belongs to the bucket, not to one spelling of its URL. Between hosts, the
+work queue `training` lets one run go on at a time, and in the bucket the second writer of a version loses.
 """
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
 import tempfile
@@ -15,32 +14,42 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from weightline.errors import InputError
 from weightline.store import open_store
 
 
 @contextmanager
 def exclusive_training_lock(chain_url: str, run_id: str) -> Iterator[None]:
-    """Hold the chain's lock. InputError at once, naming the run that has it, when it is taken."""
+    """Holds the chain's lock for the block. If it is taken, raises InputError at once, naming the run that holds it."""
     path = lock_path(chain_url)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            holder = file.read().strip() or "another run"
-            raise InputError(
-                f"chain: {chain_url} is being trained by {holder}: wait for its end, or name another chain",
-                field="chain", chain=chain_url,
-            ) from None  # fmt: skip
-        file.truncate(0)
-        file.write(f"run {run_id} (process {os.getpid()})")
-        file.flush()
+    holder_path = path.with_suffix(".holder")
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        holder = _read_holder(holder_path)
+        raise InputError(
+            f"chain: {chain_url} is being trained by {holder}: wait for its end, or name another chain",
+            field="chain", chain=chain_url,
+        ) from None  # fmt: skip
+    try:
+        holder_path.write_text(f"run {run_id} (process {os.getpid()})")
         yield
+    finally:
+        lock.release()
 
 
 def lock_path(chain_url: str) -> Path:
-    """Where this host keeps the chain's lock: the same file for every URL that leads to the chain."""
+    """Returns this host's lock file for the chain: the same one for every URL that leads to the chain."""
     digest = hashlib.sha256(open_store(chain_url).url.rstrip("/").encode()).hexdigest()[:24]
     return Path(tempfile.gettempdir()) / f"weightline-locks-{os.getuid()}" / f"{digest}.lock"
+
+
+def _read_holder(path: Path) -> str:
+    try:
+        return path.read_text().strip() or "another run"
+    except OSError:
+        return "another run"
