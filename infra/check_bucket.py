@@ -27,7 +27,7 @@ from weightline.chain.read.history import Chain
 from weightline.chain.upkeep.verify import verify_chain
 from weightline.chain.write.standalone import commit_folder
 from weightline.errors import NotFoundError, ObjectExistsError, TransientStorageError, WeightlineError
-from weightline.format.envelope import sha256_of
+from weightline.files import sha256_of
 from weightline.store import ObjectInfo, Store, open_store
 from weightline.store.base import commit_mode, contests
 from weightline.store.open import check_writable

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import psutil
 
+from weightline.files import write_atomically
 from weightline.launch.processes import ProcessTree
-from weightline.stages.job import write_atomically
 
 #: The process that starts the others again when they have died.
 SUPERVISOR = "supervisor"

@@ -19,10 +19,9 @@ from weightline.chain.replay.fetch import fetching
 from weightline.chain.replay.state import read_state
 from weightline.chain.upkeep.verify import verify_chain
 from weightline.errors import DigestMismatchError, InputError, TransientStorageError
-from weightline.store import cache as store_cache
+from weightline.files import SharedLock
 from weightline.store import open_store
-from weightline.store.cache import ObjectCache, host_cache
-from weightline.store.locks import FileLock
+from weightline.store.cache import ObjectCache, SoundFiles, host_cache
 
 
 def _sha256(body: bytes) -> str:
@@ -71,6 +70,7 @@ def test_an_object_in_use_stays(cache: ObjectCache) -> None:
     os.utime(held.path, (0, 0))
     _fetch(cache, b"y" * 600)
     assert held.path.read_bytes() == body
+    os.utime(held.path, (0, 0))  # reading was a use
     held.release()
     cache.evict()
     assert not held.path.exists()
@@ -92,13 +92,11 @@ def test_a_file_of_the_wrong_size_is_fetched_again(cache: ObjectCache) -> None:
     assert _fetch(cache, b"payload").read_bytes() == b"payload"
 
 
-def test_a_file_that_was_changed_since_is_fetched_again(
-    cache: ObjectCache, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_file_that_was_changed_since_is_fetched_again(cache: ObjectCache, caplog: pytest.LogCaptureFixture) -> None:
     calls: list[bytes] = []
     path = _fetch(cache, b"payload", calls)
     path.write_bytes(b"paYload")
-    monkeypatch.setattr(store_cache, "_sound", set())  # as another process
+    os.utime(path, ns=(0, path.stat().st_mtime_ns + 1))  # clocks of file systems tick seldom
     assert _fetch(cache, b"payload", calls).read_bytes() == b"payload"
     assert len(calls) == 2
     assert "other bytes" in caplog.text
@@ -106,13 +104,35 @@ def test_a_file_that_was_changed_since_is_fetched_again(
 
 def test_a_process_hashes_an_object_once(cache: ObjectCache, monkeypatch: pytest.MonkeyPatch) -> None:
     _fetch(cache, b"payload")
-    monkeypatch.setattr(store_cache, "_sound", set())
+    another_process = ObjectCache(cache.folder, cache.max_nbytes, SoundFiles())
     hashed: list[int] = []
     digest = hashlib.file_digest
     monkeypatch.setattr(hashlib, "file_digest", lambda file, name: (hashed.append(1), digest(file, name))[1])
     for _ in range(3):
+        _fetch(another_process, b"payload")
         _fetch(cache, b"payload")
     assert len(hashed) == 1
+
+
+def test_what_a_process_remembers_of_its_files_is_bounded(cache: ObjectCache, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = ObjectCache(cache.folder, cache.max_nbytes, SoundFiles(max_files=1))
+    paths = [_fetch(small, body) for body in (b"one", b"two")]
+    hashed: list[int] = []
+    digest = hashlib.file_digest
+    monkeypatch.setattr(hashlib, "file_digest", lambda file, name: (hashed.append(1), digest(file, name))[1])
+    for body, num_hashed in ((b"two", 0), (b"one", 1)):
+        _fetch(small, body)
+        assert len(hashed) == num_hashed
+    assert all(path.exists() for path in paths)
+
+
+def test_a_file_with_other_bytes_of_the_same_age_as_before_is_found_by_another_process(cache: ObjectCache) -> None:
+    path = _fetch(cache, b"payload")
+    modified_ns = path.stat().st_mtime_ns
+    path.write_bytes(b"paYload")
+    os.utime(path, ns=(modified_ns, modified_ns))
+    fresh = ObjectCache(cache.folder, cache.max_nbytes, SoundFiles())
+    assert _fetch(fresh, b"payload").read_bytes() == b"payload"
 
 
 def test_old_partial_files_go_whatever_their_names(cache: ObjectCache) -> None:
@@ -158,7 +178,7 @@ def test_no_lock_is_held_after_an_error(cache: ObjectCache, monkeypatch: pytest.
     monkeypatch.setattr(cache, "evict", interrupt)
     with pytest.raises(KeyboardInterrupt):
         _fetch(cache, b"payload")
-    lock = FileLock(cache.folder / "locks" / _sha256(b"payload"))
+    lock = SharedLock(cache.folder / "locks" / _sha256(b"payload"))
     assert lock.take(exclusive=True)
     lock.release()
 

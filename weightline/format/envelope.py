@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from weightline.errors import InputError, PayloadError
+from weightline.files import sha256_of
 
 #: With the eight bytes of its length, 256: room for payloads of any size.
 _HEADER_NBYTES = 248
@@ -110,9 +111,3 @@ def _without_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
 
 def _is_size(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
-
-
-def sha256_of(path: Path) -> str:
-    """Hex sha256 of a file, read in blocks."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

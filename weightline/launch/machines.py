@@ -17,8 +17,8 @@ from typing import Literal
 
 from pydantic import ValidationError
 
+from weightline.files import write_atomically
 from weightline.launch.command import Rendezvous, launch_argv
-from weightline.stages.job import write_atomically
 from weightline.stages.recipe import FrozenModel
 
 #: The folder of all runs, for the processes that a stack or an indexed Job starts.

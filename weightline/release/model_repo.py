@@ -8,8 +8,8 @@ from pathlib import Path
 from weightline.chain import Chain
 from weightline.chain.files.checkpoint import MARKER, write_checkpoint
 from weightline.errors import InputError, StorageError, TransientStorageError
+from weightline.files import write_atomically
 from weightline.release.model_card import CARD, card_facts, model_card
-from weightline.stages.job import write_atomically
 from weightline.stages.recipe import ModelConfig
 
 

@@ -19,8 +19,9 @@ from pydantic import ValidationError
 
 from weightline.chain import Chain, open_chain
 from weightline.errors import InputError, WeightlineError
+from weightline.files import write_atomically
 from weightline.launch.machines import RUNS_DIR_VARIABLE
-from weightline.stages.job import StageJob, write_atomically
+from weightline.stages.job import StageJob
 from weightline.stages.preflight import Placement, check_recipe
 from weightline.stages.recipe import FrozenModel, Recipe, StageConfig
 from weightline.store import open_store

@@ -11,12 +11,11 @@ import hashlib
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
 from weightline.errors import InputError
+from weightline.files import exclusive_lock
 from weightline.store import open_store
 
 
@@ -26,20 +25,17 @@ def exclusive_training_lock(chain_url: str, run_id: str) -> Iterator[None]:
     path = lock_path(chain_url)
     path.parent.mkdir(parents=True, exist_ok=True)
     holder_path = path.with_suffix(".holder")
-    lock = FileLock(path)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        holder = _read_holder(holder_path)
-        raise InputError(
-            f"chain: {chain_url} is being trained by {holder}: wait for its end, or name another chain",
-            field="chain", chain=chain_url,
-        ) from None  # fmt: skip
-    try:
+    with ExitStack() as held:
+        try:
+            held.enter_context(exclusive_lock(path))
+        except BlockingIOError:
+            holder = _read_holder(holder_path)
+            raise InputError(
+                f"chain: {chain_url} is being trained by {holder}: wait for its end, or name another chain",
+                field="chain", chain=chain_url,
+            ) from None  # fmt: skip
         holder_path.write_text(f"run {run_id} (process {os.getpid()})")
         yield
-    finally:
-        lock.release()
 
 
 def lock_path(chain_url: str) -> Path:

@@ -13,12 +13,13 @@ from safetensors import deserialize
 from weightline.chain import Chain
 from weightline.chain.replay.state import HostState, read_state
 from weightline.errors import DigestMismatchError, InputError
+from weightline.files import write_atomically
 from weightline.format.manifest import Manifest
 from weightline.launch.command import launch_environment
 from weightline.launch.machines import launching
 from weightline.launch.ranks import run_ranks, with_rank_logs
 from weightline.runs.folder import Run
-from weightline.stages.job import StageJob, StageResult, write_atomically
+from weightline.stages.job import StageJob, StageResult
 from weightline.stages.recipe import FrozenModel
 
 

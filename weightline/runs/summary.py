@@ -8,11 +8,12 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from weightline.files import write_atomically
 from weightline.lineage.rows import LineageRow
 from weightline.lineage.table import COLUMNS, cells, summary_rows
 from weightline.runs.folder import Run
 from weightline.runs.stage import read_proof
-from weightline.stages.job import StageResult, write_atomically
+from weightline.stages.job import StageResult
 from weightline.stages.recipe import FrozenModel, Recipe
 
 

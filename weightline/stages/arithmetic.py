@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from weightline.errors import RecipeError
-from weightline.stages.job import write_atomically
+from weightline.files import write_atomically
 from weightline.stages.recipe import ArithmeticConfig
 
 Problem = tuple[int, int]

@@ -16,10 +16,11 @@ from typing import Any, TypeVar
 import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from weightline.files import write_atomically
 from weightline.stages.checkpoints import ResumePlan, mark_whole, plan_resume
 from weightline.stages.ending import Ending
 from weightline.stages.float32_compute import compute_in_float32
-from weightline.stages.job import StageJob, StageResult, write_atomically
+from weightline.stages.job import StageJob, StageResult
 
 Args = TypeVar("Args", bound=TrainingArguments)
 _ENDING = Ending()

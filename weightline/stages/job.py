@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Literal, Self
 
 from pydantic import Field, ValidationError
 
 from weightline.errors import InputError
+from weightline.files import write_atomically
 from weightline.stages.recipe import ArithmeticConfig, FrozenModel, StageConfig
 
 
@@ -89,14 +89,3 @@ class StageResult(FrozenModel):
             return cls.model_validate_json(job.done_path.read_bytes())
         except FileNotFoundError:
             return None
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write through a temporary name, so that a crash leaves the old file or the new one, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)

@@ -2,29 +2,31 @@
 
     <folder>/objects/<sha256>    whole and checked when it got its name
     <folder>/partial/<sha256>    being downloaded; a later attempt continues it
-    <folder>/locks/<sha256>      exclusive: who downloads or evicts; shared: who reads
+    <folder>/locks/<sha256>      held exclusively to download or evict the object, shared to read it
 
 Content-addressed: an object of any bucket is found by its sha256. Bounded: least recently used objects go first, by the
-modification time, which every use renews; objects in use stay, even beyond the bound. Locks die with their process, so
-a crash leaves nothing but a partial file. The first hit of a process on a file hashes it: what a disk or a hand has
-changed since is fetched again. Later hits of the process look at the size alone.
+access time, which every use renews; objects in use stay, even beyond the bound. Locks die with their process, so a
+crash leaves nothing but a partial file. The first hit of a process on a file hashes it, and so does a hit on a file
+whose size or modification time changed since: a file with other bytes is fetched again.
 """
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 import random
 import shutil
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from cachetools import LRUCache
+
 from weightline.errors import InputError
+from weightline.files import SharedLock, sha256_of
 from weightline.store import transfers
-from weightline.store.locks import FileLock
 
 #: Environment: the folder, and its bound in bytes (0: no cache).
 FOLDER_VARIABLE = "WEIGHTLINE_CACHE"
@@ -45,7 +47,7 @@ class CachedObject:
     """An object that stays in the cache while this is held."""
 
     path: Path
-    lock: FileLock
+    lock: SharedLock
 
     def release(self) -> None:
         """Safe to repeat."""
@@ -55,9 +57,11 @@ class CachedObject:
 class ObjectCache:
     """A folder of objects by sha256. Safe for threads and processes of one host."""
 
-    def __init__(self, folder: Path, max_nbytes: int) -> None:
+    def __init__(self, folder: Path, max_nbytes: int, sound: SoundFiles | None = None) -> None:
+        """`sound`: the files whose bytes need no second check; by default those of this process."""
         self.folder = folder
         self.max_nbytes = max_nbytes
+        self._sound = sound or _SOUND
 
     def fetch(self, sha256: str, nbytes: int, download: Callable[[Path], None]) -> CachedObject | None:
         """The object, from the cache or by `download(path)`; of several who want it, one downloads and others wait.
@@ -67,7 +71,7 @@ class ObjectCache:
         """
         if nbytes > self.max_nbytes:
             return None
-        lock = FileLock(self.folder / "locks" / sha256)
+        lock = SharedLock(self.folder / "locks" / sha256)
         path = self.folder / "objects" / sha256
         try:
             is_held = self._hold(lock, path, nbytes, download)
@@ -76,19 +80,19 @@ class ObjectCache:
             raise
         return CachedObject(path, lock) if is_held else None
 
-    def _hold(self, lock: FileLock, path: Path, nbytes: int, download: Callable[[Path], None]) -> bool:
+    def _hold(self, lock: SharedLock, path: Path, nbytes: int, download: Callable[[Path], None]) -> bool:
         """Share the lock of a sound object, downloading it if nobody does. False, holding nothing, after a stall."""
         partial = self.folder / "partial" / path.name
         stalled = _Stall(partial)
         while not stalled():
-            if lock.take(exclusive=False) and _is_sound(path, nbytes):
-                os.utime(path)
+            if lock.take(exclusive=False) and self._sound.holds(path, nbytes):
+                _touch(path)
                 return True
             if lock.take(exclusive=True):
-                if not _is_sound(path, nbytes):
+                if not self._sound.holds(path, nbytes):
                     self._insert(path, partial, download)
                 # Held while others make room, so that this object is not what they remove.
-                if lock.take(exclusive=False) and _is_sound(path, nbytes):
+                if lock.take(exclusive=False) and self._sound.holds(path, nbytes):
                     self._make_room()
                     return True
             else:
@@ -105,12 +109,12 @@ class ObjectCache:
     def evict(self) -> None:
         """Remove least recently used objects until the bound holds. Objects in use stay; safe at any time."""
         self._remove_old_partials()
-        objects = sorted(_files(self.folder / "objects"), key=lambda entry: entry[1].st_mtime)
+        objects = sorted(_files(self.folder / "objects"), key=lambda entry: entry[1].st_atime)
         excess = sum(found.st_size for _, found in objects) - self.max_nbytes
         for path, found in objects:
             if excess <= 0:
                 return
-            lock = FileLock(self.folder / "locks" / path.name)
+            lock = SharedLock(self.folder / "locks" / path.name)
             if lock.take(exclusive=True):
                 path.unlink(missing_ok=True)
                 lock.remove()
@@ -123,12 +127,12 @@ class ObjectCache:
         with partial.open("rb") as file:
             os.fsync(file.fileno())
         partial.replace(path)
-        _sound.add(_file_of(path, path.stat()))
+        self._sound.add(path)
 
     def _remove_old_partials(self) -> None:
         for path, found in _files(self.folder / "partial"):
             # A store may have left a hidden file of its own beside the one it was asked for.
-            lock = FileLock(self.folder / "locks" / path.name.lstrip(".").partition(".")[0])
+            lock = SharedLock(self.folder / "locks" / path.name.lstrip(".").partition(".")[0])
             if time.time() - found.st_mtime > _PARTIAL_SECONDS and lock.take(exclusive=True):
                 transfers.discard(path)
                 lock.remove()
@@ -149,29 +153,57 @@ class _Stall:
         return time.monotonic() - self._since > _STALL_SECONDS
 
 
-#: Files that this process hashed and found to be what their names say. A file that replaces one is another.
-_sound: set[tuple[str, int, int]] = set()
+_FileState = tuple[str, int, int, int, int]
 
 
-def _is_sound(path: Path, nbytes: int) -> bool:
-    """Whether the file has that size, and, when this process looks for the first time, the sha256 that is its name."""
-    try:
-        found = path.stat()
-        if found.st_size != nbytes:
+class SoundFiles:
+    """The files that this process hashed and found to be what their names say. Safe for threads; bounded.
+
+    A file that replaces one of them, or that was written to, is another file: it is hashed again.
+    """
+
+    def __init__(self, max_files: int = 16_384) -> None:
+        self._states: LRUCache[_FileState, bool] = LRUCache(max_files)
+        self._lock = threading.Lock()
+
+    def add(self, path: Path) -> None:
+        """Remembers a file whose bytes were just checked."""
+        self._add(_state_of(path, path.stat()))
+
+    def holds(self, path: Path, nbytes: int) -> bool:
+        """Whether the file is there, has that size, and has the sha256 that is its name."""
+        try:
+            found = path.stat()
+            if found.st_size != nbytes:
+                return False
+            state = _state_of(path, found)
+            with self._lock:
+                if state in self._states:
+                    return True
+            if sha256_of(path) != path.name:
+                _logger.warning("the cache's %s has other bytes than were put there; fetching it again", path)
+                return False
+        except FileNotFoundError:
             return False
-        if _file_of(path, found) not in _sound:
-            with path.open("rb") as file:
-                if hashlib.file_digest(file, "sha256").hexdigest() != path.name:
-                    _logger.warning("the cache's %s has other bytes than were put there; fetching it again", path)
-                    return False
-            _sound.add(_file_of(path, found))
-    except FileNotFoundError:
-        return False
-    return True
+        self._add(state)
+        return True
+
+    def _add(self, state: _FileState) -> None:
+        with self._lock:
+            self._states[state] = True
 
 
-def _file_of(path: Path, found: os.stat_result) -> tuple[str, int, int]:
-    return str(path), found.st_dev, found.st_ino
+def _state_of(path: Path, found: os.stat_result) -> _FileState:
+    return str(path), found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+
+#: Of this process: every operation opens the host's cache anew.
+_SOUND = SoundFiles()
+
+
+def _touch(path: Path) -> None:
+    """Renews the access time alone: the modification time tells whether the bytes are still those that were checked."""
+    os.utime(path, ns=(time.time_ns(), path.stat().st_mtime_ns))
 
 
 def _files(folder: Path) -> list[tuple[Path, os.stat_result]]:

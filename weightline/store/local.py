@@ -106,6 +106,8 @@ class LocalStore:
     @contextmanager
     def _staged(self, write: Callable[[BinaryIO], object]) -> Iterator[Path]:
         """A hidden, fsynced file with the bytes, gone when the block ends. A crash leaves it; nothing ever reads it."""
+        # Not `weightline.files.write_atomically`: a commit must fail where the name is taken, which link(2) does and
+        # rename(2) does not, and its name must survive a power cut, so the folder is fsynced, too.
         staging = self.root / _STAGING
         _make_durable_directory(staging)
         staged = staging / uuid.uuid4().hex

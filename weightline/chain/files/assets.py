@@ -16,8 +16,8 @@ from weightline.chain.read.history import Chain
 from weightline.chain.replay.diff import tensor_groups
 from weightline.codec.digest import format_digest, tensor_digest
 from weightline.errors import BaseMismatchError, InputError
+from weightline.files import sha256_of
 from weightline.format import keys
-from weightline.format.envelope import sha256_of
 from weightline.format.manifest import AdapterBase, AssetRef
 from weightline.store import Store
 from weightline.types import Segment

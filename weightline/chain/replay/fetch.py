@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from weightline.errors import DigestMismatchError
-from weightline.format.envelope import sha256_of
+from weightline.files import sha256_of
 from weightline.format.manifest import StoredObject
 from weightline.store import Store, transfers
 from weightline.store.cache import CachedObject, ObjectCache, host_cache

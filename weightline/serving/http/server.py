@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import uvicorn
 
 from weightline.chain import Chain, open_chain
 from weightline.errors import InputError
+from weightline.files import exclusive_lock, write_atomically
 from weightline.format.signature import load_trusted_keys
 from weightline.serving.http.app import build_app
 from weightline.serving.http.auth import TOKEN_VARIABLE, has_given_token, is_loopback, load_token
@@ -101,9 +101,9 @@ def require_safe_binding(host: str, state_dir: Path) -> None:
 def own_folder(state_dir: Path) -> Iterator[None]:
     """One process per state folder. The lock goes with the process, however it ends."""
     state_dir.mkdir(parents=True, exist_ok=True)
-    with (state_dir / "lock").open("a") as lock:
+    with ExitStack() as held:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            held.enter_context(exclusive_lock(state_dir / "lock"))
         except BlockingIOError as error:
             raise InputError(f"{state_dir} is in use by another replica: name another folder") from error
         yield
@@ -142,9 +142,7 @@ def write_address(settings: ServerSettings, port: int) -> None:
         "replica": settings.name,
         "chain": settings.chain_url,
     }
-    temporary = path.with_name(f".{path.name}.partial")
-    temporary.write_text(json.dumps(address, indent=1))
-    temporary.replace(path)
+    write_atomically(path, json.dumps(address, indent=1), is_durable=False)
 
 
 def _url_of(host: str, port: int) -> str:

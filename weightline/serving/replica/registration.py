@@ -17,6 +17,7 @@ from pathlib import Path
 from weightline.chain import Chain
 from weightline.chain.read.leases import Lease, read_lease, write_lease
 from weightline.errors import InputError, StorageError
+from weightline.files import write_atomically
 from weightline.serving.replica.status import ReplicaStatus
 
 _log = logging.getLogger(__name__)
@@ -155,8 +156,5 @@ def _holder_of(state_dir: Path) -> str:
     """Made once for a state folder, which one process has at a time."""
     path = state_dir / HOLDER_FILE
     if not path.exists():
-        state_dir.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{HOLDER_FILE}.partial")
-        temporary.write_text(secrets.token_hex(16))
-        temporary.replace(path)
+        write_atomically(path, secrets.token_hex(16))
     return path.read_text().strip()

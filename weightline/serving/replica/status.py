@@ -8,6 +8,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from weightline.errors import StorageError
+from weightline.files import write_atomically
 
 ReplicaState = Literal["serving", "loading", "waiting"]
 
@@ -83,10 +84,8 @@ def write_mark(state_dir: Path, mark: Mark) -> None:
     Not fsynced, which would be most of the pause: the weights that it speaks of live in memory and do not survive a
     power cut either. After one, an old mark is as good as the new one, and none means a load from nothing.
     """
-    temporary = state_dir / f".{FILE_NAME}.partial"
     try:
-        temporary.write_text(mark.model_dump_json(indent=1))
-        temporary.replace(state_dir / FILE_NAME)
+        write_atomically(state_dir / FILE_NAME, mark.model_dump_json(indent=1), is_durable=False)
     except OSError as error:
         raise StorageError(
             f"{state_dir} does not take the replica's mark: {error.strerror}. Is it writable, with room left?",

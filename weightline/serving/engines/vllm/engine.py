@@ -16,7 +16,7 @@ from typing import Protocol
 from weightline.chain.files.source import FolderSource
 from weightline.codec.digest import digest_change, format_digest
 from weightline.errors import ApplyError, DigestMismatchError, UnsupportedFeatureError
-from weightline.format.envelope import sha256_of
+from weightline.files import sha256_of
 from weightline.serving.engines.base import Completion, Generation, GenerationRequest
 from weightline.serving.engines.vllm.exchange import exchange_folder, write_changes
 from weightline.serving.engines.vllm.memory import RecentBits

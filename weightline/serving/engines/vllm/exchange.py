@@ -7,7 +7,6 @@ Legend: K changed elements of a tensor.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
@@ -22,6 +21,7 @@ import numpy as np
 from weightline.codec.changes import whole
 from weightline.dtypes import bits_dtype
 from weightline.errors import ApplyError
+from weightline.files import exclusive_lock
 from weightline.types import BitsArray, Changes, TensorSpec
 
 _ALIGNMENT = 64
@@ -35,8 +35,7 @@ def exchange_folder() -> Iterator[Path]:
     parent = _SHARED_MEMORY if os.access(_SHARED_MEMORY, os.W_OK) else Path(tempfile.gettempdir())
     _remove_leftovers(parent)
     with tempfile.TemporaryDirectory(prefix=_PREFIX, dir=parent) as name:
-        with (Path(name) / _LOCK).open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with exclusive_lock(Path(name) / _LOCK):
             yield Path(name)
 
 
@@ -44,8 +43,7 @@ def _remove_leftovers(parent: Path) -> None:
     """Folders of ours whose lock nobody holds: the process that held it is gone, in whatever container it was."""
     for path in parent.glob(f"{_PREFIX}*/{_LOCK}"):
         try:
-            with path.open("r") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with exclusive_lock(path):
                 shutil.rmtree(path.parent, ignore_errors=True)
         except OSError:
             continue  # in use, gone by now, or another user's
