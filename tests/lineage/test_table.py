@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
-
 from tests.lineage.rows import row
 from weightline.lineage.pages import lineage_markdown
-from weightline.lineage.table import COLUMNS, cells, markdown_table, summary_rows
+from weightline.lineage.table import COLUMNS, cells, markdown_table
 
 
 def test_cells_match_the_columns() -> None:
@@ -42,20 +40,3 @@ def test_the_page_of_a_suffix_counts_the_versions_before_it() -> None:
 
 def test_an_empty_chain_has_a_page() -> None:
     assert lineage_markdown("file:///x`y", []) == "Chain `file:///x'y` holds no version yet.\n"
-
-
-def test_summary_rows_are_json_with_the_promised_fields() -> None:
-    (told,) = json.loads(json.dumps(summary_rows([row(4, score=0.5, evaluation="done", served_at="now")])))
-    promised = {
-        "version",
-        "stage",
-        "kind",
-        "num_changed",
-        "num_elements",
-        "payload_nbytes",
-        "full_nbytes",
-        "score",
-        "served_at",
-    }
-    assert promised <= told.keys()
-    assert (told["version"], told["score"], told["served_at"]) == (4, 0.5, "now")

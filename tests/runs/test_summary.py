@@ -49,6 +49,10 @@ def test_the_summary_says_all_of_a_run(run: Run) -> None:
     summary = json.loads(run.summary_path.read_text())
     assert RunSummary.model_validate(summary) == written
     first, second = summary["versions"]
+    assert first.keys() >= {
+        "version", "stage", "kind", "num_changed", "num_elements", "payload_nbytes", "full_nbytes",
+        "score", "served_at",
+    }  # fmt: skip
     assert (first["version"], first["stage"], first["kind"], first["score"]) == (0, "sft", "anchor", 0.25)
     assert (second["score"], second["served_at"]) == (None, "2026-01-02T03:04:05Z")
     assert (summary["start_score"], summary["seconds"]) == (0.25, 12.3)

@@ -1,9 +1,8 @@
-"""The rows as a table: for a Markdown page, for a terminal, and for summary.json. Pure."""
+"""The rows as a table: for a Markdown page, and for a terminal. Pure."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from weightline.lineage.rows import LineageRow
 from weightline.lineage.text import escape_markdown, format_nbytes, format_percent, format_time
@@ -33,26 +32,3 @@ def markdown_table(rows: Sequence[LineageRow]) -> str:
     lines = ["| " + " | ".join(COLUMNS) + " |", "|" + " --- |" * len(COLUMNS)]
     lines += ["| " + " | ".join(escape_markdown(cell) for cell in cells(row)) + " |" for row in reversed(rows)]
     return "\n".join(lines)
-
-
-def summary_rows(rows: Sequence[LineageRow]) -> list[dict[str, Any]]:
-    """What summary.json says of each version, oldest first."""
-    return [
-        {
-            "version": row.version,
-            "stage": row.stage,
-            "kind": row.kind,
-            "global_step": row.global_step,
-            "is_milestone": row.is_milestone,
-            "num_changed": row.num_changed,
-            "num_elements": row.num_elements,
-            "payload_nbytes": row.payload_nbytes,
-            "full_nbytes": row.full_nbytes,
-            "evaluation": row.evaluation,
-            "score": row.score,
-            "serving": row.serving,
-            "served_at": row.served_at,
-            "pause_seconds": row.pause_seconds,
-        }
-        for row in rows
-    ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 from pydantic import ValidationError
 from safetensors import deserialize
@@ -112,19 +112,29 @@ def differing_tensors(chain: Chain, version: int, model_dir: Path) -> list[str]:
     state = read_state(chain, version)
     saved: set[str] = set()
     different: list[str] = []
-    for name, tensor in _saved_tensors(model_dir):
-        saved.add(name)
-        if not _is_equal(state, name, tensor["dtype"], tuple(tensor["shape"]), tensor["data"]):
-            different.append(name)
+    for tensor in _saved_tensors(model_dir):
+        saved.add(tensor.name)
+        if not _is_equal(state, tensor):
+            different.append(tensor.name)
     return sorted({*different, *(state.specs.keys() - saved)})
 
 
-def _is_equal(state: HostState, name: str, dtype: str, shape: tuple[int, ...], data: bytes) -> bool:
-    spec = state.specs.get(name)
-    return spec is not None and (spec.dtype, spec.shape) == (dtype, shape) and state.bits[name].tobytes() == bytes(data)
+class _SavedTensor(NamedTuple):
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    data: bytes
 
 
-def _saved_tensors(model_dir: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def _is_equal(state: HostState, saved: _SavedTensor) -> bool:
+    spec = state.specs.get(saved.name)
+    if spec is None or (spec.dtype, spec.shape) != (saved.dtype, saved.shape):
+        return False
+    return state.bits[saved.name].tobytes() == saved.data
+
+
+def _saved_tensors(model_dir: Path) -> Iterator[_SavedTensor]:
     """Yields every tensor of the folder's safetensors files, one file in memory at a time."""
     for path in sorted(model_dir.glob("*.safetensors")):
-        yield from deserialize(path.read_bytes())  # type: ignore[no-untyped-call]
+        for name, tensor in deserialize(path.read_bytes()):  # type: ignore[no-untyped-call]
+            yield _SavedTensor(name, tensor["dtype"], tuple(tensor["shape"]), bytes(tensor["data"]))

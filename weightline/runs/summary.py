@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Self
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from weightline.files import write_atomically
 from weightline.lineage.rows import LineageRow
-from weightline.lineage.table import COLUMNS, cells, summary_rows
+from weightline.lineage.table import COLUMNS, cells
 from weightline.runs.folder import Run
 from weightline.runs.stage import read_proof
 from weightline.stages.job import StageResult
@@ -30,6 +30,29 @@ class StageSummary(FrozenModel):
     """The last logged numbers."""
 
 
+class VersionSummary(FrozenModel):
+    """One version: a LineageRow without what only drawings need."""
+
+    version: int
+    stage: str
+    kind: str
+    global_step: int
+    is_milestone: bool
+    num_changed: int
+    num_elements: int
+    payload_nbytes: int
+    full_nbytes: int
+    evaluation: str
+    score: float | None
+    serving: str
+    served_at: str | None
+    pause_seconds: float | None
+
+    @classmethod
+    def of(cls, row: LineageRow) -> Self:
+        return cls(**{name: getattr(row, name) for name in cls.model_fields})
+
+
 class RunSummary(FrozenModel):
     """The contents of summary.json."""
 
@@ -43,8 +66,8 @@ class RunSummary(FrozenModel):
     start_score: float | None
     """Score of version 0."""
     stages: dict[str, StageSummary]
-    versions: list[dict[str, Any]]
-    """weightline.lineage.table.summary_rows"""
+    versions: tuple[VersionSummary, ...]
+    """Oldest first."""
 
 
 def write_summary(run: Run, rows: Sequence[LineageRow], ui_url: str, seconds: float) -> RunSummary:
@@ -59,7 +82,7 @@ def write_summary(run: Run, rows: Sequence[LineageRow], ui_url: str, seconds: fl
         seconds=round(seconds, 1),
         start_score=next((row.score for row in rows if row.version == 0), None),
         stages={stage.kind: _stage_summary(run, stage.kind, rows) for stage in run.recipe.stages},
-        versions=summary_rows(rows),
+        versions=tuple(VersionSummary.of(row) for row in rows),
     )
     write_atomically(run.summary_path, summary.model_dump_json(indent=1))
     return summary
