@@ -9,7 +9,7 @@ from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 from prefect.settings import PREFECT_API_URL
 
-from weightline.deployments.ranks.context import STEPS, rank_environment, write_rank_context
+from weightline.deployments.ranks.context import OBSERVER, rank_environment, write_rank_context
 from weightline.deployments.server.artifacts import ProgressBoard
 from weightline.deployments.server.flow_runs import flow_run_provenance
 from weightline.runs.folder import Run
@@ -55,7 +55,7 @@ def run_stage_ranks(run: Run, job: StageJob) -> None:
     context_path = job.output_dir / "flow_run.json"
     write_rank_context(context_path)
     environment = rank_environment(context_path, PREFECT_API_URL.value(), {})
-    recorded = job.model_copy(update={"steps_hook": STEPS, "provenance": flow_run_provenance()})
+    recorded = job.model_copy(update={"step_observer": OBSERVER, "provenance": flow_run_provenance()})
     watch = StageWatch(run, job)
     name = f"{run.run_id}-{job.stage.kind}"
     with ProgressBoard(name, f"{watch.title}: optimizer steps", watch.draw_page) as board:

@@ -1,17 +1,15 @@
 """How a rank process finds the flow run that it works for: a JSON file, named in its environment.
 
-The stage's flow run writes it (`write_rank_context`), every rank of it enters it (`enter_rank_context`). JSON and not
-a pickled context: readable, and safe to read.
+The stage's flow run writes the file (`write_rank_context`), and each of its ranks enters it (`rank_context`). It
+is JSON and not a pickled context, so that it is readable and safe to read.
 """
 
 from __future__ import annotations
 
-import atexit
-import contextvars
 import json
 import os
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +23,12 @@ from weightline.deployments.ranks.outbox import EventOutbox
 
 RANK_CONTEXT_VARIABLE = "WEIGHTLINE_RANK_CONTEXT"
 MAX_RECORDED_RANKS_VARIABLE = "WEIGHTLINE_MAX_RECORDED_RANKS"
-STEPS = "weightline.tasks.sync_steps:prefect_steps"
+DEFAULT_MAX_RECORDED_RANKS = 8
+#: Names the step observer that a rank makes under a flow run.
+OBSERVER = "weightline.tasks.sync_steps:prefect_observer"
 
-#: Prefect in a rank: no word on the console (the step's own error is raised anyway), no logs over the network, no
-#: server of its own, no questions to a server that may be gone.
+#: Prefect's settings in a rank: it prints nothing (a step's own error is raised by the trainer), sends no logs, starts
+#: no server of its own, and does not ask a server that may be gone for its version.
 _QUIET = {
     "PREFECT_LOGGING_SETTINGS_PATH": str(Path(__file__).with_name("rank_logging.yaml")),
     "PREFECT_CLIENT_SERVER_VERSION_CHECK_ENABLED": "false",
@@ -41,7 +41,7 @@ _QUIET = {
 
 
 def write_rank_context(path: Path) -> None:
-    """Write the current flow run to the file. Called inside the stage's flow run. Safe to repeat."""
+    """Writes the current flow run to the file. Called inside the stage's flow run. Safe to repeat."""
     context = FlowRunContext.get()
     if context is None or context.flow_run is None:
         raise RuntimeError("write_rank_context was called outside a flow run")
@@ -53,41 +53,40 @@ def write_rank_context(path: Path) -> None:
 
 
 def rank_environment(context_path: Path, api_url: str | None, base: Mapping[str, str]) -> dict[str, str]:
-    """`base` with what ranks need to record their steps under the flow run in `context_path`. Pure.
+    """Returns `base` with what ranks need to record their steps under the flow run in `context_path`. Pure.
 
-    Without a server's URL the ranks just run their steps.
+    Without a server's URL the ranks record nothing.
     """
     if api_url is None:
         return dict(base)
     return {**base, **_QUIET, "PREFECT_API_URL": api_url, RANK_CONTEXT_VARIABLE: str(context_path)}
 
 
-def enter_rank_context() -> contextvars.Context | None:
-    """A context in which Prefect tasks are task runs of the stage's flow run, and events go to the outbox.
+def max_recorded_ranks() -> int:
+    """Returns how many ranks a job may have for all of them to be recorded; of a larger one only rank 0 is."""
+    return int(os.environ.get(MAX_RECORDED_RANKS_VARIABLE, DEFAULT_MAX_RECORDED_RANKS))
 
-    None where no flow run or no server is named: Prefect would start a server of its own.
+
+def is_under_a_flow_run() -> bool:
+    """Whether this process's environment names a flow run and a server: else Prefect would start one of its own."""
+    return RANK_CONTEXT_VARIABLE in os.environ and PREFECT_API_URL.value() is not None
+
+
+@contextmanager
+def rank_context() -> Iterator[None]:
+    """In the block, Prefect tasks are task runs of the stage's flow run, and events go to the outbox.
+
+    For one thread, and once a process. Raises OSError or ValueError when the file is not what `write_rank_context`
+    wrote.
     """
-    path, api_url = os.environ.get(RANK_CONTEXT_VARIABLE), PREFECT_API_URL.value()
-    if path is None or api_url is None:
-        return None
-    send_events_to(EventOutbox(api_url))
-    context = contextvars.copy_context()
-    context.run(_enter, json.loads(Path(path).read_text()))
-    atexit.register(context.run, _ENTERED.close)
-    return context
-
-
-#: Holds what was entered until the process ends: without a reference, it would be left when garbage is collected.
-_ENTERED = ExitStack()
+    facts: dict[str, Any] = json.loads(Path(os.environ[RANK_CONTEXT_VARIABLE]).read_text())
+    flow_run = FlowRun.model_validate(facts["flow_run"])
+    remember_flow(flow_run.flow_id, facts["flow_name"])
+    send_events_to(EventOutbox(str(PREFECT_API_URL.value())))
+    with flow_run_context(_stage, flow_run):
+        yield
 
 
 @flow
 def _stage() -> None:
-    """Stands for the stage's flow, whose code the ranks need not import."""
-
-
-def _enter(facts: dict[str, Any]) -> None:
-    """Enter the flow run for good: the context lives as long as the process."""
-    flow_run = FlowRun.model_validate(facts["flow_run"])
-    remember_flow(flow_run.flow_id, facts["flow_name"])
-    _ENTERED.enter_context(flow_run_context(_stage, flow_run))
+    """Stands for the stage's flow: the ranks need not import its code."""

@@ -1,12 +1,12 @@
-"""Events on their way to a Prefect server that may be slow, hung or gone. Nobody ever waits for it.
+"""Events on their way to a Prefect server that may be slow, hung or gone: the sender never waits for it.
 
 Prefect's own client reconnects for seconds per event, and at exit waits for the server without a limit: measured 83 s
-for six steps after the server was killed, 115 s with a server that hangs. A rank must lose neither. So events are put
-here (no network), and a daemon thread posts them in batches: at least once while the server is there, the newest
-10,000 when it comes back, none when it stays away. The server drops an event whose id it has.
+for six steps after the server was killed, 115 s with a server that hangs. A rank must not lose that time. So events
+are put here (no network), and a daemon thread posts them in batches: at least once while the server is there, the
+newest 10,000 when it comes back, none when it stays away. The server drops an event whose id it has.
 
-Password, key, certificates and headers are those of Prefect's settings. A server that wants others is one that is away:
-events wait, and it is told once.
+Password, key, certificates and headers are those of Prefect's settings. When the server wants others, events wait as
+if it were away, and one warning is logged.
 """
 
 from __future__ import annotations
@@ -16,18 +16,17 @@ import contextvars
 import json
 import logging
 import threading
-import time
 from collections import deque
-from typing import Any, Protocol
+from typing import Any
 
 import httpx
 from prefect.client.orchestration import SyncPrefectClient
+from prefect.events import Event
 from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_KEY
 
 MAX_WAITING = 10_000
 _MAX_BATCH = 200
 _POST_TIMEOUT_SECONDS = 2.0
-_RETRY_SECONDS = 5.0
 _FLUSH_SECONDS = 2.0
 #: The same bytes would be refused again. Whatever else a server or a proxy answers may be another answer later.
 _FINAL_REFUSALS = frozenset({400, 413, 422})
@@ -36,29 +35,25 @@ _JSON = {"Content-Type": "application/json"}
 logger = logging.getLogger(__name__)
 
 
-class Dumpable(Protocol):
-    """An event: a pydantic model."""
-
-    def model_dump(self, *, mode: str) -> dict[str, Any]: ...
-
-
 class EventOutbox:
-    """What prefect's forwarding events client takes for its queue: `put` never blocks and never raises."""
+    """Holds events until the server has them: `put` never blocks and never raises."""
 
-    def __init__(self, api_url: str) -> None:
+    def __init__(self, api_url: str, retry_seconds: float = 5.0) -> None:
+        """Starts the thread. `retry_seconds`: the pause after a post that failed."""
         self._api_url = api_url
+        self._retry_seconds = retry_seconds
         self._waiting: deque[dict[str, Any]] = deque(maxlen=MAX_WAITING)
         self._changed = threading.Condition()
         self._is_closing = False
         self._is_warned = False
-        # In the context of whoever makes this, which has Prefect's settings.
+        # In the caller's context, which has Prefect's settings.
         run = contextvars.copy_context().run
         self._thread = threading.Thread(target=run, args=(self._run,), name="weightline-outbox", daemon=True)
         self._thread.start()
         atexit.register(self.close)
 
-    def put(self, item: tuple[str, Dumpable]) -> None:
-        """Take an event; the oldest is dropped when too many wait."""
+    def put(self, item: tuple[str, Event]) -> None:
+        """Takes an event, with its kind; the oldest is dropped when too many wait."""
         _, event = item
         with self._changed:
             self._waiting.append(event.model_dump(mode="json"))
@@ -70,7 +65,7 @@ class EventOutbox:
         return len(self._waiting)
 
     def close(self) -> None:
-        """Post what waits, for at most two seconds; what is left is lost. Safe to repeat."""
+        """Posts what waits, for at most two seconds; what is left is lost. Safe to repeat."""
         with self._changed:
             self._is_closing = True
             self._changed.notify()
@@ -86,7 +81,7 @@ class EventOutbox:
                     return
 
     def _post(self, client: SyncPrefectClient, batch: list[dict[str, Any]]) -> bool:
-        """Whether the server has settled the matter. What it refuses is told once; that it is away is no news."""
+        """Returns whether the batch is done with. Logs the first refusal; does not log connection errors."""
         try:
             client.request("POST", "/events", content=json.dumps(batch), headers=_JSON)
         except httpx.HTTPStatusError as error:
@@ -97,27 +92,26 @@ class EventOutbox:
                 )
                 self._is_warned = True
             return status in _FINAL_REFUSALS
-        # ValueError: a token against forgery was asked for, and something else came.
+        # ValueError: Prefect's client asks for a CSRF token first, and the answer was no JSON.
         except (httpx.HTTPError, ValueError):
             return False
         return True
 
     def _next_batch(self) -> list[dict[str, Any]]:
-        """Blocks until something waits. Empty when closing and done."""
+        """Returns the oldest events, when there are any; an empty list when closing and done."""
         with self._changed:
             self._changed.wait_for(lambda: self._waiting or self._is_closing)
             return [self._waiting[index] for index in range(min(len(self._waiting), _MAX_BATCH))]
 
     def _pause(self) -> bool:
-        """Leave an ailing server alone for a while. True when it is time to give up."""
-        deadline = time.monotonic() + _RETRY_SECONDS
+        """Waits before the next try. Returns True when it is time to give up."""
         with self._changed:
-            self._changed.wait_for(lambda: self._is_closing, timeout=deadline - time.monotonic())
+            self._changed.wait_for(lambda: self._is_closing, timeout=self._retry_seconds)
             return self._is_closing
 
 
 def _client_of(api_url: str) -> SyncPrefectClient:
-    # trust_env off: a proxy of the environment has no business between a rank and its own server.
+    # trust_env off: the environment's proxies are not for the way between a rank and its own server.
     return SyncPrefectClient(
         api_url,
         auth_string=PREFECT_API_AUTH_STRING.value(),

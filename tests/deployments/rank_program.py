@@ -1,4 +1,4 @@
-"""Plays one rank for tests: runs publish steps on a background thread, as the trainer does, and tells what happened.
+"""Plays one rank for tests: runs publish steps on a background thread, as the trainer does, and prints what happened.
 
 python -m tests.deployments.rank_program NUM_VERSIONS RANK WORLD_SIZE
 """
@@ -9,47 +9,43 @@ import json
 import sys
 import threading
 import time
-from collections.abc import Callable
 
-from weightline.trainer.steps import Facts, PublishSteps, StepWork, load_steps
+from tests.chains import commit_state, random_state
+from weightline.chain.read.history import Chain
+from weightline.store.memory import MemoryStore
+from weightline.trainer.steps import Step, StepFacts, StepName, StepObserver, load_observer
 
 CHAIN = "memory://toy"
+RANK_STEPS: tuple[StepName, ...] = ("gather_partition", "compute_delta", "upload_payload")
 
 
-def publish(steps: PublishSteps, num_versions: int, rank: int, world_size: int, told: dict[str, list[float]]) -> None:
-    """Each step notes that it ran; how long the whole took is what Prefect costs."""
+def publish(observer: StepObserver, num_versions: int, rank: int, world_size: int) -> dict[str, list[float]]:
+    """Returns how long each step took, by its label: what it does is next to nothing, so this is what Prefect costs."""
+    seconds: dict[str, list[float]] = {}
+    manifest = commit_state(Chain(MemoryStore(CHAIN)), random_state(0))
     for version in range(num_versions):
-        names = ["gather_partition", "compute_delta", "upload_payload", *(["commit_version"] if rank == 0 else [])]
+        names: list[StepName] = [*RANK_STEPS, *(["commit_version"] if rank == 0 else [])]  # type: ignore[list-item]
+        facts = {"version": version, "commit_id": f"{version:032x}", "num_changed": 5, "num_elements": 100}
+        committed = manifest.model_copy(update={**facts, "payload_nbytes": 600})
         for name in names:
             started = time.perf_counter()
-            work = StepWork(name, version, rank, world_size, "sft", CHAIN, _step(f"{name} {version}", version, told))
-            facts = getattr(steps, name)(work)
-            assert facts["version"] == version
-            told["seconds"].append(time.perf_counter() - started)
-
-
-def _step(label: str, version: int, told: dict[str, list[float]]) -> Callable[[], Facts]:
-    def run() -> Facts:
-        told.setdefault(label, []).append(version)
-        return {
-            "version": version,
-            "commit_id": f"{version:032x}",
-            "num_changed": 5,
-            "num_elements": 100,
-            "stage": "sft",
-        }
-
-    return run
+            with Step(name, version, rank, world_size, CHAIN, observer) as step:
+                is_commit = name == "commit_version"
+                step.report(StepFacts.of_commit(committed) if is_commit else StepFacts(num_changed=5, num_elements=100))
+            assert step.wait().num_changed == 5
+            seconds.setdefault(f"{name} {version}", []).append(time.perf_counter() - started)
+    return seconds
 
 
 def main() -> None:
     num_versions, rank, world_size = (int(text) for text in sys.argv[1:])
-    told: dict[str, list[float]] = {"seconds": []}
-    steps = load_steps(None)
-    thread = threading.Thread(target=publish, args=(steps, num_versions, rank, world_size, told))
+    observer = load_observer(None)
+    seconds: dict[str, list[float]] = {}
+    thread = threading.Thread(target=lambda: seconds.update(publish(observer, num_versions, rank, world_size)))
     thread.start()
     thread.join()
-    sys.stdout.write(json.dumps({"steps": type(steps).__name__, **told}) + "\n")
+    observer.close()
+    sys.stdout.write(json.dumps({"observer": type(observer).__name__, "seconds": seconds}) + "\n")
 
 
 if __name__ == "__main__":

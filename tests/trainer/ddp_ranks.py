@@ -12,7 +12,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from weightline.chain.read.history import open_chain
 from weightline.trainer.session import PublishSession, PublishSettings
-from weightline.trainer.steps import PlainSteps
 
 
 def main(chain_url: str, coding: str, out: Path) -> None:
@@ -23,7 +22,7 @@ def main(chain_url: str, coding: str, out: Path) -> None:
     layers = torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.Linear(7, 1)).to(torch.bfloat16)
     model = DistributedDataParallel(layers)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
-    session = PublishSession(open_chain(chain_url), PublishSettings(coding=coding), PlainSteps())
+    session = PublishSession(open_chain(chain_url), PublishSettings(coding=coding))
     session.start(layers, None, 0)
     torch.manual_seed(dist.get_rank())
     for step in range(1, 4):

@@ -12,7 +12,6 @@ from torch.distributed.fsdp import fully_shard
 
 from weightline.chain.read.history import open_chain
 from weightline.trainer.session import PublishSession, PublishSettings
-from weightline.trainer.steps import PlainSteps
 
 
 def main(chain_url: str, out: Path) -> None:
@@ -25,7 +24,7 @@ def main(chain_url: str, out: Path) -> None:
         fully_shard(layer)
     fully_shard(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
-    session = PublishSession(open_chain(chain_url), PublishSettings(coding="gap-by-magnitude"), PlainSteps())
+    session = PublishSession(open_chain(chain_url), PublishSettings(coding="gap-by-magnitude"))
     session.start(model, None, 0)
     for step in range(1, 4):
         model(torch.randn(8, 5)).square().mean().backward()

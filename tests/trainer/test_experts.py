@@ -31,7 +31,6 @@ from weightline.naming import checkpoint_tensors
 from weightline.store.memory import MemoryStore
 from weightline.trainer.partition import partition_of
 from weightline.trainer.session import PublishSession, PublishSettings
-from weightline.trainer.steps import PlainSteps
 
 _SIZES = {
     "vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1,
@@ -52,7 +51,7 @@ def build_mixture(kind: str) -> PreTrainedModel:
 
 
 def _train(chain: Chain, model: PreTrainedModel, num_steps: int) -> None:
-    session = PublishSession(chain, PublishSettings(), PlainSteps())
+    session = PublishSession(chain, PublishSettings())
     session.start(model, None, 0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
     for number in range(1, num_steps + 1):
@@ -97,7 +96,7 @@ def test_a_pulled_folder_loads_to_the_same_fused_bits(kind: str, tmp_path: Path)
     for name, tensor in found.items():
         assert bits_of(tensor).tobytes() == bits_of(expected[name]).tobytes(), name
     # A process that goes on from there is at the tip: a loaded model publishes the same names.
-    session = PublishSession(chain, PublishSettings(), PlainSteps())
+    session = PublishSession(chain, PublishSettings())
     assert session.start(loaded, None, 0).action == "continue"
     session.close()
 

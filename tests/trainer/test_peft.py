@@ -29,7 +29,6 @@ from weightline.stages.model import materialize_model
 from weightline.stages.recipe import ModelConfig, StageConfig, TinyModelConfig
 from weightline.store.memory import MemoryStore
 from weightline.trainer.session import PublishSession, PublishSettings
-from weightline.trainer.steps import PlainSteps
 
 # peft 0.21 asks transformers by a name that it deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
@@ -70,7 +69,7 @@ def _optimizer_steps(model: PeftModel, num_steps: int) -> Iterator[int]:
 
 
 def _start(chain: Chain, model: Any) -> PublishSession:
-    session = PublishSession(chain, PublishSettings(stage="sft"), PlainSteps())
+    session = PublishSession(chain, PublishSettings(stage="sft"))
     session.start(model, None, 0)
     return session
 

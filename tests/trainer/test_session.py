@@ -27,7 +27,7 @@ from weightline.store.local import LocalStore
 from weightline.store.memory import MemoryStore
 from weightline.testing.faults import FaultStore, failing
 from weightline.trainer.session import PublishSession, PublishSettings
-from weightline.trainer.steps import PlainSteps, load_steps
+from weightline.trainer.steps import load_observer
 
 
 class Model(torch.nn.Module):
@@ -63,7 +63,7 @@ def _assert_version_is(chain: Chain, version: int, model: Model) -> None:
 
 
 def _session(chain: Chain, **settings: object) -> PublishSession:
-    return PublishSession(chain, PublishSettings(**settings), PlainSteps())  # type: ignore[arg-type]
+    return PublishSession(chain, PublishSettings(**settings))  # type: ignore[arg-type]
 
 
 def _train(session: PublishSession, model: Model, num_steps: int) -> None:
@@ -364,6 +364,6 @@ def test_settings_are_checked_when_made(settings: dict[str, object]) -> None:
         PublishSettings(**settings)  # type: ignore[arg-type]
 
 
-def test_a_steps_hook_that_is_not_there_is_named() -> None:
+def test_a_step_observer_that_cannot_be_imported_is_named() -> None:
     with pytest.raises(InputError, match=r"nowhere\.at:all"):
-        load_steps("nowhere.at:all")
+        load_observer("nowhere.at:all")

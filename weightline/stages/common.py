@@ -116,7 +116,7 @@ def _add_callbacks(trainer: Trainer, job: StageJob) -> None:
 
         callback = WeightlineCallback(
             job.chain_url, stage=job.stage.kind, run_id=job.run_id, sync_steps=job.stage.sync_steps,
-            provenance=job.provenance, steps_hook=job.steps_hook,
+            provenance=job.provenance, step_observer=job.step_observer,
         )  # fmt: skip
         trainer.add_callback(callback)
     trainer.add_callback(MetricsCallback(job.metrics_path))

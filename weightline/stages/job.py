@@ -33,8 +33,8 @@ class StageJob(FrozenModel):
     """Go on from the last complete checkpoint in `output_dir`, when there is one. False: start at `model_dir`."""
     chain_url: str | None = None
     """Bucket and chain to publish versions to. None: train without publishing."""
-    steps_hook: str | None = None
-    """`module:function` that runs the per-rank steps of publishing, e.g. as Prefect tasks. None: run them plainly."""
+    step_observer: str | None = None
+    """`module:function` that makes an observer of the publish steps, such as one that records them in Prefect."""
     provenance: dict[str, str] = Field(default_factory=dict)
     """What every version's manifest says of where it came from, such as the flow run that made it."""
 

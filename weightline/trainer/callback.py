@@ -18,7 +18,7 @@ from weightline.chain.files.checkpoint import MARKER
 from weightline.chain.read.history import open_chain
 from weightline.errors import InputError
 from weightline.trainer.session import PublishSession, PublishSettings
-from weightline.trainer.steps import load_steps
+from weightline.trainer.steps import load_observer
 
 
 class WeightlineCallback(TrainerCallback):
@@ -40,7 +40,7 @@ class WeightlineCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """All ranks: compare the loaded weights with the chain and commit what is missing."""
-        self.session = PublishSession(self.chain, self.settings, load_steps(self.settings.steps_hook))
+        self.session = PublishSession(self.chain, self.settings, load_observer(self.settings.step_observer))
         self.session.start(model, kwargs.get("processing_class"), state.global_step)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:

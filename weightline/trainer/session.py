@@ -32,7 +32,7 @@ from weightline.trainer.group import RankGroup
 from weightline.trainer.partition import shards_of
 from weightline.trainer.publisher import Publisher
 from weightline.trainer.start import StartPlan, changes_from_tip, plan_start, summed_digests
-from weightline.trainer.steps import PublishSteps
+from weightline.trainer.steps import NoObserver, StepObserver
 from weightline.trainer.sync import Outcome, Sync
 from weightline.trainer.writer import VersionWriter, WriterContext
 from weightline.types import Changes, TensorSpec
@@ -48,8 +48,8 @@ class PublishSettings:
     """Names the run in every manifest."""
     sync_steps: int = 1
     """Optimizer steps between two versions."""
-    steps_hook: str | None = None
-    """`module:function` that makes the `PublishSteps`; None looks at WEIGHTLINE_STEPS, and else just runs them."""
+    step_observer: str | None = None
+    """`module:function` that makes the `StepObserver`. None: what WEIGHTLINE_STEP_OBSERVER names, if anything."""
     coding: str = "gap-by-magnitude"
     """How payloads are coded."""
     max_in_flight: int = 2
@@ -81,8 +81,8 @@ class PublishSettings:
 class PublishSession:
     """One training process's publishing. All methods are collective and belong to the training thread."""
 
-    def __init__(self, chain: Chain, settings: PublishSettings, steps: PublishSteps) -> None:
-        self.chain, self.settings, self.steps = chain, settings, steps
+    def __init__(self, chain: Chain, settings: PublishSettings, observer: StepObserver | None = None) -> None:
+        self.chain, self.settings, self.observer = chain, settings, observer or NoObserver()
         self.group = RankGroup(settings.timeout_seconds)
         self._publisher_group = RankGroup(settings.timeout_seconds)
         self._baseline: Baseline
@@ -120,7 +120,7 @@ class PublishSession:
         )  # fmt: skip
         tip_on_first = plan.tip if self.group.rank == 0 else None
         late_joiner = LateJoiner.of(self.chain, tip_on_first, settings.anchor_policy)
-        writer = VersionWriter(context, self._publisher_group, self.steps, plan.tip, tip_digests, late_joiner)
+        writer = VersionWriter(context, self._publisher_group, self.observer, plan.tip, tip_digests, late_joiner)
         self._publisher = Publisher(writer)
         self._assets = assets
         if plan.action != "continue":
@@ -215,6 +215,7 @@ class PublishSession:
     def close(self) -> None:
         """Settle, and end the background thread. Safe to repeat."""
         self._publisher.close()
+        self.observer.close()
 
     def _submit(
         self,

@@ -1,85 +1,127 @@
-"""The four steps that publish one version, as a seam: by default they just run; tasks/ records them as Prefect tasks.
+"""The four steps by which a rank publishes a version, and how other code watches them.
 
-A `PublishSteps` gets each step as a `StepWork` on the rank's background thread, in order, and must call `work.run()`
-exactly once and return what it returned. `WEIGHTLINE_STEPS=module:function` names a zero-argument factory.
+The trainer does the work of a step itself, once, in the frame that needs its result. An observer is given each step
+when it begins and may wait for its end on a thread of its own, as `weightline.tasks.sync_steps` does to show the steps
+as Prefect task runs. Nothing that an observer does changes what a step does or when.
 """
 
 from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any, Protocol
+from types import TracebackType
+from typing import Literal, Protocol, Self
 
 from weightline.errors import InputError
+from weightline.format.manifest import Manifest
 
-STEPS_VARIABLE = "WEIGHTLINE_STEPS"
+#: Names the factory of a step observer, as `module:function`, where the caller names none.
+OBSERVER_VARIABLE = "WEIGHTLINE_STEP_OBSERVER"
 
-Facts = dict[str, Any]
+StepName = Literal["gather_partition", "compute_delta", "upload_payload", "commit_version"]
 
 
 @dataclass(frozen=True, slots=True)
-class StepWork:
-    """One step of one rank for one version."""
+class StepFacts:
+    """What a step did. A field that does not apply to it is None."""
 
-    name: str
-    version: int
-    rank: int
-    world_size: int
-    stage: str
-    chain_url: str
-    run: Callable[[], Facts]
-    """Does the step; returns small JSON-able facts. Not safe to repeat."""
+    num_changed: int | None = None
+    """Changed elements: of this rank's partition, or of the whole model for a commit."""
+    num_elements: int | None = None
+    """Elements among which they are."""
+    payload_nbytes: int | None = None
+    """Bytes of this rank's payload, or of all payloads for a commit."""
+    manifest: Manifest | None = None
+    """The manifest that a commit wrote."""
+
+    @classmethod
+    def of_commit(cls, manifest: Manifest) -> StepFacts:
+        """Returns the facts of the step that wrote this manifest."""
+        return cls(manifest.num_changed, manifest.num_elements, manifest.payload_nbytes, manifest)
 
 
-class PublishSteps(Protocol):
-    """Runs the steps. Must not raise anything but what `work.run()` raises."""
+class Step:
+    """One step of one rank for one version: a context manager around the work.
 
-    def gather_partition(self, work: StepWork) -> Facts:
-        """Assemble what changed in the rank's own partition."""
+    The work calls `report` with what it did. Whatever ends the block, an error too, ends the step.
+    """
+
+    def __init__(
+        self, name: StepName, version: int, rank: int, world_size: int, chain_url: str, observer: StepObserver
+    ) -> None:
+        self.name = name
+        self.version = version
+        self.rank, self.world_size = rank, world_size
+        self.chain_url = chain_url
+        self._observer = observer
+        self._facts = StepFacts()
+        self._ended: Future[StepFacts] = Future()
+
+    def report(self, facts: StepFacts) -> None:
+        """Says what the step did. Called by the work, at its end."""
+        self._facts = facts
+
+    def wait(self) -> StepFacts:
+        """Returns what the step did, when it has ended; raises its error. For observers, from any thread."""
+        return self._ended.result()
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether the step has ended with an error."""
+        return self._ended.done() and self._ended.exception() is not None
+
+    def __enter__(self) -> Self:
+        self._observer.observe(self)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if error is None:
+            self._ended.set_result(self._facts)
+        else:
+            self._ended.set_exception(error)
+
+
+class StepObserver(Protocol):
+    """Watches the steps of a rank."""
+
+    def observe(self, step: Step) -> None:
+        """Is called when a step begins, on the rank's background thread. Must return at once and raise nothing."""
         ...
 
-    def compute_delta(self, work: StepWork) -> Facts:
-        """Encode the changes into a payload file."""
-        ...
-
-    def upload_payload(self, work: StepWork) -> Facts:
-        """Put the payload into the bucket."""
-        ...
-
-    def commit_version(self, work: StepWork) -> Facts:
-        """Write the manifest (rank 0 only)."""
+    def close(self) -> None:
+        """Is called when training has ended, on the training thread. May wait a bounded time. Must raise nothing."""
         ...
 
 
-class PlainSteps:
-    """Just runs them."""
+class NoObserver:
+    """The observer of a rank that nothing watches."""
 
-    def gather_partition(self, work: StepWork) -> Facts:
-        return work.run()
+    def observe(self, step: Step) -> None:
+        return
 
-    def compute_delta(self, work: StepWork) -> Facts:
-        return work.run()
-
-    def upload_payload(self, work: StepWork) -> Facts:
-        return work.run()
-
-    def commit_version(self, work: StepWork) -> Facts:
-        return work.run()
+    def close(self) -> None:
+        return
 
 
-def load_steps(path: str | None) -> PublishSteps:
-    """The steps that `module:function` makes; the environment's when `path` is None; plain ones when neither is set."""
-    path = path or os.environ.get(STEPS_VARIABLE)
+def load_observer(path: str | None) -> StepObserver:
+    """Returns the observer that the factory `module:function` makes.
+
+    Without a path the environment variable WEIGHTLINE_STEP_OBSERVER counts, and without that nothing is observed.
+    Raises InputError when the path leads to nothing that can be imported.
+    """
+    path = path or os.environ.get(OBSERVER_VARIABLE)
     if not path:
-        return PlainSteps()
+        return NoObserver()
     module_name, _, attribute = path.partition(":")
     try:
         factory = getattr(importlib.import_module(module_name), attribute)
     except (ImportError, AttributeError) as error:
         raise InputError(
-            f"{STEPS_VARIABLE}={path!r} names nothing that can be imported: {error}", steps=path
+            f"the step observer {path!r} cannot be imported: {error}. Name it as module:function", step_observer=path
         ) from error
-    steps: PublishSteps = factory()
-    return steps
+    observer: StepObserver = factory()
+    return observer

@@ -9,14 +9,13 @@ from __future__ import annotations
 import hashlib
 import logging
 import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
 from weightline.chain.read.history import Chain
-from weightline.chain.write.commit import commit_manifest, committed_facts
+from weightline.chain.write.commit import commit_manifest
 from weightline.chain.write.draft import Authorship, build_manifest
 from weightline.codec.digest import add_digests, digest_change, digest_to_limbs, limbs_to_digest
 from weightline.errors import ConflictError, TransientStorageError, WeightlineError
@@ -26,7 +25,7 @@ from weightline.format.write_payload import PayloadInfo, write_anchor, write_del
 from weightline.trainer.anchoring import LateJoiner, write_anchor_shortcut
 from weightline.trainer.baseline import Baseline
 from weightline.trainer.group import RankGroup
-from weightline.trainer.steps import Facts, PublishSteps, StepWork
+from weightline.trainer.steps import Step, StepFacts, StepName, StepObserver
 from weightline.trainer.sync import Outcome, PayloadPart, Sync
 from weightline.types import TensorSpec
 
@@ -56,7 +55,7 @@ class VersionWriter:
 
     context: WriterContext
     group: RankGroup
-    steps: PublishSteps
+    observer: StepObserver
     tip: int | None
     digests: dict[str, int]
     late_joiner: LateJoiner
@@ -100,17 +99,16 @@ class _Attempt:
 
     def upload_part(self) -> PayloadPart:
         """The three per-rank steps. A failure becomes a fact that the other ranks are told, since they are waiting."""
-        steps = self.writer.steps
         rank = self.writer.group.rank
         try:
             with tempfile.TemporaryDirectory(prefix="weightline-") as folder:
                 path = Path(folder) / "payload.safetensors"
-                steps.gather_partition(self._work("gather_partition", self._gather))
-                steps.compute_delta(self._work("compute_delta", lambda: self._encode(path)))
+                self._gather()
+                self._encode(path)
                 if self.info is None:
                     return PayloadPart(rank)
                 key = keys.payload(self.version, self.commit_id, rank)
-                steps.upload_payload(self._work("upload_payload", lambda: self._upload(key, path)))
+                self._upload(key, path)
                 return PayloadPart(rank, key, self.info.nbytes, self.info.sha256)
         except (WeightlineError, OSError) as error:
             return PayloadPart(rank, error=f"{type(error).__name__}: {error}")
@@ -123,7 +121,7 @@ class _Attempt:
         digests = self._digests_after(totals)
         manifest = self._manifest(parts, digests, num_changed=int(totals[:, 4].sum()))
         try:
-            self.writer.steps.commit_version(self._work("commit_version", lambda: self._commit(manifest)))
+            self._commit(manifest)
         except ConflictError as error:
             return self._failed(str(error), is_conflict=True)
         except (WeightlineError, OSError) as error:
@@ -136,44 +134,46 @@ class _Attempt:
     def _failed(self, reason: str, *, is_conflict: bool = False) -> Outcome:
         return Outcome(self.sync.sequence, self.version, "failed", reason, is_conflict)
 
-    def _work(self, name: str, run: Callable[[], Facts]) -> StepWork:
-        group = self.writer.group
-        context = self.context
-        return StepWork(name, self.version, group.rank, group.world_size, context.stage, context.chain.url, run)
+    def _step(self, name: StepName) -> Step:
+        group, url = self.writer.group, self.context.chain.url
+        return Step(name, self.version, group.rank, group.world_size, url, self.writer.observer)
 
-    def _gather(self) -> Facts:
-        """Sum up what the training thread captured from this rank's partition: counts and digest changes a tensor."""
-        row_of = {name: row for row, name in enumerate(self.context.specs)}
-        if self.sync.kind == "anchor":
-            changed = self.context.baseline.digests()
-            rows = {row_of[name]: (digest, 0) for name, digest in changed.items()}
-        else:
-            rows = {row_of[c.segment.tensor.name]: (digest_change(c), c.num_changed) for c in self.sync.changes}
-        for row, (digest, num_changed) in rows.items():
-            self.totals[row] = torch.tensor([*digest_to_limbs(digest), num_changed], dtype=torch.int64)
-        shards = self.context.baseline.shards
-        num_elements = sum(shard.segment.length for shard in shards)
-        return {"num_shards": len(shards), "num_elements": num_elements, "num_changed": int(self.totals[:, 4].sum())}
+    def _gather(self) -> None:
+        """Sums up what the training thread captured from this rank's partition: counts and digest changes a tensor."""
+        with self._step("gather_partition") as step:
+            row_of = {name: row for row, name in enumerate(self.context.specs)}
+            if self.sync.kind == "anchor":
+                changed = self.context.baseline.digests()
+                rows = {row_of[name]: (digest, 0) for name, digest in changed.items()}
+            else:
+                rows = {row_of[c.segment.tensor.name]: (digest_change(c), c.num_changed) for c in self.sync.changes}
+            for row, (digest, num_changed) in rows.items():
+                self.totals[row] = torch.tensor([*digest_to_limbs(digest), num_changed], dtype=torch.int64)
+            num_elements = sum(shard.segment.length for shard in self.context.baseline.shards)
+            step.report(StepFacts(num_changed=int(self.totals[:, 4].sum()), num_elements=num_elements))
 
-    def _encode(self, path: Path) -> Facts:
-        if self.sync.kind == "anchor":
-            self.info = write_anchor(path, self.context.baseline.segments())
-        elif self.sync.changes:
-            self.info = write_delta(path, self.sync.changes, self.context.coding)
-        return {"payload_nbytes": self.info.nbytes if self.info else 0, "coding": self.context.coding}
+    def _encode(self, path: Path) -> None:
+        with self._step("compute_delta") as step:
+            if self.sync.kind == "anchor":
+                self.info = write_anchor(path, self.context.baseline.segments())
+            elif self.sync.changes:
+                self.info = write_delta(path, self.sync.changes, self.context.coding)
+            step.report(StepFacts(payload_nbytes=self.info.nbytes if self.info else 0))
 
-    def _upload(self, key: str, path: Path) -> Facts:
-        self.context.chain.store.put_file(key, path)
-        return {"key": key, "payload_nbytes": path.stat().st_size}
+    def _upload(self, key: str, path: Path) -> None:
+        with self._step("upload_payload") as step:
+            self.context.chain.store.put_file(key, path)
+            step.report(StepFacts(payload_nbytes=path.stat().st_size))
 
-    def _commit(self, manifest: Manifest) -> Facts:
-        try:
-            commit_manifest(self.context.chain, manifest)
-        except TransientStorageError:
-            # The same commit_id: finds out whether the first took effect. Where the bucket stays away, the version is
-            # failed; had it been committed all the same, the next one will be a conflict, which stops training.
-            commit_manifest(self.context.chain, manifest)
-        return committed_facts(manifest)
+    def _commit(self, manifest: Manifest) -> None:
+        with self._step("commit_version") as step:
+            try:
+                commit_manifest(self.context.chain, manifest)
+            except TransientStorageError:
+                # The same commit_id: finds out whether the first took effect. Where the bucket stays away, the version
+                # is failed; had it been committed all the same, the next one will be a conflict, which stops training.
+                commit_manifest(self.context.chain, manifest)
+            step.report(StepFacts.of_commit(manifest))
 
     def _digests_after(self, totals: torch.Tensor) -> dict[str, int]:
         before = {} if self.sync.kind == "anchor" else self.writer.digests
