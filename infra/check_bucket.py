@@ -29,7 +29,6 @@ from weightline.chain.write.standalone import commit_folder
 from weightline.errors import NotFoundError, ObjectExistsError, TransientStorageError, WeightlineError
 from weightline.files import sha256_of
 from weightline.store import ObjectInfo, Store, open_store
-from weightline.store.base import commit_mode, contests
 from weightline.store.open import check_writable
 from weightline.store.retry import RetryingStore
 
@@ -64,7 +63,7 @@ class Check:
 def create_only_is_honoured(check: Check) -> str:
     """Asked twice for one key, the bucket refuses the second."""
     check_writable(check.store)
-    return f"mode {commit_mode(check.store)}"
+    return f"mode {check.store.commit_mode}"
 
 
 def one_of_many_wins(check: Check) -> str:
@@ -84,7 +83,7 @@ def one_of_many_wins(check: Check) -> str:
             winners = [racer for racer in racers.map(create, range(_NUM_THREADS)) if racer is not None]
         _require(len(winners) == 1, f"{len(winners)} of {_NUM_THREADS} writers were told that they created {key}")
         _require(check.store.get(key) == f"racer {winners[0]}".encode(), f"{key} holds another writer's bytes")
-    _require(not contests(check.store), "writers may believe different things about a key")
+    _require(not check.store.contests(), "writers may believe different things about a key")
     return f"{_NUM_RACES} races of {_NUM_THREADS} threads"
 
 

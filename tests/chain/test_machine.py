@@ -148,7 +148,8 @@ class ChainMachine(RuleBasedStateMachine):
 
 
 TestChainMachine = ChainMachine.TestCase
-TestChainMachine.settings = settings(settings.get_profile("default"), max_examples=12, stateful_step_count=15)
+#: A run of the machine costs several times what an example of another test does. The profile decides how deep it goes.
+TestChainMachine.settings = settings(max_examples=settings().max_examples // 4)
 
 
 def test_the_machine_can_read_a_checkpoint_folder(tmp_path: Path) -> None:

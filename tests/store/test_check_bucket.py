@@ -12,7 +12,6 @@ import pytest
 from tests.hub_emulator import HubEmulator
 from tests.store.proxy import Proxy
 from weightline.store import open_store
-from weightline.store.base import commit_mode
 
 _SCRIPT = Path(__file__).parents[2] / "infra" / "check_bucket.py"
 
@@ -42,7 +41,7 @@ def test_a_sound_hub_passes(hub: HubEmulator, any_url: str) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     assert len(done.stdout.splitlines()) == 13
     assert "300 a page, in key order" in done.stdout
-    assert ("5 puts, shown after" in done.stdout) == (commit_mode(open_store(any_url)) == "s3-gateway")
+    assert ("5 puts, shown after" in done.stdout) == (open_store(any_url).commit_mode == "s3-gateway")
     assert list(open_store(any_url).list("")) == []
 
 

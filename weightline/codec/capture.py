@@ -38,17 +38,6 @@ def capture(segment: Segment, old_N: BitsArray, new_N: BitsArray, *, ranked: boo
     return collector.changes()
 
 
-def capture_into(segment: Segment, baseline_N: BitsArray, current_N: BitsArray, *, ranked: bool = False) -> Changes:
-    """`capture`, then advance `baseline_N` in place to `current_N`, touching only what changed.
-
-    Not atomic: after a crash in between, `baseline_N` may hold some of the new bits. To go back, put
-    old_K at positions_K.
-    """
-    changes = capture(segment, baseline_N, current_N, ranked=ranked)
-    baseline_N[changes.positions_K] = changes.new_K
-    return changes
-
-
 def rank_changes(changes: Changes, base_N: BitsArray) -> RankedChanges:
     """Changes that were captured without ranks (or composed), ranked within the base that they start from.
 

@@ -21,11 +21,20 @@ _PROBES = "probes/"
 
 @dataclass(frozen=True, slots=True)
 class ObjectInfo:
-    """What a store says of an object without its bytes. `modified_at` is the store's clock."""
+    """What a store knows of an object without its bytes. `modified_at` is the store's clock."""
 
     key: str
     nbytes: int
     modified_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class Contest:
+    """A key about which several writers may believe different things, or that was won and never published."""
+
+    key: str
+    kind: Literal["fork", "unpublished"]
+    message: str
 
 
 @runtime_checkable
@@ -72,6 +81,23 @@ class Store(Protocol):
         """Remove the object. Safe to repeat: a missing object is no error."""
         ...
 
+    @property
+    def commit_mode(self) -> str:
+        """What makes `put_if_absent` exclusive: `create-only` where it is one request that the store honors."""
+        ...
+
+    @property
+    def staging_prefix(self) -> str:
+        """The prefix below which a writer that was killed leaves bytes that no key names; empty where there is none.
+
+        `list` shows them under this prefix and under no other.
+        """
+        ...
+
+    def contests(self) -> tuple[Contest, ...]:
+        """Every key in doubt, where writers can, in the worst case, both win. Reads only."""
+        ...
+
 
 def checked_key(key: str) -> str:
     """The key itself when it stays inside the bucket prefix; InputError otherwise."""
@@ -81,37 +107,19 @@ def checked_key(key: str) -> str:
     return key
 
 
-@dataclass(frozen=True, slots=True)
-class Contest:
-    """A key about which several writers may believe different things, or that was won and never published."""
+class DecisiveStore:
+    """Base of stores that decide a create-only put by one request, so that no two writers can both win."""
 
-    key: str
-    kind: Literal["fork", "unpublished"]
-    message: str
+    @property
+    def commit_mode(self) -> str:
+        return "create-only"
 
-
-@runtime_checkable
-class Contested(Protocol):
-    """A store whose writers can, in the worst case, both win; it leaves the traces."""
+    @property
+    def staging_prefix(self) -> str:
+        return ""
 
     def contests(self) -> tuple[Contest, ...]:
-        """Every key in doubt. Reads only."""
-        ...
-
-
-def commit_mode(store: Store) -> str:
-    """What makes `put_if_absent` exclusive: `create-only` (one request that the store honours), or the store's word."""
-    return str(getattr(store, "commit_mode", "create-only"))
-
-
-def contests(store: Store) -> tuple[Contest, ...]:
-    """The keys in doubt, asked of the store below any wrapper; none where one request decides."""
-    below: object = store
-    while not isinstance(below, Contested):
-        below = getattr(below, "inner", None)
-        if below is None:
-            return ()
-    return below.contests()
+        return ()
 
 
 class Prober(Protocol):

@@ -16,22 +16,24 @@ from pathlib import Path
 from typing import BinaryIO
 
 from weightline.errors import NotFoundError, ObjectExistsError, StorageError, TransientStorageError
-from weightline.store.base import ObjectInfo, checked_key
+from weightline.store.base import DecisiveStore, ObjectInfo, checked_key
 from weightline.store.transfers import copy_counted
 
 _STAGING = ".staging"
-#: Where a crash leaves bytes that no key names: `list` shows them under this prefix and under no other.
-STAGING_PREFIX = f"{_STAGING}/"
 _TRANSIENT_ERRNOS = frozenset({errno.EINTR, errno.EAGAIN, errno.ESTALE, errno.ETIMEDOUT, errno.EIO, errno.EBUSY})
 
 
-class LocalStore:
+class LocalStore(DecisiveStore):
     """Implements `Store` on a folder. Safe for many processes of one host."""
 
     def __init__(self, root: Path) -> None:
         # One folder has one URL, however it is spelled and whichever links lead to it: locks and records go by it.
         self.root = Path(os.path.realpath(root))
         self.url = self.root.as_uri()
+
+    @property
+    def staging_prefix(self) -> str:
+        return f"{_STAGING}/"
 
     def get(self, key: str) -> bytes:
         with self._storage_errors(key):

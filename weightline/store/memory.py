@@ -8,13 +8,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from weightline.errors import NotFoundError, ObjectExistsError
-from weightline.store.base import ObjectInfo, checked_key
+from weightline.store.base import DecisiveStore, ObjectInfo, checked_key
 
 _shelves: dict[str, MemoryStore] = {}
 _shelves_lock = threading.Lock()
 
 
-class MemoryStore:
+class MemoryStore(DecisiveStore):
     """Implements `Store`. Thread-safe; gone when the process ends."""
 
     def __init__(self, url: str = "memory://") -> None:

@@ -24,7 +24,7 @@ from typing import TypeVar
 from tenacity import RetryCallState, Retrying, retry_if_exception_type, wait_random_exponential
 
 from weightline.errors import NotFoundError, ObjectExistsError, TransientStorageError
-from weightline.store.base import ObjectInfo, Store, prove_create_only
+from weightline.store.base import Contest, ObjectInfo, Store, prove_create_only
 
 #: How long one operation is repeated after it began to fail. Longer outages are for the caller to wait out.
 PATIENCE_SECONDS = 60.0
@@ -59,8 +59,14 @@ class RetryingStore:
 
     @property
     def commit_mode(self) -> str:
-        """How the store below makes `put_if_absent` exclusive: one create-only request, where it says nothing else."""
-        return str(getattr(self.inner, "commit_mode", "create-only"))
+        return self.inner.commit_mode
+
+    @property
+    def staging_prefix(self) -> str:
+        return self.inner.staging_prefix
+
+    def contests(self) -> tuple[Contest, ...]:
+        return self._again(self.inner.contests)
 
     def get(self, key: str) -> bytes:
         return self._again(lambda: self.inner.get(key))

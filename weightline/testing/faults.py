@@ -7,6 +7,7 @@ from pathlib import Path
 
 from weightline.errors import TransientStorageError
 from weightline.store import ObjectInfo, Store
+from weightline.store.base import Contest
 
 
 class FaultStore:
@@ -55,6 +56,17 @@ class FaultStore:
     def delete(self, key: str) -> None:
         self._next("delete", key)
         self.inner.delete(key)
+
+    @property
+    def commit_mode(self) -> str:
+        return self.inner.commit_mode
+
+    @property
+    def staging_prefix(self) -> str:
+        return self.inner.staging_prefix
+
+    def contests(self) -> tuple[Contest, ...]:
+        return self.inner.contests()
 
     def _next(self, verb: str, key: str) -> None:
         number, self.num_operations = self.num_operations, self.num_operations + 1

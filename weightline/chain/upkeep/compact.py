@@ -13,6 +13,7 @@ import math
 import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -236,16 +237,8 @@ def _changes(old: HostState, new: HostState, *, ranked: bool) -> Iterator[Change
             yield changes
 
 
-class _workspace:  # noqa: N801 - reads as the context manager that it is
+@contextmanager
+def _workspace(chain: Chain) -> Iterator[tuple[Fetcher, Path]]:
     """A fetcher and a scratch path for the length of one operation."""
-
-    def __init__(self, chain: Chain) -> None:
-        self._fetching = fetching(chain.store)
-        self._folder = tempfile.TemporaryDirectory(prefix="weightline-")
-
-    def __enter__(self) -> tuple[Fetcher, Path]:
-        return self._fetching.__enter__(), Path(self._folder.name) / "payload.safetensors"
-
-    def __exit__(self, *_: object) -> None:
-        self._folder.cleanup()
-        self._fetching.__exit__(None, None, None)
+    with fetching(chain.store) as fetcher, tempfile.TemporaryDirectory(prefix="weightline-") as folder:
+        yield fetcher, Path(folder) / "payload.safetensors"

@@ -18,14 +18,12 @@ from weightline.format import keys
 from weightline.format.manifest import Manifest
 from weightline.format.shortcut import Shortcut
 from weightline.store import ObjectInfo
-from weightline.store.base import contests
-from weightline.store.local import STAGING_PREFIX
 
 DEFAULT_GRACE = timedelta(hours=24)
 #: Some stores tell whole seconds in one reply and fractions in another.
 _CLOCK_GRAIN = timedelta(seconds=1)
 _COLLECTED = (
-    keys.PAYLOADS, keys.ASSETS, keys.SHORTCUTS, keys.COMMITS, keys.SIGNATURES, keys.PROBES, keys.LEASES, STAGING_PREFIX,
+    keys.PAYLOADS, keys.ASSETS, keys.SHORTCUTS, keys.COMMITS, keys.SIGNATURES, keys.PROBES, keys.LEASES,
 )  # fmt: skip
 #: What stands here says which other objects are needed.
 _LEADING = (keys.COMMITS, keys.SHORTCUTS, keys.REFS)
@@ -67,6 +65,8 @@ class GcView:
     manifests: tuple[Manifest, ...]
     shortcuts: tuple[Shortcut, ...]
     kept: Kept
+    staged: tuple[ObjectInfo, ...] = ()
+    """What the store holds below its staging prefix."""
 
 
 def plan_gc(view: GcView, *, now: datetime, grace: timedelta = DEFAULT_GRACE) -> GcPlan:
@@ -89,7 +89,7 @@ def plan_gc(view: GcView, *, now: datetime, grace: timedelta = DEFAULT_GRACE) ->
         assets=under(keys.ASSETS),
         probes=under(keys.PROBES),
         leases=tuple(info for info in under(keys.LEASES) if info.key not in view.kept.live_leases),
-        staged=under(STAGING_PREFIX),
+        staged=tuple(info for info in view.staged if now - info.modified_at >= grace),
     )
 
 
@@ -103,6 +103,8 @@ def view_chain(chain: Chain, now: datetime | None = None) -> GcView:
     """
     chain = Chain(chain.store)
     objects = tuple(info for prefix in _COLLECTED for info in chain.store.list(prefix))
+    staging_prefix = chain.store.staging_prefix
+    staged = tuple(chain.store.list(staging_prefix)) if staging_prefix else ()
     _require_published(chain)  # before manifests are read: what was published meanwhile is among them
     manifests = chain.manifests()
     ways = Ways(chain)
@@ -110,12 +112,12 @@ def view_chain(chain: Chain, now: datetime | None = None) -> GcView:
     kept = read_kept(chain, manifests, current_refs(chain).values(), now)
     for error in kept.unreachable.values():
         raise error
-    return GcView(objects, manifests, shortcuts, kept)
+    return GcView(objects, manifests, shortcuts, kept, staged)
 
 
 def _require_published(chain: Chain) -> None:
     """Whoever writes the key next publishes what its winner wrote, however old: that must find its objects."""
-    pending = [c.key for c in contests(chain.store) if c.kind == "unpublished" and c.key.startswith(_LEADING)]
+    pending = [c.key for c in chain.store.contests() if c.kind == "unpublished" and c.key.startswith(_LEADING)]
     if pending:
         raise StorageError(
             f"{chain.url} has keys that a writer won and never published ({', '.join(pending)}): nothing can be "

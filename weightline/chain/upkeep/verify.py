@@ -22,7 +22,6 @@ from weightline.errors import VersionNotFoundError
 from weightline.format import keys
 from weightline.format.manifest import Manifest, StoredObject
 from weightline.format.shortcut import Shortcut
-from weightline.store.base import commit_mode, contests
 
 __all__ = ["Finding", "VerifyReport", "verify_chain"]
 
@@ -61,9 +60,9 @@ def verify_chain(
         shortcuts = [s for s in seen.shortcuts if seen.replays(s)]
         findings += asset_findings(chain, seen.kept_manifests())
         findings += replay_findings(chain, replayed, shortcuts, group_nbytes=group_nbytes, progress=progress)
-    findings += (Finding(contest.kind, contest.key, contest.message) for contest in contests(chain.store))
+    findings += (Finding(contest.kind, contest.key, contest.message) for contest in chain.store.contests())
     return VerifyReport(
-        chain.url, commit_mode(chain.store), len(seen.manifests), len(seen.shortcuts), len(objects), is_deep,
+        chain.url, chain.store.commit_mode, len(seen.manifests), len(seen.shortcuts), len(objects), is_deep,
         tuple(findings),
     )  # fmt: skip
 

@@ -143,6 +143,11 @@ class HubStore:
         self._bucket.remove([claim.path for claim in self._claims.claims(key)])
         self._bucket.remove([path])
 
+    @property
+    def staging_prefix(self) -> str:
+        """Empty: uploaded content without a path belongs to no bucket."""
+        return ""
+
     def contests(self) -> tuple[Contest, ...]:
         """Keys whose claims contradict each other, or that were won and never published. For `weightline verify`."""
         return tuple(self._claims.forks())

@@ -26,7 +26,7 @@ from obstore.exceptions import AlreadyExistsError, BaseError, PermissionDeniedEr
 
 from weightline.errors import NotFoundError, ObjectExistsError, StorageError, TransientStorageError
 from weightline.store import transfers
-from weightline.store.base import ObjectInfo, checked_key
+from weightline.store.base import DecisiveStore, ObjectInfo, checked_key
 from weightline.store.objects.errors import translated
 from weightline.store.transfers import moved
 
@@ -62,7 +62,7 @@ _ONCE: RetryConfig = {"max_retries": 0}
 _home_pid: int | None = None
 
 
-class ObjectStore:
+class ObjectStore(DecisiveStore):
     """Implements `Store` on a bucket prefix. Safe for threads; for processes see the module.
 
     `connect(client_config, retry_config)` makes an obstore client of the bucket.
