@@ -13,6 +13,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from tests import ROOT
+from tests.ranks import run_stage
 from weightline.launch.command import launch_argv, launch_environment
 from weightline.stages.job import StageJob, StageResult
 from weightline.stages.load import parse_recipe
@@ -21,8 +23,10 @@ from weightline.stages.recipe import Recipe
 
 pytestmark = pytest.mark.slow
 
-_ROOT = Path(__file__).parents[2]
-_QUICK = {"max_steps": 4, "save_steps": 2, "learning_rate": 3e-4, "per_device_batch_size": 8}
+_QUICK = {
+    "max_steps": 4, "save_steps": 2, "learning_rate": 3e-4, "per_device_batch_size": 8,
+    "dataset": {"num_examples": 100},
+}  # fmt: skip
 _RECIPE = {
     "name": "small",
     "seed": 3,
@@ -42,20 +46,22 @@ _RECIPE = {
 }
 
 
-def run(job: StageJob) -> StageResult:
+def launch(job: StageJob) -> None:
+    """Run a stage as flows start it: accelerate's launcher, and ranks that are processes of their own."""
     job_path = job.output_dir / "job.json"
     job.save(job_path)
-    argv = launch_argv(job_path, num_processes=2)
-    done = subprocess.run(
-        argv,
-        env=launch_environment(job, os.environ),
-        cwd=_ROOT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    argv, env = launch_argv(job_path, num_processes=2), launch_environment(job, os.environ)
+    done = subprocess.run(argv, env=env, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+
+
+def fork(job: StageJob) -> None:
+    """Run a stage in ranks that need no launcher."""
+    job.output_dir.mkdir(parents=True, exist_ok=True)
+    run_stage(job, job.output_dir / "ranks.log")
+
+
+def result_of(job: StageJob) -> StageResult:
     result = StageResult.load(job)
     assert result is not None
     return result
@@ -63,7 +69,7 @@ def run(job: StageJob) -> StageResult:
 
 @pytest.fixture(scope="module")
 def jobs(tmp_path_factory: pytest.TempPathFactory) -> list[StageJob]:
-    """All three stages, run."""
+    """All three stages, run: the first by the launcher."""
     recipe: Recipe = parse_recipe(_RECIPE)
     folder = tmp_path_factory.mktemp("run")
     model_dir = materialize_model(recipe.model, folder / "model", recipe.seed)
@@ -79,7 +85,9 @@ def jobs(tmp_path_factory: pytest.TempPathFactory) -> list[StageJob]:
                 seed=recipe.seed,
             )
         )
-        result = run(jobs[-1])
+        run = launch if stage is recipe.stages[0] else fork
+        run(jobs[-1])
+        result = result_of(jobs[-1])
         assert (result.kind, result.global_step, result.resumed_from_step) == (stage.kind, 4, 0)
         model_dir = jobs[-1].final_model_dir
     return jobs
@@ -130,7 +138,8 @@ def test_grpo_resumes_exactly_when_no_generated_batch_is_open(jobs: list[StageJo
     shutil.rmtree(job.output_dir / "checkpoint-4")
     shutil.rmtree(job.final_model_dir)
     job.done_path.unlink()
-    assert run(job).resumed_from_step == 2
+    fork(job)
+    assert result_of(job).resumed_from_step == 2
     assert weights(job.final_model_dir) == expected
     again = job.metrics_path.read_text().splitlines()
     assert [json.loads(line)["step"] for line in again] == [json.loads(line)["step"] for line in lines]
@@ -139,5 +148,5 @@ def test_grpo_resumes_exactly_when_no_generated_batch_is_open(jobs: list[StageJo
 def test_a_finished_stage_is_left_alone(jobs: list[StageJob]) -> None:
     job = jobs[0]
     before = job.done_path.stat().st_mtime_ns
-    run(job)
+    fork(job)
     assert job.done_path.stat().st_mtime_ns == before

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -19,6 +16,8 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
+from tests.ranks import run_ranks_to_end, zero3_environment
+from tests.trainer import experts_ranks
 from weightline.chain.files.checkpoint import write_checkpoint
 from weightline.chain.read.history import Chain, open_chain
 from weightline.chain.replay.state import read_state
@@ -26,7 +25,6 @@ from weightline.chain.upkeep.verify import verify_chain
 from weightline.chain.write.standalone import commit_folder
 from weightline.codec.torch_ops import bits_of
 from weightline.errors import InputError
-from weightline.launch.command import DEEPSPEED_CONFIG, accelerate_config
 from weightline.naming import checkpoint_tensors
 from weightline.store.memory import MemoryStore
 from weightline.trainer.partition import partition_of
@@ -127,17 +125,9 @@ def test_a_checkpoint_that_is_rearranged_is_refused(monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.slow
 def test_zero3_ranks_publish_their_parts_of_the_experts(tmp_path: Path) -> None:
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--main_process_port", "0"]
-    configs = [
-        "--config_file", str(accelerate_config("zero3_cpu.yaml")),
-        "--deepspeed_config_file", str(accelerate_config(DEEPSPEED_CONFIG)),
-    ]  # fmt: skip
     url = f"file://{tmp_path}/bucket/chain"
     build_mixture("qwen3-moe").save_pretrained(tmp_path / "model")
-    program = [str(Path(__file__).with_name("experts_ranks.py")), url, str(tmp_path)]
-    env = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1"} | os.environ
-    run = subprocess.run([*launch, *configs, *program], env=env, capture_output=True, text=True, timeout=240)
-    assert run.returncode == 0, run.stderr[-4000:]
+    run_ranks_to_end(experts_ranks.main, (url, tmp_path), tmp_path / "ranks.log", zero3_environment())
     chain = open_chain(url)
     assert [m.world_size for m in chain.manifests()] == [2, 2, 2]
     assert_version_is_file(chain, 0, tmp_path / "model" / "model.safetensors")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
+from tests.ranks import run_ranks_to_end
+from tests.trainer import fsdp2_ranks
 from weightline.chain.read.history import open_chain
 from weightline.chain.replay.state import read_state
 from weightline.chain.upkeep.verify import verify_chain
@@ -18,13 +18,8 @@ pytestmark = pytest.mark.slow
 
 
 def test_two_ranks_publish_their_rows(tmp_path: Path) -> None:
-    program = Path(__file__).with_name("fsdp2_ranks.py")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     url = f"file://{tmp_path}/bucket/chain"
-    run = subprocess.run(
-        [*launch, str(program), url, str(tmp_path / "end.safetensors")], capture_output=True, text=True, timeout=240
-    )
-    assert run.returncode == 0, run.stderr[-4000:]
+    run_ranks_to_end(fsdp2_ranks.main, (url, tmp_path / "end.safetensors"), tmp_path / "ranks.log")
     chain = open_chain(url)
     assert [m.kind for m in chain.manifests()] == ["anchor", "delta", "delta", "delta"]
     assert verify_chain(chain).holds

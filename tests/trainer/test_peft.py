@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from tests.ranks import run_stage
+from tests.trainer import peft_ranks
 from weightline.chain.files.checkpoint import write_checkpoint
 from weightline.chain.read.history import Chain, open_chain
 from weightline.chain.replay.state import read_state
@@ -23,10 +23,9 @@ from weightline.chain.write.standalone import commit_folder, commit_fork, commit
 from weightline.codec.torch_ops import bits_of
 from weightline.errors import BaseMismatchError, InputError
 from weightline.format.manifest import Manifest
-from weightline.launch.command import launch_argv, launch_environment
 from weightline.stages.job import StageJob
 from weightline.stages.model import materialize_model
-from weightline.stages.recipe import ModelConfig, StageConfig, TinyModelConfig
+from weightline.stages.recipe import DatasetConfig, ModelConfig, StageConfig, TinyModelConfig
 from weightline.store.memory import MemoryStore
 from weightline.trainer.session import PublishSession, PublishSettings
 
@@ -229,19 +228,14 @@ def test_two_zero3_ranks_publish_the_adapter_alone(tmp_path: Path) -> None:
     tiny = TinyModelConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, head_dim=8)
     model_dir = materialize_model(ModelConfig(tiny=tiny), tmp_path / "model", seed=0)
     stage = StageConfig(
-        kind="sft", max_steps=4, learning_rate=1e-2, per_device_batch_size=4, sync_steps=2, save_steps=4
-    )
+        kind="sft", max_steps=4, learning_rate=1e-2, per_device_batch_size=4, sync_steps=2, save_steps=4,
+        dataset=DatasetConfig(num_examples=100),
+    )  # fmt: skip
     job = StageJob(
         stage=stage, model_dir=model_dir, output_dir=tmp_path / "sft", run_id="run-1",
         chain_url=f"file://{tmp_path}/bucket/chain",
     )  # fmt: skip
-    job.save(tmp_path / "job.json")
-    argv = launch_argv(tmp_path / "job.json", num_processes=2)
-    at = argv.index("-m", argv.index("--main_process_port"))
-    argv[at : at + 2] = [str(Path(__file__).with_name("peft_ranks.py"))]
-    env = launch_environment(job, os.environ)
-    run = subprocess.run(argv, env=env, capture_output=True, text=True, timeout=240)
-    assert run.returncode == 0, run.stderr[-4000:]
+    run_stage(job, tmp_path / "ranks.log", peft_ranks.main)
     assert job.chain_url is not None
     chain = open_chain(job.chain_url)
     assert [m.global_step for m in chain.manifests()] == [0, 2, 4]

@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
+import signal
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.waiting import PATIENCE_SECONDS, wait_until
+from tests.ranks import RankGroup, start_stage
+from tests.waiting import wait_until
 from weightline.chain import open_chain
 from weightline.chain.replay.state import read_state
 from weightline.codec.torch_ops import bits_of
-from weightline.launch.command import launch_argv, launch_environment
 from weightline.stages.job import StageJob, StageResult
 from weightline.stages.model import materialize_model
-from weightline.stages.recipe import ModelConfig, StageConfig, StageKind, TinyModelConfig
+from weightline.stages.recipe import DatasetConfig, ModelConfig, StageConfig, StageKind, TinyModelConfig
 
 pytestmark = pytest.mark.slow
 
@@ -46,7 +44,7 @@ class Stage:
     def job(self) -> StageJob:
         stage = StageConfig(
             kind=self.kind, max_steps=_MAX_STEPS, learning_rate=3e-4, per_device_batch_size=4, sync_steps=3,
-            save_steps=_SAVE_STEPS,
+            save_steps=_SAVE_STEPS, dataset=DatasetConfig(num_examples=200),
         )  # fmt: skip
         chain_url = f"file://{self.folder}/bucket/chain" if self.publish else None
         return StageJob(
@@ -57,22 +55,12 @@ class Stage:
             chain_url=chain_url,
         )
 
-    @property
-    def log_tail(self) -> str:
-        return (self.folder / "log").read_text()[-4000:]
-
-    def start(self) -> subprocess.Popen[bytes]:
-        self.job.save(self.folder / "job.json")
-        with (self.folder / "log").open("wb") as log:
-            return subprocess.Popen(
-                launch_argv(self.folder / "job.json", num_processes=2),
-                env=launch_environment(self.job, os.environ),
-                stdout=log,
-                stderr=subprocess.STDOUT,
-            )
+    def start(self) -> RankGroup:
+        return start_stage(self.job, self.folder / "ranks.log")
 
     def run(self) -> StageResult:
-        assert self.start().wait(timeout=300) == 0, self.log_tail
+        ranks = self.start()
+        assert ranks.wait() == [0, 0], ranks.log_tail
         result = StageResult.load(self.job)
         assert result is not None
         return result
@@ -94,16 +82,15 @@ class Stage:
 
 
 def _kill_a_rank_at(stage: Stage, step: int) -> None:
-    """kill -9 rank 1 once that step is logged, and wait until the launcher has ended the others."""
-    process = stage.start()
+    """kill -9 rank 1 once that step is logged, and wait until the other has been ended."""
+    ranks = stage.start()
     wait_until(
-        lambda: process.poll() is not None or (stage.job.metrics_path.exists() and len(stage.losses()) >= step),
+        lambda: not ranks.is_running or (stage.job.metrics_path.exists() and len(stage.losses()) >= step),
         every_seconds=0.02,
     )
-    assert process.poll() is None, stage.log_tail
-    ranks = [c for c in psutil.Process(process.pid).children(recursive=True) if c.environ().get("RANK") == "1"]
-    ranks[0].kill()
-    assert process.wait(timeout=PATIENCE_SECONDS) != 0
+    assert ranks.is_running, ranks.log_tail
+    ranks.kill(1)
+    assert ranks.wait()[1] == -signal.SIGKILL
 
 
 @pytest.fixture(scope="module", params=["sft", "dpo"])

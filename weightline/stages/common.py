@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import time
 from pathlib import Path
@@ -37,14 +38,17 @@ def start_rank() -> StageJob:
 
 
 def _use_one_core_without_compiler() -> None:
-    """Ranks share the cores instead of competing; gloo is used as it is.
+    """Sets this process up for training on the CPU: one thread a rank, and gloo as it is.
 
-    DeepSpeed would compile a shared-memory all-reduce when the process group starts, and fail without a C++ compiler.
+    DeepSpeed would compile a shared-memory all-reduce when the process group starts, and fails without a C++ compiler.
+    For every gradient that it reduces it asks how many ranks this machine has, and starts `numactl` each time unless
+    LOCAL_SIZE, which only its own launchers set, says so.
     """
     import deepspeed.ops
 
     torch.set_num_threads(1)
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    os.environ.setdefault("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def training_args(config_class: type[Args], job: StageJob) -> Args:
