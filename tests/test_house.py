@@ -1,4 +1,4 @@
-"""docs/design.md and the import contracts against the folders: neither may leave out a room or tell another order."""
+"""docs/design.md and the import contracts against the folders: neither leaves out a room or states another order."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import re
 import tomllib
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from tests import ROOT
 
@@ -21,6 +23,8 @@ LAYERED = CONTRACTS["the house: imports go one way"]
 #: Not among the layers: `python -m weightline`, and what ships for the tests of others.
 UNLAYERED = {"__init__", "__main__", "testing"}
 TOP_FOLDERS = ("flows", "tasks", "deployments")
+FOLDERS = (*TOP_FOLDERS, "weightline", "tests", "infra", "benchmarks")
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("**/*.md"))]
 
 
 def _modules() -> set[str]:
@@ -76,3 +80,9 @@ def test_prefect_and_torch_are_kept_out_of_every_other_room() -> None:
     torch = set(CONTRACTS["torch stays in the rooms that compute"]["source_modules"])
     rooms = ("codec", "evaluation", "naming", "serving", "stages", "trainer")
     assert everything - torch == {f"weightline.{name}" for name in rooms}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_files_that_a_page_names_are_there(page: Path) -> None:
+    named = re.findall(rf"\b(?:{'|'.join(FOLDERS)})/[\w./-]+\.(?:py|md|yaml|json)\b", page.read_text())
+    assert [name for name in named if not (ROOT / name).exists()] == []
