@@ -32,9 +32,8 @@ from weightline.chain.files.source import FolderSource
 from weightline.chain.write.standalone import commit_folder
 from weightline.codec.changes import inverse
 from weightline.serving.engines.barrier import RequestBarrier
-from weightline.serving.engines.vllm.engine import VllmEngine
-from weightline.serving.engines.vllm.exchange import read_changes_file, write_changes
-from weightline.serving.engines.vllm.offline import OfflineTransport
+from weightline.serving.engines.vllm.driver import OfflineTransport, VllmEngine
+from weightline.serving.engines.vllm.wire import read_changes_file, write_changes
 from weightline.serving.engines.vllm.worker import WeightlineWorker
 from weightline.serving.replica.prepare import PreparedDelta
 from weightline.serving.replica.replica import Replica
@@ -179,14 +178,14 @@ def _measure_version(
         facts = replica.refresh(version)
         times["pause"].append(facts.pause_seconds)
         times["held"].append(facts.pause_seconds + facts.drain_seconds)
-        # vLLM's own ways lead back to the base; nobody tells the replica, which then goes on from there by its own.
+        # vLLM's own ways lead back to the base, behind the back of the replica, whose next refresh starts from it.
         write_changes(changes_path, [inverse(one) for one in prepared.changes])
         times["helper"].append(llm.collective_rpc("bench_sparse_helper", args=(str(changes_path),))[0])
         drop_from_page_cache(folder)
         for key in ("disk_reload", "reload"):  # the first puts the checkpoint into the page cache
             times[key].append(llm.collective_rpc("bench_reload", args=(str(folder),))[0])
         engine.stage(prepared.changes)  # proves that both led back to the exact bits
-        engine.scatter(prepared.changes)
+        engine.write_staged()
     median = {key: statistics.median(values) for key, values in times.items()}
     return Row(
         name, manifest.num_elements, manifest.num_changed, median["pause"], median["held"], median["stage"],

@@ -2,7 +2,7 @@
 
 usage: python -m tests.vllm.killed WORK CHAIN KILL_POINT...
 For every kill point a forked child serves version 0, prepares version 1 and is killed at that point: `staged`,
-`withdrawn`, `written`, `proven`, or the number of a place, half of whose elements are written by then. Then a new
+`withdrawn`, `written`, `proven`, or the number of a box, half of whose elements are written by then. Then a new
 replica on each state folder recovers and moves on. Prints one JSON line a kill point.
 """
 
@@ -17,10 +17,9 @@ from typing import Any
 
 from tests.vllm.parts import FolderChain, greedy_tokens, offline
 from weightline.chain import open_chain
-from weightline.serving.engines.vllm import staging
-from weightline.serving.engines.vllm.engine import VllmEngine
-from weightline.serving.replica.proof import prove_weights
-from weightline.serving.replica.replica import Replica
+from weightline.serving.engines.vllm import memory
+from weightline.serving.engines.vllm.driver import VllmEngine
+from weightline.serving.replica.replica import Replica, prove_weights
 from weightline.serving.replica.status import read_mark
 
 
@@ -28,15 +27,15 @@ class Killer:
     """Kills its process at the chosen point of an apply, once armed."""
 
     def __init__(self, engine: VllmEngine, kill_point: str) -> None:
-        self._engine, self._kill_point, self._num_places = engine, kill_point, 0
-        self._write = staging.StagedPlace.write
+        self._engine, self._kill_point, self._num_boxes = engine, kill_point, 0
+        self._write_box = memory.write_box
 
     def arm(self) -> None:
-        scatter, set_version, pause = self._engine.scatter, self._engine.set_version, self._engine.pause
+        write_staged, set_version, pause = self._engine.write_staged, self._engine.set_version, self._engine.pause
 
-        def watched_scatter(changes: Any) -> None:
+        def watched_write_staged() -> None:
             self.reach("withdrawn")
-            scatter(changes)
+            write_staged()
             self.reach("written")
 
         def watched_set_version(version: int | None) -> None:
@@ -48,25 +47,21 @@ class Killer:
             self.reach("staged")
             pause(timeout_seconds)
 
-        self._engine.scatter = watched_scatter  # type: ignore[method-assign]
+        self._engine.write_staged = watched_write_staged  # type: ignore[method-assign]
         self._engine.set_version = watched_set_version  # type: ignore[method-assign]
         self._engine.pause = watched_pause  # type: ignore[method-assign]
-        staging.StagedPlace.write = self.write_half_and_reach  # type: ignore[method-assign, assignment]
+        memory.write_box = self.write_half_and_reach
 
     def reach(self, point: str) -> None:
         if point == self._kill_point:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    @property
-    def write_half_and_reach(self) -> Any:
-        def write(place: staging.StagedPlace) -> bool:
-            half = place.at_K.numel() // 2
-            place.flat[place.at_K[:half]] = place.new_K[:half]
-            self.reach(str(self._num_places))
-            self._num_places += 1
-            return self._write(place)
-
-        return write
+    def write_half_and_reach(self, one: memory.BoxChanges, *, is_undo: bool) -> bool:
+        half = one.at_K.numel() // 2
+        one.flat[one.at_K[:half]] = one.new_K[:half]
+        self.reach(str(self._num_boxes))
+        self._num_boxes += 1
+        return self._write_box(one, is_undo=is_undo)
 
 
 def main() -> int:

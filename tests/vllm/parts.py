@@ -18,8 +18,7 @@ from weightline.chain.files.checkpoint import write_checkpoint
 from weightline.chain.files.source import FolderSource
 from weightline.chain.write.standalone import commit_folder
 from weightline.serving.engines.base import GenerationRequest
-from weightline.serving.engines.vllm.engine import VllmEngine
-from weightline.serving.engines.vllm.offline import WORKER_EXTENSION, start_offline
+from weightline.serving.engines.vllm.driver import WORKER_EXTENSION, VllmEngine, start_offline
 from weightline.serving.engines.vllm.serve import fetch_model_folder
 from weightline.stages.model import VOCAB_SIZE, build_byte_tokenizer
 

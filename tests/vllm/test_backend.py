@@ -8,7 +8,7 @@ import pytest
 
 from tests.vllm.parts import checksums, greedy_tokens, make_chain, offline, reference_tokens
 from weightline.codec.changes import inverse
-from weightline.serving.engines.vllm.exchange import write_changes
+from weightline.serving.engines.vllm.wire import write_changes
 from weightline.serving.replica.prepare import PreparedDelta
 from weightline.serving.replica.replica import Replica
 

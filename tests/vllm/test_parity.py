@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.vllm.parts import checksums, fresh, greedy_tokens, make_chain, offline, reference_tokens
-from weightline.serving.replica.proof import prove_weights
-from weightline.serving.replica.replica import Replica
+from weightline.serving.replica.replica import Replica, prove_weights
 
 
 @pytest.mark.parametrize("tensor_parallel_size", [1, 2])

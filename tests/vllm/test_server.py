@@ -21,16 +21,11 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.vllm.parts import MAX_TOKENS, PROMPTS, FolderChain, ask, make_chain, reference_tokens
+from tests.vllm.parts import MAX_TOKENS, PROMPTS, FolderChain, make_chain, reference_tokens
 from tests.waiting import PATIENCE_SECONDS, wait_until
-from weightline.serving.engines.barrier import RequestBarrier
-from weightline.serving.engines.vllm.engine import VllmEngine
-from weightline.serving.engines.vllm.refused import _CONFIG, _OPTIONS
-from weightline.serving.engines.vllm.remote import RemoteTransport
+from weightline.serving.engines.vllm.serve import REFUSED_CONFIG, REFUSED_OPTIONS
 from weightline.serving.http import client
 from weightline.serving.http.auth import read_token
-from weightline.serving.replica.proof import prove_weights
-from weightline.serving.replica.replica import Replica
 
 REPOSITORY = Path(__file__).parents[2]
 NUM_REFRESHES = 20
@@ -245,9 +240,9 @@ def test_every_name_of_a_refused_option_is_known() -> None:
     refused = 0
     for action in make_arg_parser(FlexibleArgumentParser())._actions:
         names = [name for name in action.option_strings if not name.startswith("--no-")]
-        if set(names) & set(_OPTIONS):
+        if set(names) & set(REFUSED_OPTIONS):
             refused += 1
-            assert set(names) <= set(_OPTIONS)
+            assert set(names) <= set(REFUSED_OPTIONS)
     assert refused > 10
 
 
@@ -255,7 +250,7 @@ def test_what_is_refused_in_vllms_config_is_looked_for_where_it_stands() -> None
     from vllm.config import ModelConfig, ParallelConfig, VllmConfig
 
     parts = {"parallel_config": ParallelConfig, "model_config": ModelConfig}
-    for path, *_ in _CONFIG:
+    for path, *_ in REFUSED_CONFIG:
         part, _, name = path.rpartition(".")
         assert name in {field.name for field in fields(parts.get(part, VllmConfig))}, path
 
@@ -297,23 +292,6 @@ def test_a_caller_may_allow_an_answer_that_mixes_versions(server: Serving) -> No
             return
         assert all(re.fullmatch(r"\d+", version) for version in versions)
     pytest.fail("no refresh fell into an answer")
-
-
-def test_a_replica_elsewhere_drives_a_server_over_its_development_routes(server: Serving, tmp_path: Path) -> None:
-    """The last test of this server: its own replica knows nothing of it."""
-    transport = RemoteTransport(server.url, "tiny", server.token)
-    engine = VllmEngine(transport, RequestBarrier(), server.made.work / "state" / "model")
-    try:
-        replica = Replica(server.made.chain, engine, tmp_path / "remote", "remote")
-        replica.refresh(0)
-        assert replica.refresh(1).num_changed > 0
-        prove_weights(engine, server.made.chain.manifest(1))
-        completion = engine.generate(ask()).completions[0]
-        assert completion.num_tokens == MAX_TOKENS
-        assert _tokens(_complete(server.url)) == reference_tokens(server.made.folders[1], PROMPTS[:1])[0]
-    finally:
-        engine.close()
-        transport.close()
 
 
 def test_a_server_that_was_killed_comes_back_to_its_version(tmp_path: Path) -> None:

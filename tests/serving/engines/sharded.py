@@ -13,13 +13,11 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from weightline.errors import WeightlineError
 from weightline.serving.engines.barrier import RequestBarrier
 from weightline.serving.engines.base import Completion, GenerationRequest
-from weightline.serving.engines.vllm.engine import VllmEngine
-from weightline.serving.engines.vllm.state import WorkerWeights
-from weightline.serving.http.errors import error_body
-from weightline.types import TensorSpec
+from weightline.serving.engines.vllm.driver import VllmEngine
+from weightline.serving.engines.vllm.memory import WorkerWeights
+from weightline.serving.engines.vllm.wire import answer_of, specs_from_json
 
 WIDTH, HEADS, VOCAB_SIZE = 8, 4, 10
 #: Of the checkpoint that the toys hold.
@@ -82,38 +80,25 @@ class ToyTransport:
 
     def __init__(self, models: Sequence[torch.nn.Module]) -> None:
         self.models = models
-        self.workers = [WorkerWeights(model) for model in models]
+        self.workers = [WorkerWeights(model, rank) for rank, model in enumerate(models)]
         self.on_write: Callable[[int], None] = lambda rank: None
         self.events: list[str] = []
-        self._results: list[Any] = []
 
     def call_workers(self, method: str, *arguments: str) -> Sequence[str]:
-        request = json.loads(arguments[0]) if arguments else {}
-        return [self._call(rank, method, request) for rank in range(len(self.workers))]
-
-    def _call(self, rank: int, method: str, request: dict[str, Any]) -> str:
-        try:
-            return json.dumps({"result": self._run(rank, method, request)})
-        except WeightlineError as error:
-            return json.dumps(error_body(str(error), str(error.kind), error.facts))
-
-    def _run(self, rank: int, method: str, request: dict[str, Any]) -> Any:
-        worker = self.workers[rank]
+        (request,) = arguments
         if method == "weightline_load":
-            return _load(self.models[rank], Path(request["folder"]))
-        if method == "weightline_learn":
-            specs = [TensorSpec(name, dtype, tuple(shape)) for name, dtype, shape in request["specs"]]
-            return worker.learn({spec.name: spec for spec in specs})
-        if method == "weightline_own":
-            return worker.own(request["owned"][rank])
-        if method == "weightline_poll":
-            return {"is_done": True, "result": self._results[rank]}
-        if request["method"] == "write":
+            return [self._load(rank, **json.loads(request)) for rank in range(len(self.workers))]
+        assert method == "weightline_call"
+        return [self._call(rank, request) for rank in range(len(self.workers))]
+
+    def _load(self, rank: int, folder: str, specs: Sequence[Any]) -> str:
+        _load(self.models[rank], Path(folder))
+        return answer_of(lambda: self.workers[rank].learn(specs_from_json(specs)))
+
+    def _call(self, rank: int, request: str) -> str:
+        if json.loads(request)["method"] == "write":
             self.on_write(rank)
-        result = getattr(worker, request["method"])(**request["arguments"])
-        if method == "weightline_begin":
-            self._results[rank:] = [result]
-        return result
+        return self.workers[rank].call(request)
 
     def pause(self) -> None:
         self.events.append("pause")
@@ -121,21 +106,20 @@ class ToyTransport:
     def resume(self) -> None:
         self.events.append("resume")
 
-    def forget_prefixes(self) -> None:
-        self.events.append("forget")
+    def drop_prefix_cache(self) -> None:
+        self.events.append("drop prefixes")
 
-    def tell_version(self, version: int | None) -> None:
+    def report_version(self, version: int | None) -> None:
         self.events.append(f"version {version}")
 
     def generate(self, request: GenerationRequest) -> tuple[tuple[Completion, ...], int]:
         return (Completion("", 0, "stop"),), 0
 
 
-def _load(model: torch.nn.Module, folder: Path) -> dict[str, Any]:
+def _load(model: torch.nn.Module, folder: Path) -> None:
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, "pt") as file:
             model.load_weights((name, file.get_tensor(name)) for name in file.keys())  # noqa: SIM118
-    return {}
 
 
 def toy_engine(world_size: int, model_folder: Path) -> tuple[VllmEngine, ToyTransport]:

@@ -19,14 +19,13 @@ from weightline.chain import Chain, open_chain
 from weightline.errors import ApplyError, BaseMismatchError, DigestMismatchError, UnsupportedFeatureError
 from weightline.format import keys
 from weightline.format.manifest import AssetRef
-from weightline.serving.engines.base import GenerationRequest, StagingEngine
-from weightline.serving.engines.vllm.engine import VllmEngine
-from weightline.serving.engines.vllm.exchange import allocate, exchange_folder
+from weightline.serving.engines.base import GenerationRequest
+from weightline.serving.engines.vllm.driver import VllmEngine
+from weightline.serving.engines.vllm.wire import allocate, exchange_folder
 from weightline.serving.http.service import ReplicaService
 from weightline.serving.replica.following import Following
 from weightline.serving.replica.prepare import PreparedDelta
-from weightline.serving.replica.proof import prove_weights
-from weightline.serving.replica.replica import Replica
+from weightline.serving.replica.replica import Replica, prove_weights
 from weightline.serving.replica.status import read_mark
 
 ASK = GenerationRequest(("a",), max_tokens=1)
@@ -69,7 +68,6 @@ def served(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Served]:
 @pytest.mark.parametrize("coding", ["gap", "gap-by-magnitude"])
 def test_a_sharded_engine_moves_forth_and_back_bit_for_bit(coding: str, tmp_path: Path) -> None:
     served = Served(2, tmp_path, coding)
-    assert isinstance(served.engine, StagingEngine)
     for version in (1, 2, 0, 2):
         served.replica.refresh(version, allow_backward=True)
         served.assert_at(version)
@@ -79,7 +77,7 @@ def test_a_sharded_engine_moves_forth_and_back_bit_for_bit(coding: str, tmp_path
 def test_all_is_staged_before_the_pause_and_caches_are_dropped_within_it(served: Served) -> None:
     served.transport.events.clear()
     served.replica.refresh(1)
-    assert served.transport.events == ["pause", "version None", "forget", "version 1", "resume"]
+    assert served.transport.events == ["pause", "version None", "drop prefixes", "version 1", "resume"]
 
 
 def test_padding_stays_what_it_was(served: Served) -> None:
@@ -227,7 +225,7 @@ def test_no_shared_memory_is_left(served: Served) -> None:
 def test_what_a_killed_process_left_in_shared_memory_is_removed_and_what_a_living_one_holds_is_not() -> None:
     program = (
         "import os, signal\n"
-        "from weightline.serving.engines.vllm.exchange import exchange_folder\n"
+        "from weightline.serving.engines.vllm.wire import exchange_folder\n"
         "with exchange_folder() as folder:\n"
         "    print(folder, flush=True)\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"

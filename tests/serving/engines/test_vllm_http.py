@@ -18,9 +18,8 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope
 
 from weightline.serving.engines.barrier import AsyncRequestBarrier
-from weightline.serving.engines.vllm.gated import VersionedApp
-from weightline.serving.engines.vllm.middleware import ReplicaMiddleware
-from weightline.serving.engines.vllm.settings import SETTINGS_VARIABLE, VllmSettings
+from weightline.serving.engines.vllm.http import ReplicaMiddleware, VersionedApp
+from weightline.serving.engines.vllm.serve import SETTINGS_VARIABLE, VllmSettings
 from weightline.serving.http.server import ServerSettings
 
 _SCOPE: Scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": []}

@@ -11,8 +11,7 @@ import torch
 
 from tests.serving.engines.sharded import SHAPES, WIDTH, FusedModel
 from weightline.errors import ApplyError
-from weightline.serving.engines.vllm.boxes import Box, box_from_json, share_out
-from weightline.serving.engines.vllm.placement import Placement, learn_placement
+from weightline.serving.engines.vllm.mapping import Box, Placement, assign_boxes, box_from_json, learn_placement
 from weightline.types import TensorSpec
 
 SPECS = {name: TensorSpec(name, "I32", shape) for name, shape in SHAPES.items()}
@@ -47,16 +46,16 @@ def test_every_element_is_where_the_loader_put_it(world_size: int) -> None:
                 runs = [p for run in place.box.runs(SPECS[name]) for p in range(run.start, run.stop)]
                 assert place.view().reshape(-1).tolist() == [p + 1000 * number for p in runs]
     boxes = [_boxes(placement) for placement in learnt]
-    owned = share_out(SPECS, boxes)
+    assigned = assign_boxes(SPECS, boxes)
     for name, spec in SPECS.items():
         counts = np.zeros(spec.num_elements, int)
-        for rank, chosen in enumerate(owned):
+        for rank, chosen in enumerate(assigned):
             for number in chosen.get(name, []):
                 for run in boxes[rank][name][number].runs(spec):
                     counts[run.start : run.stop] += 1
         assert (counts == 1).all(), name
-    assert "norm.weight" in owned[0]
-    assert all("norm.weight" not in chosen for chosen in owned[1:])
+    assert "norm.weight" in assigned[0]
+    assert all("norm.weight" not in chosen for chosen in assigned[1:])
 
 
 def _boxes(placement: Placement) -> dict[str, list[Box]]:
@@ -139,8 +138,8 @@ def test_elements_that_are_nowhere_or_twice_are_found() -> None:
     spec = TensorSpec("w", "BF16", (4, 2))
     half = Box(0, (2, 2), (2, 1))
     with pytest.raises(ApplyError, match="element 4 of w is in 0 places"):
-        share_out({"w": spec}, [{"w": [half]}])
+        assign_boxes({"w": spec}, [{"w": [half]}])
     with pytest.raises(ApplyError, match="element 2 of w is in 2 places"):
-        share_out({"w": spec}, [{"w": [half]}, {"w": [Box(2, (3, 2), (2, 1))]}])
+        assign_boxes({"w": spec}, [{"w": [half]}, {"w": [Box(2, (3, 2), (2, 1))]}])
     with pytest.raises(ApplyError, match="holds no part of"):
-        share_out({"w": spec}, [{}])
+        assign_boxes({"w": spec}, [{}])

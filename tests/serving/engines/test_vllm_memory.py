@@ -1,4 +1,4 @@
-"""What a worker writes in the pause: every place, read back, and a write that did not take is not passed over."""
+"""A worker's write in the pause: every box is written and read back, and a write that did not take is found."""
 
 from __future__ import annotations
 
@@ -7,31 +7,31 @@ import pytest
 import torch
 
 from weightline.errors import DigestMismatchError
-from weightline.serving.engines.vllm.staging import Staged, StagedPlace
+from weightline.serving.engines.vllm.memory import BoxChanges, StagedChanges
 
 
-def _place(name: str, flat: torch.Tensor, at: list[int], rng: np.random.Generator) -> StagedPlace:
+def _changes(name: str, flat: torch.Tensor, at: list[int], rng: np.random.Generator) -> BoxChanges:
     at_K = torch.tensor(at)
     new_K = torch.from_numpy(rng.integers(-(2**15), 2**15, len(at)).astype(np.int16))
-    return StagedPlace(name, flat, at_K, flat[at_K].clone(), new_K)
+    return BoxChanges(name, flat, at_K, flat[at_K].clone(), new_K)
 
 
-def test_all_places_are_written_and_come_back() -> None:
+def test_all_boxes_are_written_and_come_back() -> None:
     rng = np.random.default_rng(0)
     flats = [torch.from_numpy(rng.integers(-(2**15), 2**15, size).astype(np.int16)) for size in (1, 100, 20_000)]
     before = [flat.clone() for flat in flats]
-    places = tuple(
-        _place(str(number), flat, sorted(rng.choice(len(flat), max(1, len(flat) // 3), replace=False).tolist()), rng)
+    boxes = tuple(
+        _changes(str(number), flat, sorted(rng.choice(len(flat), max(1, len(flat) // 3), replace=False).tolist()), rng)
         for number, flat in enumerate(flats)
     )
-    staged = Staged(places, {}, 0)
+    staged = StagedChanges(boxes, {}, 0)
     staged.check_base()
-    staged.write()
-    for flat, old, place in zip(flats, before, places, strict=True):
+    staged.write(is_undo=False)
+    for flat, old, one in zip(flats, before, boxes, strict=True):
         expected = old.clone()
-        expected[place.at_K] = place.new_K
+        expected[one.at_K] = one.new_K
         assert torch.equal(flat, expected)
-    staged.turned_round().write()
+    staged.write(is_undo=True)
     assert all(torch.equal(flat, old) for flat, old in zip(flats, before, strict=True))
 
 
@@ -39,6 +39,6 @@ def test_memory_that_does_not_hold_what_was_written_is_named() -> None:
     """Two bits for one element cannot both be there."""
     flat = torch.zeros(100, dtype=torch.int16)
     old_K, new_K = torch.zeros(3, dtype=torch.int16), torch.tensor([1, 2, 3], dtype=torch.int16)
-    place = StagedPlace("layers.0", flat, torch.tensor([10, 11, 10]), old_K, new_K)
+    one = BoxChanges("layers.0", flat, torch.tensor([10, 11, 10]), old_K, new_K)
     with pytest.raises(DigestMismatchError, match=r"layers\.0"):
-        Staged((place,), {}, 0).write()
+        StagedChanges((one,), {}, 0).write(is_undo=False)

@@ -13,11 +13,16 @@ import torch
 from tests.serving.model_chains import make_chain
 from weightline.errors import ApplyError, InputError, UnsupportedFeatureError
 from weightline.serving.engines.vllm import serve
-from weightline.serving.engines.vllm.cpu import require_unpacked
 from weightline.serving.engines.vllm.features import SERVER, missing, require
-from weightline.serving.engines.vllm.refused import check_arguments, check_config, check_environment
-from weightline.serving.engines.vllm.routes import Route, classify
-from weightline.serving.engines.vllm.serve import fetch_model_folder, vllm_argv
+from weightline.serving.engines.vllm.http import Route, classify
+from weightline.serving.engines.vllm.mapping import require_unpacked
+from weightline.serving.engines.vllm.serve import (
+    check_arguments,
+    check_config,
+    check_environment,
+    fetch_model_folder,
+    vllm_argv,
+)
 from weightline.serving.http.server import ServerSettings
 from weightline.serving.replica.registration import Presence, Registration
 from weightline.serving.replica.status import ReplicaStatus

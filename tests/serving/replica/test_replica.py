@@ -33,7 +33,7 @@ from weightline.format.manifest import AssetRef
 from weightline.serving.engines.base import GenerationRequest
 from weightline.serving.engines.transformers import TransformersEngine
 from weightline.serving.replica.prepare import PreparedDelta, PreparedLoad
-from weightline.serving.replica.replica import Replica, ReplicaSettings
+from weightline.serving.replica.replica import Replica
 from weightline.serving.replica.status import Mark, read_mark
 from weightline.store.memory import MemoryStore
 from weightline.types import Changes
@@ -314,10 +314,10 @@ class _Forgetful(TransformersEngine):
 
 def test_an_engine_that_loses_a_write_is_caught_by_reading_back(grown: ModelChain, tmp_path: Path) -> None:
     engine = _Forgetful("cpu")
-    replica = Replica(grown.chain, engine, tmp_path / "state", "replica-0", ReplicaSettings(read_back=True))
+    replica = Replica(grown.chain, engine, tmp_path / "state", "replica-0")
     replica.refresh(0)
     engine.loses = True
-    with pytest.raises(DigestMismatchError, match="did not take the bits of version 1"):
+    with pytest.raises(DigestMismatchError, match="did not take the bits that were written"):
         replica.refresh(1)
     # The way back loses the same write, which was not written on the way there: version 0 is whole.
     _assert_serves(replica, grown, 0, tmp_path)

@@ -1,26 +1,33 @@
-"""What a replica asks of an inference engine.
+"""The interface between a replica and an inference engine.
 
-The order of a refresh, and no other:
-    fetch -> verify -> decode            while the engine serves (`read_bits`)
-    pause                                no request runs; those under way have ended on the old version
+The steps of a refresh, in their only order:
+    fetch, verify, decode                while the engine serves (`read_bits`)
+    stage                                while the engine serves
+    pause                                requests in flight have ended on the old version, new ones wait
     withdraw the mark, set_version(None)
-    scatter                              changed elements, in place
-    check                                `read_elements`
+    write_staged                         changed elements, in place, read back
     mark, set_version(N)
     resume                               always, also after a failure: an engine without a version refuses to answer
 
-An engine knows nothing of chains, payloads or digests, and a replica nothing of fused parameters, devices or requests.
+An engine knows nothing of chains, payloads or digests of versions; a replica knows nothing of fused parameters, devices
+or requests.
 
 Legend: N elements of a tensor, K changed ones. Tensors go by their checkpoint names and are flat (row-major) bits.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol, runtime_checkable
+from typing import Literal, Protocol
 
+import numpy as np
+
+from weightline.codec.changes import inverse, whole
+from weightline.codec.digest import tensor_digest
+from weightline.errors import DigestMismatchError
 from weightline.types import BitsArray, Changes, PositionArray, TensorSpec
 
 Prompt = str | tuple[int, ...]
@@ -29,7 +36,7 @@ Prompt = str | tuple[int, ...]
 
 @dataclass(frozen=True, slots=True)
 class GenerationRequest:
-    """What to continue, and how. `temperature` 0 is greedy."""
+    """Prompts to continue, and the sampling. `temperature` 0 is greedy."""
 
     prompts: tuple[Prompt, ...]
     max_tokens: int
@@ -41,7 +48,7 @@ class GenerationRequest:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """The continuation of one prompt. `length`: cut at max_tokens; `stop`: the model or a stop string ended it."""
+    """The continuation of one prompt. `length`: cut at max_tokens; `stop`: ended by the model or a stop string."""
 
     text: str
     num_tokens: int
@@ -60,82 +67,121 @@ class Generation:
 class Engine(Protocol):
     """An engine's weights and its request barrier. Errors are ApplyError unless said otherwise.
 
-    `load`, `scatter` and `set_version` are called by one thread at a time, and only between pause and resume.
+    `load`, `write_staged`, `undo_staged` and `set_version` are called by one thread at a time, and only between pause
+    and resume. `InProcessEngine` implements the staging for engines whose weights lie in this process.
     """
 
     @property
     def name(self) -> str:
-        """The kind of engine, for people: `transformers`, `vllm`."""
+        """The kind of engine, as status and leases show it: `transformers`, `vllm`."""
         ...
 
     @property
     def version(self) -> int | None:
-        """What `set_version` said last."""
+        """The argument of the last `set_version`."""
         ...
 
     def require_assets(self, sha256_of: Mapping[str, str]) -> None:
-        """Before anything is fetched or paused: the small files of the version to come, by name.
+        """Checks the small files of the next version, by name, before anything is fetched or paused.
 
-        UnsupportedFeatureError, naming a file, when this engine read another one at its start and reads it no more.
+        UnsupportedFeatureError, naming a file, when this engine read another one at its start and does not read it
+        again.
         """
         ...
 
     def load(self, folder: Path) -> None:
-        """Replace model and tokenizer by those of a checkpoint folder. When it raises, what was there remains."""
+        """Replaces model and tokenizer by those of a checkpoint folder. When it raises, the old ones remain."""
         ...
 
     def specs(self) -> Mapping[str, TensorSpec]:
-        """The tensors that the engine holds, tied ones under each of their names. Empty before the first load."""
+        """Returns the tensors that the engine holds, tied ones under each of their names. Empty before a load."""
         ...
 
     def read_bits(self, name: str) -> BitsArray:
-        """A tensor's N bits. May be a view of live weights: read only, and only as long as nothing is scattered."""
-        ...
-
-    def read_elements(self, name: str, positions_K: PositionArray) -> BitsArray:
-        """The bits at some positions."""
-        ...
-
-    def scatter(self, changes: Sequence[Changes]) -> None:
-        """Write the new bits of whole-tensor Changes in place. Safe to repeat.
-
-        When it raises, any part may be written: scattering the inverse of the same changes restores the old state.
-        """
-        ...
-
-    def set_version(self, version: int | None) -> None:
-        """The version that the weights are proven to be; None: unknown, refuse to generate."""
-        ...
-
-    def pause(self, timeout_seconds: float) -> None:
-        """Hold new requests back and wait for those under way. ApplyError after the timeout; then it serves on."""
-        ...
-
-    def resume(self) -> None:
-        """Let requests through again. Safe to repeat."""
-        ...
-
-    def generate(self, request: GenerationRequest) -> Generation:
-        """Answer. InputError for a request that does not fit the model; ApplyError while no version is loaded."""
-        ...
-
-
-@runtime_checkable
-class StagingEngine(Engine, Protocol):
-    """An engine whose weights live in other processes. It does there what a replica does itself with one in memory.
-
-    Its `scatter` checks what it wrote: it reads the elements back where they are and adds up the digest changes of all
-    parts; DigestMismatchError when either differs.
-    """
-
-    def stage(self, changes: Sequence[Changes]) -> None:
-        """Before the pause: find where the changed elements live, and check that the engine holds the old bits.
-
-        BaseMismatchError when it does not: then the engine's weights are not what they were proven to be. Writes
-        nothing. `scatter` of these very changes, or of their inverse, is then as fast as it can be. Safe to repeat.
-        """
+        """Returns a tensor's N bits. They may be a view of live weights: read only, and only until the next write."""
         ...
 
     def read_digests(self) -> dict[str, int]:
-        """The digest of every tensor, computed where its parts are."""
+        """Returns the digest of every tensor, computed from the engine's memory."""
         ...
+
+    def stage(self, changes: Sequence[Changes]) -> None:
+        """Makes whole-tensor changes ready to be written, while the engine serves. Replaces what was staged before.
+
+        Writes nothing. BaseMismatchError when the engine finds that it does not hold the old bits: then its weights
+        are not what they were proven to be.
+        """
+        ...
+
+    def write_staged(self) -> None:
+        """Writes the staged changes in place and proves that the memory holds them. Safe to repeat.
+
+        DigestMismatchError when it does not. When it raises, any part may be written; `undo_staged` restores the old
+        state.
+        """
+        ...
+
+    def undo_staged(self) -> None:
+        """Writes the old bits of the staged changes, and proves them as `write_staged` does. Safe to repeat."""
+        ...
+
+    def set_version(self, version: int | None) -> None:
+        """Sets the version that the weights are proven to be. None means unknown: the engine refuses to generate."""
+        ...
+
+    def pause(self, timeout_seconds: float) -> None:
+        """Holds new requests back and waits for those in flight. ApplyError after the timeout, and it serves on."""
+        ...
+
+    def resume(self) -> None:
+        """Lets requests through again. Safe to repeat."""
+        ...
+
+    def generate(self, request: GenerationRequest) -> Generation:
+        """Answers a request. InputError when it does not fit the model; ApplyError while no version is loaded."""
+        ...
+
+
+class InProcessEngine(ABC):
+    """Implements the staging and the proof of `Engine` for weights that lie in this process."""
+
+    _staged: Sequence[Changes] = ()
+
+    @abstractmethod
+    def specs(self) -> Mapping[str, TensorSpec]:
+        """See `Engine.specs`."""
+
+    @abstractmethod
+    def read_bits(self, name: str) -> BitsArray:
+        """See `Engine.read_bits`."""
+
+    @abstractmethod
+    def read_elements(self, name: str, positions_K: PositionArray) -> BitsArray:
+        """Returns a copy of the K bits at the positions."""
+
+    @abstractmethod
+    def scatter(self, changes: Sequence[Changes]) -> None:
+        """Writes the new bits of whole-tensor changes. Safe to repeat; when it raises, any part may be written."""
+
+    def read_digests(self) -> dict[str, int]:
+        return {name: tensor_digest(whole(spec), self.read_bits(name)) for name, spec in self.specs().items()}
+
+    def stage(self, changes: Sequence[Changes]) -> None:
+        self._staged = changes
+
+    def write_staged(self) -> None:
+        self._write(self._staged)
+
+    def undo_staged(self) -> None:
+        self._write([inverse(one) for one in self._staged])
+
+    def _write(self, changes: Sequence[Changes]) -> None:
+        """Writes, then reads the changed elements back: time and memory grow with their number.
+
+        With the digests that the changes lead to, which are proven before, this proves the whole state.
+        """
+        self.scatter(changes)
+        for one in changes:
+            name = one.segment.tensor.name
+            if not np.array_equal(self.read_elements(name, one.positions_K), one.new_K):
+                raise DigestMismatchError(f"{name} did not take the bits that were written", what=name)

@@ -18,7 +18,7 @@ from transformers.utils import logging as transformers_logging
 from weightline.codec.torch_ops import torch_dtype
 from weightline.errors import ApplyError, InputError
 from weightline.serving.engines.barrier import RequestBarrier
-from weightline.serving.engines.base import Completion, Generation, GenerationRequest, Prompt
+from weightline.serving.engines.base import Completion, Generation, GenerationRequest, InProcessEngine, Prompt
 from weightline.serving.engines.in_place import LiveWeights
 from weightline.types import BitsArray, Changes, PositionArray, TensorSpec
 
@@ -26,7 +26,7 @@ from weightline.types import BitsArray, Changes, PositionArray, TensorSpec
 _FLOATS = frozenset({"F16", "BF16", "F32", "F64"})
 
 
-class TransformersEngine:
+class TransformersEngine(InProcessEngine):
     """Implements `Engine`."""
 
     name = "transformers"

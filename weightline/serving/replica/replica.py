@@ -16,11 +16,11 @@ from typing import Literal
 
 from weightline.chain import Chain
 from weightline.chain.files.assets import assets_of
-from weightline.codec.changes import inverse
 from weightline.errors import ApplyError, BaseMismatchError, InputError, WeightlineError
 from weightline.format.keys import checked_name
-from weightline.format.manifest import utc_now
-from weightline.serving.engines.base import Engine, StagingEngine
+from weightline.format.manifest import Manifest, utc_now
+from weightline.serving.engines.base import Engine
+from weightline.serving.replica.pending import check_digests
 from weightline.serving.replica.prepare import (
     Held,
     Prepared,
@@ -32,19 +32,14 @@ from weightline.serving.replica.prepare import (
     prepare_load,
     remove_leftovers,
 )
-from weightline.serving.replica.proof import prove_elements, prove_weights
 from weightline.serving.replica.status import Mark, RefreshFacts, ReplicaStatus, read_mark, write_mark
-
-#: Above this size the changed elements are not read back by default: the digest from the changes has to do.
-READ_BACK_MAX_ELEMENTS = 4_000_000_000
 
 
 @dataclass(frozen=True, slots=True)
 class ReplicaSettings:
-    """How long a refresh waits for requests under way; whether it reads back what it wrote (None: by model size)."""
+    """`drain_seconds`: the longest wait of a refresh for requests in flight."""
 
     drain_seconds: float = 60.0
-    read_back: bool | None = None
 
 
 class Replica:
@@ -166,8 +161,8 @@ class Replica:
             )
 
     def _stage(self, prepared: Prepared) -> None:
-        """Where an engine can, get the write ready before the pause. One that lost its base serves nothing more."""
-        if not isinstance(prepared, PreparedDelta) or not isinstance(self.engine, StagingEngine):
+        """Makes the write ready before the pause. An engine that turns out to have lost its base serves no more."""
+        if not isinstance(prepared, PreparedDelta):
             return
         try:
             self.engine.stage(prepared.changes)
@@ -197,28 +192,16 @@ class Replica:
                 self._held = None
                 self.engine.set_version(None)
                 if isinstance(prepared, PreparedDelta):
-                    self._undo(prepared, served_at)
+                    self.engine.undo_staged()
+                    self._hold(prepared.held, served_at)
 
     def _write(self, prepared: Prepared) -> Held:
         manifest = prepared.manifest
         if isinstance(prepared, PreparedLoad):
             self.engine.load(prepared.folder)
             return Held(manifest.version, manifest.commit_id, prove_weights(self.engine, manifest))
-        self.engine.scatter(prepared.changes)
-        if self._reads_back(prepared):
-            prove_elements(self.engine, prepared.changes, manifest.version)
+        self.engine.write_staged()
         return Held(manifest.version, manifest.commit_id, prepared.digests)
-
-    def _reads_back(self, prepared: PreparedDelta) -> bool:
-        chosen = self.settings.read_back
-        return prepared.manifest.num_elements <= READ_BACK_MAX_ELEMENTS if chosen is None else chosen
-
-    def _undo(self, prepared: PreparedDelta, served_at: str | None) -> None:
-        """Scatter the old bits over whatever was written, and prove that they are there."""
-        way_back = [inverse(one) for one in prepared.changes]
-        self.engine.scatter(way_back)
-        prove_elements(self.engine, way_back, prepared.held.version)
-        self._hold(prepared.held, served_at)
 
     def _load_again(self, lost: Held) -> None:
         """The engine is torn: take the version that it came from out of the chain. ApplyError when that fails too."""
@@ -295,3 +278,22 @@ class Replica:
             self._last_error = ApplyError(f"{self.engine.name} failed: {error!r}", engine=self.engine.name)
             raise self._last_error from error
         self._last_error = None
+
+
+def prove_weights(engine: Engine, manifest: Manifest) -> dict[str, int]:
+    """Compares the digests of the engine's memory with the manifest's; returns them. Time grows with the model.
+
+    ApplyError when the engine does not hold the manifest's tensors as they are; DigestMismatchError when bits differ.
+    """
+    specs = engine.specs()
+    for name, spec in manifest.specs.items():
+        if specs.get(name) != spec:
+            raise ApplyError(
+                f"{engine.name} holds {specs.get(name)} where version {manifest.version} has {spec}: an engine that "
+                "renames, casts or fuses the model's tensors cannot be refreshed in place",
+                version=manifest.version, engine=engine.name, tensor=name,
+            )  # fmt: skip
+    read = engine.read_digests()
+    digests = {name: read[name] for name in manifest.specs}
+    check_digests(digests, manifest)
+    return digests

@@ -1,14 +1,15 @@
-"""What a vLLM must offer, looked for by feature and never by version number."""
+"""The features that a vLLM must offer, looked for by name and never by version number; and the plugin's entry point."""
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 from collections.abc import Iterable
 
 from weightline.errors import UnsupportedFeatureError
 
-#: module, attribute path, what it is for.
 Feature = tuple[str, str, str]
+"""Module, attribute path, purpose."""
 
 WORKER: tuple[Feature, ...] = (
     ("vllm.v1.worker.gpu_worker", "Worker.reload_weights", "loading a version from a folder"),
@@ -27,20 +28,37 @@ BACKEND: tuple[Feature, ...] = (
     ("vllm.distributed.weight_transfer.base", "WeightTransferEngine", "the weight-transfer backend"),
     ("vllm.distributed.weight_transfer.factory", "WeightTransferEngineFactory.register_engine", "registering it"),
 )
+BACKEND_NAME = "weightline"
 
 
 def missing(features: Iterable[Feature]) -> list[str]:
-    """Those that this vLLM does not have, as `module.attribute (what for)`."""
+    """Returns those that this vLLM lacks, as `module.attribute (purpose)`."""
     return [f"{module}.{path} ({use})" for module, path, use in features if not _has(module, path)]
 
 
 def require(features: Iterable[Feature]) -> None:
-    """UnsupportedFeatureError naming everything that is missing; it says so, too, when there is no vLLM at all."""
+    """Raises UnsupportedFeatureError naming every missing feature, also when no vLLM is installed."""
     lacking = missing(features)
     if lacking:
         raise UnsupportedFeatureError(
             f"the installed vLLM lacks {'; '.join(lacking)}. docs/serving.md names builds that have them",
             feature=lacking[0],
+        )
+
+
+def register_backend() -> None:
+    """Makes the name of the weight-transfer backend known to vLLM, where it has an interface for that. Safe to repeat.
+
+    This is the entry point of group `vllm.general_plugins`, which vLLM calls in each of its processes. Nothing changes
+    for a server that does not use the backend: its module is imported when vLLM creates it.
+    """
+    if missing(BACKEND):
+        return
+    from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+
+    with contextlib.suppress(ValueError):  # it is registered already: vLLM may load its plugins more than once
+        WeightTransferEngineFactory.register_engine(
+            BACKEND_NAME, "weightline.serving.engines.vllm.backend", "WeightlineBackend"
         )
 
 

@@ -1,35 +1,308 @@
-"""Bits that were just read from an engine: a delta is decoded rank by rank, and each rank asks for the same tensors.
+"""One worker's weights: changes are staged for its memory, written there in a pause, and read back.
 
-Legend: N elements of a tensor.
+Whatever can be done before the pause is: staging finds where each changed element lives here and checks that the memory
+holds the old bits. Writing is one loop of scattered stores a box, with the read back in the same loop. The digest of
+what a worker wrote is that of the changes it staged, which the read back ties to its memory.
+
+Nothing here knows of vLLM. Importing this module imports numba.
+
+Legend: N elements of a tensor or of a storage, K changed ones, here: of one box.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
-from weightline.types import BitsArray
+import numpy as np
+import numpy.typing as npt
+import torch
 
-_MAX_NBYTES = 2 * 1024**3
+from weightline.codec.coding import ordered_map
+from weightline.codec.digest import add_digests, digest_change, tensor_digest
+from weightline.codec.kernels import jit
+from weightline.codec.torch_ops import signed_tensor
+from weightline.dtypes import bits_dtype
+from weightline.errors import ApplyError, BaseMismatchError, DigestMismatchError
+from weightline.serving.engines.vllm.mapping import Assignment, PlacedBox, Placement, learn_placement
+from weightline.serving.engines.vllm.wire import answer_of, read_changes_file
+from weightline.types import BitsArray, Changes, TensorSpec
+
+#: Elements of a block that is written and read back: as many 64-byte lines fit the smallest second-level cache in use.
+_BLOCK = 2048
 
 
-class RecentBits:
-    """The tensors read last, up to a number of bytes. To be cleared whenever the weights change."""
+def _host_cpus() -> frozenset[int]:
+    """Returns the CPUs of this process and its parent: vLLM pins its workers to fewer before it imports this."""
+    if not hasattr(os, "sched_getaffinity"):
+        return frozenset()
+    return frozenset(os.sched_getaffinity(0) | os.sched_getaffinity(os.getppid()))
 
-    def __init__(self, max_nbytes: int = _MAX_NBYTES) -> None:
-        self._max_nbytes = max_nbytes
-        self._held: OrderedDict[str, BitsArray] = OrderedDict()
 
-    def get(self, name: str) -> BitsArray | None:
-        """The tensor's N bits, if they are here."""
-        bits_N = self._held.get(name)
-        if bits_N is not None:
-            self._held.move_to_end(name)
-        return bits_N
+_CPUS = _host_cpus()
 
-    def put(self, name: str, bits_N: BitsArray) -> None:
-        self._held[name] = bits_N
-        while len(self._held) > 1 and sum(held.nbytes for held in self._held.values()) > self._max_nbytes:
-            self._held.popitem(last=False)
 
-    def clear(self) -> None:
-        self._held.clear()
+def _use_all_cpus() -> None:
+    """Lets the calling thread run wherever the process could when it started. Cheap; safe to repeat."""
+    if _CPUS:
+        os.sched_setaffinity(0, _CPUS)
+
+
+class WorkerWeights:
+    """One worker's part of the model, and the requests that the driver sends to it. `write` alone changes weights."""
+
+    def __init__(self, model: torch.nn.Module, rank: int = 0) -> None:
+        self._model, self._rank = model, rank
+        self._specs: dict[str, TensorSpec] = {}
+        self._placement: Placement = {}
+        self._assignment: Assignment = {}
+        self._staged: StagedChanges | None = None
+        self._background = ThreadPoolExecutor(1, "weightline", initializer=_use_all_cpus)
+        self._job: Future[Any] | None = None
+
+    def learn(self, specs: Mapping[str, TensorSpec]) -> dict[str, Any]:
+        """Maps the tensors and returns the boxes of each. ApplyError when the model cannot be refreshed in place."""
+        self._staged, self._assignment, self._specs = None, {}, dict(specs)
+        self._placement = learn_placement(self._model, specs)
+        boxes = {name: [placed.box.to_json() for placed in held] for name, held in self._placement.items()}
+        return {"boxes": boxes}
+
+    def call(self, request: str) -> str:
+        """Runs a request of the driver and returns its JSON answer.
+
+        A request is {"method", "arguments", "is_background"}. One in the background returns at once and does not hold
+        up the engine's loop; `poll` returns {"is_done"} and, once it is done, its {"result"}. One at a time.
+        """
+        return answer_of(lambda: self._run(**json.loads(request)))
+
+    def _run(self, method: str, arguments: dict[str, Any], *, is_background: bool = False) -> Any:
+        if method not in _METHODS:
+            raise ApplyError(f"a worker has no method {method!r}")
+        work = getattr(self, method)
+        if not is_background:
+            return work(**arguments)
+        if self._job is not None and not self._job.done():
+            raise ApplyError("another job is under way in this worker")
+        self._job = self._background.submit(work, **arguments)
+        return {}
+
+    def poll(self) -> dict[str, Any]:
+        """Returns whether the job in the background is done, with its result. Raises what the job raised."""
+        if self._job is None:
+            raise ApplyError("no job was begun in this worker")
+        return {"is_done": True, "result": self._job.result()} if self._job.done() else {"is_done": False}
+
+    def assign(self, assignments: Sequence[Assignment]) -> dict[str, Any]:
+        """Takes over, of all ranks' assignments, the boxes that this worker answers for."""
+        self._assignment = assignments[self._rank]
+        return {}
+
+    def read_digests(self, names: Sequence[str]) -> dict[str, Any]:
+        """Returns, by tensor, the digest of each of its boxes here: equal boxes must have equal ones on all workers."""
+        specs = {name: self._spec(name) for name in names}
+        digests = {name: [_box_digest(one, spec) for one in self._placement[name]] for name, spec in specs.items()}
+        return {"digests": digests}
+
+    def read_bits(self, name: str, path: str) -> dict[str, Any]:
+        """Writes the boxes that this worker answers for to their positions in a file that holds the whole tensor."""
+        spec = self._spec(name)
+        try:
+            bits_N = np.memmap(path, bits_dtype(spec.dtype), "r+", shape=(spec.num_elements,))
+        except OSError as error:
+            raise ApplyError(f"{path} cannot be written by an engine's worker: {error.strerror}", path=path) from error
+        for number in self._assignment.get(name, ()):
+            placed = self._placement[name][number]
+            placed.box.within(bits_N)[...] = _box_bits(placed, spec).reshape(placed.box.shape)
+        return {}
+
+    def stage(self, path: str) -> dict[str, Any]:
+        """Makes a file's changes ready. BaseMismatchError when the old bits are not here. Writes no weights."""
+        self._staged = None
+        staged = stage(self._placement, self._assignment, read_changes_file(Path(path)))
+        staged.check_base()
+        self._staged = staged
+        return {"num_elements": staged.num_elements}
+
+    def write(self, *, is_undo: bool) -> dict[str, Any]:
+        """Writes the new (undo: the old) bits of what is staged and reads them back.
+
+        Returns what writing them adds to the state's digests, by tensor. DigestMismatchError when the memory does not
+        hold what was written. When it raises, any part may be written.
+        """
+        if self._staged is None:
+            raise ApplyError("nothing is staged")
+        self._staged.write(is_undo=is_undo)
+        return {"digests": self._staged.digests}
+
+    def unstage(self) -> dict[str, Any]:
+        """Forgets what was staged, which frees its memory. Safe to repeat."""
+        self._staged = None
+        return {}
+
+    def _spec(self, name: str) -> TensorSpec:
+        if name not in self._specs:
+            raise ApplyError(f"the engine's parameters were not mapped for {name}: load the version", tensor=name)
+        return self._specs[name]
+
+
+_METHODS = frozenset({"assign", "poll", "read_digests", "read_bits", "stage", "write", "unstage"})
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class BoxChanges:
+    """The changes of one tensor in one box: at `at_K` of its flat memory, `old_K` become `new_K`. Bits are signed."""
+
+    name: str
+    flat: torch.Tensor
+    at_K: torch.Tensor
+    old_K: torch.Tensor
+    new_K: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StagedChanges:
+    """One worker's part of a set of changes. `digests`: by tensor, what writing the assigned boxes adds to them."""
+
+    boxes: tuple[BoxChanges, ...]
+    digests: dict[str, int]
+    num_elements: int
+
+    def check_base(self) -> None:
+        """BaseMismatchError, naming a tensor, unless every element here holds the old bits."""
+        name = _first_failing(self.boxes, lambda one: _holds(one.flat, one.at_K, one.old_K), torch.get_num_threads())
+        if name is not None:
+            raise BaseMismatchError(
+                f"the engine's {name} does not hold the bits that the changes start from", tensor=name
+            )
+
+    def write(self, *, is_undo: bool) -> None:
+        """Writes the new (undo: the old) bits and reads them back. When it raises, any part may be written.
+
+        DigestMismatchError, naming a tensor, when the memory does not hold what was written. It uses all CPUs, more
+        than the engine computes with: in a pause that stands still.
+        """
+        name = _first_failing(self.boxes, lambda one: write_box(one, is_undo=is_undo), max(1, len(_CPUS)))
+        if name is not None:
+            raise DigestMismatchError(f"{name} did not take the bits that were written", what=name)
+
+
+def stage(placement: Placement, assignment: Assignment, changes: Iterable[Changes]) -> StagedChanges:
+    """Finds where the changed elements live here. Reads no weights and writes none. ApplyError for unknown tensors."""
+    boxes: list[BoxChanges] = []
+    digests: dict[str, int] = {}
+    num_elements = 0
+    for one in changes:
+        name = one.segment.tensor.name
+        if name not in placement:
+            raise ApplyError(f"the engine's parameters were not mapped for {name}: load the version", tensor=name)
+        positions_K = torch.from_numpy(one.positions_K)
+        for number, placed in enumerate(placement[name]):
+            found_K, at_K = placed.locate(positions_K)
+            if not at_K.numel():
+                continue
+            held = one if bool(found_K.all()) else _part(one, found_K.numpy())
+            old_K, new_K = (_signed(bits_K, placed.flat.device) for bits_K in (held.old_K, held.new_K))
+            boxes.append(BoxChanges(name, placed.flat, at_K.to(placed.flat.device), old_K, new_K))
+            if number in assignment.get(name, ()):
+                digests[name] = add_digests(digests.get(name, 0), digest_change(held))
+                num_elements += held.num_changed
+    return StagedChanges(tuple(boxes), digests, num_elements)
+
+
+def write_box(one: BoxChanges, *, is_undo: bool) -> bool:
+    """Writes the new (undo: the old) bits of one box; returns whether the memory then holds them.
+
+    `at_K` lies within the memory, which was checked when the mapping was learnt, and names no element twice.
+    """
+    bits_K = one.old_K if is_undo else one.new_K
+    if one.flat.device.type != "cpu":
+        one.flat.index_copy_(0, one.at_K, bits_K)
+        return torch.equal(one.flat.index_select(0, one.at_K), bits_K)
+    return int(_write_and_count_differing(one.flat.numpy(), one.at_K.numpy(), bits_K.numpy())) == 0
+
+
+def _holds(flat_N: torch.Tensor, at_K: torch.Tensor, bits_K: torch.Tensor) -> bool:
+    if flat_N.device.type != "cpu":
+        return torch.equal(flat_N.index_select(0, at_K), bits_K)
+    return int(_count_differing(flat_N.numpy(), at_K.numpy(), bits_K.numpy())) == 0
+
+
+def _part(changes: Changes, mask_K: npt.NDArray[np.bool_]) -> Changes:
+    return Changes(changes.segment, changes.positions_K[mask_K], changes.old_K[mask_K], changes.new_K[mask_K])
+
+
+def _signed(bits_K: BitsArray, device: torch.device) -> torch.Tensor:
+    """Returns a copy in memory of our own, because the shared file that the bits are read from is removed."""
+    return signed_tensor(bits_K.copy()).to(device)
+
+
+def _first_failing(boxes: Sequence[BoxChanges], check: Callable[[BoxChanges], bool], num_threads: int) -> str | None:
+    """Returns the tensor of a box for which the check fails. One thread a share: boxes are many and small."""
+
+    def first_of(share: Sequence[BoxChanges]) -> str | None:
+        _use_all_cpus()
+        return next((one.name for one in share if not check(one)), None)
+
+    found = ordered_map(first_of, _shares(boxes, num_threads), num_threads)
+    return next((name for name in found if name is not None), None)
+
+
+def _shares(boxes: Sequence[BoxChanges], num_shares: int) -> list[list[BoxChanges]]:
+    """Returns the boxes in shares of about as many elements: the largest box first, to the smallest share."""
+    shares: list[list[BoxChanges]] = [[] for _ in range(num_shares)]
+    sizes = [0] * num_shares
+    for one in sorted(boxes, key=lambda one: one.at_K.numel(), reverse=True):
+        smallest = sizes.index(min(sizes))
+        shares[smallest].append(one)
+        sizes[smallest] += one.at_K.numel()
+    return shares
+
+
+def _box_bits(placed: PlacedBox, spec: TensorSpec) -> BitsArray:
+    """Returns the box's bits in its row-major order; on a CPU a view where they lie side by side."""
+    held: BitsArray = placed.view().reshape(-1).cpu().numpy().view(bits_dtype(spec.dtype))
+    return held
+
+
+def _box_digest(placed: PlacedBox, spec: TensorSpec) -> int:
+    bits_N = _box_bits(placed, spec)
+    total = start = 0
+    for run in placed.box.runs(spec):
+        total = add_digests(total, tensor_digest(run, bits_N[start : start + run.length]))
+        start += run.length
+    return total
+
+
+# Compiled loops over scattered elements. torch's own run in OpenMP regions, one a tensor, and on a busy host each waits
+# for its slowest thread: for small changes of many tensors that wait is most of the time.
+
+
+@jit
+def _write_and_count_differing(flat_N: npt.NDArray[Any], at_K: npt.NDArray[Any], bits_K: npt.NDArray[Any]) -> np.int64:
+    """flat_N[at_K] = bits_K, block by block; returns how many of a block differ when all of it is read again.
+
+    Nothing is checked: all of `at_K` lies within. Cache misses are what this costs, so each block is read back while
+    its lines are still in the core's cache.
+    """
+    num_differing = np.int64(0)
+    for start in range(0, at_K.size, _BLOCK):
+        stop = min(start + _BLOCK, at_K.size)
+        for k in range(start, stop):
+            flat_N[at_K[k]] = bits_K[k]
+        for k in range(start, stop):
+            num_differing += flat_N[at_K[k]] != bits_K[k]
+    return num_differing
+
+
+@jit
+def _count_differing(flat_N: npt.NDArray[Any], at_K: npt.NDArray[Any], bits_K: npt.NDArray[Any]) -> np.int64:
+    """Returns how many of flat_N[at_K] differ from bits_K."""
+    num_differing = np.int64(0)
+    for k in range(at_K.size):
+        num_differing += flat_N[at_K[k]] != bits_K[k]
+    return num_differing

@@ -1,6 +1,8 @@
-"""Arrays that pass between the process that drives an engine and the engine's workers: a file in shared memory.
+"""The wire between the process that drives a vLLM and its workers: requests, answers, and files in shared memory.
 
-Only names pass over the engine's own control channel. One machine: workers on other hosts do not see the file.
+Requests and answers are JSON strings, because that is all that every form of vLLM's control channel carries. Arrays are
+too large for it: they pass through a file in shared memory, whose path is in the request. Driver and workers therefore
+run on one machine.
 
 Legend: K changed elements of a tensor.
 """
@@ -11,7 +13,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,18 +22,48 @@ import numpy as np
 
 from weightline.codec.changes import whole
 from weightline.dtypes import bits_dtype
-from weightline.errors import ApplyError
+from weightline.errors import ApplyError, WeightlineError
 from weightline.files import exclusive_lock
+from weightline.serving.http.errors import error_body, error_of
 from weightline.types import BitsArray, Changes, TensorSpec
+
+WORKER_EXTENSION = "weightline.serving.engines.vllm.worker.WeightlineWorker"
 
 _ALIGNMENT = 64
 _PREFIX, _LOCK = "weightline-exchange-", "lock"
 _SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - shared memory is the point; each folder in it is 0700
 
 
+def answer_of(work: Callable[[], Any]) -> str:
+    """Returns a worker's answer: the JSON of the result, or of the error, since types do not survive the channel."""
+    try:
+        return json.dumps({"result": work()})
+    except WeightlineError as error:
+        return json.dumps(error_body(str(error), str(error.kind), error.facts))
+
+
+def results_of(answers: Sequence[str]) -> list[Any]:
+    """Returns every worker's result, by rank. Raises the first error that a worker answered, by its type."""
+    bodies = [json.loads(answer) for answer in answers]
+    for body in bodies:
+        if "error" in body:
+            raise error_of(body, "a vLLM worker failed")
+    return [body["result"] for body in bodies]
+
+
+def specs_to_json(specs: Mapping[str, TensorSpec]) -> list[object]:
+    """Returns the tensors as lists of name, dtype and shape."""
+    return [(spec.name, spec.dtype, spec.shape) for spec in specs.values()]
+
+
+def specs_from_json(raw: Sequence[Any]) -> dict[str, TensorSpec]:
+    """Inverts `specs_to_json`."""
+    return {name: TensorSpec(name, dtype, tuple(shape)) for name, dtype, shape in raw}
+
+
 @contextmanager
 def exchange_folder() -> Iterator[Path]:
-    """A private folder, in memory where the host has a place for that. What a crash left, the next one removes."""
+    """Yields a private folder, in shared memory where the host has it. Removes those that killed processes left."""
     parent = _SHARED_MEMORY if os.access(_SHARED_MEMORY, os.W_OK) else Path(tempfile.gettempdir())
     _remove_leftovers(parent)
     with tempfile.TemporaryDirectory(prefix=_PREFIX, dir=parent) as name:
@@ -40,7 +72,7 @@ def exchange_folder() -> Iterator[Path]:
 
 
 def _remove_leftovers(parent: Path) -> None:
-    """Folders of ours whose lock nobody holds: the process that held it is gone, in whatever container it was."""
+    """Removes exchange folders whose lock is free: the process that held it is gone, in whatever container it was."""
     for path in parent.glob(f"{_PREFIX}*/{_LOCK}"):
         try:
             with exclusive_lock(path):
@@ -50,7 +82,7 @@ def _remove_leftovers(parent: Path) -> None:
 
 
 def allocate(path: Path, nbytes: int) -> None:
-    """A file of that size, with the memory behind it: a write to a mapped page that cannot be had ends the process.
+    """Makes a file of that size whose memory is reserved: a write to a mapped page without memory ends the process.
 
     ApplyError when the memory is not there; then nothing is left behind.
     """
@@ -68,18 +100,21 @@ def allocate(path: Path, nbytes: int) -> None:
 
 
 def write_changes(path: Path, changes: Sequence[Changes]) -> None:
-    """Whole-tensor changes: a line of JSON (`num_header_bytes` first), then positions, old and new bits, aligned."""
+    """Writes whole-tensor changes: 8 bytes with the header's size, the header as JSON, then positions, old, new bits.
+
+    Every array starts at a multiple of 64 bytes.
+    """
     header: list[dict[str, object]] = []
     arrays: list[np.ndarray[tuple[int], np.dtype[Any]]] = []
     at = 0
     for one in changes:
         spec = one.segment.tensor
-        entry: dict[str, object] = {"name": spec.name, "dtype": spec.dtype, "shape": spec.shape, "num": one.num_changed}
-        entry["at"] = at
+        header.append(
+            {"name": spec.name, "dtype": spec.dtype, "shape": spec.shape, "num_changed": one.num_changed, "at": at}
+        )
         columns = (one.positions_K.astype("<i8", copy=False), one.old_K, one.new_K)
         arrays += columns
         at += sum(_aligned(column.nbytes) for column in columns)
-        header.append(entry)
     raw = json.dumps(header).encode()
     allocate(path, _aligned(8 + len(raw)) + at)
     with path.open("r+b") as file:
@@ -91,7 +126,7 @@ def write_changes(path: Path, changes: Sequence[Changes]) -> None:
 
 
 def read_changes_file(path: Path) -> tuple[Changes, ...]:
-    """Inverse of `write_changes`: the arrays are views of the mapped file. ApplyError when it is not there."""
+    """Inverts `write_changes`. The arrays are views of the mapped file. ApplyError when the file is not there."""
     try:
         raw = np.memmap(path, np.uint8, "c")
     except OSError as error:
@@ -101,19 +136,24 @@ def read_changes_file(path: Path) -> tuple[Changes, ...]:
         ) from error
     header_nbytes = int.from_bytes(bytes(raw[:8]), "little")
     start = _aligned(8 + header_nbytes)
-    return tuple(_one(raw, start, entry) for entry in json.loads(bytes(raw[8 : 8 + header_nbytes])))
+    return tuple(_one(raw, start, **entry) for entry in json.loads(bytes(raw[8 : 8 + header_nbytes])))
 
 
-def _one(raw: np.memmap[tuple[int], np.dtype[np.uint8]], start: int, entry: dict[str, object]) -> Changes:
-    shape, num, at = entry["shape"], entry["num"], entry["at"]
-    assert isinstance(shape, list)
-    assert isinstance(num, int)
-    assert isinstance(at, int)
-    spec = TensorSpec(str(entry["name"]), str(entry["dtype"]), tuple(shape))
+def _one(
+    raw: np.memmap[tuple[int], np.dtype[np.uint8]],
+    start: int,
+    *,
+    name: str,
+    dtype: str,
+    shape: Sequence[int],
+    num_changed: int,
+    at: int,
+) -> Changes:
+    spec = TensorSpec(name, dtype, tuple(shape))
     columns: list[BitsArray] = []
-    for dtype in (np.dtype("<i8"), bits_dtype(spec.dtype), bits_dtype(spec.dtype)):
-        nbytes = num * dtype.itemsize
-        columns.append(raw[start + at : start + at + nbytes].view(dtype))
+    for column_dtype in (np.dtype("<i8"), bits_dtype(dtype), bits_dtype(dtype)):
+        nbytes = num_changed * column_dtype.itemsize
+        columns.append(raw[start + at : start + at + nbytes].view(column_dtype))
         at += _aligned(nbytes)
     positions_K, old_K, new_K = columns
     return Changes(whole(spec), positions_K.view(np.int64), old_K, new_K)

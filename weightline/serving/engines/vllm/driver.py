@@ -1,0 +1,379 @@
+"""vLLM behind the `Engine` interface: this process drives workers in other processes, over vLLM's control channel.
+
+A `Transport` carries the calls: `http.OnlineTransport` in a vLLM server, `OfflineTransport` around a `vllm.LLM`. The
+arrays pass through shared memory, see `wire`.
+
+Legend: N elements of a tensor, K changed ones.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import threading
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from cachetools import LRUCache
+
+from weightline.chain.files.source import FolderSource
+from weightline.codec.digest import add_digests, digest_change, format_digest
+from weightline.dtypes import bits_dtype
+from weightline.errors import ApplyError, DigestMismatchError, InputError, UnsupportedFeatureError
+from weightline.files import sha256_of
+from weightline.serving.engines.barrier import RequestBarrier
+from weightline.serving.engines.base import Completion, Generation, GenerationRequest
+from weightline.serving.engines.vllm.features import OFFLINE, require
+from weightline.serving.engines.vllm.mapping import Assignment, Box, assign_boxes, box_from_json
+from weightline.serving.engines.vllm.wire import (
+    WORKER_EXTENSION,
+    allocate,
+    exchange_folder,
+    results_of,
+    specs_to_json,
+    write_changes,
+)
+from weightline.types import BitsArray, Changes, TensorSpec
+
+#: The files that vLLM reads once, when it starts: config, tokenizer and templates, processors, the model's own code.
+_READ_AT_START = (
+    "config.json", "generation_config.json", "chat_template.*", "*token*", "vocab.*", "merges.txt", "*.model",
+    "*.tiktoken", "*processor_config.json", "*.py",
+)  # fmt: skip
+_FIRST_POLL_SECONDS = 0.001
+_LONGEST_POLL_SECONDS = 0.05
+#: Of the bits that were read from the workers last, so many are kept, or one tensor.
+_RECENT_NBYTES = 2 * 1024**3
+
+
+class Transport(Protocol):
+    """The calls to a vLLM. Errors are ApplyError."""
+
+    def call_workers(self, method: str, *arguments: str) -> Sequence[str]:
+        """Calls a method of every worker; returns an answer a worker, by rank."""
+        ...
+
+    def pause(self) -> None:
+        """Stops generation; requests that the barrier let through wait in vLLM's queue."""
+        ...
+
+    def resume(self) -> None:
+        """Lets generation go on."""
+        ...
+
+    def drop_prefix_cache(self) -> None:
+        """Drops every cached key-value block. Called in a pause."""
+        ...
+
+    def report_version(self, version: int | None) -> None:
+        """Lets vLLM name the version in its own answers, where it can."""
+        ...
+
+    def generate(self, request: GenerationRequest) -> tuple[tuple[Completion, ...], int]:
+        """Returns (completions, number of prompt tokens)."""
+        ...
+
+
+class Barrier(Protocol):
+    """The part of a request barrier that the engine uses; see `weightline.serving.engines.barrier`."""
+
+    def request(self) -> AbstractContextManager[None]: ...
+
+    def drain(self, timeout_seconds: float) -> None: ...
+
+    def release(self) -> None: ...
+
+
+class WorkerGroup:
+    """All of a vLLM's workers: called together, their answers checked and added up. One thread at a time."""
+
+    def __init__(self, transport: Transport) -> None:
+        self._transport = transport
+        self._boxes: list[dict[str, list[Box]]] = []
+        self._assignments: list[Assignment] = []
+
+    def load(self, folder: Path, specs: Mapping[str, TensorSpec]) -> None:
+        """Replaces all weights by vLLM's own loader, maps the tensors, and assigns every element to one worker."""
+        found = self._request("weightline_load", {"folder": str(folder), "specs": specs_to_json(specs)})
+        self._boxes = [
+            {name: [box_from_json(raw) for raw in boxes] for name, boxes in one["boxes"].items()} for one in found
+        ]
+        self._assignments = assign_boxes(specs, self._boxes)
+        self._call("assign", assignments=self._assignments)
+
+    def stage(self, path: Path) -> int:
+        """Makes a file's changes ready, while the engine serves. Returns how many elements found their place."""
+        return sum(one["num_elements"] for one in self._work("stage", path=str(path)))
+
+    def write(self, *, is_undo: bool) -> dict[str, int]:
+        """Writes what is staged, on all workers. Returns what that adds to the digests, by tensor."""
+        total: dict[str, int] = {}
+        for one in self._call("write", is_undo=is_undo):
+            for name, digest in one["digests"].items():
+                total[name] = add_digests(total.get(name, 0), digest)
+        return total
+
+    def read_bits(self, spec: TensorSpec, path: Path) -> BitsArray:
+        """Returns a tensor's N bits, by way of a file that is removed afterwards."""
+        allocate(path, spec.nbytes)
+        bits_N = np.memmap(path, bits_dtype(spec.dtype), "r+", shape=(spec.num_elements,))
+        try:
+            self._work("read_bits", name=spec.name, path=str(path))
+        finally:
+            path.unlink()
+        return bits_N
+
+    def read_digests(self, names: Iterable[str]) -> dict[str, int]:
+        """Returns the digests of the workers' state together. ApplyError when copies of one part differ."""
+        found = [one["digests"] for one in self._work("read_digests", names=list(names))]
+        total: dict[str, int] = {}
+        digest_of: dict[tuple[str, Box], int] = {}
+        for boxes_of, assignment, digests_of in zip(self._boxes, self._assignments, found, strict=True):
+            for name, digests in digests_of.items():
+                for number, digest in enumerate(digests):
+                    if digest_of.setdefault((name, boxes_of[name][number]), digest) != digest:
+                        raise ApplyError(f"two workers hold different bits of one part of {name}", tensor=name)
+                    if number in assignment.get(name, ()):
+                        total[name] = add_digests(total.get(name, 0), digest)
+        return total
+
+    def _work(self, method: str, **arguments: Any) -> list[Any]:
+        """Runs a call in the background of the workers, whose loop goes on, and waits until all are done."""
+        self._call(method, is_background=True, **arguments)
+        wait_seconds = _FIRST_POLL_SECONDS
+        while True:
+            time.sleep(wait_seconds)
+            wait_seconds = min(2 * wait_seconds, _LONGEST_POLL_SECONDS)
+            found = self._call("poll")
+            if all(one["is_done"] for one in found):
+                return [one["result"] for one in found]
+
+    def _call(self, method: str, *, is_background: bool = False, **arguments: Any) -> list[Any]:
+        request = {"method": method, "arguments": arguments, "is_background": is_background}
+        return self._request("weightline_call", request)
+
+    def _request(self, worker_method: str, request: Mapping[str, Any]) -> list[Any]:
+        return results_of(self._transport.call_workers(worker_method, json.dumps(request)))
+
+
+class VllmEngine:
+    """Implements `Engine`. `model_folder` is the one that vLLM was started with. `close` frees the shared memory."""
+
+    name = "vllm"
+
+    def __init__(self, transport: Transport, barrier: Barrier, model_folder: Path) -> None:
+        self.version: int | None = None
+        self._transport, self._barrier = transport, barrier
+        self._started_with = _files_read_at_start(model_folder)
+        self._workers = WorkerGroup(transport)
+        self._specs: dict[str, TensorSpec] = {}
+        self._closing = ExitStack()
+        self._folder = self._closing.enter_context(exchange_folder())
+        self._file_numbers = itertools.count()
+        # A delta is decoded rank by rank, and each rank reads the same tensors.
+        self._recent: LRUCache[str, BitsArray] = _recent_bits({})
+        self._staged_digests: dict[str, int] | None = None
+        self._calling = threading.RLock()
+
+    def close(self) -> None:
+        """Removes the shared memory. Safe to repeat; the engine cannot be used afterwards."""
+        self._closing.close()
+
+    def require_assets(self, sha256_of: Mapping[str, str]) -> None:
+        for name, sha256 in sha256_of.items():
+            if _is_read_at_start(name) and self._started_with.get(name) != sha256:
+                raise UnsupportedFeatureError(
+                    f"{name} of this version is not the one that vLLM was started with: restart the server to serve it",
+                    feature="another model's files", engine=self.name, file=name,
+                )  # fmt: skip
+
+    def load(self, folder: Path) -> None:
+        specs = FolderSource(folder).specs
+        with self._calling:
+            self._recent, self._staged_digests = _recent_bits(specs), None
+            self._workers.load(folder, specs)
+            self._specs = specs
+            self._transport.drop_prefix_cache()
+
+    def specs(self) -> Mapping[str, TensorSpec]:
+        return self._specs
+
+    def read_bits(self, name: str) -> BitsArray:
+        with self._calling:
+            bits_N = self._recent.get(name)
+            if bits_N is None:
+                bits_N = self._recent[name] = self._workers.read_bits(self._specs[name], self._new_file())
+            return bits_N
+
+    def read_digests(self) -> dict[str, int]:
+        with self._calling:
+            return self._workers.read_digests(self._specs)
+
+    def stage(self, changes: Sequence[Changes]) -> None:
+        with self._calling:
+            self._staged_digests = None
+            path = self._new_file()
+            write_changes(path, changes)
+            try:
+                num_placed = self._workers.stage(path)
+            finally:
+                path.unlink()
+            num_changed = sum(one.num_changed for one in changes)
+            if num_placed != num_changed:
+                raise ApplyError(f"{num_placed} of {num_changed} changed elements have a place in the engine")
+            self._staged_digests = {one.segment.tensor.name: digest_change(one) for one in changes}
+            # Here and not in the pause: giving back a model's worth of shared memory takes longer than the write.
+            self._recent.clear()
+
+    def write_staged(self) -> None:
+        """See `Engine`. The workers read back what they write, and their digest changes must add up to the staged."""
+        with self._calling:
+            if self._staged_digests is None:
+                raise ApplyError("nothing is staged", engine=self.name)
+            self._recent.clear()
+            written = self._workers.write(is_undo=False)
+            _require_equal(written, self._staged_digests)
+            self._transport.drop_prefix_cache()
+
+    def undo_staged(self) -> None:
+        with self._calling:
+            self._recent.clear()
+            self._workers.write(is_undo=True)
+            self._transport.drop_prefix_cache()
+
+    def set_version(self, version: int | None) -> None:
+        self.version = version
+        self._transport.report_version(version)
+
+    def pause(self, timeout_seconds: float) -> None:
+        self._barrier.drain(timeout_seconds)
+        is_paused = False
+        try:
+            with self._calling:
+                self._transport.pause()
+            is_paused = True
+        finally:
+            if not is_paused:
+                self._barrier.release()
+
+    def resume(self) -> None:
+        try:
+            with self._calling:
+                self._transport.resume()
+        finally:
+            self._barrier.release()
+
+    def generate(self, request: GenerationRequest) -> Generation:
+        with self._barrier.request():
+            version = self.version
+            if version is None:
+                raise ApplyError("no checked version is loaded: ask again after the next refresh", engine=self.name)
+            completions, num_prompt_tokens = self._transport.generate(request)
+        return Generation(version, completions, num_prompt_tokens)
+
+    def _new_file(self) -> Path:
+        return self._folder / f"{next(self._file_numbers)}.bin"
+
+
+class OfflineTransport:
+    """Implements `Transport` on a `vllm.LLM` in this process, for evaluation, tests and batch work.
+
+    `LLM` is not safe in threads: the engine's barrier lets one request in at a time.
+    """
+
+    def __init__(self, llm: Any) -> None:
+        self._llm = llm
+
+    def call_workers(self, method: str, *arguments: str) -> Sequence[str]:
+        answers: Sequence[str] = self._llm.collective_rpc(method, args=arguments)
+        return answers
+
+    def pause(self) -> None:
+        """Does nothing: the barrier is drained, and `LLM` computes only while a request is in."""
+
+    def resume(self) -> None:
+        """Does nothing: nothing was stopped."""
+
+    def drop_prefix_cache(self) -> None:
+        if not self._llm.reset_prefix_cache():
+            raise ApplyError("vLLM did not reset its prefix cache", engine=VllmEngine.name)
+
+    def report_version(self, version: int | None) -> None:
+        """Does nothing: `LLM` has no place for it, and the engine's answers carry it."""
+
+    def generate(self, request: GenerationRequest) -> tuple[tuple[Completion, ...], int]:
+        try:
+            outputs = self._llm.generate(prompts_of(request), sampling_of(request), use_tqdm=False)
+        except ValueError as error:
+            raise InputError(f"vLLM refuses the request: {error}", field="prompt") from error
+        return completions_of(outputs)
+
+
+def start_offline(model_folder: Path, **options: Any) -> tuple[VllmEngine, Any]:
+    """Returns (engine, its `LLM`) for a folder with a config and a tokenizer. No weights are read until a `load`.
+
+    `options` go to `vllm.LLM`. UnsupportedFeatureError when this vLLM lacks a feature that the engine needs.
+    """
+    require(OFFLINE)
+    from vllm import LLM
+
+    llm = LLM(str(model_folder), load_format="dummy", worker_extension_cls=WORKER_EXTENSION, **options)
+    return VllmEngine(OfflineTransport(llm), RequestBarrier(max_in_flight=1), model_folder), llm
+
+
+def prompts_of(request: GenerationRequest) -> list[Any]:
+    """Returns the prompts as vLLM takes them."""
+    return [prompt if isinstance(prompt, str) else {"prompt_token_ids": list(prompt)} for prompt in request.prompts]
+
+
+def sampling_of(request: GenerationRequest) -> Any:
+    """Returns vLLM's SamplingParams of a request."""
+    from vllm import SamplingParams
+
+    return SamplingParams(
+        max_tokens=request.max_tokens,
+        temperature=request.temperature,
+        top_p=request.top_p,
+        stop=list(request.stop) or None,
+        seed=request.seed,
+    )
+
+
+def completions_of(outputs: Sequence[Any]) -> tuple[tuple[Completion, ...], int]:
+    """Returns (completions, number of prompt tokens) of vLLM's RequestOutputs."""
+    first = [output.outputs[0] for output in outputs]
+    completions = (
+        Completion(one.text, len(one.token_ids), "stop" if one.finish_reason == "stop" else "length") for one in first
+    )
+    return tuple(completions), sum(len(output.prompt_token_ids) for output in outputs)
+
+
+def _recent_bits(specs: Mapping[str, TensorSpec]) -> LRUCache[str, BitsArray]:
+    """Returns an empty cache that holds at least the largest tensor."""
+    largest = max((spec.nbytes for spec in specs.values()), default=0)
+    return LRUCache(max(_RECENT_NBYTES, largest), getsizeof=lambda bits_N: bits_N.nbytes)
+
+
+def _require_equal(written: Mapping[str, int], expected: Mapping[str, int]) -> None:
+    """DigestMismatchError unless the workers wrote, together, exactly the changes."""
+    for name, digest in expected.items():
+        if written.get(name) != digest:
+            raise DigestMismatchError(
+                f"the workers' writes do not add up to the change of {name}",
+                what=name, expected=format_digest(digest), actual=format_digest(written.get(name, 0)),
+            )  # fmt: skip
+
+
+def _files_read_at_start(model_folder: Path) -> dict[str, str]:
+    """Returns the sha256 of every file that vLLM reads at its start, by name."""
+    files = (path for path in model_folder.iterdir() if path.is_file())
+    return {path.name: sha256_of(path) for path in files if _is_read_at_start(path.name)}
+
+
+def _is_read_at_start(name: str) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in _READ_AT_START)

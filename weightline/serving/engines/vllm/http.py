@@ -1,0 +1,363 @@
+"""The HTTP side of a vLLM server that is a replica, as a middleware around vLLM's own app.
+
+    vllm serve ... --middleware weightline.serving.engines.vllm.http.ReplicaMiddleware
+
+It decides which routes need the replica's token, adds the replica's own routes, and lets requests that generate through
+the request barrier, so that no answer mixes versions: a request is counted from before vLLM sees it until its last byte
+is sent, a refresh waits until none is counted, and new ones wait until the refresh is over.
+
+A caller that sends `x-weightline-mixing: allow` is not counted: its request stays in vLLM's queue during the refresh,
+is computed again from its tokens by the new weights and goes on. Its answer names the versions that it began and ended
+with; a stream, whose header is sent first, names the one that it began with.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import uuid
+from collections.abc import Coroutine, Sequence
+from enum import Enum, auto
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+from fastapi import FastAPI
+from fastapi.responses import JSONResponse
+from prometheus_client import REGISTRY, Counter
+from starlette.datastructures import Headers
+from starlette.requests import ClientDisconnect, Request
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from weightline.errors import ApplyError, ErrorKind, InputError
+from weightline.serving.engines.barrier import AsyncRequestBarrier
+from weightline.serving.engines.base import Completion, GenerationRequest
+from weightline.serving.engines.vllm.driver import VllmEngine, completions_of, prompts_of, sampling_of
+from weightline.serving.engines.vllm.features import SERVER, require
+from weightline.serving.engines.vllm.serve import SETTINGS_VARIABLE, VllmSettings, check_config
+from weightline.serving.http.app import VERSION_HEADER, build_app
+from weightline.serving.http.auth import is_authorized, load_token
+from weightline.serving.http.errors import UNAUTHORIZED, error_body
+from weightline.serving.http.service import ReplicaService
+from weightline.serving.replica.replica import Replica, ReplicaSettings
+
+MIXING_HEADER = "x-weightline-mixing"
+MAX_BODY_NBYTES = 256 * 1024 * 1024
+MAX_BODY_SECONDS = 300.0
+#: A client that leaves a full buffer unread for so long is disconnected, so that it cannot delay a refresh.
+MAX_SEND_SECONDS = 30.0
+_NO_WEBSOCKETS = "no websockets here: what one answers over its life would come from several versions"
+
+T = TypeVar("T")
+
+
+class Route(Enum):
+    """The classes of requests, by how they are let in."""
+
+    OPEN = auto()
+    """Describes the server; no weights take part."""
+    INFERENCE = auto()
+    """Answered by the weights: passes the barrier, and names their version."""
+    OURS = auto()
+    """Answered by the replica's own app."""
+    CONTROL = auto()
+    """Reads the server's state or controls it, and generates nothing: needs the token, and never waits."""
+    GUARDED = auto()
+    """Anything else, also a route of a later vLLM: needs the token, passes the barrier, names the version."""
+
+
+_OPEN = frozenset(
+    ("GET", path) for path in ("/health", "/load", "/metrics", "/ping", "/v1/models", "/version")
+) | frozenset(("POST", path) for path in ("/tokenize", "/detokenize"))
+_INFERENCE = frozenset(
+    ("POST", path)
+    for path in (
+        "/v1/completions", "/v1/chat/completions", "/v1/messages", "/v1/embeddings", "/v1/responses",
+        "/v1/audio/transcriptions", "/v1/audio/translations", "/inference/v1/generate", "/classify", "/pooling",
+        "/score", "/v1/score", "/rerank", "/v1/rerank", "/v2/rerank",
+    )
+)  # fmt: skip
+#: What a browser asks before it sends a request to one of these.
+_PREFLIGHT = frozenset(("OPTIONS", path) for _, path in _OPEN | _INFERENCE)
+#: Requests that control the engine must not wait for it.
+_CONTROL = frozenset(
+    ("POST", path)
+    for path in (
+        "/pause", "/resume", "/sleep", "/wake_up", "/abort_requests", "/inference/v1/abort_requests",
+        "/collective_rpc", "/reset_prefix_cache", "/reset_mm_cache", "/reset_encoder_cache",
+        "/release_kv_cache_memory", "/init_weight_transfer_engine", "/shutdown_weight_transfer_engine",
+        "/start_weight_update", "/start_draft_weight_update", "/update_weights", "/finish_weight_update",
+        "/update_weight_version", "/weight_checker", "/start_profile", "/stop_profile",
+    )
+)  # fmt: skip
+_READING = frozenset({"GET", "HEAD", "OPTIONS"})
+_OURS = "/weightline/"
+#: Routes of the replica's app, by the path under which they are reached here: vLLM has a /metrics of its own.
+_RENAMED = {"/weightline/metrics": "/metrics", "/ready": "/ready"}
+
+
+def classify(method: str, path: str) -> Route:
+    """Returns the class of a request. Paths are compared as they are: a variant of a path is guarded."""
+    if path.startswith(_OURS) or path in _RENAMED:
+        return Route.OURS
+    if (method, path) in _INFERENCE:
+        return Route.INFERENCE
+    if (method, path) in _OPEN or (method, path) in _PREFLIGHT:
+        return Route.OPEN
+    return Route.CONTROL if method in _READING or (method, path) in _CONTROL else Route.GUARDED
+
+
+class ReplicaMiddleware:
+    """The outermost of vLLM's middlewares, in pure ASGI.
+
+    `weightline serve vllm` puts the replica's settings into the environment. The replica starts with the app's
+    lifespan, when vLLM's engine is up, and ends with it.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+        self._settings = VllmSettings.model_validate_json(os.environ[SETTINGS_VARIABLE])
+        self._token = load_token(Path(self._settings.server.state_dir))
+        self._engine: VllmEngine | None = None
+        self._service: ReplicaService | None = None
+        self._replica_app: FastAPI | None = None
+        self._versioned: VersionedApp | None = None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await self._live(scope, receive, send)
+        elif scope["type"] == "http":
+            await self._app_for(scope)(scope, receive, send)
+        else:
+            await send({"type": "websocket.close", "code": 1008, "reason": _NO_WEBSOCKETS})
+
+    async def _live(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Passes the lifespan on; starts the replica after the app has started, closes it before the app has ended."""
+
+        async def watched(message: Message) -> None:
+            if message["type"] == "lifespan.startup.complete":
+                await self._start(scope["app"])
+            elif message["type"].startswith("lifespan.shutdown"):
+                await self._close()
+            await send(message)
+
+        await self._app(scope, receive, watched)
+
+    async def _start(self, app: Any) -> None:
+        check_config(app.state.engine_client.vllm_config)
+        settings, barrier = self._settings.server, AsyncRequestBarrier()
+        transport = OnlineTransport(app.state.engine_client, asyncio.get_running_loop())
+        engine = self._engine = VllmEngine(transport, barrier, Path(self._settings.model_folder))
+        options = ReplicaSettings(drain_seconds=settings.drain_seconds)
+        replica = Replica(settings.open_chain(), engine, settings.state_dir, settings.name, options)
+        service = self._service = ReplicaService(replica, settings.following, settings.presence(settings.port))
+        self._replica_app = build_app(service, self._token)
+        self._versioned = VersionedApp(self._app, barrier, engine, service.metrics.completions)
+        # The registry that vLLM shows at /metrics.
+        REGISTRY.register(service.metrics.registry)
+        await asyncio.to_thread(service.start)
+
+    async def _close(self) -> None:
+        if self._service is not None:
+            await asyncio.to_thread(self._service.close)
+        if self._engine is not None:
+            self._engine.close()
+
+    def _app_for(self, scope: Scope) -> ASGIApp:
+        """Returns the app that answers the request."""
+        route = classify(scope["method"], scope["path"])
+        if route is Route.OPEN:
+            return self._app
+        if route is Route.OURS:
+            return _renaming(self._replica_app) if self._replica_app else unavailable("the replica has not started yet")
+        if route is not Route.INFERENCE and not self._is_authorized(scope):
+            body = error_body("this route needs the replica's token: Authorization: Bearer ...", UNAUTHORIZED)
+            return JSONResponse(body, 401, {"www-authenticate": "Bearer"})
+        if route is Route.CONTROL:
+            return self._app
+        return self._versioned or unavailable("the replica has not started yet")
+
+    def _is_authorized(self, scope: Scope) -> bool:
+        return is_authorized(Headers(scope=scope).get("authorization"), self._token)
+
+
+def _renaming(app: FastAPI) -> ASGIApp:
+    """Returns the replica's app, reached by the paths of `_RENAMED`."""
+
+    async def renamed(scope: Scope, receive: Receive, send: Send) -> None:
+        path: str = _RENAMED.get(scope["path"]) or scope["path"]
+        await app({**scope, "path": path, "raw_path": path.encode(), "root_path": ""}, receive, send)
+
+    return renamed
+
+
+class Versioned(Protocol):
+    """The part of an engine that `VersionedApp` uses."""
+
+    @property
+    def version(self) -> int | None:
+        """The version whose weights are in place; None while there is no checked one."""
+
+
+class VersionedApp:
+    """An app behind the request barrier, whose answers name their version. Pure ASGI, for HTTP.
+
+    A request is counted when its body has arrived, and a client that stops reading is disconnected: neither a slow
+    sender nor a slow reader delays a refresh. `answered` counts the answers of status 200.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        barrier: AsyncRequestBarrier,
+        engine: Versioned,
+        answered: Counter,
+        *,
+        max_body_nbytes: int = MAX_BODY_NBYTES,
+        max_body_seconds: float = MAX_BODY_SECONDS,
+        max_send_seconds: float = MAX_SEND_SECONDS,
+    ) -> None:
+        self._app, self._barrier, self._engine, self._answered = app, barrier, engine, answered
+        self._max_body_nbytes, self._max_body_seconds = max_body_nbytes, max_body_seconds
+        self._max_send_seconds = max_send_seconds
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            body = await self._read(Request(scope, receive))
+        except ClientDisconnect:
+            return
+        except TimeoutError:
+            why = f"the body did not arrive within {self._max_body_seconds:g} s"
+            await _refuse(408, why, {"connection": "close"})(scope, receive, send)
+            return
+        if body is None:
+            why = f"the body has more than {self._max_body_nbytes} bytes"
+            await _refuse(413, why, {"connection": "close"})(scope, receive, send)
+        elif _is_background(scope["path"], body):
+            why = "background: not here, where an answer comes from one version: leave it out, or ask for a stream"
+            await _refuse(400, why)(scope, receive, send)
+        else:
+            await self._pass(scope, _replaying(body, receive), send)
+
+    async def _read(self, request: Request) -> bytes | None:
+        """Returns the whole body; None when it is too large. TimeoutError; ClientDisconnect when the client left."""
+        body = bytearray()
+        async with asyncio.timeout(self._max_body_seconds):
+            async for chunk in request.stream():
+                body += chunk
+                if len(body) > self._max_body_nbytes:
+                    return None
+        return bytes(body)
+
+    async def _pass(self, scope: Scope, receive: Receive, send: Send) -> None:
+        allows_mixing = Request(scope).headers.get(MIXING_HEADER) == "allow"
+        async with self._barrier.passing(is_counted=not allows_mixing):
+            if self._engine.version is None:
+                why = "no checked version is loaded: ask again after the next refresh"
+                await unavailable(why)(scope, receive, send)
+                return
+            answer = _NamedAnswer(self._engine, send, self._max_send_seconds)
+            await self._app(scope, receive, answer)
+        if answer.status == 200:
+            self._answered.inc()
+
+
+class _NamedAnswer:
+    """A `send` that adds a header with the version the answer began with and, where it is another, ended with.
+
+    TimeoutError when the client does not read the answer: the server then drops the connection.
+    """
+
+    def __init__(self, engine: Versioned, send: Send, max_send_seconds: float) -> None:
+        self._engine, self._send, self._max_send_seconds = engine, send, max_send_seconds
+        self._first = engine.version
+        self.status: int | None = None
+
+    async def __call__(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            last = self._engine.version
+            versions = f"{self._first}" if last in (self._first, None) else f"{self._first},{last}"
+            message["headers"] = [*message.get("headers", ()), (VERSION_HEADER.encode(), versions.encode())]
+        async with asyncio.timeout(self._max_send_seconds):
+            await self._send(message)
+
+
+def unavailable(why: str) -> JSONResponse:
+    """Returns the refusal of a request that may be sent again."""
+    return JSONResponse(error_body(why, str(ErrorKind.APPLY)), 503, {"retry-after": "1"})
+
+
+def _refuse(status: int, why: str, headers: dict[str, str] | None = None) -> JSONResponse:
+    return JSONResponse(error_body(why, str(ErrorKind.INPUT)), status, headers)
+
+
+def _replaying(body: bytes, receive: Receive) -> Receive:
+    """Returns the `receive` of a request whose body was read: the body once more, then the client's messages."""
+    is_replayed = False
+
+    async def replayed() -> Message:
+        nonlocal is_replayed
+        if is_replayed:
+            return await receive()
+        is_replayed = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return replayed
+
+
+def _is_background(path: str, body: bytes) -> bool:
+    """Returns whether vLLM would answer at once and generate later, when the request is not counted any more."""
+    if not path.endswith("/v1/responses"):
+        return False
+    try:
+        asked = json.loads(body)
+    except ValueError:
+        return False  # vLLM refuses it
+    return isinstance(asked, dict) and bool(asked.get("background"))
+
+
+class OnlineTransport:
+    """Implements `Transport` on the engine client of this server. Its methods are for threads other than the loop's."""
+
+    def __init__(self, engine_client: Any, loop: asyncio.AbstractEventLoop) -> None:
+        require(SERVER)
+        self._client, self._loop = engine_client, loop
+
+    def call_workers(self, method: str, *arguments: str) -> Sequence[str]:
+        answers: Sequence[str] = self._wait(self._client.collective_rpc(method, args=arguments))
+        return answers
+
+    def pause(self) -> None:
+        """Stops generation. Of the requests that passed the barrier, those that allow mixing return to the queue."""
+        self._wait(self._client.pause_generation(mode="keep"))
+
+    def resume(self) -> None:
+        self._wait(self._client.resume_generation())
+
+    def drop_prefix_cache(self) -> None:
+        if not self._wait(self._client.reset_prefix_cache(reset_running_requests=True, reset_connector=True)):
+            raise ApplyError("vLLM did not reset its prefix cache", engine=VllmEngine.name)
+
+    def report_version(self, version: int | None) -> None:
+        report = getattr(self._client, "update_weight_version", None)
+        if report is not None:
+            self._wait(report("unknown" if version is None else str(version)))
+
+    def generate(self, request: GenerationRequest) -> tuple[tuple[Completion, ...], int]:
+        return completions_of(self._wait(self._generate(request)))
+
+    async def _generate(self, request: GenerationRequest) -> list[Any]:
+        return await asyncio.gather(*(self._last_output(prompt, request) for prompt in prompts_of(request)))
+
+    async def _last_output(self, prompt: Any, request: GenerationRequest) -> Any:
+        last = None
+        try:
+            async for output in self._client.generate(prompt, sampling_of(request), f"weightline-{uuid.uuid4().hex}"):
+                last = output
+        except ValueError as error:
+            raise InputError(f"vLLM refuses the request: {error}", field="prompt") from error
+        return last
+
+    def _wait(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
