@@ -56,11 +56,11 @@ clean:  ## Remove the environment and caches; runs/ stays
 # A new environment is built when what it is built from changed. Constraints make an install repeatable.
 $(VENV)/.run-ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[train,serve,dashboard]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[all]'
 	touch $@
 
 $(VENV)/.test-ready: $(VENV)/.run-ready
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[train,serve,dashboard,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[all,dev]'
 	command -v chromium >/dev/null || { apt-get -qq update && apt-get -qq install -y --no-install-recommends chromium; } >/dev/null 2>&1 \
 		|| echo 'no Chromium could be installed: tests in a browser will be skipped'
 	npm install --silent --no-audit --no-fund --prefix $(VENV)/azurite azurite@$(AZURITE) >/dev/null 2>&1 \

@@ -10,7 +10,7 @@ from weightline.errors import CommitConflictError, ErrorKind, StorageError, Tran
 KINDS = {
     "input", "recipe", "not-found", "chain-empty", "version-not-found", "conflict", "commit-conflict", "base-mismatch",
     "corrupt", "manifest", "payload", "digest-mismatch", "unsupported-feature", "storage", "storage-transient",
-    "object-exists", "publish", "apply", "launch", "signature",
+    "object-exists", "publish", "apply", "launch", "signature", "missing-extra",
 }  # fmt: skip
 
 

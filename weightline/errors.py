@@ -2,7 +2,8 @@
 
 WeightlineError
 |-- InputError                 change what you passed
-|   `-- RecipeError            ... a field of the recipe
+|   |-- RecipeError            ... a field of the recipe
+|   `-- MissingExtraError      ... or install what is missing: pip install 'weightline[EXTRA]'
 |-- NotFoundError              ask for something that exists
 |   |-- ChainEmptyError        ... commit a first version
 |   `-- VersionNotFoundError
@@ -53,6 +54,7 @@ class ErrorKind(StrEnum):
     APPLY = "apply"
     LAUNCH = "launch"
     SIGNATURE = "signature"
+    MISSING_EXTRA = "missing-extra"
 
 
 class WeightlineError(Exception):
@@ -81,6 +83,12 @@ class RecipeError(InputError):
     """A field of a recipe is unknown, missing or out of range. Facts: `field`, `remedy`."""
 
     kind = ErrorKind.RECIPE
+
+
+class MissingExtraError(InputError):
+    """An optional dependency is not installed. Facts: `modules`, `extras`."""
+
+    kind = ErrorKind.MISSING_EXTRA
 
 
 class NotFoundError(WeightlineError):

@@ -1,1 +1,5 @@
 """Calls to a Prefect server through its client: deployments, automations, flow runs, events, artifacts."""
+
+from weightline.extras import check_installed
+
+check_installed("prefect")

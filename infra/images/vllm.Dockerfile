@@ -3,12 +3,13 @@
 ARG BASE=vllm/vllm-openai:v0.32.0
 FROM ${BASE}
 
-WORKDIR /opt/weightline
-COPY pyproject.toml README.md LICENSE ./
-COPY weightline ./weightline
-COPY flows ./flows
-COPY tasks ./tasks
+COPY pyproject.toml README.md LICENSE /src/
+COPY weightline /src/weightline
+COPY flows /src/flows
+COPY tasks /src/tasks
+COPY deployments /src/deployments
+COPY infra/accelerate /src/infra/accelerate
 # This vLLM is the one that the tests run; an older one pins libraries below what weightline needs.
-RUN pip install --no-cache-dir -e . 'cryptography>=44' 'httpx>=0.27' 'prometheus-client>=0.20'
+RUN pip install --no-cache-dir '/src[vllm,sign]' && rm -rf /src
 
 ENTRYPOINT ["weightline", "serve", "vllm"]

@@ -9,16 +9,16 @@ RUN apt-get update \
     && apt-get install --yes --no-install-recommends build-essential util-linux \
     && rm -rf /var/lib/apt/lists/*
 
-WORKDIR /opt/weightline
-COPY pyproject.toml constraints.txt README.md LICENSE ./
-COPY weightline ./weightline
-COPY flows ./flows
-COPY tasks ./tasks
-COPY infra/accelerate ./infra/accelerate
-COPY infra/kubernetes/prefect.yaml ./infra/kubernetes/prefect.yaml
-COPY deployments ./deployments
-RUN pip install --no-cache-dir -c constraints.txt -e '.[train,serve,dashboard]' 'asyncpg>=0.30' 'prefect-kubernetes>=0.8,<0.9'
+COPY pyproject.toml constraints.txt README.md LICENSE /src/
+COPY weightline /src/weightline
+COPY flows /src/flows
+COPY tasks /src/tasks
+COPY deployments /src/deployments
+COPY infra/accelerate /src/infra/accelerate
+RUN pip install --no-cache-dir -c /src/constraints.txt '/src[all]' 'asyncpg>=0.30' 'prefect-kubernetes>=0.8,<0.9' && rm -rf /src
 
+WORKDIR /opt/weightline
+COPY infra/kubernetes/prefect.yaml ./infra/kubernetes/prefect.yaml
 RUN useradd --create-home --uid 10001 weightline && mkdir /runs && chown weightline /runs /opt/weightline
 USER weightline
 ENV PYTHONUNBUFFERED=1 PREFECT_SERVER_ANALYTICS_ENABLED=false DO_NOT_TRACK=1

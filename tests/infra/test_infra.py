@@ -185,6 +185,15 @@ def test_an_image_copies_what_there_is_from_a_named_base(path: Path) -> None:
     assert not base.endswith(":latest")
 
 
+@pytest.mark.parametrize("path", DOCKERFILES, ids=lambda path: path.stem)
+def test_an_image_copies_every_folder_of_the_package(path: Path) -> None:
+    """Some are links to folders of the repository: what they lead to must be there when the package is built."""
+    folders = {file.resolve() for file in (ROOT / "weightline").rglob("*") if file.is_symlink()}
+    assert len(folders) == 4
+    copied = {(ROOT / line.split()[1]).resolve() for line in path.read_text().splitlines() if line.startswith("COPY ")}
+    assert folders | {ROOT / "weightline"} <= copied
+
+
 def test_a_replica_gets_requests_when_it_serves_and_serves_what_passed_its_gate() -> None:
     (deployment,) = (one for one in _documents("vllm") if one["kind"] == "Deployment")
     (container,) = deployment["spec"]["template"]["spec"]["containers"]

@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from weightline.errors import InputError
+from weightline.extras import check_installed, requires
 
 app = typer.Typer(help="Serve a chain: move to each version in place, and back.", no_args_is_help=True)
 
@@ -58,6 +59,7 @@ def vllm(
     require_signature: Keys = None,
 ) -> None:
     """Start vLLM's OpenAI server on the chain's model. Options that are not listed here go to vLLM."""
+    check_installed("vllm")
     from weightline.serving.engines.vllm.serve import serve_vllm
     from weightline.serving.http.server import ServerSettings
 
@@ -85,6 +87,7 @@ def transformers(
     device: Device = None,
 ) -> None:
     """Start the embedded server: a transformers model, one request at a time."""
+    check_installed("serve")
     from weightline.serving.http.server import ServerSettings, serve
 
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
@@ -111,8 +114,10 @@ def sglang(
     """Publish each version as the folder that SGLang's /pull_weights reads; with --every 0, up to the tip, then end."""
     from weightline.chain import open_chain
     from weightline.format.signature import load_trusted_keys
-    from weightline.serving.engines.sglang import Publisher
     from weightline.serving.replica.following import Following
+
+    with requires("serve"):
+        from weightline.serving.engines.sglang import Publisher
 
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     chain = open_chain(follow, None if require_signature is None else load_trusted_keys(require_signature))
@@ -134,11 +139,10 @@ def dashboard(
     """Show chains as a graph with curves, versions and comparisons. Reads the buckets and nothing else."""
     from weightline.dashboard.buckets import find_chains
 
+    check_installed("dashboard")
     find_chains(buckets)
-    try:
-        from weightline.dashboard.serve import listen, serve
-    except ModuleNotFoundError as error:
-        raise InputError(f"the dashboard needs {error.name}: pip install 'weightline[dashboard]'") from error
+    from weightline.dashboard.serve import listen, serve
+
     with listen(host, port) as listener:
         typer.echo(f"http://{host}:{port}")
         serve(buckets, listener, host=host, prefect_ui=prefect_ui)

@@ -13,6 +13,7 @@ import typer
 
 from weightline.deployments.stack import DEFAULT_PORT
 from weightline.errors import LaunchError
+from weightline.extras import check_installed
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -45,6 +46,7 @@ def run(
     if recipe is not None and recipe_option is not None:
         raise typer.BadParameter("name the recipe once: as the argument or with --recipe", param_hint="RECIPE")
     named = recipe or recipe_option
+    check_installed("train", "prefect", "eval", "serve")
     with _stack_errors():
         from weightline.deployments.stack.pipeline import run_pipeline
 
@@ -53,6 +55,7 @@ def run(
 
 def up(runs_dir: RunsDir = Path("runs"), port: Port = DEFAULT_PORT) -> None:
     """Start a Prefect server, a runner and the dashboard, deploy every flow, and leave all of it running."""
+    check_installed("prefect", "dashboard")
     with _stack_errors():
         from weightline.deployments.stack.pipeline import bring_up
 
@@ -61,6 +64,7 @@ def up(runs_dir: RunsDir = Path("runs"), port: Port = DEFAULT_PORT) -> None:
 
 def stay(runs_dir: RunsDir = Path("runs"), port: Port = DEFAULT_PORT) -> None:
     """Run the supervisor that `up` leaves behind: it keeps the stack up until SIGTERM."""
+    check_installed("prefect", "dashboard")
     with _stack_errors():
         from weightline.deployments.stack.pipeline import stay_up
 
@@ -69,6 +73,7 @@ def stay(runs_dir: RunsDir = Path("runs"), port: Port = DEFAULT_PORT) -> None:
 
 def down(runs_dir: RunsDir = Path("runs")) -> None:
     """End every process that `up` started."""
+    check_installed("prefect")
     with _stack_errors():
         from weightline.deployments.stack.pipeline import bring_down
 
@@ -77,6 +82,7 @@ def down(runs_dir: RunsDir = Path("runs")) -> None:
 
 def deploy(runs_dir: RunsDir = Path("runs")) -> None:
     """Deploy every flow to a Prefect server: the one of PREFECT_API_URL, else the stack that is up."""
+    check_installed("prefect")
     with _stack_errors():
         from weightline.deployments.stack.pipeline import deploy_everything
 

@@ -11,6 +11,7 @@ from weightline.chain.files.checkpoint import write_checkpoint
 from weightline.chain.read.records import EVALUATIONS, Record, read_record, write_record
 from weightline.evaluation.plan import Done, Evaluate, Skip, plan_evaluation
 from weightline.evaluation.task import EvaluationTask, check_task
+from weightline.extras import check_installed
 
 
 def evaluate_or_skip(
@@ -52,8 +53,9 @@ def measure_version(
 
     Returns the earlier record where there is one, without measuring. Safe to repeat. Temporary files and the data
     cache go below `work_dir`; a crash leaves folders `evaluating-*` there. VersionNotFoundError, InputError for a task
-    that cannot be run, DigestMismatchError when the checkpoint is not the version's.
+    that cannot be run or a harness that is not installed, DigestMismatchError when the checkpoint is not the version's.
     """
+    check_installed("eval")
     check_task(task)
     manifest = chain.manifest(version)
     earlier = read_record(chain, EVALUATIONS, version, task.name)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field
 
 from weightline.errors import InputError, SignatureError
+from weightline.extras import requires
 from weightline.format import keys
 from weightline.format.manifest import Frozen, Sha256, parse_wire
 
@@ -179,11 +180,9 @@ def _read(path: Path) -> bytes:
 
 
 def _cryptography() -> tuple[Any, Any]:
-    try:
+    with requires("sign"):
         from cryptography.hazmat.primitives import serialization
         from cryptography.hazmat.primitives.asymmetric import ed25519
-    except ImportError as error:
-        raise InputError("signatures need the package cryptography: pip install 'weightline[sign]'") from error
     return serialization, ed25519
 
 

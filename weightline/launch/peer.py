@@ -17,7 +17,8 @@ import sys
 import time
 from pathlib import Path
 
-from weightline.errors import WeightlineError
+from weightline.errors import MissingExtraError, WeightlineError
+from weightline.extras import check_installed
 from weightline.launch.command import launch_environment
 from weightline.launch.machines import (
     GROUP_VARIABLE,
@@ -27,7 +28,6 @@ from weightline.launch.machines import (
     read_call,
     standing_calls,
 )
-from weightline.launch.ranks import run_ranks, with_rank_logs
 from weightline.stages.job import StageJob
 
 #: The number of a pod in its indexed Job; Kubernetes sets it.
@@ -47,6 +47,10 @@ def main(argv: list[str]) -> None:
     if argv[:1] == ["--indexed-job"]:
         argv = _enter_job(argv[1:])
     args = parser.parse_args(argv)
+    try:
+        check_installed("train")
+    except MissingExtraError as error:
+        sys.exit(f"error ({error.kind}): {error}")
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         _answer_calls(args.runs_dir, args.machine_rank)
@@ -97,6 +101,9 @@ def _run_own_ranks(call: Call, runs_dir: Path, machine_rank: int) -> None:
     def tick() -> None:
         if read_call(path) is None:
             raise _WithdrawnError
+
+    # Here, not above: it needs psutil, which `main` has looked for.
+    from weightline.launch.ranks import run_ranks, with_rank_logs
 
     log_path = job.output_dir / f"ranks-{machine_rank}.log"
     run_ranks(with_rank_logs(call.argv(machine_rank), log_dir), env, log_path, _report, tick)

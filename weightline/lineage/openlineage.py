@@ -18,7 +18,7 @@ from uuid import NAMESPACE_URL, uuid5
 from weightline import __version__
 from weightline.chain import Chain
 from weightline.chain.read.records import EVALUATIONS, read_records
-from weightline.errors import InputError
+from weightline.extras import requires
 from weightline.format.manifest import Manifest
 
 if TYPE_CHECKING:
@@ -38,14 +38,12 @@ def is_enabled(env: Mapping[str, str] = os.environ) -> bool:
 def export_version(chain: Chain, version: int) -> int:
     """Tell of the version's commit and of its evaluations so far; how many events that were. 0 when not enabled.
 
-    Safe to repeat. Raises VersionNotFoundError, InputError without openlineage-python, and whatever the transport does.
+    Safe to repeat. Raises VersionNotFoundError, MissingExtraError, and whatever the transport does.
     """
     if not is_enabled():
         return 0
-    try:
+    with requires("openlineage"):
         from openlineage.client import OpenLineageClient
-    except ModuleNotFoundError as error:
-        raise InputError("events need openlineage-python: pip install 'weightline[openlineage]'") from error
     events = list(version_events(chain, version))
     client = OpenLineageClient()
     try:

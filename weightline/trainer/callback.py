@@ -12,13 +12,16 @@ import secrets
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-
 from weightline.chain.files.checkpoint import MARKER
 from weightline.chain.read.history import open_chain
 from weightline.errors import InputError
-from weightline.trainer.session import PublishSession, PublishSettings
-from weightline.trainer.steps import load_observer
+from weightline.extras import requires
+
+with requires("train"):
+    from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+    from weightline.trainer.session import PublishSession, PublishSettings
+    from weightline.trainer.steps import load_observer
 
 
 class WeightlineCallback(TrainerCallback):
