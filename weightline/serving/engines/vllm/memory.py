@@ -4,7 +4,8 @@ Whatever can be done before the pause is: staging finds where each changed eleme
 holds the old bits. Writing is one loop of scattered stores a box, with the read back in the same loop. The digest of
 what a worker wrote is that of the changes it staged, which the read back ties to its memory.
 
-Nothing here knows of vLLM. Importing this module imports numba.
+Nothing here knows of vLLM. numba is imported at the first need: vLLM, when it starts a worker in this process, walks
+over all modules and stumbles over one of numba's.
 
 Legend: N elements of a tensor or of a storage, K changed ones, here: of one box.
 """
@@ -25,16 +26,12 @@ import torch
 
 from weightline.codec.coding import ordered_map
 from weightline.codec.digest import add_digests, digest_change, tensor_digest
-from weightline.codec.kernels import jit
 from weightline.codec.torch_ops import signed_tensor
 from weightline.dtypes import bits_dtype
 from weightline.errors import ApplyError, BaseMismatchError, DigestMismatchError
 from weightline.serving.engines.vllm.mapping import Assignment, PlacedBox, Placement, learn_placement
 from weightline.serving.engines.vllm.wire import answer_of, read_changes_file
 from weightline.types import BitsArray, Changes, TensorSpec
-
-#: Elements of a block that is written and read back: as many 64-byte lines fit the smallest second-level cache in use.
-_BLOCK = 2048
 
 
 def _host_cpus() -> frozenset[int]:
@@ -223,13 +220,17 @@ def write_box(one: BoxChanges, *, is_undo: bool) -> bool:
     if one.flat.device.type != "cpu":
         one.flat.index_copy_(0, one.at_K, bits_K)
         return torch.equal(one.flat.index_select(0, one.at_K), bits_K)
-    return int(_write_and_count_differing(one.flat.numpy(), one.at_K.numpy(), bits_K.numpy())) == 0
+    from weightline.codec.kernels import elements
+
+    return int(elements.write_and_count_differing(one.flat.numpy(), one.at_K.numpy(), bits_K.numpy())) == 0
 
 
 def _holds(flat_N: torch.Tensor, at_K: torch.Tensor, bits_K: torch.Tensor) -> bool:
     if flat_N.device.type != "cpu":
         return torch.equal(flat_N.index_select(0, at_K), bits_K)
-    return int(_count_differing(flat_N.numpy(), at_K.numpy(), bits_K.numpy())) == 0
+    from weightline.codec.kernels import elements
+
+    return int(elements.count_differing(flat_N.numpy(), at_K.numpy(), bits_K.numpy())) == 0
 
 
 def _part(changes: Changes, mask_K: npt.NDArray[np.bool_]) -> Changes:
@@ -276,33 +277,3 @@ def _box_digest(placed: PlacedBox, spec: TensorSpec) -> int:
         total = add_digests(total, tensor_digest(run, bits_N[start : start + run.length]))
         start += run.length
     return total
-
-
-# Compiled loops over scattered elements. torch's own run in OpenMP regions, one a tensor, and on a busy host each waits
-# for its slowest thread: for small changes of many tensors that wait is most of the time.
-
-
-@jit
-def _write_and_count_differing(flat_N: npt.NDArray[Any], at_K: npt.NDArray[Any], bits_K: npt.NDArray[Any]) -> np.int64:
-    """flat_N[at_K] = bits_K, block by block; returns how many of a block differ when all of it is read again.
-
-    Nothing is checked: all of `at_K` lies within. Cache misses are what this costs, so each block is read back while
-    its lines are still in the core's cache.
-    """
-    num_differing = np.int64(0)
-    for start in range(0, at_K.size, _BLOCK):
-        stop = min(start + _BLOCK, at_K.size)
-        for k in range(start, stop):
-            flat_N[at_K[k]] = bits_K[k]
-        for k in range(start, stop):
-            num_differing += flat_N[at_K[k]] != bits_K[k]
-    return num_differing
-
-
-@jit
-def _count_differing(flat_N: npt.NDArray[Any], at_K: npt.NDArray[Any], bits_K: npt.NDArray[Any]) -> np.int64:
-    """Returns how many of flat_N[at_K] differ from bits_K."""
-    num_differing = np.int64(0)
-    for k in range(at_K.size):
-        num_differing += flat_N[at_K[k]] != bits_K[k]
-    return num_differing
