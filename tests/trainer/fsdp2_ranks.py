@@ -11,7 +11,8 @@ from safetensors.torch import save_file
 from torch.distributed.fsdp import fully_shard
 
 from weightline.chain.read.history import open_chain
-from weightline.trainer.session import PublishSession, PublishSettings
+from weightline.trainer.session import PublishSession
+from weightline.trainer.settings import PublishSettings
 
 
 def main(chain_url: str, out: Path) -> None:

@@ -28,7 +28,8 @@ from weightline.errors import InputError
 from weightline.naming import checkpoint_tensors
 from weightline.store.memory import MemoryStore
 from weightline.trainer.partition import partition_of
-from weightline.trainer.session import PublishSession, PublishSettings
+from weightline.trainer.session import PublishSession
+from weightline.trainer.settings import PublishSettings
 
 _SIZES = {
     "vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1,

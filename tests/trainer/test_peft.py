@@ -27,7 +27,8 @@ from weightline.stages.job import StageJob
 from weightline.stages.model import materialize_model
 from weightline.stages.recipe import DatasetConfig, ModelConfig, StageConfig, TinyModelConfig
 from weightline.store.memory import MemoryStore
-from weightline.trainer.session import PublishSession, PublishSettings
+from weightline.trainer.session import PublishSession
+from weightline.trainer.settings import PublishSettings
 
 # peft 0.21 asks transformers by a name that it deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")

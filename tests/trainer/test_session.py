@@ -26,7 +26,8 @@ from weightline.errors import (
 from weightline.store.local import LocalStore
 from weightline.store.memory import MemoryStore
 from weightline.testing.faults import FaultStore, failing
-from weightline.trainer.session import PublishSession, PublishSettings
+from weightline.trainer.session import PublishSession
+from weightline.trainer.settings import PublishSettings
 from weightline.trainer.steps import load_observer
 
 

@@ -10,7 +10,6 @@ from collections.abc import Iterable
 
 import torch
 
-from weightline.codec.capture import capture
 from weightline.codec.digest import tensor_digest
 from weightline.codec.torch_ops import bits_of, capture_tensor, signed_tensor, signed_view
 from weightline.trainer.partition import Shard
@@ -26,40 +25,40 @@ class Baseline:
         self._ranked = ranked
         self._held: dict[str, torch.Tensor] = {s.segment.tensor.name: s.read().clone() for s in self.shards}
 
-    def capture(self) -> list[Changes]:
-        """What changed since the last capture, shard by shard, and advance. Unchanged shards are left out."""
-        captured = []
-        for shard in self.shards:
-            current = shard.read()
-            held = self._held[shard.segment.tensor.name]
-            changes = _capture(shard.segment, held, current, ranked=self._ranked)
-            if changes.num_changed:
-                self._scatter(changes, changes.new_K)
-                captured.append(changes)
-        return captured
+    def capture(self) -> tuple[Changes, ...]:
+        """Returns what changed since the last capture, shard by shard, and advances. Unchanged shards are left out.
+
+        When a shard cannot be read or compared, its error is raised and the baseline stays where it was.
+        """
+        captured: list[Changes] = []
+        try:
+            for shard in self.shards:
+                current = shard.read()
+                held = self._held[shard.segment.tensor.name].to(current.device)
+                changes = capture_tensor(shard.segment, held, current, ranked=self._ranked)
+                if changes.num_changed:
+                    captured.append(changes)
+                    self._scatter(changes, changes.new_K)
+        except BaseException:
+            self.rewind(captured)
+            raise
+        return tuple(captured)
 
     def rewind(self, captured: Iterable[Changes]) -> None:
-        """Undo one capture. Several are undone newest first."""
+        """Undoes one capture, also one that was begun. Several are undone newest first."""
         for changes in captured:
             self._scatter(changes, changes.old_K)
 
     def segments(self) -> Iterable[tuple[Segment, BitsArray]]:
-        """Each shard's baseline bits on the host, one at a time."""
+        """Yields each shard's baseline bits on the host, one at a time."""
         for shard in self.shards:
             yield shard.segment, bits_of(self._held[shard.segment.tensor.name].cpu())
 
     def digests(self) -> dict[str, int]:
-        """This rank's contribution to each tensor's state digest."""
+        """Returns this rank's contribution to each tensor's state digest."""
         return {segment.tensor.name: tensor_digest(segment, bits_N) for segment, bits_N in self.segments()}
 
     def _scatter(self, changes: Changes, bits_K: BitsArray) -> None:
         held = self._held[changes.segment.tensor.name]
         positions_K = torch.from_numpy(changes.positions_K).to(held.device)
         signed_view(held)[positions_K] = signed_tensor(bits_K).to(held.device)
-
-
-def _capture(segment: Segment, held: torch.Tensor, current: torch.Tensor, *, ranked: bool) -> Changes:
-    """Compare where the tensors are: compiled loops on the host, torch on a device."""
-    if held.device.type == current.device.type == "cpu":
-        return capture(segment, bits_of(held), bits_of(current.contiguous()), ranked=ranked)
-    return capture_tensor(segment, held.to(current.device), current, ranked=ranked)

@@ -1,4 +1,4 @@
-"""Where a training process stands against its chain before its first step.
+"""Where a training process stands against its chain before its first step, and what the chain gets before it.
 
 Three ways in: the chain is empty (commit an anchor), the loaded weights are the tip (go on), or a resumed checkpoint is
 behind or beside the tip (commit a revert, or a delta that leads to it). Anything else is a mistake, and refused.
@@ -6,22 +6,36 @@ behind or beside the tip (commit a revert, or a delta that leads to it). Anythin
 
 from __future__ import annotations
 
+import copy
+import secrets
+import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 
+from weightline.chain.files.assets import assets_of, require_base, upload_files
+from weightline.chain.files.checkpoint import VersionMark
 from weightline.chain.read.history import Chain
 from weightline.chain.replay.diff import tensor_groups
 from weightline.chain.replay.fetch import fetching
 from weightline.chain.replay.state import read_state
+from weightline.chain.write.commit import check_signing_key
 from weightline.codec.capture import capture
-from weightline.codec.digest import digest_to_limbs, format_digest, limbs_to_digest
-from weightline.errors import BaseMismatchError
-from weightline.format.manifest import Manifest
+from weightline.codec.digest import digest_to_limbs, format_digest, limbs_to_digest, tensor_digest
+from weightline.codec.torch_ops import bits_of
+from weightline.errors import BaseMismatchError, NotFoundError
+from weightline.format.manifest import AdapterBase, AssetRef, Manifest
+from weightline.naming import CheckpointTensor, checkpoint_tensors
+from weightline.store import Store
+from weightline.store.open import check_writable
+from weightline.trainer.adapter import adapter_names, adapter_parts, base_model_of, is_peft_model, save_adapter_config
 from weightline.trainer.baseline import Baseline
 from weightline.trainer.group import RankGroup
+from weightline.trainer.partition import Shard, shards_of
+from weightline.trainer.settings import PublishSettings
 from weightline.types import Changes, TensorSpec
 
 
@@ -34,8 +48,62 @@ class StartPlan:
     reverts_to: int | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Start:
+    """What rank 0 found and decided before the first step."""
+
+    plan: StartPlan
+    base_model: AdapterBase | None
+    assets: tuple[AssetRef, ...]
+    """The model's small files, where the chain does not name them yet."""
+    session_id: str
+
+
+def tensors_and_base(model: Any, group: RankGroup) -> tuple[tuple[CheckpointTensor, ...], AdapterBase | None]:
+    """Returns what the chain holds of the model: all of it, or an adapter and on rank 0 its base. Collective."""
+    if not is_peft_model(model):
+        return group.on_all(lambda: checkpoint_tensors(model)), None
+    names = group.on_first(lambda: adapter_names(model))
+    parts = group.on_all(lambda: adapter_parts(model, names))
+    own = group.on_all(lambda: _digests(shards_of(parts.base, group.rank, group.world_size)))
+    digests = summed_digests(own, (tensor.spec.name for tensor in parts.base), group)
+    return parts.adapter, base_model_of(model, parts, digests)
+
+
+def _digests(shards: Iterable[Shard]) -> dict[str, int]:
+    return {s.segment.tensor.name: tensor_digest(s.segment, bits_of(s.read().cpu().contiguous())) for s in shards}
+
+
+def decide_start(
+    chain: Chain,
+    settings: PublishSettings,
+    model: Any,
+    processing_class: Any,
+    specs: dict[str, TensorSpec],
+    loaded: dict[str, int],
+    base_model: AdapterBase | None,
+    global_step: int,
+    mark: VersionMark | None,
+) -> Start:
+    """Rank 0: checks that the bucket takes writes and that the base fits, plans, and uploads the model's small files.
+
+    Safe to repeat. Raises what `plan_start` raises, and StorageError or InputError for a bucket or key without use.
+    """
+    check_signing_key()
+    check_writable(chain.store)
+    tip = chain.tip_version()
+    recorded = None if tip is None else chain.manifest(tip).base_model
+    base_model = require_base(recorded, base_model, chain_url=chain.url)
+    plan = plan_start(
+        chain, loaded, specs, is_resumed=global_step > 0, run_id=settings.run_id, stage=settings.stage, mark=mark
+    )
+    held = () if plan.tip is None else assets_of(chain, plan.tip)
+    assets = upload_assets(chain.store, model, processing_class, held)
+    return Start(plan, base_model, () if assets == held else assets, secrets.token_hex(16))
+
+
 def summed_digests(own: dict[str, int], names: Iterable[str], group: RankGroup) -> dict[str, int]:
-    """The state digest of every tensor of that name, on rank 0, from every rank's contributions. Collective."""
+    """Returns the state digest of every named tensor, on rank 0, from every rank's contributions. Collective."""
     names = tuple(names)
     limbs = torch.tensor([digest_to_limbs(own.get(name, 0)) for name in names], dtype=torch.int64).reshape(-1, 4)
     rows = group.sum_to_first(limbs).tolist()
@@ -43,12 +111,20 @@ def summed_digests(own: dict[str, int], names: Iterable[str], group: RankGroup) 
 
 
 def plan_start(
-    chain: Chain, loaded: dict[str, int], specs: dict[str, TensorSpec], *, is_resumed: bool, run_id: str, stage: str
+    chain: Chain,
+    loaded: dict[str, int],
+    specs: dict[str, TensorSpec],
+    *,
+    is_resumed: bool,
+    run_id: str,
+    stage: str,
+    mark: VersionMark | None = None,
 ) -> StartPlan:
-    """Decide on rank 0. BaseMismatchError when the weights are not the tip's and this is no resume. Reads only.
+    """Decides on rank 0. BaseMismatchError when the weights are not the tip's and this is no resume. Reads only.
 
     A stage that starts anew although this very run of it has committed versions died before its first checkpoint: that
-    is a resume, too, from the version that it started from.
+    is a resume, too, from the version that it started from. `mark` saves a search: the version that it names is taken
+    when its digests are those of the loaded weights.
     """
     tip_version = chain.tip_version()
     if tip_version is None:
@@ -64,7 +140,9 @@ def plan_start(
     written = {name: format_digest(digest) for name, digest in loaded.items()}
     if tip.digests == written:
         return StartPlan("continue", tip_version)
-    earlier = next((v for v in range(tip_version - 1, -1, -1) if chain.manifest(v).digests == written), None)
+    earlier = _marked_version(chain, written, mark)
+    if earlier is None:
+        earlier = next((v for v in range(tip_version - 1, -1, -1) if chain.manifest(v).digests == written), None)
     if earlier is not None and (is_resumed or _are_of(chain.manifests(earlier + 1, tip_version), run_id, stage)):
         return StartPlan("revert", tip_version, earlier)
     if is_resumed:
@@ -77,12 +155,23 @@ def plan_start(
     )  # fmt: skip
 
 
+def _marked_version(chain: Chain, written: dict[str, str], mark: VersionMark | None) -> int | None:
+    """The version that the mark names, when the chain has that very commit and the loaded weights are its own."""
+    if mark is None:
+        return None
+    try:
+        manifest = chain.manifest(mark.version)
+    except NotFoundError:
+        return None
+    return mark.version if manifest.commit_id == mark.commit_id and manifest.digests == written else None
+
+
 def _are_of(manifests: Iterable[Manifest], run_id: str, stage: str) -> bool:
     return all((manifest.run_id, manifest.stage) == (run_id, stage) for manifest in manifests)
 
 
-def changes_from_tip(chain: Chain, tip: int, baseline: Baseline, *, ranked: bool) -> list[Changes]:
-    """What leads from the chain's tip to this rank's baseline, by the chain alone, some tensors at a time."""
+def changes_from_tip(chain: Chain, tip: int, baseline: Baseline, *, ranked: bool) -> tuple[Changes, ...]:
+    """Returns what leads from the chain's tip to this rank's baseline. Reads the chain, some tensors at a time."""
     found = []
     with fetching(chain.store) as fetcher:
         for names in tensor_groups([shard.segment.tensor for shard in baseline.shards]):
@@ -90,4 +179,30 @@ def changes_from_tip(chain: Chain, tip: int, baseline: Baseline, *, ranked: bool
             for segment, bits_N in baseline.segments():
                 if segment.tensor.name in names:
                     found.append(capture(segment, state.segment_bits(segment), bits_N, ranked=ranked))
-    return [changes for changes in found if changes.num_changed]
+    return tuple(changes for changes in found if changes.num_changed)
+
+
+def upload_assets(
+    store: Store, model: Any, processing_class: Any = None, held: tuple[AssetRef, ...] = ()
+) -> tuple[AssetRef, ...]:
+    """Puts config, generation config and tokenizer into the chain, but for `held` ones; of an adapter, its config.
+
+    Safe to repeat.
+    """
+    with tempfile.TemporaryDirectory(prefix="weightline-assets-") as folder:
+        parts: tuple[Any, ...] = (_config_of(model), getattr(model, "generation_config", None))
+        if is_peft_model(model):
+            parts = ()
+            save_adapter_config(model, Path(folder))
+        for part in (*parts, processing_class):
+            if hasattr(part, "save_pretrained"):
+                part.save_pretrained(folder)
+        return upload_files(store, Path(folder), held)
+
+
+def _config_of(model: Any) -> Any:
+    """Returns the config as the model's `save_pretrained` would write it, with the name of its class."""
+    config = copy.deepcopy(getattr(model, "config", None))
+    if config is not None and not getattr(config, "architectures", None):
+        config.architectures = [type(model).__name__]
+    return config

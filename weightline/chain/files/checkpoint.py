@@ -7,7 +7,9 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Self
 
 import safetensors
 
@@ -18,9 +20,10 @@ from weightline.chain.read.history import Chain
 from weightline.chain.replay.fetch import fetching
 from weightline.dtypes import DTYPES
 from weightline.errors import InputError
+from weightline.format.manifest import Manifest
 from weightline.types import BitsArray, TensorSpec
 
-#: What says in a folder which version it holds.
+#: The file that says which version a folder holds: the fields of `VersionMark`, as a JSON object.
 MARKER = "weightline.json"
 
 _PARTIAL = ".weightline-partial"
@@ -28,6 +31,45 @@ _PARTIAL = ".weightline-partial"
 _INDEX = "model.safetensors.index.json"
 
 _MAX_SHARD_NBYTES = 5 * 1000**3
+
+
+@dataclass(frozen=True, slots=True)
+class VersionMark:
+    """Which version a folder of weights holds: a pulled one, or a trainer's checkpoint."""
+
+    chain: str
+    """URL of the chain, as the writer of the folder spelled it."""
+    version: int
+    commit_id: str
+    run_id: str = ""
+    stage: str = ""
+    global_step: int = 0
+
+    @classmethod
+    def of(cls, chain: Chain, manifest: Manifest) -> Self:
+        """Returns the mark of a version of the chain."""
+        return cls(
+            chain.url, manifest.version, manifest.commit_id, manifest.run_id, manifest.stage, manifest.global_step
+        )
+
+    @classmethod
+    def read(cls, folder: Path) -> Self | None:
+        """Returns the mark of a folder; None where there is none, or none that can be read."""
+        try:
+            found = json.loads((folder / MARKER).read_bytes())
+            known = {name: found[name] for name in cls.__slots__ if name in found}
+            return cls(**known)
+        except (OSError, ValueError, TypeError):
+            return None
+
+    def write(self, folder: Path) -> None:
+        """Writes the mark into the folder. Safe to repeat."""
+        (folder / MARKER).write_text(json.dumps(asdict(self)))
+
+    def is_same_version(self, other: VersionMark | None) -> bool:
+        """Whether both name one version of one chain. Marks of earlier releases lack the other fields."""
+        own = (self.chain, self.version, self.commit_id)
+        return other is not None and own == (other.chain, other.version, other.commit_id)
 
 
 def write_checkpoint(chain: Chain, version: int, out_dir: Path) -> None:
@@ -38,18 +80,18 @@ def write_checkpoint(chain: Chain, version: int, out_dir: Path) -> None:
     foreign files, or cannot be written; safe to repeat otherwise: what a crash left is thrown away.
     """
     manifest = chain.manifest(version)
-    wanted = {"chain": chain.url, "version": version, "commit_id": manifest.commit_id}
+    mark = VersionMark.of(chain, manifest)
     assets = assets_of(chain, version)
     files = plan_files(manifest.specs, is_adapter=any(asset.name == ADAPTER_CONFIG for asset in assets))
     partial = out_dir / _PARTIAL
     with _errors_of(out_dir):
-        if _holds(out_dir, wanted):
+        if mark.is_same_version(VersionMark.read(out_dir)):
             return
         _require_new(out_dir, {MARKER, _INDEX, *files, *(asset.name for asset in assets)})
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         try:
-            (partial / MARKER).write_text(json.dumps(wanted))
+            mark.write(partial)
             with fetching(chain.store) as fetcher:
                 fetcher.prefetch(assets)
                 for asset in assets:
@@ -68,14 +110,6 @@ def _errors_of(out_dir: Path) -> Iterator[None]:
         raise InputError(
             f"{out_dir} cannot be written: {error}. Name a folder with room for the model", path=str(out_dir)
         ) from error
-
-
-def _holds(out_dir: Path, wanted: dict[str, object]) -> bool:
-    try:
-        found: object = json.loads((out_dir / MARKER).read_bytes())
-    except (FileNotFoundError, NotADirectoryError, ValueError):
-        return False
-    return found == wanted
 
 
 def _require_new(out_dir: Path, ours: set[str]) -> None:

@@ -1,0 +1,58 @@
+"""How a training process publishes: the settings of a session, checked when they are made. Imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+from weightline.chain.upkeep.compact import AnchorPolicy
+from weightline.codec.coding import codings
+from weightline.errors import InputError
+
+OnBacklog = Literal["wait", "fold"]
+OnPublishError = Literal["stop", "skip_and_record"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PublishSettings:
+    """Settings of one training process. Raises InputError for a value that cannot be."""
+
+    stage: str = "train"
+    """Label of every version: sft, dpo, grpo, ..."""
+    run_id: str = "run"
+    """Names the run in every manifest."""
+    sync_steps: int = 1
+    """Optimizer steps between two versions."""
+    coding: str = "gap-by-magnitude"
+    """How payloads are coded."""
+    max_in_flight: int = 2
+    """Syncs that may be captured and not settled. Bounds host memory."""
+    on_backlog: OnBacklog = "wait"
+    """When the bucket is slower than training: wait for it, or let the next sync span both."""
+    on_publish_error: OnPublishError = "stop"
+    """When a version cannot be committed: stop training, or go on and let the next version span the gap."""
+    anchor_policy: AnchorPolicy = field(default_factory=AnchorPolicy)
+    """When a full state is written beside a version, for replicas that join late."""
+    timeout_seconds: float = 1800.0
+    """How long a rank waits for one that is alive and does not answer, before it gives up."""
+    close_seconds: float = 60.0
+    """How long closing the session waits for the version that is being written."""
+    provenance: dict[str, str] = field(default_factory=dict)
+    """Links for people, copied into every manifest."""
+    step_observer: str | None = None
+    """`module:function` that makes the `StepObserver`. None: what WEIGHTLINE_STEP_OBSERVER names, if anything."""
+
+    def __post_init__(self) -> None:
+        for name in ("sync_steps", "max_in_flight"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} is {getattr(self, name)}: name 1 or more", field=name)
+        for name in ("timeout_seconds", "close_seconds"):
+            if getattr(self, name) <= 0:
+                raise InputError(f"{name} is {getattr(self, name)}: name a time above 0", field=name)
+        for name, known in (
+            ("on_backlog", get_args(OnBacklog)),
+            ("on_publish_error", get_args(OnPublishError)),
+            ("coding", tuple(codings())),
+        ):
+            if getattr(self, name) not in known:
+                raise InputError(f"{name} is {getattr(self, name)!r}: name one of {', '.join(known)}", field=name)
