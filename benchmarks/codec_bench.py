@@ -17,12 +17,12 @@ from weightline.codec.capture import capture
 from weightline.codec.coding import codings
 from weightline.format.payload import open_payload
 from weightline.format.write_payload import write_delta
-from weightline.types import BitsArray, Segment, TensorSpec
+from weightline.types import BitsArray, TensorSpec, whole
 
 
 def measure(coding: str, is_ranked: bool, tensor: TensorSpec, old_N: BitsArray, new_N: BitsArray) -> str:
     """One line of the report."""
-    segment = Segment(tensor, 0, tensor.num_elements)
+    segment = whole(tensor)
     memcmp_seconds = memcmp_cpu_seconds(old_N)
     capture_seconds, changes = least_cpu_seconds(lambda: capture(segment, old_N, new_N, ranked=is_ranked))
     with tempfile.TemporaryDirectory() as folder:

@@ -10,13 +10,13 @@ import argparse
 from benchmarks.states import parse_states
 from benchmarks.timing import least_cpu_seconds, memcmp_cpu_seconds
 from weightline.codec.digest import tensor_digest
-from weightline.types import Segment
+from weightline.types import whole
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     tensor, old_N, _ = parse_states(parser)
-    segment = Segment(tensor, 0, tensor.num_elements)
+    segment = whole(tensor)
     seconds, _ = least_cpu_seconds(lambda: tensor_digest(segment, old_N))
     ratio = memcmp_cpu_seconds(old_N) / seconds
     print(f"digest            {old_N.nbytes / seconds / 1e9:.2f} GB/s a core  {ratio:.2f} x memcmp")

@@ -56,6 +56,11 @@ class Segment:
         return self.start + self.length
 
 
+def whole(tensor: TensorSpec) -> Segment:
+    """Returns the segment that covers the tensor."""
+    return Segment(tensor, 0, tensor.num_elements)
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Changes:
     """The elements of one segment whose bits differ between two states.

@@ -12,21 +12,22 @@ import pytest
 
 from tests.chains import commit_state, copy_of, nudged, random_state
 from weightline.chain.files.assets import upload_files
+from weightline.chain.files.source import VersionSource
 from weightline.chain.read.history import Chain
 from weightline.chain.read.records import EVALUATIONS, write_record
 from weightline.chain.read.refs import move_horizon, move_ref
+from weightline.chain.replay.fetch import fetching
 from weightline.chain.replay.plan import plan_between
 from weightline.chain.replay.state import read_state
 from weightline.chain.upkeep.compact import AnchorPolicy, plan_compaction, write_compaction
 from weightline.chain.upkeep.gc import collect, plan_gc, view_chain
 from weightline.chain.upkeep.retention import expire_before
 from weightline.chain.upkeep.verify import verify_chain
-from weightline.chain.write.standalone import commit_revert
-from weightline.codec.capture import capture
+from weightline.chain.write.draft import Authorship
+from weightline.chain.write.standalone import commit_revert, commit_source
 from weightline.errors import CorruptError, DigestMismatchError, NotFoundError
 from weightline.format import keys
 from weightline.store.memory import MemoryStore
-from weightline.types import BitsArray, Changes, Segment
 
 _TIP = 8
 _BASE = {"name_or_path": "base", "digest": "0" * 64, "num_elements": 1}
@@ -247,13 +248,12 @@ def test_a_reader_ignores_a_shortcut_of_foreign_commits(chain: Chain, end: str) 
     assert not any(hop.is_shortcut for hop in plan_between(Chain(chain.store), *base).hops)
 
 
-def test_a_revert_that_leads_elsewhere_is_not_committed(chain: Chain, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever goes wrong between reading and writing: here, changes are lost."""
-
-    def see_nothing(segment: Segment, old: BitsArray, new: BitsArray, *, ranked: bool) -> Changes:
-        return capture(segment, old, old, ranked=ranked)
-
-    monkeypatch.setattr("weightline.chain.write.standalone.capture", see_nothing)
-    with pytest.raises(DigestMismatchError, match="would not be that of version 6"):
-        commit_revert(chain, 6)
+def test_a_revert_that_leads_elsewhere_is_not_committed(chain: Chain) -> None:
+    """Whatever goes wrong between reading and writing: here, the bits of another version are read."""
+    author = Authorship(
+        stage="sft", run_id="r", global_step=0, kind="revert", coding="gap", reverts_to=6, is_milestone=True
+    )
+    with fetching(chain.store) as fetcher:
+        with pytest.raises(DigestMismatchError, match="would not be that of version 6"):
+            commit_source(chain, VersionSource(chain, 7, fetcher), author)
     assert chain.tip_version() == _TIP

@@ -18,7 +18,7 @@ from weightline.codec.capture import capture
 from weightline.codec.coding import coding_named, codings
 from weightline.format.payload import open_payload
 from weightline.format.write_payload import write_delta
-from weightline.types import BitsArray, Changes, Segment, TensorSpec
+from weightline.types import BitsArray, Changes, TensorSpec, whole
 
 Pair = tuple[TensorSpec, BitsArray, BitsArray]
 
@@ -56,7 +56,7 @@ def bench_codings(pairs: Iterable[Pair], repeats: int = 7) -> list[CodingResult]
 
 def _bench(name: str, pairs: Sequence[Pair], memcmp_seconds: float, repeats: int) -> CodingResult:
     ranked = coding_named(name).ranked
-    segments = {tensor.name: Segment(tensor, 0, tensor.num_elements) for tensor, _, _ in pairs}
+    segments = {tensor.name: whole(tensor) for tensor, _, _ in pairs}
     base = {tensor.name: old_N for tensor, old_N, _ in pairs}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "payload.safetensors"

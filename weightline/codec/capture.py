@@ -5,7 +5,7 @@ Legend: N elements of the segment, K changed elements, C magnitude classes.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ import numpy.typing as npt
 from weightline.codec.pieces import NUM_CLASSES, TILE, RankedChanges, class_field
 from weightline.dtypes import bits_dtype
 from weightline.errors import InputError
-from weightline.types import BitsArray, Changes, Segment
+from weightline.types import BitsArray, Changes, Segment, TensorSpec, whole
 
 Array = npt.NDArray[Any]
 
@@ -36,6 +36,21 @@ def capture(segment: Segment, old_N: BitsArray, new_N: BitsArray, *, ranked: boo
     for start in range(0, segment.length, TILE):
         collector.scan_tile(start, min(start + TILE, segment.length))
     return collector.changes()
+
+
+def capture_all(parts: Iterable[tuple[Segment, BitsArray, BitsArray]], *, ranked: bool = False) -> Iterator[Changes]:
+    """Captures each (segment, old bits, new bits) and yields the changes of those segments that differ, in order."""
+    for segment, old_N, new_N in parts:
+        changes = capture(segment, old_N, new_N, ranked=ranked)
+        if changes.num_changed:
+            yield changes
+
+
+def capture_tensors(
+    specs: Iterable[TensorSpec], old: Mapping[str, BitsArray], new: Mapping[str, BitsArray], *, ranked: bool = False
+) -> Iterator[Changes]:
+    """Captures whole tensors between two states that hold their bits by name. Yields those that differ, in order."""
+    return capture_all(((whole(spec), old[spec.name], new[spec.name]) for spec in specs), ranked=ranked)
 
 
 def rank_changes(changes: Changes, base_N: BitsArray) -> RankedChanges:

@@ -10,12 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from weightline.codec.steps import apply_steps, steps
-from weightline.types import Changes, Segment, TensorSpec
-
-
-def whole(tensor: TensorSpec) -> Segment:
-    """The segment that covers the tensor."""
-    return Segment(tensor, 0, tensor.num_elements)
+from weightline.types import Changes, whole
 
 
 def join_parts(parts: Sequence[Changes]) -> Changes:

@@ -12,16 +12,14 @@ from pathlib import Path
 from weightline.chain.read.history import Chain
 from weightline.chain.replay.plan import Hop, hop_of, hop_of_shortcut, plan_between
 from weightline.chain.upkeep.compact import AnchorPolicy
-from weightline.chain.write.commit import put_signed
+from weightline.chain.write.commit import put_shortcut
+from weightline.chain.write.draft import Draft
 from weightline.codec.anchor import ANCHOR_CODING
-from weightline.errors import ObjectExistsError
-from weightline.format import keys
-from weightline.format.manifest import Manifest, utc_now
-from weightline.format.shortcut import Shortcut
+from weightline.format.manifest import Manifest
 from weightline.format.write_payload import write_anchor
 from weightline.trainer.baseline import Baseline
 from weightline.trainer.group import Failure, RankGroup, attempt
-from weightline.trainer.sync import PayloadPart, payload_refs
+from weightline.trainer.sync import PayloadPart, add_parts
 
 
 @dataclass(slots=True)
@@ -47,13 +45,14 @@ class LateJoiner:
 
 
 def write_anchor_shortcut(
-    chain: Chain, version: int, commit_id: str, baseline: Baseline, group: RankGroup, late_joiner: LateJoiner
+    chain: Chain, version: Draft, baseline: Baseline, group: RankGroup, late_joiner: LateJoiner
 ) -> str | None:
     """Writes an anchor of a version while the baseline is its state. Collective, on publisher threads.
 
     Returns why it failed, or None.
     """
-    part = attempt(lambda: _upload_part(chain, version, commit_id, baseline, group.rank))
+    draft = Draft(version.version, f"{version.attempt_id}-anchor")
+    part = attempt(lambda: _upload_part(chain, draft, baseline, group.rank))
     if isinstance(part, Failure):
         part = PayloadPart(group.rank, error=part.reason)
     parts: list[PayloadPart] = group.gather_to_first(part)
@@ -61,37 +60,21 @@ def write_anchor_shortcut(
     if group.rank == 0:
         reason = next((f"rank {part.rank}: {part.error}" for part in parts if part.error), None)
         if reason is None:
-            put = attempt(lambda: _put_shortcut(chain, version, parts, late_joiner))
+            put = attempt(lambda: _put_shortcut(chain, draft, parts, late_joiner))
             reason = put.reason if isinstance(put, Failure) else None
     agreed: str | None = group.from_first(reason)
     return agreed
 
 
-def _upload_part(chain: Chain, version: int, commit_id: str, baseline: Baseline, rank: int) -> PayloadPart:
+def _upload_part(chain: Chain, draft: Draft, baseline: Baseline, rank: int) -> PayloadPart:
     with tempfile.TemporaryDirectory(prefix="weightline-") as folder:
         path = Path(folder) / "anchor.safetensors"
         info = write_anchor(path, baseline.segments())
-        key = keys.payload(version, f"{commit_id}-anchor", rank)
-        chain.store.put_file(key, path)
-        return PayloadPart(rank, key, info.nbytes, info.sha256)
+        chain.store.put_file(draft.key(rank), path)
+        return PayloadPart(rank, info.nbytes, info.sha256)
 
 
-def _put_shortcut(chain: Chain, version: int, parts: list[PayloadPart], late_joiner: LateJoiner) -> None:
-    manifest = chain.manifest(version)
-    payloads = payload_refs(parts)
-    shortcut = Shortcut(
-        version=version,
-        base_version=None,
-        commit_id=manifest.commit_id,
-        base_commit_id=None,
-        created_at=utc_now(),
-        coding=ANCHOR_CODING,
-        num_changed=manifest.num_elements,
-        payload_nbytes=sum(payload.nbytes for payload in payloads),
-        payloads=payloads,
-    )
-    try:
-        put_signed(chain.store, shortcut.key, shortcut.to_bytes())
-    except ObjectExistsError:
-        return
+def _put_shortcut(chain: Chain, draft: Draft, parts: list[PayloadPart], late_joiner: LateJoiner) -> None:
+    add_parts(draft, parts)
+    shortcut = put_shortcut(chain, draft.shortcut(chain.manifest(draft.version), None, ANCHOR_CODING))
     late_joiner.hops = [hop_of_shortcut(shortcut)]

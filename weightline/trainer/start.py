@@ -23,7 +23,7 @@ from weightline.chain.replay.diff import tensor_groups
 from weightline.chain.replay.fetch import fetching
 from weightline.chain.replay.state import read_state
 from weightline.chain.write.commit import check_signing_key
-from weightline.codec.capture import capture
+from weightline.codec.capture import capture_all
 from weightline.codec.digest import digest_to_limbs, format_digest, limbs_to_digest, tensor_digest
 from weightline.codec.torch_ops import bits_of
 from weightline.errors import BaseMismatchError, NotFoundError
@@ -172,14 +172,17 @@ def _are_of(manifests: Iterable[Manifest], run_id: str, stage: str) -> bool:
 
 def changes_from_tip(chain: Chain, tip: int, baseline: Baseline, *, ranked: bool) -> tuple[Changes, ...]:
     """Returns what leads from the chain's tip to this rank's baseline. Reads the chain, some tensors at a time."""
-    found = []
+    found: list[Changes] = []
     with fetching(chain.store) as fetcher:
         for names in tensor_groups([shard.segment.tensor for shard in baseline.shards]):
             state = read_state(chain, tip, names.__contains__, fetcher)
-            for segment, bits_N in baseline.segments():
-                if segment.tensor.name in names:
-                    found.append(capture(segment, state.segment_bits(segment), bits_N, ranked=ranked))
-    return tuple(changes for changes in found if changes.num_changed)
+            parts = (
+                (segment, state.segment_bits(segment), bits_N)
+                for segment, bits_N in baseline.segments()
+                if segment.tensor.name in names
+            )
+            found += capture_all(parts, ranked=ranked)
+    return tuple(found)
 
 
 def upload_assets(

@@ -13,8 +13,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Literal
 
+from weightline.chain.write.draft import Draft
 from weightline.errors import PublishError
-from weightline.format.manifest import AssetRef, PayloadRef
+from weightline.format.manifest import AssetRef
 from weightline.types import Changes
 
 _logger = logging.getLogger(__name__)
@@ -44,19 +45,20 @@ class Sync:
 
 @dataclass(frozen=True, slots=True)
 class PayloadPart:
-    """A rank's report to rank 0 about its payload. `key` is None when nothing of its partition changed."""
+    """A rank's report to rank 0 about its payload. `sha256` is empty when nothing of its partition changed."""
 
     rank: int
-    key: str | None = None
     nbytes: int = 0
     sha256: str = ""
     error: str | None = None
     """Why the rank has no payload up; then the version is not committed."""
 
 
-def payload_refs(parts: Iterable[PayloadPart]) -> tuple[PayloadRef, ...]:
-    """Returns the payloads that the ranks have put into the bucket, as a manifest names them."""
-    return tuple(PayloadRef(key=p.key, nbytes=p.nbytes, sha256=p.sha256, rank=p.rank) for p in parts if p.key)
+def add_parts(draft: Draft, parts: Iterable[PayloadPart]) -> None:
+    """Enters the payloads of those ranks that have one."""
+    for part in parts:
+        if part.sha256:
+            draft.add(part.rank, part.nbytes, part.sha256)
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,18 +16,17 @@ import torch
 
 from weightline.chain.read.history import Chain
 from weightline.chain.write.commit import commit_manifest
-from weightline.chain.write.draft import Authorship, build_manifest
+from weightline.chain.write.draft import Authorship, Draft
 from weightline.codec.digest import add_digests, digest_change, digest_to_limbs, limbs_to_digest
-from weightline.errors import ConflictError, TransientStorageError
-from weightline.format import keys
-from weightline.format.manifest import AdapterBase, Manifest, utc_now
+from weightline.errors import ConflictError
+from weightline.format.manifest import AdapterBase, Manifest
 from weightline.format.write_payload import PayloadInfo, write_anchor, write_delta
 from weightline.trainer.anchoring import LateJoiner, write_anchor_shortcut
 from weightline.trainer.baseline import Baseline
 from weightline.trainer.group import Failure, RankGroup, attempt
 from weightline.trainer.settings import PublishSettings
 from weightline.trainer.steps import Step, StepFacts, StepName, StepObserver
-from weightline.trainer.sync import PayloadPart, Sync, SyncOutcome, payload_refs
+from weightline.trainer.sync import PayloadPart, Sync, SyncOutcome, add_parts
 from weightline.types import TensorSpec
 
 _logger = logging.getLogger(__name__)
@@ -58,48 +57,47 @@ class VersionWriter:
 
         Not safe to repeat for a committed sync. A crash before the commit leaves orphaned payloads, which gc removes.
         """
-        version = 0 if self.tip is None else self.tip + 1
         commit_id = hashlib.blake2b(f"{self.session_id}/{sync.sequence}".encode(), digest_size=16).hexdigest()
+        draft = Draft(0 if self.tip is None else self.tip + 1, commit_id)
         # Row per tensor: four 32-bit limbs of the digest's change, then the number of changed elements.
         totals = torch.zeros((len(self.specs), 5), dtype=torch.int64)
-        part = attempt(lambda: self._upload_part(sync, version, commit_id, totals))
+        part = attempt(lambda: self._upload_part(sync, draft, totals))
         if isinstance(part, Failure):
             part = PayloadPart(self.group.rank, error=part.reason)
         totals = self.group.sum_to_first(totals)
         parts: list[PayloadPart] = self.group.gather_to_first(part)
         outcome: SyncOutcome = self.group.from_first(
-            self._commit(sync, version, commit_id, parts, totals) if self.group.rank == 0 else None
+            self._commit(sync, draft, parts, totals) if self.group.rank == 0 else None
         )
         if outcome.status == "committed":
             self.tip = outcome.version
             if sync.with_anchor:
-                self._write_anchor(version, commit_id)
+                self._write_anchor(draft)
         return outcome
 
     def _step(self, name: StepName, version: int) -> Step:
         return Step(name, version, self.group.rank, self.group.world_size, self.chain.url, self.observer)
 
-    def _upload_part(self, sync: Sync, version: int, commit_id: str, totals: torch.Tensor) -> PayloadPart:
+    def _upload_part(self, sync: Sync, draft: Draft, totals: torch.Tensor) -> PayloadPart:
         """The three steps of every rank. Fills this rank's `totals` in."""
         rank = self.group.rank
         if sync.failure is not None:
             return PayloadPart(rank, error=sync.failure)
         with tempfile.TemporaryDirectory(prefix="weightline-") as folder:
             path = Path(folder) / "payload.safetensors"
-            with self._step("gather_partition", version) as step:
+            with self._step("gather_partition", draft.version) as step:
                 self._sum_changes(sync, totals)
                 num_elements = sum(shard.segment.length for shard in self.baseline.shards)
                 step.report(StepFacts(num_changed=int(totals[:, 4].sum()), num_elements=num_elements))
-            with self._step("compute_delta", version) as step:
+            with self._step("compute_delta", draft.version) as step:
                 info = self._encode(sync, path)
                 step.report(StepFacts(payload_nbytes=info.nbytes if info else 0))
             if info is None:
                 return PayloadPart(rank)
-            with self._step("upload_payload", version) as step:
-                key = keys.payload(version, commit_id, rank)
-                self.chain.store.put_file(key, path)
+            with self._step("upload_payload", draft.version) as step:
+                self.chain.store.put_file(draft.key(rank), path)
                 step.report(StepFacts(payload_nbytes=info.nbytes))
-        return PayloadPart(rank, key, info.nbytes, info.sha256)
+        return PayloadPart(rank, info.nbytes, info.sha256)
 
     def _sum_changes(self, sync: Sync, totals: torch.Tensor) -> None:
         """Counts and digest changes of what the training thread captured, a row for each tensor."""
@@ -117,27 +115,23 @@ class VersionWriter:
             return write_anchor(path, self.baseline.segments())
         return write_delta(path, sync.changes, self.settings.coding) if sync.changes else None
 
-    def _commit(
-        self, sync: Sync, version: int, commit_id: str, parts: list[PayloadPart], totals: torch.Tensor
-    ) -> SyncOutcome:
+    def _commit(self, sync: Sync, draft: Draft, parts: list[PayloadPart], totals: torch.Tensor) -> SyncOutcome:
         """Rank 0: one manifest for all ranks' payloads, or the reason why there is none."""
         for part in parts:
             if part.error is not None:
-                return SyncOutcome(sync.sequence, version, "failed", f"rank {part.rank}: {part.error}")
-        manifest = attempt(lambda: self._put_manifest(sync, version, commit_id, parts, totals))
+                return SyncOutcome(sync.sequence, draft.version, "failed", f"rank {part.rank}: {part.error}")
+        manifest = attempt(lambda: self._put_manifest(sync, draft, parts, totals))
         if isinstance(manifest, Failure):
             is_conflict = isinstance(manifest.error, ConflictError)
             reason = str(manifest.error) if is_conflict else f"commit: {manifest.reason}"
-            return SyncOutcome(sync.sequence, version, "failed", reason, is_conflict)
+            return SyncOutcome(sync.sequence, draft.version, "failed", reason, is_conflict)
         self.late_joiner.add(manifest)
         wants_anchor = not sync.with_anchor and self.late_joiner.wants_anchor(manifest.num_elements)
         return SyncOutcome(
-            sync.sequence, version, "committed", wants_anchor=wants_anchor, payload_nbytes=manifest.payload_nbytes
+            sync.sequence, draft.version, "committed", wants_anchor=wants_anchor, payload_nbytes=manifest.payload_nbytes
         )
 
-    def _put_manifest(
-        self, sync: Sync, version: int, commit_id: str, parts: list[PayloadPart], totals: torch.Tensor
-    ) -> Manifest:
+    def _put_manifest(self, sync: Sync, draft: Draft, parts: list[PayloadPart], totals: torch.Tensor) -> Manifest:
         digests = self._digests_after(sync, totals)
         settings = self.settings
         author = Authorship(
@@ -145,17 +139,13 @@ class VersionWriter:
             coding=settings.coding, reverts_to=sync.reverts_to, base_model=self.base_model,
             is_milestone=sync.is_milestone, assets=sync.assets, metrics=sync.metrics, provenance=settings.provenance,
         )  # fmt: skip
-        manifest = build_manifest(
-            author, self.specs, digests, payload_refs(parts), version=version, commit_id=commit_id,
-            created_at=utc_now(), num_changed=int(totals[:, 4].sum()), world_size=self.group.world_size,
-        )  # fmt: skip
-        with self._step("commit_version", version) as step:
-            try:
-                commit_manifest(self.chain, manifest)
-            except TransientStorageError:
-                # The same commit_id: finds out whether the first took effect. Where the bucket stays away, the version
-                # is failed; had it been committed all the same, the next one will be a conflict, which stops training.
-                commit_manifest(self.chain, manifest)
+        add_parts(draft, parts)
+        draft.num_changed = int(totals[:, 4].sum())
+        manifest = draft.manifest(author, self.specs, digests, world_size=self.group.world_size)
+        with self._step("commit_version", draft.version) as step:
+            # Remote stores repeat what fails for the moment. Where the bucket stays away, the version is failed; had it
+            # been committed all the same, the next one will be a conflict, which stops training.
+            commit_manifest(self.chain, manifest)
             step.report(StepFacts.of_commit(manifest))
         self.digests = digests
         return manifest
@@ -165,7 +155,7 @@ class VersionWriter:
         rows = zip(self.specs, totals[:, :4].tolist(), strict=True)
         return {name: add_digests(before.get(name, 0), limbs_to_digest(limbs)) for name, limbs in rows}
 
-    def _write_anchor(self, version: int, commit_id: str) -> None:
-        reason = write_anchor_shortcut(self.chain, version, commit_id, self.baseline, self.group, self.late_joiner)
+    def _write_anchor(self, draft: Draft) -> None:
+        reason = write_anchor_shortcut(self.chain, draft, self.baseline, self.group, self.late_joiner)
         if reason is not None and self.group.rank == 0:
-            _logger.warning("version %d is committed, its anchor is not: %s", version, reason)
+            _logger.warning("version %d is committed, its anchor is not: %s", draft.version, reason)

@@ -7,12 +7,11 @@ import pytest
 import torch
 
 from weightline.codec.capture import capture
-from weightline.codec.changes import whole
 from weightline.codec.torch_ops import dtype_code
 from weightline.dtypes import bits_dtype
 from weightline.errors import ApplyError
 from weightline.serving.engines.in_place import LiveWeights
-from weightline.types import Changes, TensorSpec
+from weightline.types import Changes, TensorSpec, whole
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.int8, torch.int64, torch.float8_e4m3fn]
 

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from weightline.codec.capture import capture
-from weightline.codec.changes import compose, inverse, join_parts, whole
-from weightline.types import BitsArray, Changes, Segment, TensorSpec
+from weightline.codec.changes import compose, inverse, join_parts
+from weightline.types import BitsArray, Changes, Segment, TensorSpec, whole
 
 TENSOR = TensorSpec("w", "BF16", (17,))
 #: Few bit patterns, so that elements often come back to where they were.

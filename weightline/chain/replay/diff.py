@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from weightline.chain.read.history import Chain
 from weightline.chain.replay.fetch import fetching
 from weightline.chain.replay.state import read_state
-from weightline.codec.capture import capture
+from weightline.codec.capture import capture_tensors
 from weightline.errors import InputError
-from weightline.types import Segment, TensorSpec
+from weightline.types import TensorSpec
 
 #: Bytes of one group's state. Operations hold two states of a group at most.
 GROUP_NBYTES = 1024**3
@@ -50,8 +50,6 @@ def diff_versions(chain: Chain, a: int, b: int, group_nbytes: int = GROUP_NBYTES
         for names in tensor_groups(differing, group_nbytes):
             old = read_state(chain, a, names.__contains__, fetcher)
             new = read_state(chain, b, names.__contains__, fetcher)
-            for name in names:
-                spec = at_a.specs[name]
-                segment = Segment(spec, 0, spec.num_elements)
-                counts[name] = capture(segment, old.bits[name], new.bits[name]).num_changed
+            for changes in capture_tensors(new.specs.values(), old.bits, new.bits):
+                counts[changes.segment.tensor.name] = changes.num_changed
     return [TensorDiff(name, count, at_a.specs[name].num_elements) for name, count in counts.items()]

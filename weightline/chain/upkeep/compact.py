@@ -12,9 +12,9 @@ import itertools
 import math
 import tempfile
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from weightline.chain.read.history import Chain
@@ -23,16 +23,14 @@ from weightline.chain.replay.diff import GROUP_NBYTES, tensor_groups
 from weightline.chain.replay.fetch import Fetcher, fetching
 from weightline.chain.replay.plan import Hop, Ways, plan_between
 from weightline.chain.replay.state import HostState, advance_state, read_state
-from weightline.chain.write.commit import new_commit_id, put_signed
+from weightline.chain.write.commit import put_shortcut
+from weightline.chain.write.draft import Draft
 from weightline.codec.anchor import ANCHOR_CODING
-from weightline.codec.capture import capture
+from weightline.codec.capture import capture_tensors
 from weightline.codec.coding import coding_named
-from weightline.errors import ObjectExistsError
-from weightline.format import keys
-from weightline.format.manifest import Manifest, PayloadRef, utc_now
 from weightline.format.shortcut import Shortcut
 from weightline.format.write_payload import PayloadInfo, write_anchor, write_delta
-from weightline.types import Changes, Segment
+from weightline.types import Changes, whole
 
 #: Bytes of the planned way over bytes of the direct delta. Below the promised 1.3, for direct sizes are interpolated.
 SLACK = 1.25
@@ -153,58 +151,27 @@ def write_compaction(
 ) -> list[Shortcut]:
     """Write the planned shortcuts. Safe to repeat: a shortcut that exists stands. A crash leaves orphans for gc."""
     tip = chain.manifest(plan.tip)
-    drafts = {base: _Draft(tip) for base in plan.bases}
-    anchor = _Draft(tip) if plan.writes_anchor else None
+    drafts = {base: Draft(tip.version) for base in plan.bases}
+    anchor = Draft(tip.version)
     with _workspace(chain) as (fetcher, path):
         for names in tensor_groups(tip.specs.values(), group_nbytes):
             at_tip = read_state(chain, tip.version, names.__contains__, fetcher)
-            if anchor is not None:
-                segments = [(Segment(spec, 0, spec.num_elements), at_tip.bits[n]) for n, spec in at_tip.specs.items()]
-                anchor.add(chain, path, lambda p, s=segments: write_anchor(p, (part for part in s if part[0].length)))  # type: ignore[misc]
-            for base, state in _states(chain, sorted(plan.bases), names, fetcher):
-                changes = list(_changes(state, at_tip, ranked=coding_named(coding).ranked))
+            if plan.writes_anchor:
+                parts = ((whole(spec), at_tip.bits[name]) for name, spec in at_tip.specs.items() if spec.num_elements)
+                _put_payload(chain, anchor, write_anchor(path, parts), path)
+            for base, changes in _direct_deltas(chain, plan.bases, at_tip, coding, fetcher):
                 if changes:
-                    drafts[base].add(chain, path, lambda p, c=changes: write_delta(p, c, coding))  # type: ignore[misc]
-    written = [draft.finish(chain, base, coding) for base, draft in drafts.items()]
-    if anchor is not None:
-        written.append(anchor.finish(chain, None, ANCHOR_CODING))
-    return written
+                    _put_payload(chain, drafts[base], write_delta(path, changes, coding), path)
+    shortcuts = [draft.shortcut(tip, chain.manifest(base), coding) for base, draft in drafts.items()]
+    if plan.writes_anchor:
+        shortcuts.append(anchor.shortcut(tip, None, ANCHOR_CODING))
+    return [put_shortcut(chain, shortcut) for shortcut in shortcuts]
 
 
-@dataclass(slots=True)
-class _Draft:
-    """One shortcut's payloads so far."""
-
-    tip: Manifest
-    attempt: str = field(default_factory=new_commit_id)
-    payloads: list[PayloadRef] = field(default_factory=list)
-    num_changed: int = 0
-
-    def add(self, chain: Chain, path: Path, write: Callable[[Path], PayloadInfo]) -> None:
-        info = write(path)
-        number = len(self.payloads)
-        key = keys.payload(self.tip.version, self.attempt, number)
-        chain.store.put_file(key, path)
-        self.payloads.append(PayloadRef(key=key, nbytes=info.nbytes, sha256=info.sha256, rank=number))
-        self.num_changed += info.num_changed
-
-    def finish(self, chain: Chain, base: int | None, coding: str) -> Shortcut:
-        shortcut = Shortcut(
-            version=self.tip.version,
-            base_version=base,
-            commit_id=self.tip.commit_id,
-            base_commit_id=None if base is None else chain.manifest(base).commit_id,
-            created_at=utc_now(),
-            coding=coding,
-            num_changed=self.tip.num_elements if base is None else self.num_changed,
-            payload_nbytes=sum(payload.nbytes for payload in self.payloads),
-            payloads=tuple(self.payloads),
-        )
-        try:
-            put_signed(chain.store, shortcut.key, shortcut.to_bytes())
-        except ObjectExistsError:
-            return Shortcut.from_bytes(chain.store.get(shortcut.key))
-        return shortcut
+def _put_payload(chain: Chain, draft: Draft, info: PayloadInfo, path: Path) -> None:
+    number = len(draft.payloads)
+    chain.store.put_file(draft.key(number), path)
+    draft.add(number, info.nbytes, info.sha256, info.num_changed)
 
 
 def _measure(chain: Chain, bases: tuple[int, ...], coding: str, group_nbytes: int) -> dict[int, float]:
@@ -214,27 +181,20 @@ def _measure(chain: Chain, bases: tuple[int, ...], coding: str, group_nbytes: in
     with _workspace(chain) as (fetcher, path):
         for names in tensor_groups(tip.specs.values(), group_nbytes):
             at_tip = read_state(chain, tip.version, names.__contains__, fetcher)
-            for base, state in _states(chain, sorted(bases), names, fetcher):
-                changes = list(_changes(state, at_tip, ranked=coding_named(coding).ranked))
+            for base, changes in _direct_deltas(chain, bases, at_tip, coding, fetcher):
                 nbytes[base] += write_delta(path, changes, coding).nbytes if changes else 0
     return dict(nbytes)
 
 
-def _states(
-    chain: Chain, versions: list[int], names: frozenset[str], fetcher: Fetcher
-) -> Iterator[tuple[int, HostState]]:
-    """The group's state at each of the versions, in ascending order; one state that moves."""
+def _direct_deltas(
+    chain: Chain, bases: Iterable[int], at_tip: HostState, coding: str, fetcher: Fetcher
+) -> Iterator[tuple[int, list[Changes]]]:
+    """What leads from each base to the tip, of the tensors that `at_tip` holds. One state moves from base to base."""
     state = HostState()
-    for version in versions:
-        advance_state(chain, state, version, names.__contains__, fetcher)
-        yield version, state
-
-
-def _changes(old: HostState, new: HostState, *, ranked: bool) -> Iterator[Changes]:
-    for name, spec in new.specs.items():
-        changes = capture(Segment(spec, 0, spec.num_elements), old.bits[name], new.bits[name], ranked=ranked)
-        if changes.num_changed:
-            yield changes
+    for base in sorted(bases):
+        ranked = coding_named(coding).ranked
+        advance_state(chain, state, base, at_tip.specs.__contains__, fetcher)
+        yield base, list(capture_tensors(at_tip.specs.values(), state.bits, at_tip.bits, ranked=ranked))
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from weightline.errors import (
 )
 from weightline.format import keys
 from weightline.format.manifest import Manifest
+from weightline.format.shortcut import Shortcut
 from weightline.format.signature import Signer, signer_from_environment
 from weightline.store import Store
 
@@ -55,6 +56,15 @@ def commit_manifest(chain: Chain, manifest: Manifest) -> None:
                 winner=winner.commit_id,
             ) from error
     _hint_tip(chain, manifest.version)
+
+
+def put_shortcut(chain: Chain, shortcut: Shortcut) -> Shortcut:
+    """Put a shortcut whose payloads are up, and return the one that stands: this one, or an earlier writer's."""
+    try:
+        put_signed(chain.store, shortcut.key, shortcut.to_bytes())
+    except ObjectExistsError:
+        return Shortcut.from_bytes(chain.store.get(shortcut.key))
+    return shortcut
 
 
 def committed_facts(manifest: Manifest) -> dict[str, Any]:

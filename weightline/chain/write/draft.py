@@ -1,4 +1,8 @@
-"""Drafts of versions: provenance, uploads while later payloads are encoded, and the manifest that names them."""
+"""Drafts: a version or shortcut from its first payload to the manifest that names them. The same for every writer.
+
+A writer encodes payloads, uploads each under the key that the draft gives it, adds it to the draft, and at the end
+takes the manifest or the shortcut from the draft. Ranks of a trainer upload their own payloads; rank 0 has the draft.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +14,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from weightline.chain.write.commit import new_commit_id
 from weightline.codec.anchor import ANCHOR_CODING
 from weightline.codec.digest import format_digest
-from weightline.format.manifest import AdapterBase, AssetRef, Manifest, Origin, PayloadRef, TensorState
+from weightline.format import keys
+from weightline.format.manifest import AdapterBase, AssetRef, Manifest, Origin, PayloadRef, TensorState, utc_now
+from weightline.format.shortcut import Shortcut
 from weightline.store import Store
 from weightline.store.open import is_remote
 from weightline.types import TensorSpec
@@ -40,52 +47,80 @@ class Authorship:
     provenance: dict[str, str] = field(default_factory=dict)
 
 
-def build_manifest(
-    author: Authorship,
-    specs: Mapping[str, TensorSpec],
-    digests: Mapping[str, int],
-    payloads: tuple[PayloadRef, ...],
-    *,
-    version: int,
-    commit_id: str,
-    created_at: str,
-    num_changed: int,
-    world_size: int,
-) -> Manifest:
-    """The manifest of a version whose payloads are up. `digests` of its whole state, by tensor; an anchor changes all.
+@dataclass(slots=True)
+class Draft:
+    """Payloads of one attempt to write a version, or a shortcut to it. Orphans for gc until something names them."""
 
-    ValidationError, by pydantic, for facts that contradict each other.
-    """
-    is_anchor = author.kind == "anchor"
-    num_elements = sum(spec.num_elements for spec in specs.values())
-    return Manifest(
-        version=version,
-        base_version=None if is_anchor else version - 1,
-        kind=author.kind,
-        reverts_to=author.reverts_to,
-        forked_from=author.forked_from,
-        base_model=author.base_model,
-        commit_id=commit_id,
-        created_at=created_at,
-        run_id=author.run_id,
-        stage=author.stage,
-        global_step=author.global_step,
-        is_milestone=author.is_milestone,
-        coding=ANCHOR_CODING if is_anchor else author.coding,
-        world_size=world_size,
-        num_changed=num_elements if is_anchor else num_changed,
-        num_elements=num_elements,
-        payload_nbytes=sum(payload.nbytes for payload in payloads),
-        full_nbytes=sum(spec.nbytes for spec in specs.values()),
-        payloads=payloads,
-        assets=author.assets,
-        tensors={
-            name: TensorState(dtype=spec.dtype, shape=spec.shape, digest=format_digest(digests[name]))
-            for name, spec in specs.items()
-        },
-        metrics=author.metrics,
-        provenance=author.provenance,
-    )
+    version: int
+    attempt_id: str = field(default_factory=new_commit_id)
+    """In the keys of the payloads: no two attempts share one. Of a version, its commit_id."""
+    payloads: list[PayloadRef] = field(default_factory=list)
+    num_changed: int = 0
+
+    def key(self, rank: int) -> str:
+        """Where the rank's payload goes."""
+        return keys.payload(self.version, self.attempt_id, rank)
+
+    def add(self, rank: int, nbytes: int, sha256: str, num_changed: int = 0) -> None:
+        """Enter a payload that is uploaded, or on its way."""
+        self.payloads.append(PayloadRef(key=self.key(rank), nbytes=nbytes, sha256=sha256, rank=rank))
+        self.num_changed += num_changed
+
+    def manifest(
+        self, author: Authorship, specs: Mapping[str, TensorSpec], digests: Mapping[str, int], *, world_size: int
+    ) -> Manifest:
+        """The manifest of the version, once its payloads are up. `digests` of its whole state, by tensor.
+
+        ValidationError, by pydantic, for facts that contradict each other.
+        """
+        is_anchor = author.kind == "anchor"
+        num_elements = sum(spec.num_elements for spec in specs.values())
+        return Manifest(
+            version=self.version,
+            base_version=None if is_anchor else self.version - 1,
+            kind=author.kind,
+            reverts_to=author.reverts_to,
+            forked_from=author.forked_from,
+            base_model=author.base_model,
+            commit_id=self.attempt_id,
+            created_at=utc_now(),
+            run_id=author.run_id,
+            stage=author.stage,
+            global_step=author.global_step,
+            is_milestone=author.is_milestone,
+            coding=ANCHOR_CODING if is_anchor else author.coding,
+            world_size=world_size,
+            num_changed=num_elements if is_anchor else self.num_changed,
+            num_elements=num_elements,
+            payload_nbytes=self._payload_nbytes,
+            full_nbytes=sum(spec.nbytes for spec in specs.values()),
+            payloads=tuple(self.payloads),
+            assets=author.assets,
+            tensors={
+                name: TensorState(dtype=spec.dtype, shape=spec.shape, digest=format_digest(digests[name]))
+                for name, spec in specs.items()
+            },
+            metrics=author.metrics,
+            provenance=author.provenance,
+        )
+
+    def shortcut(self, version: Manifest, base: Manifest | None, coding: str) -> Shortcut:
+        """The shortcut to a committed version, once its payloads are up: from `base`, or an anchor without one."""
+        return Shortcut(
+            version=version.version,
+            base_version=None if base is None else base.version,
+            commit_id=version.commit_id,
+            base_commit_id=None if base is None else base.commit_id,
+            created_at=utc_now(),
+            coding=ANCHOR_CODING if base is None else coding,
+            num_changed=version.num_elements if base is None else self.num_changed,
+            payload_nbytes=self._payload_nbytes,
+            payloads=tuple(self.payloads),
+        )
+
+    @property
+    def _payload_nbytes(self) -> int:
+        return sum(payload.nbytes for payload in self.payloads)
 
 
 class Uploads:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -16,18 +15,17 @@ from weightline.chain.files.source import FolderSource, VersionSource, WeightSou
 from weightline.chain.read.history import Chain
 from weightline.chain.replay.diff import tensor_groups
 from weightline.chain.replay.fetch import fetch_object, fetching
-from weightline.chain.replay.state import read_state
-from weightline.chain.write.commit import check_signing_key, commit_manifest, new_commit_id
-from weightline.chain.write.draft import Authorship, build_manifest, uploading
-from weightline.codec.capture import capture
+from weightline.chain.replay.state import HostState, read_state
+from weightline.chain.write.commit import check_signing_key, commit_manifest
+from weightline.chain.write.draft import Authorship, Draft, uploading
+from weightline.codec.capture import capture_tensors
 from weightline.codec.coding import coding_named
 from weightline.codec.digest import add_digests, digest_change, tensor_digest
 from weightline.errors import BaseMismatchError, DigestMismatchError, InputError
-from weightline.format import keys
-from weightline.format.manifest import AssetRef, Manifest, Origin, PayloadRef, utc_now
+from weightline.format.manifest import AssetRef, Manifest, Origin
 from weightline.format.write_payload import write_anchor, write_delta
 from weightline.store.open import check_writable
-from weightline.types import BitsArray, Changes, Segment, TensorSpec
+from weightline.types import BitsArray, Changes, Segment, whole
 
 DEFAULT_CODING = "gap-by-magnitude"
 
@@ -44,7 +42,7 @@ def commit_folder(
     """
     if not folder.is_dir():
         raise InputError(f"{folder} is no folder: name the checkpoint folder that its weights lie in", path=str(folder))
-    target = FolderSource(folder)
+    source = FolderSource(folder)
     check_writable(chain.store)
     tip = chain.tip_version()
     recorded = None if tip is None else chain.manifest(tip).base_model
@@ -55,7 +53,7 @@ def commit_folder(
         stage=stage, run_id="cli", global_step=0, kind=kind, coding=coding, base_model=base_model, is_milestone=True,
         assets=assets,
     )  # fmt: skip
-    return _commit(chain, target, author)
+    return commit_source(chain, source, author)
 
 
 def commit_revert(chain: Chain, version: int, *, coding: str = DEFAULT_CODING) -> Manifest:
@@ -69,7 +67,7 @@ def commit_revert(chain: Chain, version: int, *, coding: str = DEFAULT_CODING) -
             reverts_to=version, base_model=tip.base_model, is_milestone=True,
             assets=_carry_assets(chain, version, chain, held=assets_of(chain, tip.version)),
         )  # fmt: skip
-        return _commit(chain, VersionSource(chain, version, fetcher), author)
+        return commit_source(chain, VersionSource(chain, version, fetcher), author)
 
 
 def commit_fork(source: Chain, version: int, new: Chain) -> Manifest:
@@ -85,7 +83,7 @@ def commit_fork(source: Chain, version: int, new: Chain) -> Manifest:
             coding=DEFAULT_CODING, forked_from=origin, base_model=wanted.base_model, is_milestone=True,
             assets=_carry_assets(source, version, new, held=()),
         )  # fmt: skip
-        return _commit(new, VersionSource(source, version, fetcher), author)
+        return commit_source(new, VersionSource(source, version, fetcher), author)
 
 
 def _carry_assets(source: Chain, version: int, new: Chain, *, held: tuple[AssetRef, ...]) -> tuple[AssetRef, ...]:
@@ -98,87 +96,72 @@ def _carry_assets(source: Chain, version: int, new: Chain, *, held: tuple[AssetR
         return tuple(upload_file(new.store, path, held) for path in paths)
 
 
-@dataclass(slots=True)
-class _Draft:
-    """Payloads and digests gathered so far."""
+def commit_source(chain: Chain, source: WeightSource, author: Authorship) -> Manifest:
+    """Commit the state of a source as the chain's next version (for an anchor: its first).
 
-    version: int
-    commit_id: str = field(default_factory=new_commit_id)
-    payloads: list[PayloadRef] = field(default_factory=list)
-    digests: dict[str, int] = field(default_factory=dict)
-    num_changed: int = 0
-
-
-def _commit(chain: Chain, target: WeightSource, author: Authorship) -> Manifest:
+    DigestMismatchError, and nothing committed, when a revert would not be the state that it goes back to.
+    """
     check_signing_key()
     tip = None if author.kind == "anchor" else chain.tip()
     if tip is not None:
-        _require_same_tensors(chain, tip, target)
-    draft = _Draft(0 if tip is None else tip.version + 1)
+        _require_same_tensors(chain, tip, source)
+    draft, digests = Draft(0 if tip is None else tip.version + 1), dict[str, int]()
     with (
         tempfile.TemporaryDirectory(prefix="weightline-") as name,
         fetching(chain.store) as fetcher,
         uploading(chain.store) as uploads,
     ):
-        for names in tensor_groups(target.specs.values()):
-            new = dict(_read(target, names))
-            number = len(draft.payloads)
-            path = Path(name) / f"payload-{number}.safetensors"
+        for names in tensor_groups(source.specs.values()):
+            rank = len(draft.payloads)
+            path = Path(name) / f"payload-{rank}.safetensors"
             if tip is None:
-                info = write_anchor(path, _anchor_parts(new, draft))
+                info = write_anchor(path, _anchor_parts(source, names, digests))
             else:
                 old = read_state(chain, tip.version, names.__contains__, fetcher)
-                changes = list(_changes(new, old.bits, coding_named(author.coding).ranked))
-                _add_digests(draft, old.digests, changes)
+                changes = _changes_to(source, old, coding_named(author.coding).ranked)
+                digests |= _digests_after(old.digests, changes)
                 if not changes:
                     continue
                 info = write_delta(path, changes, author.coding)
-            key = keys.payload(draft.version, draft.commit_id, number)
-            uploads.start(key, path)
-            draft.payloads.append(PayloadRef(key=key, nbytes=info.nbytes, sha256=info.sha256, rank=number))
-            draft.num_changed += info.num_changed
-    manifest = build_manifest(
-        author, target.specs, draft.digests, tuple(draft.payloads), version=draft.version, commit_id=draft.commit_id,
-        created_at=utc_now(), num_changed=draft.num_changed, world_size=max(1, len(draft.payloads)),
-    )  # fmt: skip
+            uploads.start(draft.key(rank), path)
+            draft.add(rank, info.nbytes, info.sha256, info.num_changed)
+    manifest = draft.manifest(author, source.specs, digests, world_size=max(1, len(draft.payloads)))
     _check_revert(chain, manifest)
     commit_manifest(chain, manifest)
     return manifest
 
 
-def _read(target: WeightSource, names: frozenset[str]) -> Iterator[tuple[TensorSpec, BitsArray]]:
-    specs = target.specs
-    bits = target.read(names)
-    yield from ((specs[name], bits[name]) for name in specs if name in names)
-
-
-def _anchor_parts(new: dict[TensorSpec, BitsArray], draft: _Draft) -> Iterator[tuple[Segment, BitsArray]]:
-    for spec, bits_N in new.items():
-        segment = Segment(spec, 0, spec.num_elements)
-        draft.digests[spec.name] = tensor_digest(segment, bits_N)
+def _anchor_parts(
+    source: WeightSource, names: frozenset[str], digests: dict[str, int]
+) -> Iterator[tuple[Segment, BitsArray]]:
+    """The group's tensors. Enters their digests, those of empty tensors, too."""
+    bits = source.read(names)
+    for segment in (whole(spec) for name, spec in source.specs.items() if name in names):
+        bits_N = bits[segment.tensor.name]
+        digests[segment.tensor.name] = tensor_digest(segment, bits_N)
         if segment.length:
             yield segment, bits_N
 
 
-def _changes(new: dict[TensorSpec, BitsArray], old: dict[str, BitsArray], ranked: bool) -> Iterator[Changes]:
-    for spec, bits_N in new.items():
-        changes = capture(Segment(spec, 0, spec.num_elements), old[spec.name], bits_N, ranked=ranked)
-        if changes.num_changed:
-            yield changes
+def _changes_to(source: WeightSource, old: HostState, ranked: bool) -> list[Changes]:
+    """What leads from the state of a group of tensors to the source's, in the source's order."""
+    specs = [spec for name, spec in source.specs.items() if name in old.specs]
+    return list(capture_tensors(specs, old.bits, source.read(old.specs), ranked=ranked))
 
 
-def _add_digests(draft: _Draft, before: dict[str, int], changes: list[Changes]) -> None:
-    draft.digests |= before
+def _digests_after(before: dict[str, int], changes: list[Changes]) -> dict[str, int]:
+    after = dict(before)
     for change in changes:
         name = change.segment.tensor.name
-        draft.digests[name] = add_digests(draft.digests[name], digest_change(change))
+        after[name] = add_digests(after[name], digest_change(change))
+    return after
 
 
-def _require_same_tensors(chain: Chain, tip: Manifest, target: WeightSource) -> None:
-    differing = set(tip.specs.items()) ^ set(target.specs.items())
+def _require_same_tensors(chain: Chain, tip: Manifest, source: WeightSource) -> None:
+    differing = set(tip.specs.items()) ^ set(source.specs.items())
     if differing:
         name = min(name for name, _ in differing)
-        there, here = str(tip.specs.get(name)), str(target.specs.get(name))
+        there, here = str(tip.specs.get(name)), str(source.specs.get(name))
         raise BaseMismatchError(
             f"{chain.url} holds another model: tensor {name} is {there} there, {here} here",
             tensor=name,

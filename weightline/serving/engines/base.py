@@ -25,10 +25,10 @@ from typing import Literal, Protocol
 
 import numpy as np
 
-from weightline.codec.changes import inverse, whole
+from weightline.codec.changes import inverse
 from weightline.codec.digest import tensor_digest
 from weightline.errors import DigestMismatchError
-from weightline.types import BitsArray, Changes, PositionArray, TensorSpec
+from weightline.types import BitsArray, Changes, PositionArray, TensorSpec, whole
 
 Prompt = str | tuple[int, ...]
 """Text, or token ids."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,15 +11,12 @@ from weightline.chain import Chain
 from weightline.chain.files.assets import assets_of
 from weightline.chain.files.checkpoint import write_checkpoint
 from weightline.chain.replay.diff import tensor_groups
-from weightline.chain.replay.fetch import Fetcher, fetching
-from weightline.chain.replay.plan import Hop, ReplayPlan, plan_between
-from weightline.chain.replay.state import read_changes, read_state
-from weightline.codec.capture import capture
-from weightline.codec.changes import whole
+from weightline.chain.replay.fetch import fetching
+from weightline.chain.replay.plan import ReplayPlan, plan_between
+from weightline.chain.replay.state import OverlaidState, ReadBits, check_digests, read_state, walk
+from weightline.codec.capture import capture_tensors
 from weightline.errors import BaseMismatchError, DigestMismatchError, VersionNotFoundError
 from weightline.format.manifest import Manifest
-from weightline.format.payload import open_payload
-from weightline.serving.replica.pending import PendingState, ReadBits, check_digests
 from weightline.types import Changes
 
 
@@ -105,13 +101,9 @@ def prepare_delta(chain: Chain, version: int, held: Held, read_bits: ReadBits) -
     plan = plan_between(chain, held.version, version)
     if plan.hops and plan.hops[0].base_version is None:
         return _from_anchor(chain, manifest, held, plan, read_bits)
-    pending = PendingState(manifest.specs, read_bits, held.digests)
+    pending = OverlaidState(held.version, manifest.specs, dict(held.digests), read_bits)
     with fetching(chain.store) as fetcher:
-        fetcher.prefetch(ref for hop in plan.hops for ref in hop.payloads)
-        for hop in plan.hops:
-            assert hop.target is not None
-            pending.add(_hop_changes(hop, fetcher, pending))
-            pending.check(chain.manifest(hop.target))
+        walk(chain, pending, plan, fetcher)
     changes = tuple(one for one in pending.changes.values() if one.num_changed)
     return PreparedDelta(held, manifest, changes, pending.digests, plan.payload_nbytes)
 
@@ -146,11 +138,6 @@ def _base_mismatch(chain: Chain, held: Held, why: str) -> BaseMismatchError:
     )
 
 
-def _hop_changes(hop: Hop, fetcher: Fetcher, pending: PendingState) -> Iterator[Changes]:
-    for ref in hop.payloads:
-        yield from read_changes(open_payload(fetcher.fetch(ref)), hop, pending.segment_bits)
-
-
 def _from_anchor(chain: Chain, manifest: Manifest, held: Held, plan: ReplayPlan, read_bits: ReadBits) -> PreparedDelta:
     """The way leads through an anchor: build the version, a group of tensors at a time, and compare."""
     changes: list[Changes] = []
@@ -158,7 +145,7 @@ def _from_anchor(chain: Chain, manifest: Manifest, held: Held, plan: ReplayPlan,
     with fetching(chain.store) as fetcher:
         for names in tensor_groups(manifest.specs.values()):
             state = read_state(chain, manifest.version, names.__contains__, fetcher)
-            captured = (capture(whole(spec), read_bits(name), state.bits[name]) for name, spec in state.specs.items())
-            changes += (one for one in captured if one.num_changed)
+            held_bits = {name: read_bits(name) for name in state.specs}
+            changes += capture_tensors(state.specs.values(), held_bits, state.bits)
             digests |= state.digests
     return PreparedDelta(held, manifest, tuple(changes), digests, plan.payload_nbytes)

@@ -16,11 +16,11 @@ from typing import Literal
 
 from weightline.chain import Chain
 from weightline.chain.files.assets import assets_of
+from weightline.chain.replay.state import check_digests
 from weightline.errors import ApplyError, BaseMismatchError, InputError, WeightlineError
 from weightline.format.keys import checked_name
 from weightline.format.manifest import Manifest, utc_now
 from weightline.serving.engines.base import Engine
-from weightline.serving.replica.pending import check_digests
 from weightline.serving.replica.prepare import (
     Held,
     Prepared,

@@ -20,12 +20,11 @@ from typing import Any
 
 import numpy as np
 
-from weightline.codec.changes import whole
 from weightline.dtypes import bits_dtype
 from weightline.errors import ApplyError, WeightlineError
 from weightline.files import exclusive_lock
 from weightline.serving.http.errors import error_body, error_of
-from weightline.types import BitsArray, Changes, TensorSpec
+from weightline.types import BitsArray, Changes, TensorSpec, whole
 
 WORKER_EXTENSION = "weightline.serving.engines.vllm.worker.WeightlineWorker"
 

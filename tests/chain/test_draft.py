@@ -7,28 +7,29 @@ from dataclasses import replace
 import pytest
 from pydantic import ValidationError
 
-from weightline.chain.write.draft import Authorship, build_manifest
+from weightline.chain.write.draft import Authorship, Draft
 from weightline.codec.anchor import ANCHOR_CODING
 from weightline.codec.digest import format_digest
-from weightline.format.manifest import Manifest, PayloadRef
+from weightline.format import keys
+from weightline.format.manifest import Manifest
 from weightline.types import TensorSpec
 
 SPECS = {spec.name: spec for spec in (TensorSpec("a", "BF16", (3, 5)), TensorSpec("b", "F32", (2,)))}
-PAYLOADS = tuple(PayloadRef(key=f"payloads/{rank}", nbytes=100 + rank, sha256="0" * 64, rank=rank) for rank in (0, 1))
 DELTA = Authorship(stage="sft", run_id="r", global_step=9, kind="delta", coding="gap", is_milestone=False)
 
 
 def _manifest(author: Authorship, version: int) -> Manifest:
-    return build_manifest(
-        author, SPECS, {"a": 1, "b": 2}, PAYLOADS, version=version, commit_id="0" * 32, created_at="now",
-        num_changed=4, world_size=2,
-    )  # fmt: skip
+    draft = Draft(version, "0" * 32)
+    for rank in (0, 1):
+        draft.add(rank, 100 + rank, "0" * 64, num_changed=2)
+    return draft.manifest(author, SPECS, {"a": 1, "b": 2}, world_size=2)
 
 
 def test_counts_are_those_of_the_tensors_and_payloads() -> None:
     manifest = _manifest(DELTA, 3)
     assert (manifest.base_version, manifest.coding, manifest.num_changed) == (2, "gap", 4)
     assert (manifest.num_elements, manifest.full_nbytes, manifest.payload_nbytes) == (17, 38, 201)
+    assert [payload.key for payload in manifest.payloads] == [keys.payload(3, "0" * 32, rank) for rank in (0, 1)]
     assert manifest.specs == SPECS
     assert manifest.digests == {"a": format_digest(1), "b": format_digest(2)}
 
