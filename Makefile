@@ -4,12 +4,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN_ARGS ?=
 PYTEST_ARGS ?=
+# One worker a core. Tests that share a server or a training stay in one worker (tests/conftest.py).
+PYTEST_WORKERS ?= -n logical --maxprocesses 4 --dist loadgroup --no-loadscope-reorder
 FUZZ_SECONDS ?= 60
 VLLM_VENV := .venv-vllm
 AZURITE := 3.35.0
 
 .DEFAULT_GOAL := help
-.PHONY: help run up down deploy test test-fast test-vllm lint bench fuzz clean
+.PHONY: help run up down deploy test test-fast test-nightly test-vllm lint bench fuzz clean
 
 help:  ## This list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -27,10 +29,13 @@ deploy: $(VENV)/.run-ready  ## Make a Prefect server know every flow: PREFECT_AP
 	$(BIN)/weightline deploy
 
 test: $(VENV)/.test-ready lint  ## Everything that CI checks
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(PYTEST_WORKERS) --durations=30 $(PYTEST_ARGS)
 
-test-fast: $(VENV)/.test-ready  ## Tests without training processes and servers
-	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+test-fast: $(VENV)/.test-ready  ## Tests that start no process and no server
+	$(BIN)/python -m pytest $(PYTEST_WORKERS) -m "not (process or store or train or flows or browser)" $(PYTEST_ARGS)
+
+test-nightly: $(VENV)/.test-ready  ## As `test`, with twenty times as many examples and a deeper state machine
+	HYPOTHESIS_PROFILE=nightly $(BIN)/python -m pytest $(PYTEST_WORKERS) --durations=30 -o timeout=7200 $(PYTEST_ARGS)
 
 test-vllm: $(VLLM_VENV)/.ready  ## A real vLLM on the CPU, in an environment of its own, as a replica
 	$(VLLM_VENV)/bin/python -m pytest tests/vllm $(PYTEST_ARGS)

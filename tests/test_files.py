@@ -29,6 +29,7 @@ _HOLD = (
 )
 
 
+@pytest.mark.process
 def test_a_lock_excludes_other_processes_and_goes_with_its_holder(tmp_path: Path) -> None:
     path = tmp_path / "lock"
     with subprocess.Popen(

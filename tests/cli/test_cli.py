@@ -129,6 +129,7 @@ def _findings(bucket: str) -> set[str]:
     return {finding["rule"] for finding in json.loads(result.output)["findings"]}
 
 
+@pytest.mark.process
 def test_an_error_is_one_line_with_its_kind(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "weightline.cli.main"]
     text = subprocess.run([*command, "log", "ftp://x"], capture_output=True, text=True)

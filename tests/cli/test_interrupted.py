@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.store.racers import write_checkpoint_folder
 from tests.waiting import PATIENCE_SECONDS
 from weightline.chain.read.history import Chain
@@ -31,6 +33,7 @@ main()
 """
 
 
+@pytest.mark.process
 def test_sigterm_leaves_no_temporary_files(tmp_path: Path) -> None:
     folder = write_checkpoint_folder(tmp_path / "checkpoint", 0)
     scratch = tmp_path / "scratch"

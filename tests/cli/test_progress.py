@@ -16,6 +16,7 @@ from tests.store.racers import write_checkpoint_folder
 from tests.waiting import PATIENCE_SECONDS
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("is_terminal", [True, False], ids=["terminal", "pipe"])
 def test_commit_and_pull_show_bytes_on_a_terminal_only(tmp_path: Path, is_terminal: bool) -> None:
     folder = write_checkpoint_folder(tmp_path / "checkpoint", 0)

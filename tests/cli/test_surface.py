@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
 import typer.main
 
 import weightline
@@ -46,6 +47,7 @@ def test_verbs_and_flags_are_those_that_were_decided() -> None:
     assert lines == SURFACE.read_text().splitlines()
 
 
+@pytest.mark.process
 def test_every_help_text_is_there_at_once() -> None:
     """None of them imports what takes long. One process asks for all, so nothing of an earlier test is counted."""
     program = (
@@ -68,6 +70,7 @@ def test_the_default_coding_in_help_texts_is_that_of_the_engine() -> None:
     assert output.DEFAULT_CODING == standalone.DEFAULT_CODING
 
 
+@pytest.mark.process
 def test_version() -> None:
     argv = [sys.executable, "-m", "weightline", "--version"]
     done = subprocess.run(argv, capture_output=True, text=True, check=True)

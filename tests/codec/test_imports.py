@@ -6,6 +6,8 @@ import pkgutil
 import subprocess
 import sys
 
+import pytest
+
 import weightline.codec
 
 MODULES = sorted(
@@ -15,6 +17,7 @@ MODULES = sorted(
 )
 
 
+@pytest.mark.process
 def test_no_module_of_the_codec_imports_numba_or_torch() -> None:
     imports = "; ".join(
         f"import {name}"

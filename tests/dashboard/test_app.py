@@ -105,7 +105,7 @@ def test_changes_are_streamed(demo_url: str, demo: tuple[Chain, Chain]) -> None:
     assert json.loads(line.removeprefix("data: ")).keys() == {chain_id(chain) for chain in demo}
 
 
-@pytest.mark.slow
+@pytest.mark.process
 def test_the_verb_serves_until_it_is_interrupted(broken: Chain) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

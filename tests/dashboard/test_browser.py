@@ -16,7 +16,7 @@ from weightline.chain import Chain, open_chain
 from weightline.dashboard.buckets import chain_id
 from weightline.format import keys
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.browser
 
 Picture = Callable[[Page, str], None]
 

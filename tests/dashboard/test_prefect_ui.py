@@ -19,7 +19,7 @@ from weightline.deployments.server.artifacts import lineage_key
 from weightline.deployments.stack.registry import StackFacts, read_facts
 from weightline.deployments.stack.stack import StackFolder
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.browser, pytest.mark.flows, pytest.mark.train, pytest.mark.timeout(900)]
 
 #: For what trains, and for what only has to be drawn.
 _TRAIN_SECONDS = 600

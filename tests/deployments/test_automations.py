@@ -10,7 +10,6 @@ import time
 from datetime import timedelta
 from pathlib import Path
 
-import pytest
 import yaml
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterName
@@ -39,7 +38,6 @@ def test_trainings_bear_the_tag_that_is_watched() -> None:
     assert [d["name"] for d in deployments if WATCHED_TAG in d["tags"]] == ["post-training"]
 
 
-@pytest.mark.slow
 def test_a_training_whose_process_and_worker_are_gone_is_marked_with_its_stages(
     client: SyncPrefectClient, server_environment: None, tmp_path: Path
 ) -> None:

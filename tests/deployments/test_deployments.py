@@ -41,8 +41,6 @@ from weightline.lineage.owed import MAX_ATTEMPTS
 
 CONSUMERS = ("evaluate-version", "refresh-serving")
 
-pytestmark = pytest.mark.slow
-
 
 @pytest.fixture(scope="module")
 def deployed(server: str) -> Iterator[SyncPrefectClient]:

@@ -6,14 +6,11 @@ import json
 import subprocess
 import sys
 
-import pytest
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.actions import WorkPoolCreate
 
 from tests import ROOT
 from weightline.deployments.server.deploy import deploy_all
-
-pytestmark = pytest.mark.slow
 
 
 def test_training_moves_to_the_pool_of_pods_with_its_schedule(

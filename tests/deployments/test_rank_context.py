@@ -66,7 +66,6 @@ def _assert_each_ran_once(seconds: dict[str, list[float]], num_names: int = 4) -
     assert all(len(runs) == 1 for runs in seconds.values())
 
 
-@pytest.mark.slow
 def test_steps_are_task_runs_of_the_stage_and_the_commit_is_an_event(
     client: SyncPrefectClient, tmp_path: Path, server: str
 ) -> None:
@@ -111,7 +110,7 @@ def lost_server(request: pytest.FixtureRequest) -> Iterator[str]:
         yield f"http://127.0.0.1:{listening.getsockname()[1]}/api"
 
 
-@pytest.mark.slow
+@pytest.mark.flows
 def test_a_server_that_is_lost_costs_a_step_nothing(lost_server: str, tmp_path: Path) -> None:
     seconds = _run_rank(_flow_run_file(tmp_path), lost_server)
     _assert_each_ran_once(seconds)
@@ -119,7 +118,7 @@ def test_a_server_that_is_lost_costs_a_step_nothing(lost_server: str, tmp_path: 
     assert sum(took for runs in seconds.values() for took in runs) < 30
 
 
-@pytest.mark.slow
+@pytest.mark.process
 def test_every_event_is_sent_though_the_server_answers_no_question(tmp_path: Path) -> None:
     """Prefect would ask for the flow's name before each event, unless it is in a cache of its own."""
     received: list[dict[str, Any]] = []
@@ -254,7 +253,7 @@ def test_a_refusal_that_may_pass_keeps_the_events_and_is_logged_once(caplog: pyt
     assert "PREFECT_API_AUTH_STRING" in warning
 
 
-@pytest.mark.slow
+@pytest.mark.flows
 def test_events_reach_a_server_that_has_a_password(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PREFECT_SERVER_API_AUTH_STRING", "weightline:secret")
     stack = Stack(StackFolder.under(tmp_path), free_port(0))

@@ -9,7 +9,6 @@ import time
 from datetime import timedelta
 from pathlib import Path
 
-import pytest
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.filters import DeploymentFilter, DeploymentFilterName
 from prefect.client.schemas.objects import FlowRun
@@ -17,8 +16,6 @@ from prefect.client.schemas.schedules import IntervalSchedule
 
 from tests.waiting import wait_until
 from weightline.deployments.server.deploy import deploy_all
-
-pytestmark = pytest.mark.slow
 
 
 def _scheduled_runs(client: SyncPrefectClient) -> list[FlowRun]:

@@ -97,7 +97,7 @@ def _answers(url: str) -> bool:
         return False
 
 
-@pytest.mark.slow
+@pytest.mark.flows
 def test_up_leaves_a_stack_and_down_ends_all_of_it(tmp_path: Path, flows: StartFlows) -> None:
     up = flows("up", "--port", "0")
     out, err = up.communicate(timeout=PATIENCE_SECONDS)
@@ -135,7 +135,7 @@ def test_up_leaves_a_stack_and_down_ends_all_of_it(tmp_path: Path, flows: StartF
     assert flows("down").communicate(timeout=PATIENCE_SECONDS)[0] == "nothing was up\n"
 
 
-@pytest.mark.slow
+@pytest.mark.flows
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
 def test_a_run_that_is_interrupted_leaves_no_process(tmp_path: Path, flows: StartFlows, how: signal.Signals) -> None:
     run = flows("run", "--port", "0")
@@ -156,6 +156,7 @@ def test_a_run_that_is_interrupted_leaves_no_process(tmp_path: Path, flows: Star
     wait_until(lambda: not any(p.is_alive() for p in facts.processes) and not any(m.is_running() for m in members))
 
 
+@pytest.mark.process
 def test_a_wrong_recipe_is_one_clear_error_before_anything_is_started(tmp_path: Path, flows: StartFlows) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("name: toy\nmodel: {tiny: {}}\nstages: [{kind: sft, max_step: 3, learning_rate: 1.0e-3}]\n")
@@ -168,6 +169,7 @@ def test_a_wrong_recipe_is_one_clear_error_before_anything_is_started(tmp_path: 
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("argv", "environment", "returncode", "told"),
     [
@@ -201,6 +203,7 @@ def test_wrong_usage_is_one_clear_error(
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.process
 def test_a_runner_of_no_lane_is_one_clear_error() -> None:
     argv = [sys.executable, "-m", "weightline.deployments.worker.warm_runner", "nolane"]
     done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_SECONDS, check=False)

@@ -86,7 +86,6 @@ def _state(client: SyncPrefectClient, flow_run_id: UUID) -> State:
     return state
 
 
-@pytest.mark.slow
 def test_runs_share_a_process_until_one_dies_and_every_end_is_told(
     client: SyncPrefectClient, start: Callable[..., UUID], run_until: Callable[..., None], tmp_path: Path
 ) -> None:
@@ -119,7 +118,6 @@ def test_runs_share_a_process_until_one_dies_and_every_end_is_told(
     assert told.read_text().split()[-1] != pids[0]
 
 
-@pytest.mark.slow
 def test_cancelling_a_run_ends_all_its_processes(
     client: SyncPrefectClient, start: Callable[..., UUID], run_until: Callable[..., None], tmp_path: Path
 ) -> None:
@@ -137,7 +135,6 @@ def test_cancelling_a_run_ends_all_its_processes(
     assert not child.is_running() or child.status() == psutil.STATUS_ZOMBIE
 
 
-@pytest.mark.slow
 def test_cancelling_a_part_of_a_run_ends_the_run(
     client: SyncPrefectClient, start: Callable[..., UUID], run_until: Callable[..., None], tmp_path: Path
 ) -> None:
@@ -155,7 +152,6 @@ def test_cancelling_a_part_of_a_run_ends_the_run(
     assert not psutil.pid_exists(child) or psutil.Process(child).status() == psutil.STATUS_ZOMBIE
 
 
-@pytest.mark.slow
 def test_two_runners_keep_the_limit_of_a_queue_and_its_job_variables(
     client: SyncPrefectClient,
     start: Callable[..., UUID],
@@ -172,7 +168,6 @@ def test_two_runners_keep_the_limit_of_a_queue_and_its_job_variables(
     assert told.read_text().splitlines() == [f"{moment} {word} 77" for word in words for moment in ("begun", "ended")]
 
 
-@pytest.mark.slow
 def test_nothing_starts_while_the_queue_or_the_pool_is_paused(
     client: SyncPrefectClient,
     start: Callable[..., UUID],
@@ -200,7 +195,6 @@ def test_nothing_starts_while_the_queue_or_the_pool_is_paused(
     run_until(lambda: _state(client, waiting).is_completed())
 
 
-@pytest.mark.slow
 def test_a_slot_is_taken_from_a_run_whose_runner_is_gone_and_from_no_other(
     client: SyncPrefectClient,
     start: Callable[..., UUID],

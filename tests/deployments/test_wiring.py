@@ -99,6 +99,7 @@ def test_no_flow_file_shadows_an_installed_module(path: Path) -> None:
     assert spec is None or Path(spec.origin or "").parent == path.parent
 
 
+@pytest.mark.process
 def test_a_stack_is_known_without_prefect_or_torch() -> None:
     """Prefect reads the stack's environment as it is imported, so it must not be imported before."""
     program = (

@@ -88,7 +88,7 @@ def _only(chain: Chain) -> ReachableReplica:
     return found
 
 
-@pytest.mark.slow
+@pytest.mark.flows
 def test_a_stack_starts_one_replica_and_moves_on_to_the_newest_chain(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -116,7 +116,7 @@ def test_a_stack_starts_one_replica_and_moves_on_to_the_newest_chain(
     assert replicas._running == {}
 
 
-@pytest.mark.slow
+@pytest.mark.process
 def test_a_server_that_does_not_come_up_is_quoted(tmp_path: Path) -> None:
     (tmp_path / "x").mkdir()
     with (tmp_path / "x" / "lock").open("a") as lock:

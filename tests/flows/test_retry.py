@@ -31,7 +31,7 @@ from weightline.launch.command import launch_argv, launch_environment
 from weightline.runs.folder import Run, open_run
 from weightline.stages.job import StageJob, StageResult
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.train, pytest.mark.timeout(900)]
 
 POOL, QUEUE = "retry-pool", "retry"
 _STAGES = [

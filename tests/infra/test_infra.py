@@ -207,6 +207,7 @@ def test_images_are_named_by_version() -> None:
     assert not any(image.endswith(":latest") for image in images)
 
 
+@pytest.mark.process
 def test_accelerate_reads_the_file_for_several_machines() -> None:
     program = (
         "import sys; from accelerate.commands.config.config_args import load_config_from_file as load; "
@@ -218,6 +219,7 @@ def test_accelerate_reads_the_file_for_several_machines() -> None:
     assert done.stdout.split()[-4:] == ["2", "16", "DEEPSPEED", "standard"]
 
 
+@pytest.mark.process
 def test_a_peer_s_pod_waits_for_calls_and_the_first_one_runs_the_flow() -> None:
     argv = [sys.executable, "-m", "weightline.launch.peer", "--indexed-job", sys.executable, "-c", "print('the flow')"]
     env = {"PYTHONPATH": str(ROOT), "JOB_COMPLETION_INDEX": "0"}

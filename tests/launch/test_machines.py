@@ -82,7 +82,7 @@ def _prepared(folder: Path) -> Run:
     return run
 
 
-@pytest.mark.slow
+@pytest.mark.train
 def test_two_machines_train_one_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On two loopback addresses: the second one reaches the first at 127.0.0.2."""
     with socket.socket() as free:

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import psutil
+import pytest
 
 from weightline.deployments.stack.registry import StackFacts, StackProcess, read_facts, write_facts
 from weightline.launch.processes import ProcessTree, start_process
@@ -32,6 +33,7 @@ def _is_gone(process: psutil.Process) -> bool:
     return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
 
 
+@pytest.mark.process
 def test_a_tree_ends_with_all_that_it_started() -> None:
     parent, child = _start_parent(300)
     tree = ProcessTree(parent.pid)
@@ -43,6 +45,7 @@ def test_a_tree_ends_with_all_that_it_started() -> None:
     tree.end()
 
 
+@pytest.mark.process
 def test_a_child_whose_parent_has_gone_still_belongs_to_the_tree() -> None:
     parent, child = _start_parent(0.5)
     tree = ProcessTree(parent.pid)
@@ -52,6 +55,7 @@ def test_a_child_whose_parent_has_gone_still_belongs_to_the_tree() -> None:
     assert _is_gone(child)
 
 
+@pytest.mark.process
 def test_a_process_that_ignores_being_asked_is_made_to_go() -> None:
     stubborn = (
         "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(1, flush=True); time.sleep(300)"
@@ -66,6 +70,7 @@ def test_a_process_that_ignores_being_asked_is_made_to_go() -> None:
     assert time.monotonic() - started < 60
 
 
+@pytest.mark.process
 def test_a_registered_process_is_ended_by_its_pid_and_start() -> None:
     process = start_process(["sleep", "300"])
     registered = StackProcess.of("sleeper", process.pid)
@@ -75,6 +80,7 @@ def test_a_registered_process_is_ended_by_its_pid_and_start() -> None:
     assert not registered.is_alive()
 
 
+@pytest.mark.process
 def test_a_foreign_process_with_the_same_pid_is_left_alone() -> None:
     process = start_process(["sleep", "300"])
     foreign = StackProcess("sleeper", process.pid, StackProcess.of("sleeper", process.pid).created_at - 10)

@@ -53,6 +53,7 @@ def _run(how: str, folder: Path, tick: Callable[[], None] = lambda: None) -> lis
     return shown
 
 
+@pytest.mark.process
 def test_lines_are_shown_with_their_ranks_and_kept_in_a_file(tmp_path: Path) -> None:
     ticks: list[int] = []
     shown = _run("succeed", tmp_path, lambda: ticks.append(1))
@@ -63,6 +64,7 @@ def test_lines_are_shown_with_their_ranks_and_kept_in_a_file(tmp_path: Path) -> 
     _assert_gone(_rank_pids(tmp_path))
 
 
+@pytest.mark.process
 def test_a_failure_tells_the_last_lines_of_the_rank_that_failed_first(tmp_path: Path) -> None:
     with pytest.raises(LaunchError, match="rank 1 ended with exit code 3") as caught:
         _run("rank-fails", tmp_path)
@@ -71,6 +73,7 @@ def test_a_failure_tells_the_last_lines_of_the_rank_that_failed_first(tmp_path: 
     assert str(tmp_path / "ranks.log") in str(caught.value)
 
 
+@pytest.mark.process
 def test_an_exception_in_the_middle_ends_ranks_in_sessions_of_their_own(tmp_path: Path) -> None:
     def interrupt() -> None:
         if _rank_pids(tmp_path):
@@ -81,12 +84,14 @@ def test_an_exception_in_the_middle_ends_ranks_in_sessions_of_their_own(tmp_path
     _assert_gone(_rank_pids(tmp_path))
 
 
+@pytest.mark.process
 def test_ranks_whose_launcher_was_killed_are_ended(tmp_path: Path) -> None:
     with pytest.raises(LaunchError, match="launcher ended with exit code -9"):
         _run("die", tmp_path)
     _assert_gone(_rank_pids(tmp_path))
 
 
+@pytest.mark.process
 def test_a_launcher_goes_when_its_flow_is_killed(tmp_path: Path) -> None:
     program = (
         "import os, sys; from pathlib import Path; from weightline.launch.ranks import run_ranks; "

@@ -104,7 +104,6 @@ def test_names_from_the_bucket_are_text(chain: Chain) -> None:
     assert "<b>" not in card
 
 
-@pytest.mark.slow
 def test_a_version_becomes_a_folder_and_a_repository(
     server: str, chain: Chain, repos: ModelRepos, tmp_path: Path
 ) -> None:
@@ -128,7 +127,6 @@ def test_a_refusal_says_what_to_do(repos: ModelRepos, tmp_path: Path) -> None:
         upload_model(tmp_path, "me/model", is_private=True, message="m")
 
 
-@pytest.mark.slow
 def test_a_release_needs_a_place(server: str) -> None:
     with pytest.raises(InputError, match="folder, repo_id: name a folder"):
         publish_model("memory://nowhere")

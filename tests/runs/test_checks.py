@@ -83,7 +83,6 @@ def test_a_bucket_that_is_not_there_is_told_soon(tmp_path: Path, monkeypatch: py
     assert form_checks.PATIENCE_SECONDS <= 10.0
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("flow", "parameters", "field"),
     [

@@ -25,6 +25,7 @@ def chain(tmp_path: Path) -> str:
     return (tmp_path / "chain").as_uri()
 
 
+@pytest.mark.process
 def test_the_second_training_is_refused_until_the_first_has_gone_however_it_went(chain: str) -> None:
     argv = [sys.executable, "-c", _HOLDER, chain]
     holder = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT)

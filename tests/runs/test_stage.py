@@ -125,7 +125,6 @@ def test_a_stage_without_versions_proves_nothing(run: Run) -> None:
         prove_stage(run, run.job("sft"))
 
 
-@pytest.mark.slow
 def test_a_finished_stage_is_skipped_and_proved_again(server: str, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     _trained(run)
     _mark_done(run, global_step=1)
@@ -133,7 +132,6 @@ def test_a_finished_stage_is_skipped_and_proved_again(server: str, run: Run, mon
     assert train_stage(str(run.folder), "sft").version == 1
 
 
-@pytest.mark.slow
 def test_a_failing_rank_fails_the_run_with_its_own_last_lines(
     client: SyncPrefectClient, tmp_path: Path, server_environment: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -21,6 +21,7 @@ sys.stdout.write("buffered ")
 """
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("rest", "returncode", "output"),
     [

@@ -118,6 +118,7 @@ def test_a_file_comes_before_the_shipped_recipe_of_its_name(tmp_path: Path, monk
     assert load_recipe("arithmetic").num_processes == 3
 
 
+@pytest.mark.process
 def test_reading_and_checking_a_recipe_needs_no_torch() -> None:
     program = (
         "import sys\n"

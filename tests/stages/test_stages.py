@@ -21,7 +21,7 @@ from weightline.stages.load import parse_recipe
 from weightline.stages.model import materialize_model
 from weightline.stages.recipe import Recipe
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.train
 
 _QUICK = {
     "max_steps": 4, "save_steps": 2, "learning_rate": 3e-4, "per_device_batch_size": 8,

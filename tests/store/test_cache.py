@@ -232,6 +232,7 @@ def _want_many(folder: Path, seed: int, downloads: object) -> None:
         found.release()
 
 
+@pytest.mark.process
 def test_processes_share_a_cache_that_is_too_small_for_them(tmp_path: Path) -> None:
     """Ten objects, room for five, three processes: every read is whole, and the bound holds at the end."""
     context = multiprocessing.get_context("spawn")
@@ -254,6 +255,7 @@ def _die_downloading(folder: Path, sha256: str) -> None:
     ObjectCache(folder, 1000).fetch(sha256, 7, download)
 
 
+@pytest.mark.process
 def test_a_process_that_dies_downloading_blocks_nobody(cache: ObjectCache) -> None:
     child = multiprocessing.get_context("spawn").Process(
         target=_die_downloading, args=(cache.folder, _sha256(b"payload"))

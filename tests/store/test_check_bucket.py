@@ -23,7 +23,7 @@ def _run(url: str) -> subprocess.CompletedProcess[str]:
     )  # fmt: skip
 
 
-@pytest.mark.slow
+@pytest.mark.process
 @pytest.mark.parametrize("any_url", ["local", "s3", "az", "gs"], indirect=True)
 def test_sound_buckets_pass(any_url: str) -> None:
     done = _run(any_url)
@@ -33,7 +33,6 @@ def test_sound_buckets_pass(any_url: str) -> None:
     assert all(line.startswith("ok ") for line in lines[1:])
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("any_url", ["hub", "hub_s3"], indirect=True)
 def test_a_sound_hub_passes(hub: HubEmulator, any_url: str) -> None:
     hub.page_nitems = 300
@@ -45,7 +44,6 @@ def test_a_sound_hub_passes(hub: HubEmulator, any_url: str) -> None:
     assert list(open_store(any_url).list("")) == []
 
 
-@pytest.mark.slow
 def test_listings_that_lag_are_told_and_waited_for(s3_url: str, s3_proxy: Proxy) -> None:
     s3_proxy.list_lag_seconds = 1.5
     done = _run(s3_url)
@@ -59,7 +57,6 @@ def test_listings_that_lag_are_told_and_waited_for(s3_url: str, s3_proxy: Proxy)
     assert list(open_store(s3_url).list("")) == []
 
 
-@pytest.mark.slow
 def test_a_bucket_that_ignores_create_only_fails(s3_url: str, s3_proxy: Proxy) -> None:
     s3_proxy.dropped_headers = frozenset({"if-none-match"})
     done = _run(s3_url)

@@ -307,7 +307,6 @@ def _read_in_child(url: str, answers: object) -> None:
     answers.put(open_hub(url).get("x"))  # type: ignore[attr-defined]
 
 
-@pytest.mark.slow
 def test_spawned_processes(store: HubStore) -> None:
     store.put("x", b"1")
     context = multiprocessing.get_context("spawn")
@@ -318,6 +317,7 @@ def test_spawned_processes(store: HubStore) -> None:
     child.join(60)
 
 
+@pytest.mark.process
 def test_the_client_is_not_loaded_for_other_stores(tmp_path: Path) -> None:
     code = f"""
 import sys

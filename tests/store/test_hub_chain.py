@@ -150,32 +150,36 @@ def test_a_commit_that_is_repeated_after_an_outage_knows_itself(hub: HubEmulator
     assert open_hub(url).contests() == ()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("faults", [(Cut(),), (LoseReply(),), (Status(503), Status(429))], ids=["cut", "lost", "busy"])
-def test_one_failure_at_any_request_of_a_commit(
-    hub: HubEmulator, url: str, hurried: None, faults: tuple[Fault, ...]
+def test_one_failure_at_a_request_of_a_commit(
+    hub: HubEmulator, url: str, hurried: None, faults: tuple[Fault, ...], request: pytest.FixtureRequest
 ) -> None:
-    """Upload, commit and read back, through the store that users get."""
+    """Upload, commit and read back, through the store that users get.
+
+    At every request where the two modes differ most: a claim that is cut, a gateway whose reply is lost. Else at five:
+    tests/store/test_hub_claims.py does every request of a claim, for each fault.
+    """
     chain = _committed(url)
     open_chain(url).store.put("warm", b"up")
     hub.requests.clear()
     commit_state(open_chain(url), STATES[0], STATES[1], world_size=1)
     num_requests = len(hub.requests)
     assert num_requests > 10
-    for failing in range(num_requests):
-        version, fault = failing + 3, faults[failing % len(faults)]
+    is_whole = {"claims-cut", "s3-gateway-lost"} & {request.node.callspec.id}
+    failures = list(range(num_requests)) if is_whole else [at * (num_requests - 1) // 4 for at in range(5)]
+    for number, failing in enumerate(failures):
+        version, fault = number + 3, faults[number % len(faults)]
         hub.requests.clear()
-        hub.fault_plan = lambda number, method, path, failing=failing, fault=fault: (  # type: ignore[misc]
-            fault if number == failing else None
+        hub.fault_plan = lambda n, method, path, failing=failing, fault=fault: (  # type: ignore[misc]
+            fault if n == failing else None
         )
         commit_state(open_chain(url), STATES[version % 2], STATES[(version + 1) % 2], world_size=1)
         hub.fault_plan = None
-    assert chain.tip_version() == num_requests + 2
+    assert chain.tip_version() == len(failures) + 2
     report = verify_chain(Chain(open_hub(url)), is_deep=False)
     assert report.holds, report.findings
 
 
-@pytest.mark.slow
 def test_the_hub_goes_away_at_any_request_of_a_commit(hub: HubEmulator, url: str, hurried: None) -> None:
     """From request n on nothing answers; then the trainer starts again from the tip that it finds."""
     _committed(url)
@@ -205,13 +209,11 @@ def test_the_hub_goes_away_at_any_request_of_a_commit(hub: HubEmulator, url: str
     assert all(np.array_equal(state.bits[n], b.reshape(-1)) for n, b in STATES[tip.version % 2].items())
 
 
-@pytest.mark.slow
 def test_processes_race(hub: HubEmulator, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HOME", str(tmp_path))
     race(url)
 
 
-@pytest.mark.slow
 def test_processes_race_while_replies_get_lost_and_listings_lag(
     hub: HubEmulator, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -15,6 +15,7 @@ import hf_xet
 import pytest
 
 from tests.hub_emulator import HubEmulator, Truncate
+from tests.waiting import PATIENCE_SECONDS
 from weightline.errors import CorruptError, DigestMismatchError, StorageError, TransientStorageError
 from weightline.store import transfers
 from weightline.store.hub import content as hub_content
@@ -319,7 +320,6 @@ def test_the_clients_blocks_are_small_unless_the_user_says_otherwise(
     assert config.get("client.retry_max_attempts") == 3
 
 
-@pytest.mark.slow
 def test_the_memory_of_a_download_does_not_grow_with_the_file(hub: HubEmulator, hub_url: str, tmp_path: Path) -> None:
     """At its peak, in a process of its own; the client by its own choice holds most of such a file."""
     source = tmp_path / "source"
@@ -356,14 +356,23 @@ def test_whoever_watches_sees_a_download_move(hub: HubEmulator, hub_url: str, tm
     source.write_bytes(os.urandom(64_000_000))  # four blocks
     store.put_file("payloads/x", source)
     asked: list[str] = []
+    has_moved = threading.Event()
 
-    def slower_and_slower(number: int, method: str, path: str) -> None:
+    def watch(nbytes: int) -> None:
+        pieces.append(nbytes)
+        if nbytes > 0:
+            has_moved.set()
+
+    def hold_later_blocks(number: int, method: str, path: str) -> None:
+        """Answer from the third block on only when the watcher has heard of the first."""
         if path.startswith("/xorb/"):
             asked.append(path)
-            time.sleep(0.4 * len(asked))
+            if len(asked) > 2:
+                has_moved.wait(PATIENCE_SECONDS)
 
-    hub.fault_plan = slower_and_slower
-    with watching(pieces.append):
+    hub.fault_plan = hold_later_blocks
+    with watching(watch):
         store.get_file("payloads/x", tmp_path / "out")
+    assert len(asked) > 2
     assert sum(pieces) == 64_000_000
     assert sum(nbytes > 0 for nbytes in pieces) > 1

@@ -1,4 +1,4 @@
-"""A network that fails at any request of a commit and a pull: nothing is lost, nothing wrong is accepted."""
+"""A network that fails at requests of a commit and a pull: nothing is lost, nothing wrong is accepted."""
 
 from __future__ import annotations
 
@@ -47,14 +47,13 @@ def _pull_tip(chain: Chain, out: Path) -> None:
     write_checkpoint(chain, chain.tip().version, out)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("fault", [Cut(), LoseReply()], ids=["cut", "lost reply"])
-def test_the_network_goes_away_at_any_request(
+def test_the_network_goes_away_at_a_request(
     s3_url: str, s3_proxy: Proxy, impatient: Callable[[str], Store], folders: list[Path], tmp_path: Path, fault: Fault
 ) -> None:
     """From request n on, all fail; then the user runs the same commands again."""
     num_requests = _count_requests(f"{s3_url}/whole", s3_proxy, folders, tmp_path / "whole")
-    for failing in range(num_requests):
+    for failing in _some_of(num_requests):
         url, out = f"{s3_url}/{failing}", tmp_path / f"out-{failing}"
         commit_folder(Chain(open_store(url)), folders[0])
         s3_proxy.reset()
@@ -70,12 +69,11 @@ def test_the_network_goes_away_at_any_request(
         assert verify_chain(Chain(open_store(url))).holds
 
 
-@pytest.mark.slow
-def test_a_single_cut_at_any_request_is_not_noticed(
+def test_a_single_cut_at_a_request_is_not_noticed(
     s3_url: str, s3_proxy: Proxy, folders: list[Path], tmp_path: Path
 ) -> None:
     num_requests = _count_requests(f"{s3_url}/whole", s3_proxy, folders, tmp_path / "whole")
-    for failing in range(num_requests):
+    for failing in _some_of(num_requests):
         store, out = open_store(f"{s3_url}/{failing}"), tmp_path / f"out-{failing}"
         commit_folder(Chain(store), folders[0])
         s3_proxy.reset()
@@ -86,6 +84,11 @@ def test_a_single_cut_at_any_request_is_not_noticed(
         report = verify_chain(Chain(store))
         assert report.holds, report.findings
         assert report.num_versions == 2
+
+
+def _some_of(num_requests: int) -> list[int]:
+    """The first, the last and three between; tests/store/test_outages.py does every operation, in memory."""
+    return [at * (num_requests - 1) // 4 for at in range(5)]
 
 
 def _count_requests(url: str, proxy: Proxy, folders: list[Path], out: Path) -> int:

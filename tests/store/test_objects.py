@@ -112,7 +112,6 @@ print(received - before, peak_nbytes() - received)
 """
 
 
-@pytest.mark.slow
 def test_large_files_are_never_in_memory(s3_url: str, tmp_path: Path) -> None:
     """Pieces of six ranges on the way down, six parts of 5 MiB on the way up, of 160 MiB."""
     with (tmp_path / "payload").open("wb") as file:
@@ -422,6 +421,7 @@ def test_one_room_imports_the_client() -> None:
     assert importing == {Path(objects.__file__).parent}
 
 
+@pytest.mark.process
 def test_help_and_local_buckets_do_not_load_the_client(tmp_path: Path) -> None:
     code = f"""
 import sys

@@ -19,13 +19,12 @@ def test_threads_race_in_memory(any_url: str) -> None:
     race(any_url, in_threads=True)
 
 
-@pytest.mark.slow
+@pytest.mark.process
 @pytest.mark.parametrize("any_url", ["local", "s3", "az", "gs"], indirect=True)
 def test_processes_race(any_url: str) -> None:
     race(any_url)
 
 
-@pytest.mark.slow
 def test_processes_race_while_replies_get_lost(s3_url: str, s3_proxy: Proxy) -> None:
     lost: list[str] = []
 
@@ -40,7 +39,6 @@ def test_processes_race_while_replies_get_lost(s3_url: str, s3_proxy: Proxy) -> 
     assert len(lost) > 3
 
 
-@pytest.mark.slow
 def test_processes_race_while_listings_lag(s3_url: str, s3_proxy: Proxy) -> None:
     s3_proxy.list_lag_seconds = 0.3
     race(s3_url)

@@ -69,10 +69,10 @@ def test_list_is_in_key_order_and_starts_after(store: Store) -> None:
     assert list(store.list("none/")) == []
 
 
-@pytest.mark.parametrize("key", ["../x", "/x", "a//b", "a/../b", "", "a\\b", "a\0b"])
-def test_keys_stay_inside(store: Store, key: str) -> None:
-    with pytest.raises(InputError):
-        store.put(key, b"")
+def test_keys_stay_inside(store: Store) -> None:
+    for key in ("../x", "/x", "a//b", "a/../b", "", "a\\b", "a\0b"):
+        with pytest.raises(InputError):
+            store.put(key, b"")
 
 
 def test_check_writable_leaves_nothing(store: Store) -> None:
@@ -116,6 +116,7 @@ def _race(root: Path, number: int, barrier: object, wins: object) -> None:
             pass
 
 
+@pytest.mark.process
 def test_one_of_several_processes_wins_each_key(tmp_path: Path) -> None:
     context = multiprocessing.get_context("spawn")
     barrier, wins = context.Barrier(3), context.Queue()

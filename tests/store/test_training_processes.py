@@ -14,7 +14,7 @@ from weightline.chain.replay.state import read_state
 from weightline.chain.upkeep.verify import verify_chain
 
 
-@pytest.mark.slow
+@pytest.mark.train
 @pytest.mark.parametrize("any_url", ["s3", "hub"], indirect=True)
 def test_two_ranks_publish_over_the_network(any_url: str, tmp_path: Path) -> None:
     run_ranks_to_end(ddp_ranks.main, (any_url, "gap", tmp_path), tmp_path / "ranks.log")

@@ -30,7 +30,7 @@ from weightline.serving.http.auth import TOKEN_VARIABLE
 from weightline.serving.replica.following import Following
 from weightline.types import Changes
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("server")]
+pytestmark = pytest.mark.usefixtures("server")
 NAMES = ("r-0", "r-1", "r-2")
 
 

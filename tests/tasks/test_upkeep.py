@@ -44,7 +44,6 @@ def test_the_newest_versions_are_kept() -> None:
     assert [first_of_newest(chain, number) for number in (1, 2, 3, 9)] == [2, 1, 0, 0]
 
 
-@pytest.mark.slow
 def test_upkeep_shortens_a_chain_and_deletes_nothing_unless_told(client: SyncPrefectClient) -> None:
     chain = _grown("upkept")
     before = {info.key for info in chain.store.list("")}
@@ -62,7 +61,6 @@ def test_upkeep_shortens_a_chain_and_deletes_nothing_unless_told(client: SyncPre
     assert verify_chain(chain).holds
 
 
-@pytest.mark.slow
 def test_a_chain_that_does_not_hold_is_left_as_it_is(server: str) -> None:
     chain = _grown("broken", 3)
     chain.store.delete(chain.manifest(1).payloads[0].key)

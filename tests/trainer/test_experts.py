@@ -124,7 +124,7 @@ def test_a_checkpoint_that_is_rearranged_is_refused(monkeypatch: pytest.MonkeyPa
         checkpoint_tensors(model)
 
 
-@pytest.mark.slow
+@pytest.mark.train
 def test_zero3_ranks_publish_their_parts_of_the_experts(tmp_path: Path) -> None:
     url = f"file://{tmp_path}/bucket/chain"
     build_mixture("qwen3-moe").save_pretrained(tmp_path / "model")

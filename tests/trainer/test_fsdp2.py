@@ -14,7 +14,7 @@ from weightline.chain.replay.state import read_state
 from weightline.chain.upkeep.verify import verify_chain
 from weightline.codec.torch_ops import bits_of
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.train
 
 
 def test_two_ranks_publish_their_rows(tmp_path: Path) -> None:

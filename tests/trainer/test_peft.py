@@ -223,7 +223,7 @@ def test_an_adapter_without_a_peft_model_is_refused() -> None:
         _start(Chain(MemoryStore()), base)
 
 
-@pytest.mark.slow
+@pytest.mark.train
 def test_two_zero3_ranks_publish_the_adapter_alone(tmp_path: Path) -> None:
     """A LoRA SFT of TRL's trainer; the base, partitioned like everything else, is told by its bits."""
     tiny = TinyModelConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, head_dim=8)

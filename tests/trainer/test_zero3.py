@@ -20,7 +20,7 @@ from weightline.stages.job import StageJob, StageResult
 from weightline.stages.model import materialize_model
 from weightline.stages.recipe import DatasetConfig, ModelConfig, StageConfig, StageKind, TinyModelConfig
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.train
 
 _MAX_STEPS, _SAVE_STEPS = 16, 4
 

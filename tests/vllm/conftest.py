@@ -24,6 +24,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             continue
         # vLLM and its hundred dependencies warn of many things, which are theirs.
         item.add_marker(pytest.mark.filterwarnings("ignore"))
-        item.add_marker(pytest.mark.slow)
+        item.add_marker(pytest.mark.process)
         if not HAS_VLLM:
             item.add_marker(pytest.mark.skip(reason="vLLM is not installed here: make test-vllm installs and runs it"))

@@ -222,6 +222,7 @@ def test_no_shared_memory_is_left(served: Served) -> None:
     assert not folder.exists()
 
 
+@pytest.mark.process
 def test_what_a_killed_process_left_in_shared_memory_is_removed_and_what_a_living_one_holds_is_not() -> None:
     program = (
         "import os, signal\n"

@@ -170,6 +170,7 @@ def test_a_replica_that_demands_signatures_moves_to_nothing_else(
         assert client.refresh(opened.url, TOKEN, 1).version == 1
 
 
+@pytest.mark.process
 def test_reading_unsigned_chains_imports_no_cryptography() -> None:
     program = "import sys, weightline.serving.http.server, weightline.cli.main; print('cryptography' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

@@ -30,6 +30,8 @@ from weightline.serving.http.auth import read_token
 from weightline.serving.http.server import ServerSettings, serve
 from weightline.serving.replica.replica import Replica
 
+pytestmark = pytest.mark.process
+
 REPOSITORY = Path(__file__).parents[3]
 NUM_REFRESHES = 20
 PROMPT = "12+34="

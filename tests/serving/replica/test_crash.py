@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.serving.model_chains import assert_same_bits, engine_bits, fresh_bits, make_chain
 from tests.waiting import PATIENCE_SECONDS
 from weightline.serving.engines.base import GenerationRequest
@@ -17,6 +19,7 @@ from weightline.serving.replica.status import read_mark
 REPOSITORY = Path(__file__).parents[3]
 
 
+@pytest.mark.process
 def test_a_replica_killed_at_any_step_comes_back_at_a_checked_version(tmp_path: Path) -> None:
     grown = make_chain((tmp_path / "bucket").as_uri(), num_versions=2)
     kill_points = ["withdrawn", "0", "7", str(len(grown.chain.manifest(1).tensors) - 1), "written", "proven"]
