@@ -77,8 +77,8 @@ def _with_first_version(folders: list[Path]) -> MemoryStore:
     return inner
 
 
-def _num_operations(folders: list[Path], out: Path) -> int:
-    store = CutStore(_with_first_version(folders), _failing_when(_never))
+def _num_operations(kind: type[FaultStore], folders: list[Path], out: Path) -> int:
+    store = kind(_with_first_version(folders), _failing_when(_never))
     _commit_and_pull(store, folders[1], out)
     assert store.num_operations > 15
     return store.num_operations
@@ -87,7 +87,7 @@ def _num_operations(folders: list[Path], out: Path) -> int:
 @pytest.mark.parametrize("kind", [CutStore, LosingStore], ids=["cut", "lost reply"])
 def test_the_network_goes_away_at_any_operation(kind: type[FaultStore], folders: list[Path], tmp_path: Path) -> None:
     """From operation n on, all fail; then the user runs the same commands again."""
-    for failing in range(_num_operations(folders, tmp_path / "whole")):
+    for failing in range(_num_operations(kind, folders, tmp_path / "whole")):
         inner, out, again = _with_first_version(folders), tmp_path / f"out-{failing}", tmp_path / f"again-{failing}"
         with pytest.raises(TransientStorageError):
             _commit_and_pull(kind(inner, _failing_when(lambda n, at=failing: n >= at)), folders[1], out)  # type: ignore[misc]
@@ -102,7 +102,7 @@ def test_the_network_goes_away_at_any_operation(kind: type[FaultStore], folders:
 def test_a_single_failure_at_any_operation_is_not_noticed(
     kind: type[FaultStore], folders: list[Path], tmp_path: Path
 ) -> None:
-    for failing in range(_num_operations(folders, tmp_path / "whole")):
+    for failing in range(_num_operations(kind, folders, tmp_path / "whole")):
         inner, out = _with_first_version(folders), tmp_path / f"out-{failing}"
         faulty = kind(inner, _failing_when(lambda n, at=failing: n == at))  # type: ignore[misc]
         _commit_and_pull(RetryingStore(faulty, pause_seconds=0.001), folders[1], out)
