@@ -47,6 +47,7 @@ def test_a_name_that_is_not_there_is_an_attribute_error() -> None:
         _ = weightline.nothing  # type: ignore[attr-defined]
 
 
+@pytest.mark.process
 def test_importing_the_package_imports_only_the_standard_library() -> None:
     program = (
         "import sys; before = set(sys.modules); import weightline; "

@@ -66,6 +66,7 @@ def run_blocked(cases: list[str | list[str]], folder: Path) -> list[tuple[int, s
     return [tuple(result) for result in json.loads(done.stdout)]
 
 
+@pytest.mark.process
 def test_everything_that_lacks_an_extra_says_in_one_line_what_to_install(tmp_path: Path) -> None:
     results = run_blocked([case for case, _ in LACKING], tmp_path)
     for (case, extra), (code, out, err) in zip(LACKING, results, strict=True):
@@ -75,6 +76,7 @@ def test_everything_that_lacks_an_extra_says_in_one_line_what_to_install(tmp_pat
         assert ("error (missing-extra): " in err) or err.startswith("MissingExtraError: "), case
 
 
+@pytest.mark.process
 def test_the_core_reads_commits_pulls_and_verifies_without_any_extra(tmp_path: Path) -> None:
     url = (tmp_path / "bucket").as_uri()
     states = [random_state(0)]

@@ -48,7 +48,7 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
     return [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(2)]
 
 
-@pytest.mark.slow
+@pytest.mark.train
 @pytest.mark.parametrize(
     ("scenario", "reason"),
     [
@@ -66,7 +66,7 @@ def test_an_error_of_any_kind_on_one_rank_is_raised_on_both(
         assert reason in errors[scenario]
 
 
-@pytest.mark.slow
+@pytest.mark.train
 def test_a_rank_that_ends_ends_the_others(seen: list[dict[str, str]]) -> None:
     assert seen[0]["none"] == seen[1]["none"] == "no error"
     assert seen[1]["loop"] == "RuntimeError: the user's callback broke"
