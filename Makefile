@@ -8,10 +8,11 @@ PYTEST_ARGS ?=
 PYTEST_WORKERS ?= -n logical --maxprocesses 4 --dist loadgroup --no-loadscope-reorder
 FUZZ_SECONDS ?= 60
 VLLM_VENV := .venv-vllm
+LATEST_VENV := .venv-latest
 AZURITE := 3.35.0
 
 .DEFAULT_GOAL := help
-.PHONY: help run up down deploy test test-fast test-nightly test-vllm lint bench fuzz clean
+.PHONY: help run up down deploy test test-fast test-nightly test-unconstrained test-vllm lint bench fuzz clean
 
 help:  ## This list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -37,6 +38,18 @@ test-fast: $(VENV)/.test-ready  ## Tests that start no process and no server
 test-nightly: $(VENV)/.test-ready  ## As `test`, with twenty times as many examples and a deeper state machine
 	HYPOTHESIS_PROFILE=nightly $(BIN)/python -m pytest $(PYTEST_WORKERS) --durations=30 -o timeout=7200 $(PYTEST_ARGS)
 
+# The environment lies over the tested one and holds only what differs from it, so that it costs no second installation.
+# Every run looks for new releases.
+test-unconstrained: $(VENV)/.test-ready  ## The fast tests with what a plain `pip install` brings today, without constraints
+	rm -rf $(LATEST_VENV)
+	$(PYTHON) -m venv --without-pip $(LATEST_VENV)
+	realpath $(VENV)/lib/python*/site-packages > $$(echo $(LATEST_VENV)/lib/python*/site-packages)/tested.pth
+	$(LATEST_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile \
+		--upgrade --upgrade-strategy eager torch==2.13.0 -e '.[all,dev]'
+	$(LATEST_VENV)/bin/python -m pip list --disable-pip-version-check --path $(LATEST_VENV)/lib/python*/site-packages
+	touch $(LATEST_VENV)/.run-ready $(LATEST_VENV)/.test-ready
+	$(MAKE) test-fast VENV=$(LATEST_VENV)
+
 test-vllm: $(VLLM_VENV)/.ready  ## A real vLLM on the CPU, in an environment of its own, as a replica
 	$(VLLM_VENV)/bin/python -m pytest tests/vllm $(PYTEST_ARGS)
 
@@ -56,7 +69,7 @@ fuzz: $(VENV)/.test-ready  ## Hostile payloads, manifests and chains, FUZZ_SECON
 	$(BIN)/python -m fuzz.chain -max_total_time=$(FUZZ_SECONDS)
 
 clean:  ## Remove the environment and caches; runs/ stays
-	rm -rf $(VENV) $(VLLM_VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(VLLM_VENV) $(LATEST_VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
 
 # A new environment is built when what it is built from changed. Constraints make an install repeatable.
 $(VENV)/.run-ready: pyproject.toml constraints.txt
