@@ -18,9 +18,7 @@ import torch.distributed.tensor
 import transformers.models.qwen3.modeling_qwen3
 import transformers.models.qwen3_moe.modeling_qwen3_moe
 
-import weightline.stages.dpo
-import weightline.stages.grpo
-import weightline.stages.sft
+import weightline.stages.training
 import weightline.trainer.callback
 from weightline.codec.digest import tensor_digest
 from weightline.codec.kernels import geometric, grouping, lanes, scan

@@ -15,8 +15,8 @@ from tests.stages.test_recipe import changed, stage
 from weightline.chain import open_chain
 from weightline.errors import RecipeError
 from weightline.stages.load import parse_recipe
-from weightline.stages.preflight import REPORTERS, Placement, check_recipe, is_local_path, plan_placement
-from weightline.stages.trainer_args import OWNED_ARGS, trainer_field_names
+from weightline.stages.preflight import Placement, check_recipe, is_local_path, plan_placement
+from weightline.stages.trainer_args import OWNED_ARGS, REPORTERS, trainer_field_names
 
 
 def refused(raw: dict[str, Any]) -> RecipeError:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import threading
 from pathlib import Path
 from typing import Any
@@ -12,12 +11,12 @@ import pytest
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
+from tests.ranks import run_ranks_to_end
 from tests.trainer.failure_ranks import BROKEN, main
 from tests.trainer.test_session import Model
-from tests.waiting import PATIENCE_SECONDS, wait_until
+from tests.waiting import wait_until
 from weightline.chain.read.history import Chain, open_chain
 from weightline.chain.upkeep.verify import verify_chain
-from weightline.deployments.stack.stack import free_port
 from weightline.errors import PublishError
 from weightline.store.memory import MemoryStore
 from weightline.testing.faults import FaultStore
@@ -33,18 +32,8 @@ def _publishers() -> list[threading.Thread]:
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
     """What both ranks saw in every scenario. Each waits 1800 s for the other, unless it hears of the error."""
-    folder, port = tmp_path_factory.mktemp("ranks"), free_port(0)
-    ranks = [
-        multiprocessing.get_context("spawn").Process(target=main, args=(rank, port, str(folder))) for rank in range(2)
-    ]
-    for rank in ranks:
-        rank.start()
-    for rank in ranks:
-        rank.join(timeout=PATIENCE_SECONDS)
-    still = [rank for rank in ranks if rank.is_alive()]
-    for rank in still:
-        rank.kill()
-    assert not still
+    folder = tmp_path_factory.mktemp("ranks")
+    run_ranks_to_end(main, [str(folder)], folder / "log")
     return [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(2)]
 
 

@@ -1,4 +1,6 @@
-"""Which checkpoint a stage resumes from. A checkpoint counts only when every rank has said that its part is whole.
+"""What a stage writes while it trains, and which checkpoint it resumes from.
+
+A checkpoint counts only when every rank has said that its part is whole.
 
 The trainer writes checkpoint-N/ in place, rank by rank. A rank that is killed meanwhile leaves a folder that looks
 like a checkpoint. So each rank marks the folder last, and a folder without all the marks is as good as none.
@@ -6,11 +8,16 @@ like a checkpoint. So each rank marks the folder last, and a folder without all 
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from weightline.errors import InputError
+from weightline.files import write_atomically
 from weightline.stages.job import StageJob
 
 _MARK = re.compile(r"rank-(\d+)-of-(\d+)\.whole")
@@ -63,3 +70,39 @@ def _world_size_of(folder: Path) -> int | None:
         if {int(match[1]) for match in marks if int(match[2]) == world_size} == set(range(world_size)):
             return world_size
     return None
+
+
+class MetricsCallback(TrainerCallback):
+    """Rank 0 appends every logged step to a JSON-lines file: step, and what TRL logs (loss, reward, ...)."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Drop what a killed process logged after the checkpoint that this one starts from."""
+        if not state.is_world_process_zero:
+            return
+        lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
+        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= state.global_step]
+        write_atomically(self.path, "".join(line + "\n" for line in kept))
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **_: Any,
+    ) -> None:
+        if state.is_world_process_zero and logs:
+            numbers = {"step": state.global_step} | {name: float(value) for name, value in logs.items()}
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(numbers) + "\n")
+
+
+class WholeCheckpointCallback(TrainerCallback):
+    """Each rank marks a checkpoint when its part is written."""
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
+        mark_whole(folder, args.process_index, args.world_size)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
 import re
 import subprocess
 import sys
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
@@ -18,7 +16,7 @@ from weightline.chain.read.refs import resolve
 from weightline.errors import InputError, LaunchError, NotFoundError
 from weightline.stages.load import recipe_error
 from weightline.stages.recipe import DatasetConfig, ModelConfig, Recipe, StageConfig
-from weightline.stages.trainer_args import OWNED_ARGS, trainer_field_names
+from weightline.stages.trainer_args import check_trainer_args
 
 #: Columns that TRL reads, by kind of stage: one of these sets must be there.
 REQUIRED_COLUMNS: dict[str, tuple[frozenset[str], ...]] = {
@@ -26,25 +24,6 @@ REQUIRED_COLUMNS: dict[str, tuple[frozenset[str], ...]] = {
     "dpo": (frozenset({"chosen", "rejected"}),),
     "grpo": (frozenset({"prompt"}),),
 }
-#: Reporters of transformers, and the packages of which each needs one. Kubeflow needs none: it tells its training pods
-#: where to report by an environment variable.
-REPORTERS: dict[str, tuple[str, ...]] = {
-    "trackio": ("trackio",),
-    "wandb": ("wandb",),
-    "mlflow": ("mlflow",),
-    "tensorboard": ("tensorboard", "tensorboardX"),
-    "azure_ml": ("azureml",),
-    "comet_ml": ("comet_ml",),
-    "clearml": ("clearml",),
-    "codecarbon": ("codecarbon",),
-    "dagshub": ("dagshub",),
-    "dvclive": ("dvclive",),
-    "flyte": ("flytekit",),
-    "kubeflow": (),
-    "neptune": ("neptune",),
-    "swanlab": ("swanlab",),
-}
-_KUBEFLOW_VARIABLE = "KUBEFLOW_TRAINER_SERVER_URL"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _DATA_SUFFIXES = frozenset({".jsonl", ".json", ".parquet", ".csv"})
 
@@ -65,7 +44,7 @@ def check_recipe(recipe: Recipe, num_cuda_devices: int | None = None) -> Placeme
     """
     _check_model(recipe.model)
     for index, stage in enumerate(recipe.stages):
-        _check_trainer_args(stage, f"stages[{index}].trainer_args")
+        check_trainer_args(stage, f"stages[{index}].trainer_args")
         _check_dataset(stage.dataset, stage.kind, f"stages[{index}].dataset")
     include_path = recipe.evaluation.include_path
     if include_path is not None and not Path(include_path).expanduser().is_dir():
@@ -144,37 +123,6 @@ def _check_start_version(chain_url: str, version: str) -> None:
     if manifest.base_model is not None:
         remedy = "merge the adapter into its base model, and give that folder as `path`"
         raise recipe_error("model.chain", f"{chain_url} holds an adapter, not a model", remedy)
-
-
-def _check_trainer_args(stage: StageConfig, field: str) -> None:
-    known = trainer_field_names(stage.kind)
-    for name in stage.trainer_args:
-        if name in OWNED_ARGS:
-            raise recipe_error(f"{field}.{name}", "this is set by the stage", f"use instead: {OWNED_ARGS[name]}")
-        if name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
-            remedy = f"did you mean `{close[0]}`?" if close else "remove it"
-            raise recipe_error(f"{field}.{name}", f"{stage.kind.upper()}Config of TRL has no such field", remedy)
-    _check_reporters(stage.trainer_args.get("report_to", []), f"{field}.report_to")
-
-
-def _check_reporters(report_to: object, field: str) -> None:
-    """A reporter whose package is missing would end the ranks after a minute of loading."""
-    names = [report_to] if isinstance(report_to, str) else report_to
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise recipe_error(field, f"{report_to!r} is no name of a reporter", f"some of {', '.join(REPORTERS)}")
-    for name in names:
-        if name in ("none", "all"):
-            continue
-        if name not in REPORTERS:
-            close = difflib.get_close_matches(name, REPORTERS, n=1)
-            remedy = f"did you mean `{close[0]}`?" if close else f"some of {', '.join(REPORTERS)}"
-            raise recipe_error(field, f"there is no reporter {name!r}", remedy)
-        if name == "kubeflow" and _KUBEFLOW_VARIABLE not in os.environ:
-            raise recipe_error(field, "kubeflow reports from the pods of its own trainer", f"set {_KUBEFLOW_VARIABLE}")
-        if REPORTERS[name] and not any(find_spec(module) for module in REPORTERS[name]):
-            package = REPORTERS[name][0]
-            raise recipe_error(field, f"{name} needs the package {package}", f"pip install {package}")
 
 
 def _check_dataset(dataset: DatasetConfig, kind: str, field: str) -> None:

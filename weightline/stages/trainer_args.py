@@ -1,18 +1,22 @@
-"""Which fields TRL's configurations have, read from their source without importing torch.
+"""Checks the `trainer_args` of a recipe against TRL and transformers, without importing torch.
 
-`trainer_args` of a recipe are passed through to SFTConfig, DPOConfig and GRPOConfig. A wrong name should be refused
-in milliseconds and before anything starts; importing TRL for that takes ten seconds and torch.
+`trainer_args` are passed through to SFTConfig, DPOConfig and GRPOConfig. A wrong name should be refused in milliseconds
+and before anything starts. `dataclasses.fields` would need TRL imported, which takes ten seconds and torch in a process
+that has no other use for them; so the fields are read from the source, and tests compare both.
 """
 
 from __future__ import annotations
 
 import ast
+import difflib
+import os
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
 from weightline.errors import InputError
-from weightline.stages.recipe import StageKind
+from weightline.stages.load import recipe_error
+from weightline.stages.recipe import StageConfig, StageKind
 
 #: Fields that the stage sets itself, and where a recipe says them instead.
 OWNED_ARGS: dict[str, str] = {
@@ -32,6 +36,59 @@ OWNED_ARGS: dict[str, str] = {
     "deepspeed": "infra/accelerate",
     "resume_from_checkpoint": "the run decides",
 }
+
+
+#: Reporters of transformers, and the packages of which each needs one. Kubeflow needs none: it tells its training pods
+#: where to report by an environment variable.
+REPORTERS: dict[str, tuple[str, ...]] = {
+    "trackio": ("trackio",),
+    "wandb": ("wandb",),
+    "mlflow": ("mlflow",),
+    "tensorboard": ("tensorboard", "tensorboardX"),
+    "azure_ml": ("azureml",),
+    "comet_ml": ("comet_ml",),
+    "clearml": ("clearml",),
+    "codecarbon": ("codecarbon",),
+    "dagshub": ("dagshub",),
+    "dvclive": ("dvclive",),
+    "flyte": ("flytekit",),
+    "kubeflow": (),
+    "neptune": ("neptune",),
+    "swanlab": ("swanlab",),
+}
+_KUBEFLOW_VARIABLE = "KUBEFLOW_TRAINER_SERVER_URL"
+
+
+def check_trainer_args(stage: StageConfig, field: str) -> None:
+    """Raises RecipeError for an argument that the stage owns, that TRL lacks, or that names a missing reporter."""
+    known = trainer_field_names(stage.kind)
+    for name in stage.trainer_args:
+        if name in OWNED_ARGS:
+            raise recipe_error(f"{field}.{name}", "this is set by the stage", f"use instead: {OWNED_ARGS[name]}")
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            remedy = f"did you mean `{close[0]}`?" if close else "remove it"
+            raise recipe_error(f"{field}.{name}", f"{stage.kind.upper()}Config of TRL has no such field", remedy)
+    _check_reporters(stage.trainer_args.get("report_to", []), f"{field}.report_to")
+
+
+def _check_reporters(report_to: object, field: str) -> None:
+    """A reporter whose package is missing would end the ranks after a minute of loading."""
+    names = [report_to] if isinstance(report_to, str) else report_to
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise recipe_error(field, f"{report_to!r} is no name of a reporter", f"some of {', '.join(REPORTERS)}")
+    for name in names:
+        if name in ("none", "all"):
+            continue
+        if name not in REPORTERS:
+            close = difflib.get_close_matches(name, REPORTERS, n=1)
+            remedy = f"did you mean `{close[0]}`?" if close else f"some of {', '.join(REPORTERS)}"
+            raise recipe_error(field, f"there is no reporter {name!r}", remedy)
+        if name == "kubeflow" and _KUBEFLOW_VARIABLE not in os.environ:
+            raise recipe_error(field, "kubeflow reports from the pods of its own trainer", f"set {_KUBEFLOW_VARIABLE}")
+        if REPORTERS[name] and not any(find_spec(module) for module in REPORTERS[name]):
+            package = REPORTERS[name][0]
+            raise recipe_error(field, f"{name} needs the package {package}", f"pip install {package}")
 
 
 @cache

@@ -1,4 +1,4 @@
-"""Keep weights in bf16 and compute in fp32, for CPUs.
+"""Training on a CPU: one core a rank, no compiler, and weights that stay bf16 while layers compute in fp32.
 
 A CPU without bf16 instructions multiplies bf16 matrices 30 to 100 times slower than fp32 ones (measured on AVX2:
 0.8-3 against 70-87 Gflop/s). Every bf16 value is an fp32 value, so reading the weights as fp32 loses nothing: ZeRO-3
@@ -7,8 +7,24 @@ still partitions, reduces and updates bf16, and only activations become more pre
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+import os
+
+from torch import Tensor, nn, set_num_threads
 from torch.nn import functional
+
+
+def use_one_core_without_compiler() -> None:
+    """Sets this process up for training on the CPU: one thread a rank, and gloo as it is.
+
+    DeepSpeed would compile a shared-memory all-reduce when the process group starts, and fails without a C++ compiler.
+    For every gradient that it reduces it asks how many ranks this machine has, and starts `numactl` each time unless
+    LOCAL_SIZE, which only its own launchers set, says so.
+    """
+    import deepspeed.ops
+
+    set_num_threads(1)
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    os.environ.setdefault("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 class Float32Linear(nn.Linear):

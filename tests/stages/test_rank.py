@@ -9,12 +9,12 @@ import pytest
 
 _PROGRAM = """
 import atexit, sys, threading
-from weightline.stages.ending import Ending
+from weightline.stages.rank import RankExit
 class Finalized:
     def __del__(self): print("finalized")
 kept = Finalized()
 atexit.register(print, "registered before")
-ending = Ending()
+ending = RankExit()
 atexit.register(print, "registered after")
 sys.stdout.write("buffered ")
 {rest}

@@ -1,4 +1,4 @@
-"""What the three rank programs share: arguments, callbacks, resume, and the order in which a stage ends.
+"""Trains one stage on one rank with TRL: SFT, DPO or GRPO. Started by weightline.stages.rank.
 
 A stage ends in this order: last checkpoint, final weights in model/, done.json. A crash before done.json leaves a
 stage that goes on from its last whole checkpoint; with done.json there is nothing left to do.
@@ -7,48 +7,56 @@ stage that goes on from its last whole checkpoint; with done.json there is nothi
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import shutil
 import time
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+import trl
+from transformers import AutoTokenizer, Trainer, TrainingArguments
 
 from weightline.files import write_atomically
-from weightline.stages.checkpoints import ResumePlan, mark_whole, plan_resume
-from weightline.stages.ending import Ending
-from weightline.stages.float32_compute import compute_in_float32
+from weightline.stages.checkpoints import MetricsCallback, ResumePlan, WholeCheckpointCallback, plan_resume
+from weightline.stages.cpu import compute_in_float32, use_one_core_without_compiler
+from weightline.stages.data import load_reward, load_stage_dataset
 from weightline.stages.job import StageJob, StageResult
+from weightline.stages.rank import RankExit
 
 Args = TypeVar("Args", bound=TrainingArguments)
-_ENDING = Ending()
+#: Made when this is imported: its handler runs after those that are registered later, as publishing may do.
+_EXIT = RankExit()
+
+
+def main() -> None:
+    """Trains the stage that the job file on the command line names."""
+    job = start_rank()
+    run_stage(make_trainer(job), job)
 
 
 def start_rank() -> StageJob:
-    """Read the job from the command line and set this process up. The first thing that a rank program does."""
+    """Reads the job from the command line and sets this process up. The first thing that a rank program does."""
     parser = argparse.ArgumentParser(description="One rank of a training stage; started by accelerate launch.")
     parser.add_argument("--job", required=True, type=Path, help="job file (weightline.stages.job.StageJob)")
     job = StageJob.load(parser.parse_args().job)
     if job.device == "cpu":
-        _use_one_core_without_compiler()
+        use_one_core_without_compiler()
     return job
 
 
-def _use_one_core_without_compiler() -> None:
-    """Sets this process up for training on the CPU: one thread a rank, and gloo as it is.
-
-    DeepSpeed would compile a shared-memory all-reduce when the process group starts, and fails without a C++ compiler.
-    For every gradient that it reduces it asks how many ranks this machine has, and starts `numactl` each time unless
-    LOCAL_SIZE, which only its own launchers set, says so.
-    """
-    import deepspeed.ops
-
-    torch.set_num_threads(1)
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    os.environ.setdefault("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1"))
+def make_trainer(job: StageJob, **options: Any) -> Trainer:
+    """Returns TRL's trainer of the stage's kind, with the job's model, data and arguments. `options` are for TRL."""
+    kind = job.stage.kind
+    tokenizer = AutoTokenizer.from_pretrained(job.model_dir)
+    if kind == "grpo":
+        options["reward_funcs"] = load_reward(job)
+    trainer_class, config_class = (getattr(trl, f"{kind.upper()}{part}") for part in ("Trainer", "Config"))
+    return trainer_class(
+        model=str(job.model_dir),
+        args=training_args(config_class, job),
+        train_dataset=load_stage_dataset(job, tokenizer),
+        processing_class=tokenizer,
+        **options,
+    )
 
 
 def training_args(config_class: type[Args], job: StageJob) -> Args:
@@ -90,7 +98,7 @@ def run_stage(trainer: Trainer, job: StageJob) -> None:
     if not (job.resume and job.done_path.exists()):
         _train(trainer, job)
     trainer.accelerator.end_training()
-    _ENDING.declare_finished()
+    _EXIT.declare_finished()
 
 
 def _train(trainer: Trainer, job: StageJob) -> None:
@@ -125,42 +133,6 @@ def _add_callbacks(trainer: Trainer, job: StageJob) -> None:
         trainer.add_callback(callback)
     trainer.add_callback(MetricsCallback(job.metrics_path))
     trainer.add_callback(WholeCheckpointCallback())
-
-
-class MetricsCallback(TrainerCallback):
-    """Rank 0 appends every logged step to a JSON-lines file: step, and what TRL logs (loss, reward, ...)."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Drop what a killed process logged after the checkpoint that this one starts from."""
-        if not state.is_world_process_zero:
-            return
-        lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
-        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= state.global_step]
-        write_atomically(self.path, "".join(line + "\n" for line in kept))
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **_: Any,
-    ) -> None:
-        if state.is_world_process_zero and logs:
-            numbers = {"step": state.global_step} | {name: float(value) for name, value in logs.items()}
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(numbers) + "\n")
-
-
-class WholeCheckpointCallback(TrainerCallback):
-    """Each rank marks a checkpoint when its part is written (weightline.stages.checkpoints)."""
-
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
-        mark_whole(folder, args.process_index, args.world_size)
 
 
 def _remove(paths: tuple[Path, ...]) -> None:

@@ -1,0 +1,55 @@
+"""What training uses of its libraries without their documentation's promise: each test names what is missing."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import inspect
+
+import pytest
+
+from weightline.stages.recipe import StageKind
+from weightline.stages.trainer_args import trainer_field_names
+
+#: Module, what of it, and which of our modules uses it.
+_PRIVATE = [
+    ("deepspeed.ops", "__compatible_ops__", "weightline.stages.cpu"),
+    ("torch.distributed.tensor._utils", "compute_local_shape_and_global_offset", "weightline.trainer.partition"),
+    ("transformers.trainer", "Trainer._inner_training_loop", "weightline.trainer.callback"),
+    ("transformers.integrations.integration_utils", "INTEGRATION_TO_CALLBACK", "weightline.stages.trainer_args"),
+]
+_KINDS: list[StageKind] = ["sft", "dpo", "grpo"]
+
+
+@pytest.mark.parametrize(("module", "name", "user"), _PRIVATE)
+def test_a_private_name_is_there(module: str, name: str, user: str) -> None:
+    found: object = importlib.import_module(module)
+    for part in name.split("."):
+        assert hasattr(found, part), f"{user} uses {module}.{name}, which the installed release lacks"
+        found = getattr(found, part)
+    if inspect.isfunction(found):
+        assert found.__module__ == module, f"{user} expects {name} in {module}, it is in {found.__module__}"
+
+
+@pytest.mark.parametrize("kind", _KINDS)
+def test_trl_has_the_public_names_of_a_stage(kind: StageKind) -> None:
+    trl = importlib.import_module("trl")
+    for part in ("Trainer", "Config"):
+        name = f"{kind.upper()}{part}"
+        assert hasattr(trl, name), f"weightline.stages.training uses trl.{name}, which the installed TRL lacks"
+
+
+@pytest.mark.parametrize("kind", _KINDS)
+def test_the_fields_read_from_trls_source_are_those_of_its_configuration(kind: StageKind) -> None:
+    """weightline.stages.trainer_args reads `trl/trainer/KIND_config.py` and `base_config.py` without importing TRL."""
+    config = getattr(importlib.import_module("trl"), f"{kind.upper()}Config")
+    fields = {field.name for field in dataclasses.fields(config) if field.init}
+    missing = fields - trainer_field_names(kind)
+    assert not missing, f"the installed TRL has these fields elsewhere: {sorted(missing)}"
+
+
+def test_what_is_said_of_grpo_resuming_still_holds() -> None:
+    """weightline.stages.training.run_stage says that GRPOTrainer keeps the open batch in memory, under these names."""
+    source = inspect.getsource(importlib.import_module("trl").GRPOTrainer)
+    for name in ("_buffered_inputs", "_step"):
+        assert f"self.{name}" in source, f"GRPOTrainer of the installed TRL has no {name}: see run_stage"
