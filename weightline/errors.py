@@ -23,12 +23,15 @@ WeightlineError
 |-- ApplyError                 an engine could not move: it stays, or goes back
 `-- LaunchError                a process of ours ended badly
 
-`kind` is a stable, append-only code for programs; the facts are attributes (`error.facts`).
+`kind` is a stable, append-only code for programs. Facts are keyword arguments, checked by mypy against `Facts`; those
+that a class declares are attributes of its errors, and all of them are in `error.facts`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import StrEnum
+from typing import TypedDict, Unpack
 
 
 class ErrorKind(StrEnum):
@@ -57,56 +60,127 @@ class ErrorKind(StrEnum):
     MISSING_EXTRA = "missing-extra"
 
 
+class Facts(TypedDict, total=False):
+    """What errors say besides their message, as values that JSON can hold."""
+
+    # What the caller passed.
+    field: str
+    remedy: str
+    name: str
+    path: str
+    missing: str
+    variable: str
+    profile: str
+    package: str
+    state_dir: str
+    step_observer: str
+    checkpoint: str
+    ranks: int | None
+    adapters: Sequence[str]
+    host: str
+    port: int
+    modules: Sequence[str]
+    extras: Sequence[str]
+    # Buckets and chains.
+    url: str
+    key: str | None
+    keys: Sequence[str]
+    status: int
+    chain: str
+    version: int | None
+    versions: tuple[int, int]
+    tip: int | None
+    commit_id: str
+    winner: str
+    key_id: str
+    key_ids: Sequence[str]
+    # Tensors and bytes.
+    rule: str
+    feature: str
+    file: str
+    what: str
+    tensor: str
+    expected: object
+    actual: object
+    digest: str
+    dtype: str
+    device: str
+    nbytes: int
+    full_nbytes: int
+    # Engines and processes.
+    engine: str
+    is_unreachable: bool
+    num_in_flight: int
+    parameter: str
+    layer: str
+    attribute: str
+    position: int
+    quantization: str
+    reason: str
+    rank: int
+    argv: Sequence[str]
+    returncode: int | None
+    tail: Sequence[str]
+    state: str
+
+
 class WeightlineError(Exception):
-    """Root of the tree. `facts` holds what was wrong, by name."""
+    """Root of the tree."""
 
     kind: ErrorKind = ErrorKind.INPUT
+    facts: Facts
+    """What was wrong, by name."""
 
-    def __init__(self, message: str, **facts: object) -> None:
+    def __init__(self, message: str, **facts: Unpack[Facts]) -> None:
         super().__init__(message)
         self.facts = facts
-
-    def __getattr__(self, name: str) -> object:
-        facts = self.__dict__.get("facts", {})
-        if name in facts:
-            return facts[name]
-        raise AttributeError(name)
+        for name, value in facts.items():
+            if name in Facts.__annotations__ and hasattr(type(self), name):  # the class declares it
+                setattr(self, name, value)
 
 
 class InputError(WeightlineError):
     """The caller passed something that cannot be used."""
 
     kind = ErrorKind.INPUT
+    field: str | None = None
 
 
 class RecipeError(InputError):
-    """A field of a recipe is unknown, missing or out of range. Facts: `field`, `remedy`."""
+    """A field of a recipe is unknown, missing or out of range."""
 
     kind = ErrorKind.RECIPE
+    remedy: str | None = None
 
 
 class MissingExtraError(InputError):
-    """An optional dependency is not installed. Facts: `modules`, `extras`."""
+    """An optional dependency is not installed."""
 
     kind = ErrorKind.MISSING_EXTRA
+    modules: Sequence[str] = ()
+    extras: Sequence[str] = ()
 
 
 class NotFoundError(WeightlineError):
-    """A named object is not in the bucket. Facts: `key`."""
+    """A named object is not in the bucket."""
 
     kind = ErrorKind.NOT_FOUND
+    key: str | None = None
 
 
 class ChainEmptyError(NotFoundError):
-    """The bucket holds no version yet. Facts: `chain`."""
+    """The bucket holds no version yet."""
 
     kind = ErrorKind.CHAIN_EMPTY
+    chain: str | None = None
 
 
 class VersionNotFoundError(NotFoundError):
-    """The chain has no such version. Facts: `chain`, `version`, `tip`."""
+    """The chain has no such version."""
 
     kind = ErrorKind.VERSION_NOT_FOUND
+    chain: str | None = None
+    version: int | None = None
 
 
 class ConflictError(WeightlineError):
@@ -116,15 +190,22 @@ class ConflictError(WeightlineError):
 
 
 class CommitConflictError(ConflictError):
-    """Another writer committed this version. Facts: `version`, `commit_id`, `winner`."""
+    """Another writer committed this version."""
 
     kind = ErrorKind.COMMIT_CONFLICT
+    version: int | None = None
+    commit_id: str | None = None
+    winner: str | None = None
 
 
 class BaseMismatchError(ConflictError):
-    """The weights at hand are not those of the base version. Facts: `tensor`, `version`, `expected`, `actual`."""
+    """The weights at hand are not those of the base version."""
 
     kind = ErrorKind.BASE_MISMATCH
+    tensor: str | None = None
+    version: int | None = None
+    expected: object = None
+    actual: object = None
 
 
 class CorruptError(WeightlineError):
@@ -134,39 +215,49 @@ class CorruptError(WeightlineError):
 
 
 class ManifestError(CorruptError):
-    """A manifest breaks a rule of the format. Facts: `rule`."""
+    """A manifest breaks a rule of the format."""
 
     kind = ErrorKind.MANIFEST
+    rule: str | None = None
 
 
 class PayloadError(CorruptError):
-    """A payload breaks a rule of the format. Facts: `rule`."""
+    """A payload breaks a rule of the format."""
 
     kind = ErrorKind.PAYLOAD
+    rule: str | None = None
 
 
 class DigestMismatchError(CorruptError):
-    """A digest differs from the recorded one. Facts: `what`, `expected`, `actual`."""
+    """A digest differs from the recorded one."""
 
     kind = ErrorKind.DIGEST_MISMATCH
+    what: str | None = None
+    version: int | None = None
+    expected: object = None
+    actual: object = None
 
 
 class SignatureError(CorruptError):
-    """No trusted key signed an object as it is. Facts: `key`, `key_ids` or `key_id`."""
+    """No trusted key signed an object as it is."""
 
     kind = ErrorKind.SIGNATURE
+    key: str | None = None
 
 
 class UnsupportedFeatureError(WeightlineError):
-    """The bytes use a feature that this release does not know. Facts: `feature`."""
+    """The bytes use a feature that this release does not know."""
 
     kind = ErrorKind.UNSUPPORTED_FEATURE
+    feature: str | None = None
 
 
 class StorageError(WeightlineError):
-    """The bucket refused or failed for good. Facts: `url`, `key`."""
+    """The bucket refused or failed for good."""
 
     kind = ErrorKind.STORAGE
+    url: str | None = None
+    key: str | None = None
 
 
 class TransientStorageError(StorageError):
@@ -176,24 +267,33 @@ class TransientStorageError(StorageError):
 
 
 class ObjectExistsError(StorageError):
-    """A create-only put met an object. Facts: `key`."""
+    """A create-only put met an object."""
 
     kind = ErrorKind.OBJECT_EXISTS
 
 
 class PublishError(WeightlineError):
-    """The trainer could not commit a version. Facts: `version`, `rank`, `reason`."""
+    """The trainer could not commit a version."""
 
     kind = ErrorKind.PUBLISH
+    version: int | None = None
+    rank: int | None = None
+    reason: str | None = None
 
 
 class ApplyError(WeightlineError):
-    """An engine could not move to a version. Facts: `version`, `engine`."""
+    """An engine could not move to a version."""
 
     kind = ErrorKind.APPLY
+    version: int | None = None
+    engine: str | None = None
+    is_unreachable: bool = False
 
 
 class LaunchError(WeightlineError):
-    """A process that we started ended badly. Facts: `argv`, `returncode`, `tail`."""
+    """A process that we started ended badly."""
 
     kind = ErrorKind.LAUNCH
+    argv: Sequence[str] = ()
+    returncode: int | None = None
+    tail: Sequence[str] = ()

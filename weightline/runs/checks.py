@@ -9,7 +9,7 @@ from pathlib import Path
 from weightline.chain import Chain, open_chain
 from weightline.chain.files.checkpoint import MARKER
 from weightline.chain.read.refs import resolve
-from weightline.errors import ChainEmptyError, InputError, WeightlineError
+from weightline.errors import ChainEmptyError, Facts, InputError, WeightlineError
 
 #: How long a bucket that a person has just named is asked before it counts as absent: a wrong address is reported soon.
 PATIENCE_SECONDS = 8.0
@@ -26,7 +26,8 @@ def check_form(field: str) -> Iterator[None]:
     except WeightlineError as error:
         if str(error).startswith(f"{field}:"):
             raise
-        raise type(error)(f"{field}: {error}", **{**error.facts, "field": field}) from error
+        facts: Facts = {**error.facts, "field": field}
+        raise type(error)(f"{field}: {error}", **facts) from error
     except (OSError, ValueError) as error:
         raise InputError(f"{field}: {error}", field=field) from error
 

@@ -258,5 +258,5 @@ def test_every_kind_of_error_comes_back_as_its_type() -> None:
     for kind in ErrorKind:
         error = error_of(error_body("text", str(kind), {"version": 3}), "fallback")
         assert error.kind == kind
-        assert (str(error), error.version) == ("text", 3)
+        assert (str(error), error.facts) == ("text", {"version": 3})
     assert str(error_of("<html>", "fallback")) == "fallback"

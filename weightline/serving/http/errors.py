@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from weightline.errors import (
@@ -37,7 +37,7 @@ def status_of(error: WeightlineError) -> int:
     return next((status for cls, status in _STATUS if isinstance(error, cls)), 500)
 
 
-def error_body(message: str, code: str, facts: dict[str, Any] | None = None) -> dict[str, Any]:
+def error_body(message: str, code: str, facts: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """The JSON object of every refusal."""
     readable = json.loads(json.dumps(facts or {}, default=str))
     return {"error": {"message": message, "type": code, "code": code, "facts": readable}}
