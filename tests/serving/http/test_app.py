@@ -238,6 +238,12 @@ def test_metrics_count(client: AppClient, replica: Replica) -> None:
     assert f'weightline_refresh_payload_bytes_total{{replica="replica-0"}} {float(nbytes)}' in lines
 
 
+def test_reading_the_status_sets_no_metric(client: AppClient) -> None:
+    before = client.ask("GET", "/metrics").text
+    assert client.ask("GET", "/weightline/status").json()["lag_versions"] == 2
+    assert client.ask("GET", "/metrics").text == before
+
+
 def test_a_token_is_made_once_and_kept_from_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WEIGHTLINE_TOKEN", raising=False)
     made = load_token(tmp_path)

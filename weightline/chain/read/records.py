@@ -98,6 +98,28 @@ def recorded_versions(chain: Chain, kind: str) -> frozenset[int]:
     return frozenset(int(digits) for digits in found if digits.isdigit())
 
 
+def last_recorded(chain: Chain, kind: str, name: str, below: int) -> int | None:
+    """Returns the newest version below `below` that has a record of this kind and name, by the keys.
+
+    Lists the keys of the 64 versions below first, then of eight times as many, and so on: a name that has a record at
+    all mostly has a recent one.
+    """
+    prefix = f"{keys.RECORDS}{keys.checked_name(kind)}/"
+    last, num_versions = below, 64
+    while last > 0:
+        first, found = max(0, last - num_versions), None
+        for info in chain.store.list(prefix, f"{prefix}{keys.padded(first)}"):
+            digits, _, file_name = info.key.removeprefix(prefix).partition("/")
+            if not digits.isdigit() or int(digits) >= last:
+                break
+            if file_name == f"{name}.json":
+                found = int(digits)
+        if found is not None:
+            return found
+        last, num_versions = first, 8 * num_versions
+    return None
+
+
 def _parse(chain: Chain, key: str) -> Record:
     """CorruptError for what is no record, or another one than its key says."""
     record = read_stored(chain, key, _Record)

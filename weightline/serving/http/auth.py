@@ -1,4 +1,4 @@
-"""The token that opens the refresh route: from WEIGHTLINE_TOKEN, or a file of mode 0600 in the state folder."""
+"""The token that a refresh needs: from WEIGHTLINE_TOKEN, or from a file of mode 0600 in the state folder."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import hmac
 import ipaddress
 import os
 import secrets
+from collections.abc import Callable
 from pathlib import Path
 
 from weightline.errors import InputError
@@ -15,9 +16,9 @@ TOKEN_FILE = "token"  # noqa: S105 - the name of a file
 
 
 def load_token(state_dir: Path) -> str:
-    """The environment's token, or the state folder's, made at first use with mode 0600. Safe to repeat.
+    """Returns the environment's token, or the state folder's, which is made at first use. Safe to repeat.
 
-    InputError for an empty one, and for a file that others may read.
+    InputError for an empty token, and for a file that group or others have any access to.
     """
     given = os.environ.get(TOKEN_VARIABLE)
     if given is not None:
@@ -33,7 +34,7 @@ def load_token(state_dir: Path) -> str:
 
 
 def read_token(path: Path) -> str:
-    """The token in a file. InputError where there is none, or where group or others have any access to it."""
+    """Returns the token in a file. InputError where there is none, or where group or others have any access to it."""
     try:
         mode = path.stat().st_mode
         token = path.read_text()
@@ -45,22 +46,24 @@ def read_token(path: Path) -> str:
 
 
 def has_given_token(state_dir: Path) -> bool:
-    """Whether an operator chose the token, so that the replica may listen where other machines reach it."""
+    """Returns whether an operator chose the token, so that the replica may listen where other machines reach it."""
     return os.environ.get(TOKEN_VARIABLE) is not None or (state_dir / TOKEN_FILE).exists()
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach what listens there. A name other than localhost is taken for another's."""
+    """Returns whether only this machine can reach the address. Of names, only localhost counts."""
     try:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
 
 
-def is_authorized(header: str | None, token: str) -> bool:
-    """Whether an Authorization header carries the token. Takes the same time wherever they differ."""
+def is_authorized(
+    header: str | None, token: str, is_same: Callable[[bytes, bytes], bool] = hmac.compare_digest
+) -> bool:
+    """Returns whether an Authorization header carries the token. Takes the same time wherever they differ."""
     scheme, _, given = (header or "").partition(" ")
-    is_equal = hmac.compare_digest(given.strip().encode(), token.encode())
+    is_equal = is_same(given.strip().encode(), token.encode())
     return is_equal and scheme.lower() == "bearer"
 
 

@@ -1,4 +1,4 @@
-"""A replica at work: refreshes that are counted, a lease that is renewed, a thread that follows the chain by itself."""
+"""A replica at work: refreshes are counted, the lease is renewed, and a thread follows the chain."""
 
 from __future__ import annotations
 
@@ -11,25 +11,26 @@ from datetime import UTC, datetime
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from weightline.errors import CorruptError, NotFoundError, StorageError, UnsupportedFeatureError, WeightlineError
-from weightline.serving.replica.following import Follower, Following, record_followed
+from weightline.serving.replica.following import Follower, Following, record_refresh
 from weightline.serving.replica.registration import Presence, Registration
 from weightline.serving.replica.replica import Replica
 from weightline.serving.replica.status import RefreshFacts, ReplicaStatus
 
 _log = logging.getLogger(__name__)
 _CLOSE_SECONDS = 10.0
+_PAUSE_BUCKETS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100)
 
 
 class ReplicaService:
-    """What the app and the follower share. `start` and `close` once each."""
+    """A replica with its metrics, its lease and its follower. Call `start` and `close` once each."""
 
     def __init__(self, replica: Replica, following: Following | None = None, presence: Presence | None = None) -> None:
-        """Without a `presence` the replica is not registered: nobody finds it, and gc does not know of it."""
+        """Without a `presence` the replica has no lease: rollouts do not find it, and gc does not know of it."""
         self.replica = replica
         self.metrics = ReplicaMetrics(replica.name)
         self._follower = None if following is None else Follower(replica.chain, following)
         self._registration = (
-            None if presence is None else Registration(replica.chain, replica.state_dir, presence, self.status)
+            None if presence is None else Registration(replica.chain, replica.state_dir, presence, self.observe)
         )
         self._refused: int | None = None
         self._stopping = threading.Event()
@@ -41,9 +42,9 @@ class ReplicaService:
             )
 
     def start(self) -> None:
-        """Claim the replica's name, come back to where it was in the background, then follow the chain if asked to.
+        """Claims the replica's name, then, in the background, returns to its last version and follows the chain.
 
-        InputError when another replica lives under the name.
+        InputError when another live replica has the name.
         """
         if self._registration is not None:
             self._registration.moving_to = self.replica.returns_to
@@ -52,7 +53,7 @@ class ReplicaService:
             thread.start()
 
     def close(self) -> None:
-        """End the lease and the threads, after the refresh that they may be in; not waited for beyond some seconds."""
+        """Ends the threads, after the refresh that they may be in, and the lease. Waits 10 s at most for each."""
         self._stopping.set()
         for thread in self._threads:
             if thread.is_alive():
@@ -64,55 +65,64 @@ class ReplicaService:
             ending.join(_CLOSE_SECONDS)
 
     def refresh(self, version: int | None = None, *, allow_backward: bool = False) -> RefreshFacts:
-        """`Replica.refresh`, announced in the lease and counted."""
-        with self._moving_to(version):
+        """Does `Replica.refresh`, announces it in the lease and counts it."""
+        with self._announced(None if version == self.replica.version else version):
             try:
                 facts = self.replica.refresh(version, allow_backward=allow_backward)
             except WeightlineError as error:
-                self.metrics.observe_failure(error, self.replica.version)
+                self.metrics.count_failure(error, self.replica.version)
                 raise
-            self.metrics.observe_refresh(facts)
+            self.metrics.count_refresh(facts)
         return facts
 
     def status(self) -> ReplicaStatus:
-        """The replica's state, and how far behind the chain it is. One short listing; nothing when the bucket fails."""
-        tip, status = self.tip_version(), self.replica.status()
-        behind = {} if tip is None or status.version is None else {"lag_versions": tip - status.version}
-        seconds = self._lag_seconds(tip, status.version)
-        self.metrics.observe_lag(seconds)
-        follows = None if self._follower is None else self._follower.following.what
-        return status.model_copy(update={"tip_version": tip, "lag_seconds": seconds, "follows": follows, **behind})
+        """Returns the replica's state and its lag behind the chain, which is None while the bucket fails.
 
-    def tip_version(self) -> int | None:
-        """The chain's tip for status and metrics; None also when the bucket cannot say."""
+        Costs one short listing and, behind the tip, one manifest. Changes nothing.
+        """
+        tip, status = self._tip_version(), self.replica.status()
+        lag_versions = None if tip is None or status.version is None else tip - status.version
+        follows = None if self._follower is None else self._follower.following.what
+        lag_seconds = self._lag_seconds(tip, status.version)
+        return status.model_copy(
+            update={"tip_version": tip, "follows": follows, "lag_versions": lag_versions, "lag_seconds": lag_seconds}
+        )
+
+    def observe(self) -> ReplicaStatus:
+        """Returns `status`, and sets the metrics of the lag by it. The lease does so at every renewal."""
+        status = self.status()
+        self.metrics.set_lag(status)
+        return status
+
+    def _tip_version(self) -> int | None:
         try:
-            tip = self.replica.chain.tip_version()
-        except StorageError:
+            return self.replica.chain.tip_version()
+        except StorageError as error:
+            _log.info("the tip of %s cannot be read: %s", self.replica.chain.url, error)
             return None
-        self.metrics.observe_tip(tip, self.replica.version)
-        return tip
 
     def _lag_seconds(self, tip: int | None, version: int | None) -> float | None:
-        """Age of the oldest version that is not served yet, by the writer's clock and ours; 0 at the tip."""
+        """Returns the age of the oldest version that is not served yet, by the writer's clock; 0 at the tip."""
         if tip is None or version is None:
             return None
         if version >= tip:
             return 0.0
         try:
             created_at = self.replica.chain.manifest(version + 1).created_at
-        except (NotFoundError, CorruptError, StorageError):
+        except (NotFoundError, CorruptError, StorageError) as error:
+            _log.info("the lag of replica %s is unknown: %s", self.replica.name, error)
             return None
         return max(0.0, (datetime.now(UTC) - datetime.fromisoformat(created_at)).total_seconds())
 
     @contextmanager
-    def _moving_to(self, version: int | None) -> Iterator[None]:
-        """Announced in the lease, where there is one."""
-        if self._registration is None:
-            yield
-            self.status()
+    def _announced(self, version: int | None) -> Iterator[None]:
+        """Announces a move to the version (None: no move) in the lease, and observes where it ended."""
+        if self._registration is not None:
+            with self._registration.moving(version):
+                yield
             return
-        with self._registration.moving(None if version == self.replica.version else version):
-            yield
+        yield
+        self.observe()
 
     def _run(self) -> None:
         self._recover()
@@ -122,24 +132,25 @@ class ReplicaService:
             self._stopping.wait(self._follower.following.wait_seconds(num_failures))
 
     def _recover(self) -> None:
+        version = self.replica.returns_to
         try:
-            with self._moving_to(self.replica.returns_to):
+            with self._announced(None if version == self.replica.version else version):
                 facts = self.replica.recover()
         except WeightlineError as error:
             _log.warning("replica %s cannot come back to its version: %s", self.replica.name, error)
-            self.metrics.observe_failure(error, self.replica.version)
+            self.metrics.count_failure(error, self.replica.version)
             return
         if facts is not None:
-            self.metrics.observe_refresh(facts)
+            self.metrics.count_refresh(facts)
 
     def _follow_once(self, follower: Follower) -> bool:
-        """False after a failure, which is counted and told in `status`; the next round tries again."""
+        """Moves to the follower's target. Returns False after a failure, which is counted and shown in `status`."""
         try:
             target = follower.target()
             if target is None or target in (self.replica.version, self._refused):
                 return True
             facts = self.refresh(target, allow_backward=follower.following.ref is not None)
-            record_followed(self.replica.chain, self.replica.name, facts)
+            record_refresh(self.replica.chain, facts.version, self.replica.name, facts)
         except UnsupportedFeatureError as error:
             # Asking again cannot help: this engine will never serve that version, but perhaps the next one.
             _log.warning("replica %s passes over version %s: %s", self.replica.name, target, error)
@@ -150,19 +161,14 @@ class ReplicaService:
         return True
 
 
-_PAUSE_BUCKETS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100)
-
-
 class ReplicaMetrics:
-    """Safe to use from many threads."""
+    """A replica's metrics for Prometheus, in a registry of its own. Safe to use from many threads."""
 
     def __init__(self, replica: str) -> None:
         self.registry = CollectorRegistry()
         self._labels = {"replica": replica}
         self.version = self._gauge("version", "Version that is served; -1: none")
-        self.lag_versions = self._gauge(
-            "lag_versions", "Versions between the one served and the tip when last looked at"
-        )
+        self.lag_versions = self._gauge("lag_versions", "Versions between the one served and the tip, when last read")
         self.lag_seconds = self._gauge("lag_seconds", "Age of the oldest version that is not served yet; 0 at the tip")
         self.pause_seconds = self._histogram("refresh_pause_seconds", "How long the engine stood still in a refresh")
         self.prepare_seconds = self._histogram(
@@ -176,8 +182,8 @@ class ReplicaMetrics:
         self.completions = self._counter("completions", "Prompts (behind vLLM: requests) that were answered")
         self.version.set(-1)
 
-    def observe_refresh(self, facts: RefreshFacts) -> None:
-        """Count a refresh that ended well. One that had nothing to do is none."""
+    def count_refresh(self, facts: RefreshFacts) -> None:
+        """Counts a refresh that succeeded. One that had nothing to do is not counted."""
         self.version.set(facts.version)
         if facts.from_version == facts.version:
             return
@@ -186,20 +192,19 @@ class ReplicaMetrics:
         self.payload_bytes.inc(facts.payload_nbytes)
         self.changed_elements.inc(facts.num_changed)
 
-    def observe_failure(self, error: WeightlineError, version: int | None) -> None:
-        """Count a refresh that failed, and say what is served after it."""
+    def count_failure(self, error: WeightlineError, version: int | None) -> None:
+        """Counts a refresh that failed, and sets the version that is served after it."""
         self._failures.labels(**self._labels, kind=str(error.kind)).inc()
         self.version.set(-1 if version is None else version)
 
-    def observe_tip(self, tip: int | None, version: int | None) -> None:
-        self.lag_versions.set(0 if tip is None else tip - (-1 if version is None else version))
-
-    def observe_lag(self, seconds: float | None) -> None:
-        """NaN while the bucket cannot say."""
-        self.lag_seconds.set(float("nan") if seconds is None else seconds)
+    def set_lag(self, status: ReplicaStatus) -> None:
+        """Sets the lag. It stays as it was, in versions, or becomes NaN, in seconds, while the bucket fails."""
+        if status.tip_version is not None:
+            self.lag_versions.set(status.tip_version - (-1 if status.version is None else status.version))
+        self.lag_seconds.set(float("nan") if status.lag_seconds is None else status.lag_seconds)
 
     def render(self) -> bytes:
-        """The text exposition format."""
+        """Returns the text exposition format."""
         return generate_latest(self.registry)
 
     def _gauge(self, name: str, text: str) -> Gauge:

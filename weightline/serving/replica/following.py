@@ -1,4 +1,4 @@
-"""Following: what a replica that moves by itself looks at, and how often. One short listing a look."""
+"""Following a chain: which version a replica moves to by itself, how often it looks, and what it records."""
 
 from __future__ import annotations
 
@@ -6,23 +6,25 @@ import random
 from dataclasses import dataclass
 
 from weightline.chain import Chain
-from weightline.chain.read.records import REFRESHES, Record, read_record, write_record
+from weightline.chain.read.records import REFRESHES, Record, last_recorded, read_record, write_record
 from weightline.chain.read.refs import newest_move
 from weightline.errors import InputError
 from weightline.serving.replica.status import RefreshFacts
 
-#: The ref that stands for the newest version which passed its gate: what `refresh_serving` moves.
+#: The ref that names the newest version which passed its gate: the flow `refresh-serving` moves it.
 SERVING_REF = "serving"
-#: What a replica says that it follows when it takes every version as soon as it is committed.
+#: What a replica reports to follow when it takes every version as soon as it is committed.
 TIP = "tip"
 _MAX_BACKOFF = 8
 
 
 @dataclass(frozen=True, slots=True)
 class Following:
-    """Look every `interval_seconds`, give or take a fifth, so that many replicas do not ask at the same moment.
+    """How a replica follows its chain.
 
-    `ref` None: every version as soon as it is committed. A name: only what that ref stands for, back as well as forth.
+    It looks every `interval_seconds`, give or take a fifth, so that many replicas do not ask at the same moment.
+    With `ref` None it takes every version as soon as it is committed; else the version that the ref names, forward and
+    backward.
     """
 
     interval_seconds: float
@@ -38,14 +40,14 @@ class Following:
         return self.ref or TIP
 
     def wait_seconds(self, num_failures: int, draw: float | None = None) -> float:
-        """How long until the next look: longer after each failure in a row, but bounded. `draw`: in [0, 1)."""
+        """Returns the time until the next look: up to eight times as long after failures in a row. `draw`: [0, 1)."""
         drawn = random.random() if draw is None else draw
         backoff = min(2**num_failures, _MAX_BACKOFF)
         return self.interval_seconds * backoff * (0.8 + 0.4 * drawn)
 
 
 class Follower:
-    """Knows what it saw last."""
+    """Reads the version to move to. It remembers the ref's last move, so that a look is one short listing."""
 
     def __init__(self, chain: Chain, following: Following) -> None:
         self._chain, self.following = chain, following
@@ -53,7 +55,7 @@ class Follower:
         self._target: int | None = None
 
     def target(self) -> int | None:
-        """The version to be at; None while there is none. Reads no manifest and no payload."""
+        """Returns the version to be at; None while there is none. Reads no manifest and no payload."""
         ref = self.following.ref
         if ref is None:
             return self._chain.tip_version()
@@ -64,45 +66,24 @@ class Follower:
 
 
 def record_refresh(chain: Chain, version: int, replica: str, facts: RefreshFacts) -> Record:
-    """Write down that `replica` was asked for `version` and what it serves since; return the record of `version`.
+    """Records what `replica` serves after it was asked for `version`; returns the record of `version`.
 
-    Every version below the served one that has no record of this replica yet gets one that says `skipped`, lowest first
-    and before the served one's: a crash leaves a gap only above what is recorded, which the next call fills. Safe to
-    repeat; the first record of a version stands, also when the replica comes back to it later.
+    The replica passed over the versions between the last one with a record of its name and the one that it serves: each
+    gets a record that says `skipped`. A replica without a record is new: it passed over nothing but `version`.
+
+    The lowest version is recorded first and the served one last, so that a crash leaves a gap only above the recorded
+    versions, which the next call fills. Safe to repeat: the first record of a version stands, also when the replica
+    comes back to it later.
     """
     skipped: Record = {"status": "skipped", "newer_version": facts.version}
-    for passed_over in reversed(_unrecorded_below(chain, facts.version, replica)):
-        write_record(chain, REFRESHES, passed_over, replica, skipped)
+    if read_record(chain, REFRESHES, facts.version, replica) is None:
+        last = last_recorded(chain, REFRESHES, replica, facts.version)
+        for passed_over in range(facts.version if last is None else last + 1, facts.version):
+            write_record(chain, REFRESHES, passed_over, replica, skipped)
     served = write_record(chain, REFRESHES, facts.version, replica, done_record(facts))
-    if version == facts.version:
-        return served
-    return read_record(chain, REFRESHES, version, replica) or write_record(chain, REFRESHES, version, replica, skipped)
-
-
-def record_followed(chain: Chain, replica: str, facts: RefreshFacts) -> Record | None:
-    """What a replica that moves by itself writes down: the version that it serves, and those that it passed over.
-
-    A late joiner passed over nothing that anybody offered it. None where it did not move forward; safe to repeat.
-    """
-    if facts.from_version is not None and facts.from_version >= facts.version:
-        return None
-    skipped: Record = {"status": "skipped", "newer_version": facts.version}
-    first = facts.version if facts.from_version is None else facts.from_version + 1
-    for passed_over in range(first, facts.version):
-        write_record(chain, REFRESHES, passed_over, replica, skipped)
-    return write_record(chain, REFRESHES, facts.version, replica, done_record(facts))
+    return served if version == facts.version else write_record(chain, REFRESHES, version, replica, skipped)
 
 
 def done_record(facts: RefreshFacts) -> Record:
-    """What a record says of a version that is served."""
+    """Returns the record of a version that is served."""
     return {"status": "done", **facts.model_dump(exclude={"version", "replica"})}
-
-
-def _unrecorded_below(chain: Chain, version: int, replica: str) -> list[int]:
-    """The versions below, newest first, down to the first that has a record."""
-    missing: list[int] = []
-    for candidate in range(version - 1, -1, -1):
-        if read_record(chain, REFRESHES, candidate, replica) is not None:
-            break
-        missing.append(candidate)
-    return missing
