@@ -93,6 +93,7 @@ def test_what_is_wrong_is_one_line_before_the_server_starts(
     assert not (tmp_path / "address.json").exists()
 
 
+@pytest.mark.process
 def test_what_is_wrong_is_told_before_anything_heavy_is_imported(tmp_path: Path) -> None:
     program = (
         "import sys\n"

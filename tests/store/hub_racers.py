@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 from typing import Any
 
 from tests.chains import State, commit_state, nudged, random_state
@@ -13,7 +14,8 @@ from weightline.errors import CommitConflictError
 from weightline.store import open_store
 
 NUM_WRITERS = 4
-NUM_COMMITS = 8
+#: By each writer; the processes of one race have one environment.
+NUM_COMMITS = 16 if os.environ.get("HYPOTHESIS_PROFILE") == "nightly" else 4
 _SHAPES: dict[str, tuple[int, ...]] = {"weight": (8, 4), "scale": ()}
 _SECONDS = 400
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import tempfile
 import threading
 from collections.abc import Callable
@@ -19,7 +20,8 @@ from weightline.chain.write.standalone import commit_folder
 from weightline.errors import CommitConflictError
 
 NUM_WRITERS = 4
-NUM_COMMITS = 8
+#: By each writer; the processes of one race have one environment.
+NUM_COMMITS = 16 if os.environ.get("HYPOTHESIS_PROFILE") == "nightly" else 4
 _SECONDS = 300
 
 

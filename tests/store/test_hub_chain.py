@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -218,11 +219,11 @@ def test_processes_race_while_replies_get_lost_and_listings_lag(
     hub: HubEmulator, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_HOME", str(tmp_path))
-    lost: list[str] = []
+    writes, lost = itertools.count(), []
 
     def plan(number: int, method: str, path: str) -> Fault | None:
         is_write = path.endswith("/batch") or (method == "PUT" and "/s3/" in path)
-        if is_write and number % 7 == 0:
+        if is_write and next(writes) % 7 == 0:
             lost.append(path)
             return LoseReply()
         return None

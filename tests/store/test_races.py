@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 
 from tests.hub_emulator.faults import Fault, LoseReply
@@ -26,10 +28,10 @@ def test_processes_race(any_url: str) -> None:
 
 
 def test_processes_race_while_replies_get_lost(s3_url: str, s3_proxy: Proxy) -> None:
-    lost: list[str] = []
+    commits, lost = itertools.count(), []
 
     def plan(number: int, method: str, path: str) -> Fault | None:
-        if method == "PUT" and "/commits/" in path and number % 3 == 0:
+        if method == "PUT" and "/commits/" in path and next(commits) % 3 == 0:
             lost.append(path)
             return LoseReply()
         return None
