@@ -85,7 +85,7 @@ def _measure(chain: Chain, model: Path, num_versions: int, pause_seconds: float)
             _nudge(model / "model.safetensors", number)
             manifest = commit_folder(chain, model)
             committed_at = time.time()
-            announce_commit(chain.url, manifest.model_dump(include={"version", "commit_id", "stage", "kind"}))
+            announce_commit(chain.url, manifest)
             for name in CONSUMERS:
                 start = _wait_for_end(client, name, chain.url, manifest.version, committed_at)
                 if number >= 2:

@@ -15,7 +15,6 @@ from prefect.deployments import run_deployment
 
 from weightline.chain import open_chain
 from weightline.chain.read.records import EVALUATIONS, REFRESHES, recorded_versions, write_record
-from weightline.chain.write.commit import committed_facts
 from weightline.deployments.server.consumer_runs import (
     CONSUMERS,
     idempotency_keys,
@@ -83,7 +82,7 @@ def find_owed(
 @task(task_run_name="announce v{manifest.version} again", cache_policy=NO_CACHE, persist_result=False)
 def announce_again(chain: str, manifest: Manifest) -> None:
     """Sends the version's event: consumers start as if it had just been committed. Safe to repeat."""
-    announce_commit(chain, committed_facts(manifest))
+    announce_commit(chain, manifest)
     get_run_logger().info("announced version %d of %s", manifest.version, chain)
 
 

@@ -14,7 +14,6 @@ from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
 from prefect.states import Completed
 
-from weightline.chain.write.commit import committed_facts
 from weightline.deployments.ranks.context import is_under_a_flow_run, max_recorded_ranks, rank_context
 from weightline.deployments.ranks.recorder import StepRecorder
 from weightline.deployments.server.events import announce_commit
@@ -45,7 +44,7 @@ def commit_version(version: int, rank: int, step: Step) -> State[Any]:
     """Write the manifest, then announce the version."""
     facts = step.wait()
     if facts.manifest is not None:
-        announce_commit(step.chain_url, committed_facts(facts.manifest))
+        announce_commit(step.chain_url, facts.manifest)
     return _completed(facts)
 
 

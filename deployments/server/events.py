@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
 from uuid import NAMESPACE_URL, UUID, uuid5
 
 from prefect.events import emit_event
 
 from weightline.chain import open_chain
+from weightline.format.manifest import Manifest
 
 COMMITTED = "weightline.delta.committed"
+#: What the event's payload holds of the manifest, beside the chain's URL under `chain`.
+PAYLOAD_FIELDS = frozenset(
+    {
+        "version", "commit_id", "kind", "stage", "run_id", "global_step", "is_milestone",
+        "num_changed", "num_elements", "payload_nbytes", "full_nbytes",
+    }
+)  # fmt: skip
 
 logger = logging.getLogger(__name__)
 
@@ -20,19 +27,19 @@ def event_id(chain_url: str, commit_id: str) -> UUID:
     return uuid5(NAMESPACE_URL, f"{chain_url}#{commit_id}")
 
 
-def announce_commit(chain_url: str, facts: dict[str, Any]) -> None:
+def announce_commit(chain_url: str, manifest: Manifest) -> None:
     """Emits `weightline.delta.committed`. Safe to repeat. Returns at once; never raises: a failure is logged."""
     try:
         name = open_chain(chain_url).name
         emit_event(
             COMMITTED,
             resource={
-                "prefect.resource.id": f"weightline.chain.{name}.{facts['version']}",
-                "prefect.resource.name": f"{name} v{facts['version']}",
+                "prefect.resource.id": f"weightline.chain.{name}.{manifest.version}",
+                "prefect.resource.name": f"{name} v{manifest.version}",
             },
-            payload={"chain": chain_url, **facts},
-            id=event_id(chain_url, facts["commit_id"]),
+            payload={"chain": chain_url, **manifest.model_dump(include=set(PAYLOAD_FIELDS))},
+            id=event_id(chain_url, manifest.commit_id),
         )
     # The version is committed whatever becomes of its event.
     except Exception as error:  # noqa: BLE001
-        logger.warning("version %s was not announced: %r", facts.get("version"), error)
+        logger.warning("version %d was not announced: %r", manifest.version, error)

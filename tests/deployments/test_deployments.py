@@ -37,6 +37,7 @@ from weightline.deployments.server.events import announce_commit
 from weightline.deployments.worker.work_queues import LANES, WORK_POOL
 from weightline.flows.reconcile import reconcile
 from weightline.format import keys
+from weightline.format.manifest import Manifest
 from weightline.lineage.owed import MAX_ATTEMPTS
 
 CONSUMERS = ("evaluate-version", "refresh-serving")
@@ -57,16 +58,22 @@ def _runs(client: SyncPrefectClient, deployment: str, chain: str) -> list[FlowRu
     return [run for run in client.read_flow_runs(deployment_filter=named) if run.parameters.get("chain") == chain]
 
 
+def _committed(chain: str, version: int) -> Manifest:
+    """A manifest of that version of a chain that is never read."""
+    manifest = commit_state(open_chain(f"{chain}/of-v{version}"), random_state(0))
+    return manifest.model_copy(update={"version": version})
+
+
 def test_a_commit_starts_evaluation_and_refresh_once_with_typed_parameters(deployed: SyncPrefectClient) -> None:
     chain = "memory://triggered"
-    facts = {"version": 7, "commit_id": "ab" * 16, "kind": "delta", "stage": "sft", "run_id": "r"}
+    seventh = _committed(chain, 7)
     for _ in range(3):
-        announce_commit(chain, facts)
+        announce_commit(chain, seventh)
     for name in CONSUMERS:
         (run,) = wait_until(lambda name=name: _runs(deployed, name, chain), bool)
         assert run.parameters == {"chain": chain, "version": 7}
         assert run.work_queue_name in {queue for lane in LANES for queue in lane.queues}
-    announce_commit(chain, {**facts, "version": 8, "commit_id": "cd" * 16})
+    announce_commit(chain, _committed(chain, 8))
     for name in CONSUMERS:
         runs = wait_until(lambda name=name: _runs(deployed, name, chain), lambda found: len(found) >= 2)
         assert sorted(run.parameters["version"] for run in runs) == [7, 8]
@@ -75,7 +82,7 @@ def test_a_commit_starts_evaluation_and_refresh_once_with_typed_parameters(deplo
 def test_other_events_start_nothing(deployed: SyncPrefectClient) -> None:
     payload = {"chain": "memory://other", "version": 1}
     emit_event("weightline.delta.committed", resource={"prefect.resource.id": "someone.else"}, payload=payload)
-    announce_commit("memory://after-the-other", {"version": 0, "commit_id": "00" * 16})
+    announce_commit("memory://after-the-other", _committed("memory://after-the-other", 0))
     wait_until(lambda: _runs(deployed, "evaluate-version", "memory://after-the-other"), bool)
     assert _runs(deployed, "evaluate-version", "memory://other") == []
 
@@ -105,7 +112,7 @@ def test_commits_while_the_server_is_down_are_made_good(deployed: SyncPrefectCli
 def test_what_an_announcement_did_not_start_is_started_once(deployed: SyncPrefectClient) -> None:
     chain = _committed_unheard("forgotten")
     for manifest in chain.manifests():
-        announce_commit(chain.url, {"version": manifest.version, "commit_id": manifest.commit_id})
+        announce_commit(chain.url, manifest)
     for name in CONSUMERS:
         for run in wait_until(lambda name=name: _runs(deployed, name, chain.url), lambda found: len(found) >= 2):
             deployed.set_flow_run_state(run.id, Crashed(), force=True)
@@ -133,7 +140,7 @@ def test_what_fails_for_good_is_written_down_and_not_started_again(
 ) -> None:
     chain = _committed_unheard("exhausted")
     for manifest in chain.manifests():
-        announce_commit(chain.url, {"version": manifest.version, "commit_id": manifest.commit_id})
+        announce_commit(chain.url, manifest)
     for tried in range(MAX_ATTEMPTS + 1):
         for name in CONSUMERS:
             runs = wait_until(lambda name=name: _runs(deployed, name, chain.url), lambda found: len(found) >= 2)
@@ -198,7 +205,7 @@ def test_deploying_again_changes_nothing_that_a_person_sees(deployed: SyncPrefec
     assert {deployment.id for deployment in deployed.read_deployments()} == before
     queues = {queue.name: queue.concurrency_limit for queue in deployed.read_work_queues(work_pool_name=WORK_POOL)}
     assert all(queues[queue] == 1 for lane in LANES for queue in lane.queues)
-    announce_commit("memory://deployed-twice", {"version": 0, "commit_id": "11" * 16})
+    announce_commit("memory://deployed-twice", _committed("memory://deployed-twice", 0))
     (run,) = wait_until(lambda: _runs(deployed, "evaluate-version", "memory://deployed-twice"), bool)
     assert run.parameters["version"] == 0
 

@@ -18,14 +18,14 @@ from prefect.flows import Flow
 
 from tests import ROOT
 from weightline.deployments.server.consumer_runs import CONSUMERS
-from weightline.deployments.server.events import COMMITTED
+from weightline.deployments.server.events import COMMITTED, PAYLOAD_FIELDS
 from weightline.deployments.server.flow_runs import POST_TRAINING, RECONCILE
 from weightline.deployments.worker.work_queues import LANES, WORK_POOL
 from weightline.stages.load import load_recipe
 
 DEPLOYMENTS: list[dict[str, Any]] = yaml.safe_load((ROOT / "deployments/prefect.yaml").read_text())["deployments"]
 BY_NAME = {deployment["name"]: deployment for deployment in DEPLOYMENTS}
-#: What a commit says of itself (weightline.trainer.writer), with the chain's URL.
+#: The payload of the event that announces a commit: part of what users build on.
 COMMIT_FACTS = {
     "chain", "version", "commit_id", "kind", "stage", "run_id", "global_step", "is_milestone",
     "num_changed", "num_elements", "payload_nbytes", "full_nbytes",
@@ -64,6 +64,7 @@ def test_parameters_of_deployments_and_triggers_fit_the_flow(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["evaluate-version", "refresh-serving"])
 def test_a_commit_triggers_the_consumers_with_what_it_says(name: str) -> None:
+    assert {"chain", *PAYLOAD_FIELDS} == COMMIT_FACTS
     (trigger,) = BY_NAME[name]["triggers"]
     parsed = DeploymentEventTrigger.model_validate({key: value for key, value in trigger.items() if key != "type"})
     assert parsed.expect == {COMMITTED}

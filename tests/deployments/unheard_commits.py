@@ -21,7 +21,7 @@ def main() -> None:
     state = random_state(0)
     manifests = [commit_state(chain, state, is_milestone=True), commit_state(chain, nudged(state, 1), state)]
     for manifest in manifests:
-        announce_commit(chain.url, {"version": manifest.version, "commit_id": manifest.commit_id})
+        announce_commit(chain.url, manifest)
 
 
 if __name__ == "__main__":

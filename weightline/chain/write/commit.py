@@ -10,7 +10,6 @@ import json
 import secrets
 import tempfile
 from pathlib import Path
-from typing import Any
 
 from weightline.chain.read.history import Chain
 from weightline.errors import (
@@ -65,15 +64,6 @@ def put_shortcut(chain: Chain, shortcut: Shortcut) -> Shortcut:
     except ObjectExistsError:
         return Shortcut.from_bytes(chain.store.get(shortcut.key))
     return shortcut
-
-
-def committed_facts(manifest: Manifest) -> dict[str, Any]:
-    """What is told of a commit: in its event, and as the result of the step that made it. Pure."""
-    told = {
-        "version", "commit_id", "kind", "stage", "run_id", "global_step", "is_milestone",
-        "num_changed", "num_elements", "payload_nbytes", "full_nbytes",
-    }  # fmt: skip
-    return manifest.model_dump(include=told)
 
 
 def _require_base(chain: Chain, manifest: Manifest) -> None:
