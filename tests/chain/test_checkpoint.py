@@ -64,9 +64,8 @@ def test_shards_are_read_and_written_one_at_a_time(
             asked.append(sum(one.nbytes for one in bits.values()))
             return bits
 
-    monkeypatch.setattr(checkpoint, "_MAX_SHARD_NBYTES", 400)
     monkeypatch.setattr(checkpoint, "VersionSource", Counting)
-    write_checkpoint(chain, 1, tmp_path / "out")
+    write_checkpoint(chain, 1, tmp_path / "out", max_shard_nbytes=400)
     assert asked == [320 + 60 + 2, 200]
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == 582

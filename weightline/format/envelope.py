@@ -20,7 +20,7 @@ from weightline.files import sha256_of
 _HEADER_NBYTES = 248
 _MAX_HEADER_NBYTES = 1 << 16
 #: A file of at most this many bytes after its header is hashed from memory.
-_ECHO_NBYTES = 1 << 23
+ECHO_NBYTES = 1 << 23
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,20 +82,21 @@ def read_envelope(file: BinaryIO, nbytes: int) -> Envelope:
 class Echo:
     """What was written after the header, kept while it is little: the hash begins with the header, which comes last."""
 
-    _parts: list[bytes] = field(default_factory=list)
+    max_nbytes: int = ECHO_NBYTES
     nbytes: int = 0
+    _parts: list[bytes] = field(default_factory=list)
 
     def add(self, *parts: bytes) -> None:
         """Take note of the next bytes of the file."""
         self.nbytes += sum(map(len, parts))
-        if self.nbytes <= _ECHO_NBYTES:
+        if self.nbytes <= self.max_nbytes:
             self._parts += parts
         else:
             self._parts.clear()
 
     def sha256_after(self, header: bytes, path: Path) -> str:
         """Hex sha256 of the header and all that was added, which `path` holds: read again when it is too much."""
-        if self.nbytes > _ECHO_NBYTES:
+        if self.nbytes > self.max_nbytes:
             return sha256_of(path)
         digest = hashlib.sha256(header)
         for part in self._parts:

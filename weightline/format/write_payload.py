@@ -18,7 +18,7 @@ from weightline.codec.capture import check_bits
 from weightline.codec.coding import DeltaCoding, coding_named, ordered_map
 from weightline.codec.pieces import cut, tiles_of
 from weightline.errors import InputError, PayloadError
-from weightline.format.envelope import Echo, reserve_header, write_header
+from weightline.format.envelope import ECHO_NBYTES, Echo, reserve_header, write_header
 from weightline.format.layout import (
     CHUNK_CHANGED,
     CHUNK_ELEMENTS,
@@ -60,13 +60,16 @@ def write_delta(path: Path, changes: Iterable[Changes], coding: str = "gap", *, 
         return writer.finish(path)
 
 
-def write_anchor(path: Path, segments: Iterable[tuple[Segment, BitsArray]], *, num_threads: int = 1) -> PayloadInfo:
+def write_anchor(
+    path: Path, segments: Iterable[tuple[Segment, BitsArray]], *, num_threads: int = 1, echo_nbytes: int = ECHO_NBYTES
+) -> PayloadInfo:
     """Write an anchor's payload. Overwrites `path`; a crash leaves a file that no reader accepts. Safe to repeat.
 
-    Raises InputError when an array does not have its segment's length and width.
+    A payload of at most `echo_nbytes` is hashed from memory, a larger one from the file. InputError when an array does
+    not have its segment's length and width.
     """
     with path.open("wb") as file:
-        writer = _Writer(file, "anchor", ANCHOR_CODING)
+        writer = _Writer(file, "anchor", ANCHOR_CODING, echo=Echo(echo_nbytes))
         tiles = _anchor_tiles(writer, segments)
         for stream, entry in ordered_map(_encode_tile, tiles, num_threads):
             writer.put_chunk(entry, stream)

@@ -8,7 +8,7 @@ Only transient errors are repeated, with growing, jittered pauses, while the buc
 - `put_if_absent` may have landed although its reply was lost, and S3 answers 409 (ConditionalRequestConflict) when
   requests met and none won. So a key that is said to be taken is read back: after a failed try the very bytes of this
   call mean that this call created it; no object at all means to ask again. This is the one place that knows of lost
-  replies within a call. (A caller that repeats a whole commit is known by its commit id: chain/commit.py.)
+  replies within a call. (A caller that repeats a whole commit is known by its commit id: chain/write/commit.py.)
 
 When the time is up, TransientStorageError is raised; a create-only put may then have landed or not.
 """

@@ -30,7 +30,8 @@ _PARTIAL = ".weightline-partial"
 
 _INDEX = "model.safetensors.index.json"
 
-_MAX_SHARD_NBYTES = 5 * 1000**3
+#: As transformers cuts a checkpoint.
+MAX_SHARD_NBYTES = 5 * 1000**3
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +73,7 @@ class VersionMark:
         return other is not None and own == (other.chain, other.version, other.commit_id)
 
 
-def write_checkpoint(chain: Chain, version: int, out_dir: Path) -> None:
+def write_checkpoint(chain: Chain, version: int, out_dir: Path, max_shard_nbytes: int = MAX_SHARD_NBYTES) -> None:
     """Materialize a version into a new folder: weights as safetensors, and what transformers needs beside them.
 
     Memory holds one file's tensors. All is gathered in a hidden folder inside `out_dir` and moved up at the end, the
@@ -82,7 +83,11 @@ def write_checkpoint(chain: Chain, version: int, out_dir: Path) -> None:
     manifest = chain.manifest(version)
     mark = VersionMark.of(chain, manifest)
     assets = assets_of(chain, version)
-    files = plan_files(manifest.specs, is_adapter=any(asset.name == ADAPTER_CONFIG for asset in assets))
+    files = plan_files(
+        manifest.specs,
+        is_adapter=any(asset.name == ADAPTER_CONFIG for asset in assets),
+        max_shard_nbytes=max_shard_nbytes,
+    )
     partial = out_dir / _PARTIAL
     with _errors_of(out_dir):
         if mark.is_same_version(VersionMark.read(out_dir)):
@@ -126,24 +131,26 @@ def _move_up(partial: Path, out_dir: Path) -> None:
         path.replace(out_dir / path.name)
 
 
-def plan_files(specs: Mapping[str, TensorSpec], *, is_adapter: bool = False) -> dict[str, list[str]]:
+def plan_files(
+    specs: Mapping[str, TensorSpec], *, is_adapter: bool = False, max_shard_nbytes: int = MAX_SHARD_NBYTES
+) -> dict[str, list[str]]:
     """The tensors of each file: model.safetensors, or shards when the state is larger than one.
 
     Of an adapter adapter_model.safetensors: peft reads one file, whatever its size.
     """
     if is_adapter:
         return {"adapter_model.safetensors": list(specs)}
-    shards = list(_shards(specs))
+    shards = list(_shards(specs, max_shard_nbytes))
     if len(shards) == 1:
         return {"model.safetensors": shards[0]}
     return {f"model-{number:05d}-of-{len(shards):05d}.safetensors": names for number, names in enumerate(shards, 1)}
 
 
-def _shards(specs: Mapping[str, TensorSpec]) -> Iterator[list[str]]:
+def _shards(specs: Mapping[str, TensorSpec], max_nbytes: int) -> Iterator[list[str]]:
     names: list[str] = []
     nbytes = 0
     for name, spec in specs.items():
-        if names and nbytes + spec.nbytes > _MAX_SHARD_NBYTES:
+        if names and nbytes + spec.nbytes > max_nbytes:
             yield names
             names, nbytes = [], 0
         names.append(name)

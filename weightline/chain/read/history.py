@@ -31,7 +31,7 @@ from weightline.store import Store, open_store
 
 
 class Chain:
-    """A chain as its bucket shows it. Reads only; `chain.commit` writes.
+    """A chain as its bucket shows it. Reads only; `weightline.chain.write` writes.
 
     Safe to share between threads: the cache only ever gains immutable manifests. With `trusted`, what none of those
     keys signed is refused (SignatureError) before anything in it is believed.
