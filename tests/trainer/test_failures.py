@@ -15,6 +15,7 @@ from tests.ranks import run_ranks_to_end
 from tests.trainer.failure_ranks import BROKEN, main
 from tests.trainer.test_session import Model
 from tests.waiting import wait_until
+from weightline.chain.files.checkpoint import VersionMark
 from weightline.chain.read.history import Chain, open_chain
 from weightline.chain.upkeep.verify import verify_chain
 from weightline.errors import PublishError
@@ -77,14 +78,14 @@ class _Breaking(TrainerCallback):
             raise self._error
 
 
-def _trainer(folder: Path, *callbacks: TrainerCallback) -> Trainer:
+def _trainer(folder: Path, *callbacks: TrainerCallback, **options: Any) -> Trainer:
     config = Qwen3Config(
         vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
         num_key_value_heads=2, head_dim=8, dtype="bfloat16",
     )  # fmt: skip
     arguments = TrainingArguments(
         output_dir=str(folder / "out"), max_steps=4, per_device_train_batch_size=2, learning_rate=1e-2, report_to=[],
-        save_strategy="no", disable_tqdm=True, use_cpu=True, dataloader_pin_memory=False,
+        disable_tqdm=True, use_cpu=True, dataloader_pin_memory=False, **{"save_strategy": "no", **options},
     )  # fmt: skip
     torch.manual_seed(0)
     rows = [{"input_ids": [row + token for token in range(8)]} for row in range(16)]
@@ -125,6 +126,25 @@ def test_the_callback_says_where_it_commits_and_what_it_committed(
         f"weightline: run mine commits to {chain.url} (which is empty), every 2 optimizer steps",
         f"weightline: committed versions 0..2, {nbytes:,} bytes of payloads, to {chain.url}",
     ]
+
+
+def test_a_checkpoint_names_its_version_and_training_resumes_from_it(tmp_path: Path) -> None:
+    url = f"file://{tmp_path}/bucket/chain"
+    trainer = _trainer(tmp_path, WeightlineCallback(url, run_id="mine"), save_strategy="steps", save_steps=2)
+    trainer.train()
+    chain = open_chain(url)
+    folder = tmp_path / "out" / "checkpoint-2"
+    assert VersionMark.read(folder) == VersionMark.of(chain, chain.manifest(2))
+    assert json.loads((folder / "weightline.json").read_text()) == {
+        "chain": chain.url, "version": 2, "commit_id": chain.manifest(2).commit_id, "run_id": "mine",
+        "stage": "train", "global_step": 2,
+    }  # fmt: skip
+    again = _trainer(tmp_path, WeightlineCallback(url, run_id="mine"))
+    again.train(resume_from_checkpoint=str(folder))
+    kinds = [(manifest.kind, manifest.reverts_to, manifest.global_step) for manifest in open_chain(url).manifests(5)]
+    assert kinds == [("revert", 2, 2), ("delta", None, 3), ("delta", None, 4)]
+    # The resumed run ends in the very bits of the first one.
+    assert open_chain(url).tip().digests == chain.manifest(4).digests
 
 
 def test_a_failed_capture_leaves_the_baseline_where_it_was(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import uuid
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from weightline.chain.files.checkpoint import VersionMark
 from weightline.chain.read.history import Chain
 from weightline.chain.read.records import GAPS, read_records
 from weightline.chain.replay.plan import Ways, plan_between
 from weightline.chain.replay.state import read_state
 from weightline.chain.upkeep.compact import AnchorPolicy
 from weightline.chain.upkeep.verify import verify_chain
+from weightline.codec.digest import parse_digest
 from weightline.codec.torch_ops import bits_of
 from weightline.errors import (
     BaseMismatchError,
@@ -24,12 +27,14 @@ from weightline.errors import (
     PublishError,
     TransientStorageError,
 )
+from weightline.format.manifest import Manifest
 from weightline.store.local import LocalStore
 from weightline.store.memory import MemoryStore
 from weightline.store.retry import RetryingStore
 from weightline.testing.faults import FaultStore, failing
 from weightline.trainer.session import PublishSession
 from weightline.trainer.settings import PublishSettings
+from weightline.trainer.start import plan_start
 from weightline.trainer.steps import load_observer
 
 
@@ -154,6 +159,47 @@ def test_resume_behind_the_tip_commits_a_revert() -> None:
     session.sync(2)
     session.flush()
     _assert_version_is(chain, 5, resumed)
+
+
+class _CountingChain(Chain):
+    """Counts the manifests that are read from it."""
+
+    num_read = 0
+
+    def manifest(self, version: int) -> Manifest:
+        self.num_read += 1
+        return super().manifest(version)
+
+
+@pytest.mark.parametrize("says", ["truth", "another version", "another chain", "a version that is not there"])
+def test_the_mark_of_a_checkpoint_saves_the_search_and_is_not_trusted(says: str) -> None:
+    chain, model = Chain(MemoryStore()), Model()
+    with _session(chain) as session:
+        session.start(model)
+        model.step(1)
+        session.sync(1)
+        session.flush()
+        checkpoint = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        for number in range(2, 12):
+            model.step(number)
+            session.sync(number)
+        session.flush()
+    truth = VersionMark.of(chain, chain.manifest(1))
+    mark = {
+        "truth": truth,
+        "another version": VersionMark.of(chain, chain.manifest(7)),
+        "another chain": replace(truth, commit_id="0" * 32),
+        "a version that is not there": replace(truth, version=99),
+    }[says]
+    resumed = Model()
+    resumed.load_state_dict(checkpoint)
+    counting = _CountingChain(chain.store)
+    loaded = {name: parse_digest(digest) for name, digest in chain.manifest(1).digests.items()}
+    plan = plan_start(counting, loaded, chain.tip().specs, is_resumed=True, run_id="run", stage="train", mark=mark)
+    assert (plan.action, plan.reverts_to) == ("revert", 1)
+    assert counting.num_read == 2 if says == "truth" else counting.num_read > 10
+    with _session(chain) as session:
+        assert session.start(resumed, None, 1, mark).reverts_to == 1
 
 
 def test_a_stage_that_died_before_its_first_checkpoint_starts_again_from_its_start() -> None:
