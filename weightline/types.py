@@ -24,7 +24,7 @@ MAX_ELEMENTS = 1 << 56
 
 @dataclass(frozen=True, slots=True, order=True)
 class TensorSpec:
-    """What a tensor is: its name in the checkpoint, safetensors dtype code and shape."""
+    """A tensor's name in the checkpoint, safetensors dtype code and shape."""
 
     name: str
     dtype: str

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from weightline.codec import reference
-from weightline.codec.rice import NUM_PARAMETERS, bounds, decode_rice, encode_rice, parameter_of, start_mean
+from weightline.codec.rice import NUM_PARAMETERS, bounds, decode_rice, encode_rice, mean_of_parameter, parameter_of
 from weightline.errors import PayloadError
 
 VALUES = st.one_of(st.integers(0, 20), st.integers(0, 70_000), st.integers(0, 2**32 - 1))
@@ -79,7 +79,7 @@ def test_values_need_not_lie_in_one_piece() -> None:
 
 def test_a_parameter_serves_the_mean_that_it_starts_at() -> None:
     for parameter in range(NUM_PARAMETERS):
-        assert parameter_of(start_mean(parameter) / 65536) == parameter
+        assert parameter_of(mean_of_parameter(parameter) / 65536) == parameter
     assert bounds() == sorted(bounds())
 
 

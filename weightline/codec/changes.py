@@ -46,7 +46,7 @@ def inverse(changes: Changes) -> Changes:
     return Changes(changes.segment, changes.positions_K, changes.new_K, changes.old_K)
 
 
-def taken_back(forward_from_new: Changes) -> Changes:
+def undo_decoded(forward_from_new: Changes) -> Changes:
     """The way back, from a delta that was decoded against the state *after* it.
 
     Decoding adds each step to the bits at hand; when those are the new ones, the sum means nothing, but the step is

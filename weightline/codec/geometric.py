@@ -30,7 +30,7 @@ FRACTION_BITS = 16
 RATE_BITS = 6
 #: Values enter the mean as at most CLIP * (mean + 1), so that one outlier does not spoil the next hundred.
 CLIP = 8
-#: ... and as at most this.
+#: Values enter the mean as at most this, too.
 MAX_MEAN = 1 << 40
 #: Probabilities are multiples of 2**-PROBABILITY_BITS.
 PROBABILITY_BITS = 16
@@ -63,9 +63,11 @@ class Tables:
     cumulative: Numbers
     starts_T: Numbers
     bits_T: Numbers
-    #: Not a constant of the format: row x (probability >> 8), the first token that can be meant; a decoder's short cut.
+    #: Not a constant of the format: row x (probability >> 8), the first token that can be meant. The decoder's search
+    #: starts there.
     guesses: Numbers
-    #: Neither: row x scaled value, width << 40 | raw bits << 32 | start of its token; a coder's short cut.
+    #: Not a constant of the format: row x scaled value, width << 40 | raw bits << 32 | start of its token. The coder
+    #: looks small values up in it.
     small: Numbers
 
 

@@ -21,7 +21,7 @@ from weightline.types import BitsArray, Changes, Segment
 #: Elements of a tile. Part of the format: segments are cut at multiples of it, counted from the segment's start.
 TILE = 1 << 22
 
-#: Classes are bytes.
+#: A magnitude class is stored as uint8.
 NUM_CLASSES = 256
 
 #: dtype -> (shift, mask): class = bits >> shift & mask. The exponent field, or its upper eight bits. Others: one class.

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from weightline.codec.digest import tensor_seeds
 from weightline.codec.geometric import CLIP, FRACTION_BITS, MAX_MEAN, PROBABILITY_BITS, RATE_BITS, tables
 from weightline.codec.pieces import TILE, RankedChanges, classes_of
-from weightline.codec.rice import ESCAPE, bounds, start_mean
+from weightline.codec.rice import ESCAPE, bounds, mean_of_parameter
 from weightline.codec.varint import put_numbers
 from weightline.types import BitsArray, Segment
 
@@ -80,7 +80,7 @@ def next_mean(mean: int, value: int) -> int:
 
 def encode_rice(values: list[int], parameter: int) -> bytes:
     """`weightline.codec.rice.encode_rice` with one long integer instead of words."""
-    mean, bits, num_bits = start_mean(parameter), 0, 0
+    mean, bits, num_bits = mean_of_parameter(parameter), 0, 0
     for value in values:
         k = next(k for k, bound in enumerate(bounds()) if mean < bound)
         is_escaped = value >> k >= ESCAPE

@@ -37,7 +37,7 @@ def bounds() -> list[int]:
     return [(BOUND << k) - _HALF for k in range(NUM_PARAMETERS - 1)] + [1 << 62]
 
 
-def start_mean(parameter: int) -> int:
+def mean_of_parameter(parameter: int) -> int:
     """The mean (16 fraction bits) that a stream starts at: the middle of the parameter's."""
     return 3 << (15 + parameter)
 
@@ -52,7 +52,9 @@ def encode_rice(values_K: Numbers, parameter: int, head: bytes | bytearray = b""
     from weightline.codec.kernels import rice as kernel
 
     words = np.empty(values_K.size + 2, np.uint64)
-    num_words = kernel.encode(np.ascontiguousarray(values_K, np.uint32), start_mean(parameter), _bounds_array(), words)
+    num_words = kernel.encode(
+        np.ascontiguousarray(values_K, np.uint32), mean_of_parameter(parameter), _bounds_array(), words
+    )
     return b"".join([head, words[:num_words].astype("<u8", copy=False).data])
 
 
@@ -66,7 +68,7 @@ def decode_rice(stream: bytes, num_values: int, parameter: int) -> npt.NDArray[n
     words = np.zeros(num_words + 2, np.uint64)
     words[:num_words] = np.frombuffer(stream, "<u8")
     values_K = np.empty(num_values, np.uint32)
-    used = int(kernel.decode(words, start_mean(parameter), _bounds_array(), values_K))
+    used = int(kernel.decode(words, mean_of_parameter(parameter), _bounds_array(), values_K))
     if used != num_words:
         raise PayloadError(f"a stream of {num_words} words does not hold {num_values} values", rule="stream-length")
     return values_K

@@ -72,7 +72,7 @@ def lease(replica: str) -> str:
 
 
 def signature(subject: str, sha256: str, key_id: str) -> str:
-    """One key's signature of the object under the key `subject`, told by its bytes: racing writers each have theirs."""
+    """A key's signature of the object `subject`. Keyed by content, so that racing writers do not share a signature."""
     return f"{SIGNATURES}{subject}/{sha256}-{key_id}.json"
 
 

@@ -15,15 +15,15 @@ from weightline.errors import PayloadError
 from weightline.format.table import MAX_NAME_NBYTES, MAX_SEGMENTS, ChunkEntry
 from weightline.types import Segment, TensorSpec
 
-#: A writer closes a chunk at the first piece that brings it to this many elements, of which this many changed ...
+#: A writer closes a chunk at the first piece that brings it to CHUNK_ELEMENTS elements of which CHUNK_CHANGED changed.
 CHUNK_ELEMENTS = 1 << 23
 CHUNK_CHANGED = 1 << 14
-#: ... or to this many elements, or this many pieces.
+#: It closes a chunk at this many elements or pieces, too, however few changed.
 MAX_CHUNK_ELEMENTS = 1 << 28
 MAX_CHUNK_PIECES = 1 << 10
-#: What a reader accepts: the most changed elements that a writer can put into one chunk, ...
+#: A reader accepts the most changed elements that a writer can put into one chunk.
 MAX_CHUNK_CHANGED = CHUNK_ELEMENTS + TILE
-#: ... and the tiles of all segments of a payload: about 10**12 elements.
+#: A reader accepts this many tiles of all segments of a payload: about 10**12 elements.
 MAX_TILES = 1 << 18
 
 

@@ -34,7 +34,7 @@ TRUSTED_KEYS_VARIABLE = "WEIGHTLINE_TRUSTED_KEYS"
 
 
 class Signature(Frozen):
-    """One key's word that an object with these bytes belongs under that key of the bucket."""
+    """An Ed25519 signature over an object's key and sha256, stored beside a manifest or shortcut."""
 
     format: Literal["weightline/1"] = "weightline/1"
     features: Annotated[tuple[str, ...], Field(strict=False)] = ()

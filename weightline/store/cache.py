@@ -1,4 +1,4 @@
-"""Objects that were fetched from remote buckets, kept on this host for the next reader.
+"""The cache of this host: objects that were fetched from remote buckets.
 
     <folder>/objects/<sha256>    whole and checked when it got its name
     <folder>/partial/<sha256>    being downloaded; a later attempt continues it

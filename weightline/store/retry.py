@@ -1,4 +1,4 @@
-"""Asking again: what every bucket that can be away for a moment is wrapped in.
+"""Retries: the wrapper of every store that can be unavailable for a moment.
 
 Only transient errors are repeated, with growing, jittered pauses, while the bucket is away for a bounded time
 (`_Patience`). Why each verb may be repeated:
@@ -150,7 +150,7 @@ class RetryingStore:
 
 
 class _Patience:
-    """How long one operation is asked for again: counted from its first try that failed, anew after every long one.
+    """The retry deadline of one operation. It starts at the first failure; a try that ran for long resets it.
 
     So a large transfer survives what a small one does, and still ends.
     """

@@ -33,7 +33,7 @@ class Ref(Stored):
 
 
 def move_ref(chain: Chain, name: str, version: int, *, is_tag: bool = False) -> Ref:
-    """Let the name stand for the version from now on. Repeating the newest move changes nothing.
+    """Moves a name to a version. Repeating the newest move changes nothing.
 
     A ref becomes a tag by a move that stays where it is. InputError when the name is a tag already and anything else is
     asked of it, and for a name that would be read as something else; ConflictError when another writer moved it at the

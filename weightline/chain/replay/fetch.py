@@ -1,4 +1,4 @@
-"""Objects of a chain to local files, with their size and sha256 checked before anyone reads them."""
+"""Objects of a chain to local files, with their size and sha256 checked before they are read."""
 
 from __future__ import annotations
 
@@ -117,9 +117,10 @@ class Fetcher:
 
 @contextmanager
 def fetching(store: Store, cache: ObjectCache | None = None, *, is_cached: bool = True) -> Iterator[Fetcher]:
-    """A fetcher for one operation; its folder goes with it. Objects of remote buckets go through this host's cache...
+    """Opens a fetcher for one operation and removes its folder at the end.
 
-    unless `is_cached` is false: then what is read is what the bucket holds now.
+    Objects of remote buckets go through this host's cache, unless `is_cached` is false: then every object is read from
+    the bucket.
     """
     if cache is None and is_cached and is_remote(store):
         cache = host_cache()

@@ -16,7 +16,7 @@ import numpy as np
 from weightline.chain.read.history import Chain
 from weightline.chain.replay.fetch import Fetcher, fetching
 from weightline.chain.replay.plan import Hop, ReplayPlan, plan_between
-from weightline.codec.changes import compose, join_parts, taken_back
+from weightline.codec.changes import compose, join_parts, undo_decoded
 from weightline.codec.digest import add_digests, digest_change, format_digest, tensor_digest
 from weightline.dtypes import bits_dtype
 from weightline.errors import DigestMismatchError, InputError, PayloadError
@@ -199,7 +199,7 @@ def _hop_changes(
     for payload in payloads:
         _require_known_tensors(payload, state, specs)
         for changes in payload.read_changes(lambda s: s.tensor.name in state.specs, state.segment_bits):
-            yield taken_back(changes) if hop.is_backward else changes
+            yield undo_decoded(changes) if hop.is_backward else changes
 
 
 def _require_known_tensors(payload: Payload, state: ReplayState, specs: Mapping[str, TensorSpec]) -> None:

@@ -58,7 +58,7 @@ class Kept:
     """Versions that the horizon or a ref stands for and that nothing leads to: the chain is broken."""
 
     def keeps_shortcut(self, shortcut: Shortcut) -> bool:
-        """One between kept versions stays even when no way leads over it today: it was written to be cheap."""
+        """Keeps shortcuts between two kept versions, even if no current plan uses them."""
         if shortcut.key in self.on_the_way:
             return True
         return all(end in self.versions for end in (shortcut.base_version, shortcut.version) if end is not None)

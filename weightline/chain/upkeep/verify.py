@@ -1,4 +1,4 @@
-"""Everything that can be seen to hold in a bucket: the invariants of docs/design.md, as findings rather than errors.
+"""Checks the invariants of docs/design.md that are observable from the bucket. What is wrong becomes a finding.
 
 Reads only. What nothing kept needs is not looked at: gc may take it at any moment. Deep verification reads every kept
 object and replays every way into every kept version, a bounded group of tensors at a time.

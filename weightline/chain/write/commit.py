@@ -26,7 +26,7 @@ from weightline.store import Store
 
 
 def new_commit_id() -> str:
-    """128 random bits: tells this attempt to commit from every other."""
+    """Returns 128 random bits as hex, which tell this attempt to commit from every other."""
     return secrets.token_hex(16)
 
 

@@ -48,8 +48,8 @@ def hash_beside(path: Path, work: Callable[[], None]) -> str:
 def hash_arriving(path: Path, nbytes: int, write: Callable[[], None]) -> str:
     """Run `write`, which fills the new file `path`, and give the hash of what it wrote there, front to back.
 
-    It is the hash of the file when `write` wrote each byte once and in order. Whatever else it did gives another hash:
-    whoever gets one that he did not expect hashes the file once more before he believes it.
+    It is the hash of the file when `write` wrote each byte once and in order. If the hash does not match, hash the file
+    again: `write` may have rewritten a range.
     """
     if nbytes < _MIN_NBYTES or sys.platform != "linux":  # others have no sendfile(2) into a pipe
         write()
