@@ -108,6 +108,14 @@ def test_each_stage_starts_from_the_one_before_and_moves_the_weights(jobs: list[
         assert (job.final_model_dir / "tokenizer.json").is_file()
 
 
+def test_forked_ranks_train_the_same_bits_as_launched_ones(jobs: list[StageJob], tmp_path: Path) -> None:
+    """Other tests start ranks without a launcher (tests/ranks.py): it makes no difference to what they train."""
+    launched = jobs[0]
+    forked = launched.model_copy(update={"output_dir": tmp_path / "forked"})
+    fork(forked)
+    assert weights(forked.final_model_dir) == weights(launched.final_model_dir)
+
+
 def test_every_step_is_logged_with_what_the_stage_is_about(jobs: list[StageJob]) -> None:
     for job, number in zip(jobs, ("mean_token_accuracy", "rewards/margins", "reward"), strict=True):
         lines = [json.loads(line) for line in job.metrics_path.read_text().splitlines()]
