@@ -1,7 +1,7 @@
 """The inference server of a local stack: one process, for the chain that was trained last.
 
-It is started by the first refresh that wants it (weightline serve transformers), says in its state folder where it
-listens, and goes when the process that started it goes: a lane of the runner, which comes back and starts it anew.
+The first refresh that needs it starts it (weightline serve transformers). It writes its address to its state folder,
+and ends with the process that started it, a warm worker, which starts it again at the next refresh.
 """
 
 from __future__ import annotations
@@ -31,20 +31,20 @@ _running: dict[str, subprocess.Popen[bytes]] = {}
 
 @dataclass(frozen=True, slots=True)
 class ReplicaAddress:
-    """Where a replica listens, and the token that lets one move it."""
+    """The URL of a replica, and the token that a refresh of it needs."""
 
     url: str
     token: str
 
 
 def replicas_dir() -> Path | None:
-    """The local stack's folder of replicas, when this process belongs to one."""
+    """Returns the local stack's folder of replicas; None when this process belongs to no stack."""
     folder = os.environ.get(REPLICAS_DIR_VARIABLE)
     return Path(folder) if folder else None
 
 
 def ensure_replica(chain_url: str, folder: Path) -> ReplicaAddress:
-    """The chain's replica, started when it is not running; one of another chain is ended, since memory is bounded.
+    """Returns the chain's replica and starts it if it is not running. Ends a replica of another chain to save memory.
 
     LaunchError with the server's last lines when it does not come up. Safe to repeat.
     """
@@ -61,7 +61,7 @@ def ensure_replica(chain_url: str, folder: Path) -> ReplicaAddress:
 
 
 def end_replicas() -> None:
-    """End every replica that this process started."""
+    """Ends every replica that this process started."""
     import psutil
 
     found = [psutil.Process(process.pid) for process in _running.values() if process.poll() is None]
@@ -72,7 +72,7 @@ def end_replicas() -> None:
 
 
 def read_address(state_dir: Path) -> str | None:
-    """The URL that a running replica has told, or None."""
+    """Returns the URL that a running replica has written, or None."""
     try:
         return str(json.loads((state_dir / "address.json").read_text())["url"])
     except (OSError, ValueError, KeyError):

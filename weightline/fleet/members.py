@@ -1,7 +1,8 @@
-"""Which replicas of a chain can be moved from here, and the token of each.
+"""Finds the replicas of a chain that can be moved from here, and the token of each.
 
-A lease in the bucket says where a replica answers, but not that it is ours: a token is only sent to hosts that were
-allowed here (WEIGHTLINE_REPLICA_HOSTS; without it, this machine), over URLs that the operator or the stack gave.
+A lease in the bucket names a replica's URL, but every writer of the bucket can write one. The token is therefore sent
+only to URLs that the operator or the local stack gave, and to hosts that WEIGHTLINE_REPLICA_HOSTS allows (without it,
+to this machine only).
 """
 
 from __future__ import annotations
@@ -23,17 +24,17 @@ from weightline.serving.http.auth import TOKEN_VARIABLE, is_loopback
 from weightline.serving.replica.following import TIP
 from weightline.serving.replica.status import ReplicaStatus
 
-#: URLs of replicas that somebody else runs, separated by spaces or commas; their token is in WEIGHTLINE_TOKEN.
+#: URLs of replicas that run outside the local stack, separated by spaces or commas. Their token is WEIGHTLINE_TOKEN.
 SERVING_URL_VARIABLE = "WEIGHTLINE_SERVING_URL"
-#: Hosts of replicas, found by their leases, that may be sent the token: names with wildcards, by spaces or commas.
+#: Hosts of leased replicas that may receive the token: names with wildcards, separated by spaces or commas.
 REPLICA_HOSTS_VARIABLE = "WEIGHTLINE_REPLICA_HOSTS"
-_LOOK_SECONDS = 10.0
-_LOOKS_AT_ONCE = 16
+_STATUS_SECONDS = 10.0
+_MAX_REQUESTS_AT_ONCE = 16
 
 
 @dataclass(frozen=True, slots=True)
 class ReachableReplica:
-    """A replica that answered just now."""
+    """A replica that answered a status request and can be moved."""
 
     name: str
     url: str
@@ -47,9 +48,9 @@ class ReachableReplica:
 
 @dataclass(frozen=True, slots=True)
 class Fleet:
-    """`reached`: to be moved. `others`: names of live replicas that follow by themselves, or are not to be asked.
+    """`reached` can be moved. `others` names live replicas that follow by themselves or may not receive the token.
 
-    `ungated`: those of the others that follow the chain's tip, and so serve every version before anybody judged it.
+    `ungated` names those of the others that follow the chain's tip, and so serve every version before it is judged.
     """
 
     reached: tuple[ReachableReplica, ...]
@@ -58,24 +59,24 @@ class Fleet:
 
 
 def find_fleet(chain: Chain) -> Fleet:
-    """Everybody who serves the chain: those of WEIGHTLINE_SERVING_URL, the local stack's, and those with a lease.
+    """Returns the replicas of the chain: those of WEIGHTLINE_SERVING_URL, the local stack's, and those with a lease.
 
-    InputError when nobody is known at all; ApplyError when nobody answers, or when a replica that was named follows
-    another chain. Starts the local stack's replica where it is not running. One that follows by itself is not moved,
-    however it is known: it would go back to what it follows.
+    Starts the local stack's replica where it is not running. A replica that follows by itself is not moved, however it
+    is known: it would go back to what it follows. InputError when no replica is known; ApplyError when none answers, or
+    when a replica that was named follows another chain.
     """
     leases = live_leases(chain)
     addresses = dict(_named(chain))
-    is_somebody_known = bool(addresses or leases)
+    is_any_known = bool(addresses or leases)
     for lease in leases:
         if lease.follows is None and may_receive_token(lease):
             addresses.setdefault(str(lease.url), os.environ[TOKEN_VARIABLE])
-    told, errors = _look(chain, addresses)
-    reached = tuple(one for one, follows in told if follows is None)
-    followers: dict[str, str | None] = {one.name: follows for one, follows in told if follows is not None}
+    answered, errors = _ask_all(chain, addresses)
+    reached = tuple(one for one, follows in answered if follows is None)
+    followers: dict[str, str | None] = {one.name: follows for one, follows in answered if follows is not None}
     names = {one.name for one in reached}
     followers |= {lease.replica: lease.follows for lease in leases if lease.replica not in names}
-    if not is_somebody_known:
+    if not is_any_known:
         raise InputError(
             f"no replica is known: set {SERVING_URL_VARIABLE} and {TOKEN_VARIABLE}, or start a stack (weightline up)",
             field=SERVING_URL_VARIABLE,
@@ -86,7 +87,7 @@ def find_fleet(chain: Chain) -> Fleet:
 
 
 def may_receive_token(lease: Lease) -> bool:
-    """Whether the token may be sent where a lease says that its replica is: whoever writes to the bucket can say so."""
+    """Returns whether the token may be sent to the URL of a lease, which every writer of the bucket can choose."""
     host = urlsplit(lease.url or "").hostname
     if host is None or not os.environ.get(TOKEN_VARIABLE):
         return False
@@ -95,7 +96,7 @@ def may_receive_token(lease: Lease) -> bool:
 
 
 def _named(chain: Chain) -> Iterator[tuple[str, str]]:
-    """URL and token of those that the operator or the stack knows."""
+    """Yields URL and token of the replicas that the operator or the local stack named."""
     urls = _split(os.environ.get(SERVING_URL_VARIABLE, ""))
     yield from ((url, os.environ.get(TOKEN_VARIABLE, "")) for url in urls)
     folder = replicas_dir()
@@ -104,33 +105,33 @@ def _named(chain: Chain) -> Iterator[tuple[str, str]]:
         yield address.url, address.token
 
 
-def _look(
+def _ask_all(
     chain: Chain, addresses: dict[str, str]
 ) -> tuple[list[tuple[ReachableReplica, str | None]], list[ApplyError]]:
-    """Ask everybody; who answered, with what it follows. One name is one replica, however many URLs lead to it."""
+    """Asks all at the same time; returns those that answered, with what they follow. A name is one replica."""
     found: dict[str, tuple[ReachableReplica, str | None]] = {}
     errors: list[ApplyError] = []
-    with ThreadPoolExecutor(max_workers=_LOOKS_AT_ONCE) as pool:
-        for (url, token), told in zip(addresses.items(), pool.map(_status_or_error, addresses), strict=True):
-            if isinstance(told, ApplyError):
-                errors.append(told)
-            elif not is_same_chain(told.chain, chain.url):
-                errors.append(ApplyError(f"the replica at {url} follows {told.chain}, not {chain.url}", url=url))
+    with ThreadPoolExecutor(max_workers=_MAX_REQUESTS_AT_ONCE) as pool:
+        for (url, token), status in zip(addresses.items(), pool.map(_status_or_error, addresses), strict=True):
+            if isinstance(status, ApplyError):
+                errors.append(status)
+            elif not is_same_chain(status.chain, chain.url):
+                errors.append(ApplyError(f"the replica at {url} follows {status.chain}, not {chain.url}", url=url))
             else:
-                replica = ReachableReplica(told.replica, url, told.version, token)
-                found.setdefault(told.replica, (replica, told.follows))
+                replica = ReachableReplica(status.replica, url, status.version, token)
+                found.setdefault(status.replica, (replica, status.follows))
     return list(found.values()), errors
 
 
 def _status_or_error(url: str) -> ReplicaStatus | ApplyError:
     try:
-        return client.status(url, timeout_seconds=_LOOK_SECONDS)
+        return client.status(url, timeout_seconds=_STATUS_SECONDS)
     except ApplyError as error:
         return error
 
 
 def is_same_chain(followed: str, wanted: str) -> bool:
-    """Whether two URLs name one bucket prefix."""
+    """Returns whether two URLs name the same bucket prefix."""
     return followed.rstrip("/") == wanted.rstrip("/")
 
 

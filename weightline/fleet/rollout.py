@@ -1,7 +1,8 @@
-"""What a rollout is: who moves when, from where, and what was decided. Written down before and after, in the bucket.
+"""A rollout: the plan of which replicas move when and from where, and its outcome, as records in the bucket.
 
-`records/rollouts/<version>/plan.json` stands before the first replica moves, so that a run which is started again after
-a crash knows where everybody came from; `outcome.json` says how it ended. Going back on purpose has names of its own.
+`records/rollouts/<version>/plan.json` is written before the first replica moves, so that a run that is started again
+after a crash knows where every replica came from; `outcome.json` is written at the end. A rollout that goes back on
+purpose has record names of its own.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from weightline.serving.replica.status import RefreshFacts
 
 @dataclass(frozen=True, slots=True)
 class RolloutSettings:
-    """What the flow was asked for."""
+    """The parameters of the flow `refresh-serving`."""
 
     wave_size: int = 4
     canary: str | None = None
@@ -37,7 +38,7 @@ class RolloutSettings:
 
 @dataclass(frozen=True, slots=True)
 class Rollout:
-    """One version's way to its replicas, decided. `outcome` is set when there is nothing left to do."""
+    """The planned moves of a chain's replicas to one version. `outcome` is set when there is nothing left to do."""
 
     chain: str
     version: int
@@ -49,12 +50,12 @@ class Rollout:
     outcome: Record | None = None
 
     def replica(self, name: str) -> ReachableReplica:
-        """The replica of that name."""
+        """Returns the replica of that name."""
         return next(one for one in self.fleet.reached if one.name == name)
 
     @property
     def has_begun(self) -> bool:
-        """Whether an earlier run of it moved somebody before it ended."""
+        """Whether an earlier run of this rollout moved a replica before it ended."""
         return any(one.version == self.version != self.came_from[one.name] for one in self.fleet.reached)
 
     @property
@@ -70,7 +71,7 @@ class Rollout:
 
 @dataclass(frozen=True, slots=True)
 class Move:
-    """What came of asking one replica. Exactly one of `facts` and `error` is set."""
+    """The result of moving one replica. Exactly one of `facts` and `error` is set."""
 
     name: str
     facts: RefreshFacts | None = None
@@ -78,7 +79,7 @@ class Move:
 
     @property
     def is_away(self) -> bool:
-        """It gave no answer: it catches up by itself, or with the next version."""
+        """Whether the replica gave no answer: it catches up by itself, or with the next version."""
         return self.error is not None and bool(self.error.facts.get("is_unreachable"))
 
     @property
@@ -87,9 +88,10 @@ class Move:
 
 
 def open_rollout(chain: Chain, version: int, settings: RolloutSettings, fleet: Fleet) -> Rollout:
-    """Plan, and write the plan down. Safe to repeat: what an earlier run of it wrote stands.
+    """Plans the rollout and writes the plan. Safe to repeat: the plan of an earlier run stands.
 
-    A version that was rolled back stays so: its outcome is returned. One that is done is offered to whoever was away.
+    A version that was rolled back stays so, and its outcome is returned. One that is done is offered again to replicas
+    that were away.
     """
     chain.manifest(version)
     attempt = f"back-{datetime.now(UTC):%Y%m%dT%H%M%S%f}-" if settings.allow_backward else ""
@@ -112,7 +114,7 @@ def open_rollout(chain: Chain, version: int, settings: RolloutSettings, fleet: F
 
 
 def problem_of(moves: Sequence[Move], max_failed: int) -> str | None:
-    """Why the rollout cannot go on: the canary did not move, or too many others failed. Being away is no failure."""
+    """Returns why the rollout cannot go on: the canary did not move, or too many others failed (not: were away)."""
     if not moves:
         return None
     canary, *others = moves
@@ -125,15 +127,15 @@ def problem_of(moves: Sequence[Move], max_failed: int) -> str | None:
 
 
 def is_for_good(error: WeightlineError | None) -> bool:
-    """Whether asking again cannot help: what the bucket holds is wrong, or nobody vouches for it."""
+    """Returns whether a retry cannot help: the bucket's content is wrong, unsigned, or not supported."""
     return isinstance(error, CorruptError | UnsupportedFeatureError)
 
 
 def write_outcome(
     chain: Chain, rollout: Rollout, status: str, moves: Sequence[Move], verdict: Verdict | None, reason: str | None
 ) -> Record:
-    """How it ended: `done`, `rolled_back`, `skipped` or `failed`. The first outcome of a rollout stands."""
-    told: Record = {
+    """Writes the outcome: `done`, `rolled_back`, `skipped` or `failed`. The first outcome of a rollout stands."""
+    outcome: Record = {
         "status": status,
         "reason": reason,
         "moved": [move.name for move in moves if move.facts is not None],
@@ -145,13 +147,13 @@ def write_outcome(
         "baseline_version": verdict.baseline.version if verdict and verdict.baseline else None,
         "baseline_score": verdict.baseline.score if verdict and verdict.baseline else None,
     }
-    return _write(chain, rollout, "outcome", told)
+    return _write(chain, rollout, "outcome", outcome)
 
 
 def advance_serving_ref(chain: Chain, rollout: Rollout) -> None:
-    """Let the ref `serving` stand for the version: what replicas that follow by themselves wait for.
+    """Moves the ref `serving` to the version, which replicas that follow that ref wait for.
 
-    A version that comes late does not pull it back, unless that was asked for.
+    A version that comes late does not pull the ref back, unless the rollout goes back on purpose.
     """
     newest = newest_move(chain, SERVING_REF)
     if newest is None or newest.version < rollout.version or rollout.settings.allow_backward:
@@ -159,10 +161,10 @@ def advance_serving_ref(chain: Chain, rollout: Rollout) -> None:
 
 
 def serving_version(chain: Chain) -> int | None:
-    """What the ref `serving` stands for."""
+    """Returns the version that the ref `serving` names."""
     newest = newest_move(chain, SERVING_REF)
     return None if newest is None else newest.version
 
 
-def _write(chain: Chain, rollout: Rollout, what: str, told: Record) -> Record:
-    return write_record(chain, ROLLOUTS, rollout.version, f"{rollout.attempt}{what}", told)
+def _write(chain: Chain, rollout: Rollout, what: str, record: Record) -> Record:
+    return write_record(chain, ROLLOUTS, rollout.version, f"{rollout.attempt}{what}", record)

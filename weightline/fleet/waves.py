@@ -1,4 +1,4 @@
-"""Moving many replicas a few at a time: one first, whose version is judged before any other moves. Pure."""
+"""Plans the waves in which many replicas move: one first, whose version is judged before the others move. Pure."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from weightline.errors import InputError
 
 @dataclass(frozen=True, slots=True, order=True)
 class Member:
-    """A replica that can be moved from here, and what it serves before it is."""
+    """A replica that can be moved from here, and the version that it serves before the move."""
 
     name: str
     version: int | None
@@ -18,7 +18,7 @@ class Member:
 
 @dataclass(frozen=True, slots=True)
 class WavePlan:
-    """Names in order of moving. `settled` serve the version, or a later one, already: they are only asked."""
+    """Names in the order of moving. `settled` replicas serve the version, or a later one, already."""
 
     waves: tuple[tuple[str, ...], ...]
     settled: tuple[str, ...]
@@ -36,21 +36,22 @@ def plan_waves(
     canary: str | None = None,
     allow_backward: bool = False,
 ) -> WavePlan:
-    """The canary alone, then waves of `wave_size` at most, by name: never all at once, where there are two.
+    """Plans the canary alone, then waves of at most `wave_size`, by name. Two or more never move all at once.
 
-    `canary` names the first one; else it is the one that is furthest behind, and so sees most of what is new. A replica
-    that serves a later version stays there unless `allow_backward`. InputError for a canary that is not to be moved.
+    `canary` names the first replica; without it the one that is furthest behind moves first, which sees most of what is
+    new. A replica that serves a later version stays there unless `allow_backward`. InputError for a canary that cannot
+    be moved from here.
     """
     if wave_size < 1:
-        raise InputError(f"a wave of {wave_size} replicas is none: name 1 or more", field="wave_size")
-    everybody = sorted(members)
-    to_move = [member for member in everybody if _is_to_move(member, version, allow_backward)]
-    settled = tuple(member.name for member in everybody if member not in to_move)
+        raise InputError(f"a wave of {wave_size} replicas moves nothing: name 1 or more", field="wave_size")
+    all_members = sorted(members)
+    to_move = [member for member in all_members if _is_to_move(member, version, allow_backward)]
+    settled = tuple(member.name for member in all_members if member not in to_move)
     if not to_move:
         return WavePlan((), settled)
     first = _canary(to_move, canary)
     if canary is not None and first.name != canary and canary not in settled:
-        names = ", ".join(member.name for member in everybody)
+        names = ", ".join(member.name for member in all_members)
         raise InputError(f"canary: no replica {canary!r} can be moved from here: name one of {names}", field="canary")
     rest = [member.name for member in to_move if member != first]
     later = (tuple(rest[at : at + wave_size]) for at in range(0, len(rest), wave_size))

@@ -1,4 +1,4 @@
-"""Ask a replica over HTTP. Small, and free of torch: what tasks and flows use."""
+"""The HTTP client of a replica, which rollouts use. Imports no torch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from weightline.errors import ApplyError
 from weightline.serving.http.errors import error_of
 from weightline.serving.replica.status import RefreshFacts, ReplicaStatus
 
-Told = TypeVar("Told", bound=BaseModel)
+Body = TypeVar("Body", bound=BaseModel)
 
 
 def refresh(
@@ -23,7 +23,7 @@ def refresh(
     allow_backward: bool = False,
     timeout_seconds: float = 600.0,
 ) -> RefreshFacts:
-    """Move the replica at `url` to the version (None: the tip) and wait until it serves it. Safe to repeat.
+    """Moves the replica at `url` to the version (None: the tip) and waits until it serves it. Safe to repeat.
 
     The facts name the version that is served now: a later one than asked for, when the replica was there already and
     `allow_backward` is False. A `chain` that is not the replica's is refused. Raises what the replica raised, by type:
@@ -36,14 +36,14 @@ def refresh(
 
 
 def status(url: str, *, timeout_seconds: float = 10.0) -> ReplicaStatus:
-    """What the replica at `url` serves. ApplyError when it cannot be reached."""
+    """Returns the status of the replica at `url`. ApplyError when it cannot be reached."""
     return _parsed(ReplicaStatus, url, _ask("GET", url, "/weightline/status", timeout_seconds))
 
 
-def _parsed(cls: type[Told], url: str, told: object) -> Told:
-    """Something else may listen where a replica did."""
+def _parsed(cls: type[Body], url: str, body: object) -> Body:
+    """Parses an answer. ApplyError when it is no replica's: something else may listen where a replica did."""
     try:
-        return cls.model_validate(told)
+        return cls.model_validate(body)
     except ValidationError as error:
         raise ApplyError(f"what answers at {url} is no replica", url=url, is_unreachable=True) from error
 
@@ -59,12 +59,12 @@ def _ask(
     where = f"{url.rstrip('/')}{route}"
     try:
         answer = httpx.request(method, where, json=body, headers=headers, timeout=timeout_seconds, trust_env=False)
-        told: object = answer.json()
+        received: object = answer.json()
     except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
         reason = str(error) or type(error).__name__
         raise ApplyError(
             f"the replica at {url} gives no answer ({reason}): is it running?", url=url, is_unreachable=True
         ) from error
     if answer.is_success:
-        return told
-    raise error_of(told, f"{where} answered {answer.status_code}")
+        return received
+    raise error_of(received, f"{where} answered {answer.status_code}")

@@ -51,19 +51,19 @@ class ServerSettings:
         return None if self.follow_seconds is None else Following(self.follow_seconds, self.follow_ref)
 
     def open_chain(self) -> Chain:
-        """The chain, believed as far as the trusted keys vouch for it. InputError for a key file that is none."""
+        """Opens the chain, with the trusted keys if there are any. InputError for a file that holds no keys."""
         trusted = None if self.trusted_keys is None else load_trusted_keys(self.trusted_keys)
         return open_chain(self.chain_url, trusted)
 
     def presence(self, port: int) -> Presence:
-        """What the lease says. A replica that listens on all interfaces does not know its own address."""
+        """Returns the fixed part of the lease. A replica that listens on all interfaces does not know its address."""
         is_anywhere = self.host in ("", "0.0.0.0", "::")  # noqa: S104 - compared, not bound
         url = self.advertise_url or (None if is_anywhere else _url_of(self.host, port))
         return Presence(url, self.following.what if self.following else None, self.lease_seconds)
 
 
 def serve(settings: ServerSettings) -> None:
-    """Serve by the embedded engine until told to stop.
+    """Serves by the embedded engine until a signal ends it.
 
     InputError, before anything is loaded, when the port is taken, the state folder or the name is another replica's,
     or other machines could reach the replica without a token that an operator chose.
@@ -88,7 +88,7 @@ def serve(settings: ServerSettings) -> None:
 
 
 def require_safe_binding(host: str, state_dir: Path) -> None:
-    """InputError for an address that others can reach, unless somebody chose a token."""
+    """InputError for an address that other machines can reach, unless an operator chose a token."""
     if not is_loopback(host) and not has_given_token(state_dir):
         raise InputError(
             f"{host} can be reached from elsewhere: choose the token that opens it ({TOKEN_VARIABLE}, or the file "
@@ -111,7 +111,7 @@ def own_folder(state_dir: Path) -> Iterator[None]:
 
 @contextmanager
 def _listening(settings: ServerSettings) -> Iterator[socket.socket]:
-    """A socket that accepts connections from now on, and the file that tells where."""
+    """Yields a socket that accepts connections, and keeps the file with its address while it does."""
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -132,7 +132,7 @@ def _listening(settings: ServerSettings) -> Iterator[socket.socket]:
 
 
 def write_address(settings: ServerSettings, port: int) -> None:
-    """Tell, in one rename, where the replica of this state folder listens."""
+    """Writes where the replica of this state folder listens, in one rename."""
     path = settings.state_dir / ADDRESS_FILE
     address = {
         "url": _url_of(settings.host, port),

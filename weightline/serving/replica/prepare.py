@@ -1,4 +1,4 @@
-"""All of a refresh that needs no pause: plan, fetch, verify, decode, and prove the result before it is written."""
+"""The part of a refresh that needs no pause: plan, fetch, verify, decode, and prove the result before the write."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from weightline.types import Changes
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Held:
-    """What a replica holds: a version, proven. `digests` are those of the engine's weights, by tensor."""
+    """The proven version that a replica holds. `digests` are those of the engine's weights, by tensor."""
 
     version: int
     commit_id: str
@@ -31,7 +31,7 @@ class Held:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PreparedDelta:
-    """Changes that lead from `held` to the version, decoded and proven: digest for digest the manifest's state."""
+    """Decoded changes from `held` to the version, proven: the digests after them are the manifest's."""
 
     held: Held
     manifest: Manifest
@@ -58,7 +58,7 @@ class PreparedLoad:
         return self.manifest.num_elements
 
     def discard(self) -> None:
-        """Remove the folder. Safe to repeat."""
+        """Removes the folder. Safe to repeat."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
@@ -68,13 +68,13 @@ _LOADING = "loading-"
 
 
 def remove_leftovers(state_dir: Path) -> None:
-    """Remove the checkpoint folders that a crash left."""
+    """Removes the checkpoint folders that a crash left."""
     for folder in state_dir.glob(f"{_LOADING}*"):
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def prepare_load(chain: Chain, version: int, state_dir: Path, held: Held | None = None) -> PreparedLoad:
-    """Materialize the version below `state_dir`. A crash leaves a folder there, for `remove_leftovers`."""
+    """Writes the version as a checkpoint below `state_dir`. A crash leaves a folder, for `remove_leftovers`."""
     plan = plan_between(chain, None, version)
     folder = Path(tempfile.mkdtemp(prefix=_LOADING, dir=state_dir))
     prepared = PreparedLoad(held, chain.manifest(version), folder, plan.payload_nbytes)
@@ -89,7 +89,7 @@ def prepare_load(chain: Chain, version: int, state_dir: Path, held: Held | None 
 
 
 def prepare_delta(chain: Chain, version: int, held: Held, read_bits: ReadBits) -> PreparedDelta:
-    """Decode what leads from the engine's weights to the version. Writes nothing; safe to repeat.
+    """Decodes the changes from the engine's weights to the version. Writes nothing; safe to repeat.
 
     A version to which an anchor is the cheaper, or the only, way is built in host memory and compared.
 
@@ -109,7 +109,7 @@ def prepare_delta(chain: Chain, version: int, held: Held, read_bits: ReadBits) -
 
 
 def fits_in_place(chain: Chain, version: int, held: Held) -> bool:
-    """Whether the versions have the same tensors and the same small files (config, tokenizer), so that bits suffice."""
+    """Returns whether the version has the same tensors and small files (config, tokenizer) as the held one."""
     have, want = chain.manifest(held.version), chain.manifest(version)
     have_assets = {(asset.name, asset.sha256) for asset in assets_of(chain, held.version)}
     want_assets = {(asset.name, asset.sha256) for asset in assets_of(chain, version)}
@@ -117,7 +117,7 @@ def fits_in_place(chain: Chain, version: int, held: Held) -> bool:
 
 
 def check_base(chain: Chain, held: Held) -> None:
-    """Ask the bucket, not the cache, whether its version is the one that is held: by commit and by every digest."""
+    """Compares the held version with the bucket's, by commit and by every digest. Reads the bucket, not the cache."""
     try:
         base = Chain(chain.store, chain.trusted).manifest(held.version)
     except VersionNotFoundError as error:

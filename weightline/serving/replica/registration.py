@@ -1,4 +1,4 @@
-"""A replica's lease: claimed first, renewed while it lives, ended when it leaves. A failing bucket stops nothing."""
+"""A replica's lease: claimed first, renewed while it lives, ended when it leaves. Storage errors are retried."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ HOLDER_FILE = "holder"
 
 @dataclass(frozen=True, slots=True)
 class Presence:
-    """What a lease says that does not change while the process lives."""
+    """The part of a lease that does not change while the process lives."""
 
     url: str | None = None
     follows: str | None = None
@@ -34,18 +34,18 @@ class Presence:
 
     def __post_init__(self) -> None:
         if not 0 < self.ttl_seconds <= 86400:
-            raise InputError(f"a lease of {self.ttl_seconds:g} s is none: name 1 to 86400", field="ttl_seconds")
+            raise InputError(f"lease TTL must be 1 to 86400 s, got {self.ttl_seconds:g}", field="ttl_seconds")
 
 
 def require_free_name(chain: Chain, name: str, state_dir: Path) -> None:
-    """InputError when a replica with another state folder lives under the name. A bucket that fails is logged."""
+    """InputError when a live replica with another state folder has the name. A storage error is logged."""
     other = _other_holder(chain, name, _holder_of(state_dir))
     if other is not None:
         raise InputError(f"{_taken(chain, other)}: give this one another --name", name=name)
 
 
 class Registration:
-    """One replica's lease. `status` and `moving_to` are told at every renewal. Safe to use from many threads."""
+    """One replica's lease. Every renewal writes `status()` and `moving_to`. Safe to use from many threads."""
 
     def __init__(self, chain: Chain, state_dir: Path, presence: Presence, status: Callable[[], ReplicaStatus]) -> None:
         self._chain, self.presence, self._status = chain, presence, status
@@ -55,7 +55,7 @@ class Registration:
         self.num_failures = 0
 
     def claim(self) -> None:
-        """Take the name. InputError when another replica lives under it; a restart of this one goes on with it."""
+        """Takes the name. InputError when another live replica has it; a restart of this one keeps it."""
         name = self._status().replica
         require_free_name(self._chain, name, self._state_dir)
         self.renew()
@@ -63,9 +63,10 @@ class Registration:
         require_free_name(self._chain, name, self._state_dir)
 
     def renew(self) -> None:
-        """Write the lease as things stand. A bucket that fails is logged and counted: the next renewal tries again.
+        """Writes the lease. A storage error is logged and counted, and the next renewal tries again.
 
-        Never over the lease of another that lives: who lost its name, having been away for too long, stays without one.
+        Never replaces the live lease of another replica: one that was away for too long and lost its name to another
+        stays without a lease.
         """
         if self._is_ended:
             return
@@ -78,13 +79,13 @@ class Registration:
         _log.error("%s: this one is no longer registered, restart it", _taken(self._chain, other))
 
     def renew_until(self, stopping: threading.Event) -> None:
-        """Renew three times a lease's length, until told to stop: for a thread of its own."""
+        """Renews the lease three times in its length until `stopping` is set. For a thread of its own."""
         while not stopping.wait(self.presence.ttl_seconds / 3):
             self.renew()
 
     @contextmanager
     def moving(self, version: int | None) -> Iterator[None]:
-        """Told before anything is read on the way (None: it stays where it is), and where it ended afterwards."""
+        """Writes the version to move to (None: no move) before anything is read, and the result afterwards."""
         if version is not None:
             self.moving_to = version
             self.renew()
@@ -95,7 +96,7 @@ class Registration:
             self.renew()
 
     def end(self) -> None:
-        """Say that the replica leaves. Safe to repeat; nothing is renewed after it."""
+        """Ends the lease. Safe to repeat; nothing is renewed after it."""
         self._is_ended = True
         ended = self._lease(self._status()).model_copy(update={"state": "ended", "moving_to": None})
         if _other_holder(self._chain, ended.replica, self._holder) is None:
@@ -134,7 +135,7 @@ class Registration:
 
 
 def _other_holder(chain: Chain, name: str, holder: str) -> Lease | None:
-    """The live lease of another; None where there is none, or the bucket cannot say."""
+    """Returns another replica's live lease of the name; None without one, or while the bucket fails."""
     try:
         held = read_lease(chain, name)
     except StorageError as error:
@@ -153,7 +154,7 @@ def _text(at: datetime) -> str:
 
 
 def _holder_of(state_dir: Path) -> str:
-    """Made once for a state folder, which one process has at a time."""
+    """Returns the state folder's own id, made at first use: a restart on the same folder is the same holder."""
     path = state_dir / HOLDER_FILE
     if not path.exists():
         write_atomically(path, secrets.token_hex(16))

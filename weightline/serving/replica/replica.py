@@ -1,7 +1,7 @@
 """A replica: one engine that follows one chain, and never serves a state whose digest was not checked.
 
-prepare (fetch, verify, decode, prove) happens while the engine serves; apply is the pause. A torn apply is undone by
-the inverse of what was written, or the version is loaded again from an anchor; until then the engine refuses requests.
+`prepare` (fetch, verify, decode, prove) runs while the engine serves; `apply` is the pause. A failed write is undone,
+or the version is loaded again from an anchor; until then the engine refuses requests.
 """
 
 from __future__ import annotations
@@ -64,11 +64,11 @@ class Replica:
 
     @property
     def returns_to(self) -> int | None:
-        """The version that `recover` would load. None where no replica has been, or once a version is held."""
+        """The version that `recover` would load. None without a mark, or once a version is held."""
         return None if self._held is not None or self._mark is None else self._mark.return_to
 
     def status(self) -> ReplicaStatus:
-        """What the replica is doing. Reads no bucket."""
+        """Returns the replica's state. Reads no bucket."""
         mark = self._mark
         is_serving = mark is not None and mark.status == "checked" and mark.version == self.version
         return ReplicaStatus(
@@ -83,7 +83,7 @@ class Replica:
         )
 
     def recover(self) -> RefreshFacts | None:
-        """After a start: load the version that the mark names, checked. None where no replica has been. Safe to repeat.
+        """Loads the version that the mark names, checked, after a start. None without a mark. Safe to repeat.
 
         A replica that was killed in the middle of an apply goes back to the version that it came from.
         """
@@ -92,7 +92,7 @@ class Replica:
         return self.refresh(self._mark.return_to)
 
     def refresh(self, version: int | None = None, *, allow_backward: bool = False) -> RefreshFacts:
-        """Move to the version (None: the tip) and serve it. Safe to repeat: who serves it already does not move.
+        """Moves to the version (None: the tip) and serves it. Safe to repeat: a replica that serves it does not move.
 
         It does not go back to an earlier version unless `allow_backward`: requests may arrive out of order.
         ChainEmptyError, VersionNotFoundError, BaseMismatchError, UnsupportedFeatureError, CorruptError, StorageError
@@ -118,12 +118,12 @@ class Replica:
             )
 
     def prepare(self, version: int) -> Prepared:
-        """The work before the pause; the engine goes on serving, and nothing of it is written. Hand it to `apply`."""
+        """Does the work before the pause, for `apply`; the engine goes on serving, and nothing of it is written."""
         with self._refreshing:
             return self._prepare(version)
 
     def apply(self, prepared: Prepared) -> float:
-        """The pause; returns its seconds. BaseMismatchError when the engine moved since `prepared` was made.
+        """Does the pause and returns its seconds. BaseMismatchError when the engine moved since `prepared` was made.
 
         Any other error leaves the engine where it was, or, where even going back failed, without a version.
         """
@@ -138,7 +138,7 @@ class Replica:
         return prepare_delta(self.chain, version, held, self.engine.read_bits)
 
     def _apply(self, prepared: Prepared) -> tuple[float, float]:
-        """Seconds of drain and pause."""
+        """Returns the seconds of drain and pause."""
         self._require_base(prepared)
         try:
             self._stage(prepared)
@@ -180,7 +180,7 @@ class Replica:
             self.engine.resume()
 
     def _move(self, prepared: Prepared) -> None:
-        """Withdraw the mark, write, check, mark; on any error go back. Called while paused."""
+        """Withdraws the mark, writes, proves, marks; undoes the write after any error. Called while paused."""
         served_at = self._mark.served_at if self._mark else None
         self._withdraw(prepared)
         is_done = False
@@ -204,7 +204,7 @@ class Replica:
         return Held(manifest.version, manifest.commit_id, prepared.digests)
 
     def _load_again(self, lost: Held) -> None:
-        """The engine is torn: take the version that it came from out of the chain. ApplyError when that fails too."""
+        """Loads the version that a torn engine came from again, from the chain. ApplyError when that fails too."""
         try:
             prepared = prepare_load(self.chain, lost.version, self.state_dir)
             try:
@@ -263,8 +263,8 @@ class Replica:
         assert mark is not None
         counts = ("pause_seconds", "drain_seconds", "prepare_seconds", "num_changed", "payload_nbytes")
         fields = {"version": held.version, "commit_id": held.commit_id, "from_version": from_version}
-        told = {"replica": self.name, "served_at": mark.served_at}
-        return RefreshFacts.model_validate(dict.fromkeys(counts, 0) | fields | told | measured)
+        identity = {"replica": self.name, "served_at": mark.served_at}
+        return RefreshFacts.model_validate(dict.fromkeys(counts, 0) | fields | identity | measured)
 
     @contextmanager
     def _remembering_errors(self) -> Iterator[None]:
@@ -274,7 +274,7 @@ class Replica:
             self._last_error = error
             raise
         except Exception as error:
-            # An engine is other people's code: whatever it raises becomes one of our errors here, and only here.
+            # An engine is third-party code: whatever it raises becomes one of our errors here, and only here.
             self._last_error = ApplyError(f"{self.engine.name} failed: {error!r}", engine=self.engine.name)
             raise self._last_error from error
         self._last_error = None

@@ -1,4 +1,4 @@
-"""What a replica tells the world, as JSON objects. Free of torch, so that clients can parse it."""
+"""A replica's state as JSON objects: the facts of a refresh, its status, and the mark on its disk. Imports no torch."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class _Facts(BaseModel):
 
 
 class RefreshFacts(_Facts):
-    """One refresh. Where nothing had to move, `from_version` equals `version` and the counts are 0."""
+    """The result of one refresh. If nothing had to move, `from_version` equals `version` and the counts are 0."""
 
     replica: str
     version: int
@@ -28,7 +28,7 @@ class RefreshFacts(_Facts):
     served_at: str
     """UTC, when the replica began to answer with this version."""
     pause_seconds: float
-    """How long the engine stood still: withdraw the mark, scatter, check, mark."""
+    """How long the engine stood still: withdraw the mark, write, prove, mark."""
     drain_seconds: float
     """How long requests were held back before that, until those under way had ended."""
     prepare_seconds: float
@@ -48,7 +48,7 @@ class ReplicaStatus(_Facts):
     served_at: str | None
     last_error: str | None
     follows: str | None = None
-    """`tip`, or the ref that it follows by itself; None: it moves when it is told."""
+    """`tip`, or the ref that it follows by itself; None: it moves on request only."""
     tip_version: int | None = None
     lag_versions: int | None = None
     lag_seconds: float | None = None
