@@ -297,3 +297,21 @@ class LaunchError(WeightlineError):
     argv: Sequence[str] = ()
     returncode: int | None = None
     tail: Sequence[str] = ()
+
+
+#: Status codes over HTTP. The first class that an error belongs to decides.
+_HTTP_STATUS: tuple[tuple[type[WeightlineError], int], ...] = (
+    (InputError, 400),
+    (NotFoundError, 404),
+    (ConflictError, 409),
+    (UnsupportedFeatureError, 501),
+    (CorruptError, 502),
+    (TransientStorageError, 503),
+    (StorageError, 502),
+    (ApplyError, 503),
+)
+
+
+def http_status(error: WeightlineError) -> int:
+    """Returns the HTTP status with which every server of weightline answers an error: 500 if no class above fits."""
+    return next((status for cls, status in _HTTP_STATUS if isinstance(error, cls)), 500)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from fastapi import FastAPI, Query, Request
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
 from fastapi.staticfiles import StaticFiles
 from starlette.datastructures import MutableHeaders
@@ -23,7 +24,7 @@ from weightline.dashboard.index import ChainIndex
 from weightline.dashboard.layers import layer_picture
 from weightline.dashboard.pages import card, glance, window
 from weightline.dashboard.series import series
-from weightline.errors import ConflictError, CorruptError, InputError, NotFoundError, StorageError, WeightlineError
+from weightline.errors import CorruptError, InputError, NotFoundError, WeightlineError, http_status
 from weightline.format.manifest import Manifest
 
 STATIC = Path(__file__).parent / "static"
@@ -35,7 +36,6 @@ _HEADERS = {
     "referrer-policy": "no-referrer",
     "cross-origin-opener-policy": "same-origin",
 }
-_STATUS = ((InputError, 422), (NotFoundError, 404), (ConflictError, 409), (CorruptError, 502), (StorageError, 503))
 
 Version = Annotated[int, Query(ge=0)]
 
@@ -73,7 +73,8 @@ def make_app(board: Board, *, prefect_ui: str | None = None, hosts: Sequence[str
     app.add_middleware(GZipMiddleware, minimum_size=2_000)
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts))
     app.add_middleware(HardenMiddleware)
-    app.add_exception_handler(WeightlineError, _tell_error)
+    app.add_exception_handler(WeightlineError, _error_response)
+    app.add_exception_handler(RequestValidationError, _validation_response)
     _add_shell(app)
     _add_chains(app, board)
     _add_versions(app, board, prefect_ui)
@@ -174,7 +175,14 @@ def _forks_of(board: Board, origin: ChainIndex) -> dict[int, list[str]]:
     return found
 
 
-def _tell_error(_: Request, error: Exception) -> JSONResponse:
+def _error_response(_: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, WeightlineError)
-    status = next((status for kind, status in _STATUS if isinstance(error, kind)), 500)
-    return JSONResponse({"error": {"kind": error.kind, "message": str(error)}}, status)
+    return JSONResponse({"error": {"kind": error.kind, "message": str(error)}}, http_status(error))
+
+
+def _validation_response(request: Request, error: Exception) -> JSONResponse:
+    """Answers a parameter that FastAPI refuses as any other bad input, with the parameter's name and what is wrong."""
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    field = str(first["loc"][-1])
+    return _error_response(request, InputError(f"{field}: {first['msg']}", field=field))

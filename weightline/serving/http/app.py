@@ -20,10 +20,10 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
-from weightline.errors import ApplyError, ErrorKind, InputError, NotFoundError, WeightlineError
+from weightline.errors import ApplyError, ErrorKind, InputError, NotFoundError, WeightlineError, http_status
 from weightline.serving.engines.base import Generation, GenerationRequest, Prompt
 from weightline.serving.http.auth import is_authorized
-from weightline.serving.http.errors import UNAUTHORIZED, error_body, status_of
+from weightline.serving.http.errors import UNAUTHORIZED, error_body
 from weightline.serving.http.service import ReplicaService
 
 VERSION_HEADER = "x-weightline-version"
@@ -173,11 +173,11 @@ def _add_refresh(app: FastAPI, service: ReplicaService, token: str) -> None:
 def _add_errors(app: FastAPI) -> None:
     @app.exception_handler(WeightlineError)
     async def weightline_error(_: Request, error: WeightlineError) -> JSONResponse:
-        return JSONResponse(error_body(str(error), str(error.kind), error.facts), status_of(error))
+        return JSONResponse(error_body(str(error), str(error.kind), error.facts), http_status(error))
 
     @app.exception_handler(RequestValidationError)
     async def bad_body(_: Request, error: RequestValidationError) -> JSONResponse:
-        return JSONResponse(_refusal(error), status_of(InputError("")))
+        return JSONResponse(_refusal(error), http_status(InputError("")))
 
     @app.exception_handler(StarletteHTTPException)
     async def http_error(_: Request, error: StarletteHTTPException) -> JSONResponse:

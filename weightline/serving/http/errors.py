@@ -6,35 +6,9 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from weightline.errors import (
-    ApplyError,
-    ConflictError,
-    CorruptError,
-    InputError,
-    NotFoundError,
-    StorageError,
-    TransientStorageError,
-    UnsupportedFeatureError,
-    WeightlineError,
-)
+from weightline.errors import ApplyError, InputError, WeightlineError
 
-#: First match wins.
-_STATUS: tuple[tuple[type[WeightlineError], int], ...] = (
-    (InputError, 400),
-    (NotFoundError, 404),
-    (ConflictError, 409),
-    (UnsupportedFeatureError, 501),
-    (CorruptError, 502),
-    (TransientStorageError, 503),
-    (StorageError, 502),
-    (ApplyError, 503),
-)
 UNAUTHORIZED = "unauthorized"
-
-
-def status_of(error: WeightlineError) -> int:
-    """The HTTP status that tells a caller what to do about the error."""
-    return next((status for cls, status in _STATUS if isinstance(error, cls)), 500)
 
 
 def error_body(message: str, code: str, facts: Mapping[str, Any] | None = None) -> dict[str, Any]:
