@@ -20,7 +20,7 @@ from tests.waiting import PATIENCE_SECONDS, wait_until
 from weightline.deployments.stack.stack import free_port
 from weightline.launch.processes import ProcessTree, marked_environment
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.process, pytest.mark.train, pytest.mark.flows, pytest.mark.timeout(1800)]
 
 _TRAINING = """
 import sys
