@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from weightline.errors import InputError
-from weightline.evaluation.gate import Baseline, ScoreGate, baseline_of, judge
+from weightline.evaluation.gate import ReferenceScore, ScoreGate, baseline_of, judge
 
 
 def _record(version: int, score: float | None, **fields: Any) -> dict[str, Any]:
@@ -32,7 +32,7 @@ def _record(version: int, score: float | None, **fields: Any) -> dict[str, Any]:
     ],
 )
 def test_the_verdict(gate: ScoreGate, score: float, baseline: float | None, says: str | None) -> None:
-    verdict = judge(gate, _record(7, score), None if baseline is None else Baseline(3, baseline))
+    verdict = judge(gate, _record(7, score), None if baseline is None else ReferenceScore(3, baseline))
     assert verdict.passed is (says is None)
     assert (verdict.reason is None) if says is None else (says in str(verdict.reason))
 
@@ -48,15 +48,15 @@ def test_what_was_not_measured_does_not_pass_a_gate_that_is_not_open() -> None:
 @pytest.mark.parametrize("score", [float("nan"), float("inf"), "0.9"])
 def test_a_score_that_is_no_number_was_not_measured(score: Any) -> None:
     assert not judge(ScoreGate(min_score=0.1), _record(7, score), None).passed
-    assert not judge(ScoreGate(max_drop=0.1), _record(7, score), Baseline(3, 0.8)).passed
-    assert baseline_of([_record(1, 0.1), _record(2, score)], 2) == Baseline(1, 0.1)
+    assert not judge(ScoreGate(max_drop=0.1), _record(7, score), ReferenceScore(3, 0.8)).passed
+    assert baseline_of([_record(1, 0.1), _record(2, score)], 2) == ReferenceScore(1, 0.1)
 
 
 def test_the_baseline_is_the_version_served_before_or_the_newest_measured_one_up_to_it() -> None:
     records = [_record(1, 0.1), _record(3, 0.3), {"version": 4, "status": "skipped"}, _record(6, 0.6), _record(5, None)]
-    assert baseline_of(records, 3) == Baseline(3, 0.3)
-    assert baseline_of(records, 5) == Baseline(3, 0.3)
-    assert baseline_of(records, 9) == Baseline(6, 0.6)
+    assert baseline_of(records, 3) == ReferenceScore(3, 0.3)
+    assert baseline_of(records, 5) == ReferenceScore(3, 0.3)
+    assert baseline_of(records, 9) == ReferenceScore(6, 0.6)
     assert baseline_of(records, 0) is None
     assert baseline_of(records, None) is None
 

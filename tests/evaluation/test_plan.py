@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tests.chains import commit_state, nudged, random_state
 from weightline.chain import open_chain
 from weightline.errors import VersionNotFoundError
-from weightline.evaluation.plan import Done, Evaluate, Skip, plan_evaluation, plan_unrecorded
+from weightline.evaluation.plan import Done, Evaluate, Skip, plan_evaluation
 from weightline.format.manifest import Manifest
 
 NUM_VERSIONS = 6
@@ -57,11 +57,12 @@ def test_a_version_that_is_not_in_the_chain_is_refused() -> None:
 def test_whatever_events_came_catching_up_gives_every_version_a_record(requests: list[int]) -> None:
     """In any order, repeated or lost: afterwards all are recorded, milestones and the newest as measured."""
     records: dict[int, dict[str, object]] = {}
-    caught_up = plan_unrecorded(MANIFESTS, [])
+    caught_up = [plan_evaluation(MANIFESTS, [], manifest.version) for manifest in MANIFESTS]
     for plan in [*(plan_evaluation(MANIFESTS, records.values(), v) for v in requests), *caught_up]:
         if not isinstance(plan, Done):
             status = "done" if isinstance(plan, Evaluate) else "skipped"
             records.setdefault(plan.version, {"version": plan.version, "status": status})
     assert records.keys() == set(range(NUM_VERSIONS))
     assert {v for v, record in records.items() if record["status"] == "done"} == MILESTONES | {NUM_VERSIONS - 1}
-    assert plan_unrecorded(MANIFESTS, records.values()) == ()
+    again = (plan_evaluation(MANIFESTS, records.values(), manifest.version) for manifest in MANIFESTS)
+    assert all(isinstance(plan, Done) for plan in again)

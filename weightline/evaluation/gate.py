@@ -33,7 +33,7 @@ class ScoreGate:
 
 
 @dataclass(frozen=True, slots=True)
-class Baseline:
+class ReferenceScore:
     """The score to compare with, and the version that had it."""
 
     version: int
@@ -45,7 +45,7 @@ class Verdict:
     """`reason` is None when the version passed."""
 
     score: float | None
-    baseline: Baseline | None
+    baseline: ReferenceScore | None
     reason: str | None
 
     @property
@@ -59,14 +59,14 @@ def measured_score(record: Record) -> float | None:
     return score if record.get("status") == "done" and isinstance(score, int | float) and isfinite(score) else None
 
 
-def baseline_of(records: Iterable[Record], served: int | None) -> Baseline | None:
+def baseline_of(records: Iterable[Record], served: int | None) -> ReferenceScore | None:
     """The score of the version that was served before; where it has none, that of the newest before it which has."""
     scored = [(r["version"], score) for r in records if (score := measured_score(r)) is not None]
     before = [one for one in scored if served is not None and one[0] <= served]
-    return Baseline(*max(before)) if before else None
+    return ReferenceScore(*max(before)) if before else None
 
 
-def judge(gate: ScoreGate, record: Record, baseline: Baseline | None) -> Verdict:
+def judge(gate: ScoreGate, record: Record, baseline: ReferenceScore | None) -> Verdict:
     """The verdict on an evaluation's record. A version that was not measured does not pass a gate that is not open.
 
     Without a baseline there is nothing to fall below.

@@ -53,10 +53,3 @@ def plan_evaluation(manifests: Sequence[Manifest], records: Iterable[Record], re
     if by_version[requested].is_milestone or requested == newest:
         return Evaluate(requested)
     return Skip(requested, newest)
-
-
-def plan_unrecorded(manifests: Sequence[Manifest], records: Iterable[Record]) -> tuple[Evaluate | Skip, ...]:
-    """A plan for every version without a record, oldest first: what a run that lost its events catches up on."""
-    known = tuple(records)
-    plans = (plan_evaluation(manifests, known, manifest.version) for manifest in manifests)
-    return tuple(plan for plan in plans if not isinstance(plan, Done))
