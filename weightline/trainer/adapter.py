@@ -38,13 +38,22 @@ class AdapterParts:
 
 
 def is_peft_model(model: Any) -> bool:
-    """Whether peft wrapped the model. InputError for adapters that were added without a PeftModel around them."""
-    if getattr(model, "_hf_peft_config_loaded", False):
-        raise InputError(
-            "the adapter was added with model.add_adapter: wrap the model with peft.get_peft_model instead"
-        )
+    """Returns whether peft wrapped the model.
+
+    Raises InputError for adapter layers without a PeftModel around them, however they were put into the model: by
+    transformers' `add_adapter`, or by peft's `inject_adapter_in_model`.
+    """
     peft = sys.modules.get("peft")
-    return peft is not None and isinstance(model, peft.PeftModel)
+    if peft is None:
+        return False
+    if isinstance(model, peft.PeftModel):
+        return True
+    if any(isinstance(module, peft.tuners.tuners_utils.BaseTunerLayer) for module in model.modules()):
+        raise InputError(
+            "the model holds an adapter without a PeftModel around it: wrap the model with peft.get_peft_model instead "
+            "of model.add_adapter"
+        )
+    return False
 
 
 def adapter_names(model: Any) -> dict[str, str]:
