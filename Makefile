@@ -20,7 +20,7 @@ help:  ## This list
 run: $(VENV)/.run-ready  ## Train a small model through SFT, DPO and GRPO; every sync a committed, evaluated, served version
 	$(BIN)/weightline run $(RUN_ARGS)
 
-up: $(VENV)/.run-ready  ## Leave the whole stack running: Prefect server with UI, runner, inference server
+up: $(VENV)/.run-ready  ## Leave the whole stack running: Prefect server with UI, worker, dashboard, inference server
 	$(BIN)/weightline up
 
 down: $(VENV)/.run-ready  ## End what `make up` started

@@ -1,8 +1,11 @@
-"""From a commit to the start of its evaluation and its refresh: `python -m benchmarks.trigger_bench [--num 20]`.
+"""Measures the time from a commit to the start of its evaluation and its refresh, on PostgreSQL and on SQLite.
 
-A local stack as `make up` starts it, in a folder that goes afterwards, and a chain of the built-in model. Each version
-is committed and announced as a rank does it; the server's own times tell when its consumers began. The machine should
-be quiet: the load is printed with the result.
+    python -m benchmarks.trigger_bench --num 20                                  # both databases, 20 versions each
+    python -m benchmarks.trigger_bench --num 500 --pause 0 --database postgres   # also looks for locks
+
+A local stack as `weightline up` starts it, in a temporary folder, and a chain of the built-in model. Each version is
+committed and announced as a rank does it; the server's own times say when its consumers began. What the logs of server
+and database say of locks is counted. The machine should be quiet: its load is printed with the result.
 """
 
 from __future__ import annotations
@@ -10,6 +13,8 @@ from __future__ import annotations
 import argparse
 import os
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from dataclasses import dataclass
@@ -22,7 +27,8 @@ from rich.console import Console
 from weightline.chain import Chain, open_chain
 from weightline.chain.read.records import write_record
 from weightline.chain.write.standalone import commit_folder
-from weightline.deployments.stack.pipeline import stack_of
+from weightline.deployments.stack.database import CONNECTION_VARIABLE
+from weightline.deployments.stack.up_and_down import stack_of
 
 CONSUMERS = ("evaluate-version", "refresh-serving")
 _RECIPE: dict[str, Any] = {
@@ -31,7 +37,9 @@ _RECIPE: dict[str, Any] = {
     "stages": [{"kind": "sft", "max_steps": 1, "learning_rate": 1e-3}],
     "evaluation": {"limit": 8},
 }
-_SETTLE_SECONDS = 120.0
+_SETTLE_SECONDS = 300.0
+DATABASES = ("postgres", "sqlite")
+_LOCK_WORDS = ("database is locked", "deadlock detected", "lock timeout", "could not serialize")
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,18 +52,44 @@ class Start:
 
 
 def main() -> None:
-    """Print the distribution, by consumer and by part of the way."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    """Prints the distributions for each database."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--num", type=int, default=20, help="versions to measure")
     parser.add_argument("--pause", type=float, default=1.0, help="seconds between two versions, after their runs ended")
+    parser.add_argument("--database", choices=DATABASES, help="one of them; both by default")
     args = parser.parse_args()
-    console = Console(width=120)
+    if args.database is not None:
+        measure_database(args.database, args.num, args.pause)
+        return
+    for database in DATABASES:  # each in a process of its own: Prefect reads its settings once
+        argv = [sys.executable, "-m", "benchmarks.trigger_bench", "--database", database]
+        subprocess.run([*argv, "--num", str(args.num), "--pause", str(args.pause)], check=True)
+
+
+def measure_database(database: str, num_versions: int, pause_seconds: float) -> None:
+    """Measures a stack on one database, and prints what was found."""
+    console = Console(width=120, highlight=False)
     with tempfile.TemporaryDirectory(prefix="weightline-bench-") as name:
         folder = Path(name)
-        with stack_of(folder / "runs", console, 0):
+        os.environ.pop(CONNECTION_VARIABLE, None)
+        if database == "sqlite":
+            os.environ[CONNECTION_VARIABLE] = f"sqlite+aiosqlite:///{folder}/prefect.db"
+        began_at = time.monotonic()
+        with stack_of(folder / "runs", console, 0) as stack:
+            up_seconds = time.monotonic() - began_at
+            if database == "postgres" and stack.sqlite_reason is not None:
+                raise SystemExit(f"no PostgreSQL here: {stack.sqlite_reason}")
             load = os.getloadavg()
-            starts = _measure(_prepared(folder), folder / "model", args.num, args.pause)
-    _print(console, starts, load)
+            starts = _measure(_prepared(folder), folder / "model", num_versions, pause_seconds)
+            num_locks = sum(_num_locks(path) for path in stack.folder.log_dir.glob("*.log"))
+    loads = ", ".join(f"{one:.2f}" for one in load)
+    console.print(f"{database}: up and deployed in {up_seconds:.1f} s; load {loads} on {os.cpu_count()} cores")
+    console.print(f"  lines of the logs that speak of locks: {num_locks}")
+    _print(console, starts)
+
+
+def _num_locks(log: Path) -> int:
+    return sum(any(word in line for word in _LOCK_WORDS) for line in log.read_text(errors="replace").splitlines())
 
 
 def _prepared(folder: Path) -> Chain:
@@ -103,10 +137,11 @@ def _wait_for_end(client: Any, deployment: str, chain: str, version: int, commit
         time.sleep(0.5)
         for run in client.read_flow_runs(deployment_filter=named, limit=20):
             if run.parameters == {"chain": chain, "version": version} and run.state and run.state.is_final():
-                states = {
-                    state.type.value: state.timestamp.timestamp() for state in client.read_flow_run_states(run.id)
-                }
-                times = (run.created.timestamp(), states["PENDING"], states["RUNNING"])
+                latest_first = sorted(
+                    client.read_flow_run_states(run.id), key=lambda state: state.timestamp, reverse=True
+                )
+                first_of = {state.type.value: state.timestamp.timestamp() for state in latest_first}
+                times = (run.created.timestamp(), first_of["PENDING"], first_of["RUNNING"])
                 return Start(*(moment - committed_at for moment in times))
     raise SystemExit(f"{deployment} of version {version} did not end in {_SETTLE_SECONDS:.0f} s")
 
@@ -120,17 +155,15 @@ def _nudge(weights: Path, seed: int) -> None:
     weights.write_bytes(raw)
 
 
-def _print(console: Console, starts: dict[str, list[Start]], load: tuple[float, float, float]) -> None:
-    console.print(f"load before: {', '.join(f'{one:.2f}' for one in load)}; {os.cpu_count()} cores", highlight=False)
+def _print(console: Console, starts: dict[str, list[Start]]) -> None:
     for name, found in starts.items():
-        console.print(f"{name}, {len(found)} versions, seconds from the commit:", highlight=False)
+        console.print(f"  {name}, {len(found)} versions, seconds from the commit:")
         for part in ("created", "claimed", "running"):
             values = sorted(getattr(start, part) for start in found)
             tenth = values[min(len(values) - 1, int(0.9 * len(values)))]
             console.print(
-                f"  {part:8} median {statistics.median(values):.2f}, 90 % {tenth:.2f}, "
-                f"from {values[0]:.2f} to {values[-1]:.2f}",
-                highlight=False,
+                f"    {part:8} median {statistics.median(values):.2f}, 90 % {tenth:.2f}, "
+                f"from {values[0]:.2f} to {values[-1]:.2f}, {sum(value > 5.0 for value in values)} over 5 s"
             )
 
 

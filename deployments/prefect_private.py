@@ -14,7 +14,7 @@ from uuid import UUID
 
 from prefect.client.schemas.objects import Flow as FlowFacts
 from prefect.client.schemas.objects import FlowRun
-from prefect.context import SyncClientContext, hydrated_context
+from prefect.context import SyncClientContext, hydrated_context, refresh_global_settings_context
 from prefect.events.related import RESOURCE_CACHE
 from prefect.events.worker import EventsWorker, ProcessPoolForwardingEventsClient
 from prefect.filesystems import LocalFileSystem
@@ -60,3 +60,8 @@ def flow_run_context(flow: Flow[Any, Any], flow_run: FlowRun) -> AbstractContext
     stack.enter_context(hydrated_context({"flow_run_context": context}))
     stack.enter_context(SyncClientContext())
     return stack
+
+
+def reload_settings() -> None:
+    """Reads Prefect's settings again from the environment, which has changed since Prefect was imported."""
+    refresh_global_settings_context()

@@ -21,7 +21,8 @@ from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
 from prefect.states import Cancelled
 
 from weightline.deployments.server.automations import ensure_automation, zombie_automation
-from weightline.deployments.worker.work_queues import LANES, WORK_POOL
+from weightline.deployments.worker import WORK_POOL, WORK_QUEUES
+from weightline.deployments.worker.warm_worker import WarmWorker
 from weightline.errors import LaunchError
 
 PREFECT_FILE = Path(__file__).parents[1] / "prefect.yaml"
@@ -63,10 +64,11 @@ def _prefect_deploy() -> None:
 def create_queues(client: SyncPrefectClient) -> None:
     """Creates the pool and every lane's queues. A queue without a limit gets a limit of one run. Safe to repeat."""
     try:
-        client.create_work_pool(WorkPoolCreate(name=WORK_POOL, type="process"))
+        template = WarmWorker.get_default_base_job_template()
+        client.create_work_pool(WorkPoolCreate(name=WORK_POOL, type=WarmWorker.type, base_job_template=template))
     except ObjectAlreadyExists:
         pass
-    for queue in (queue for lane in LANES for queue in lane.queues):
+    for queue in WORK_QUEUES:
         try:
             found = client.read_work_queue_by_name(queue, work_pool_name=WORK_POOL)
         except ObjectNotFound:

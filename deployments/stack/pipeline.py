@@ -1,33 +1,23 @@
-"""A whole pipeline on one machine, from nothing to a summary, and the end of everything that was started for it.
+"""A whole pipeline on one machine, from nothing to a summary, shown while it goes.
 
 Imports no Prefect before the stack's environment is entered.
 """
 
 from __future__ import annotations
 
-import os
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
 from uuid import UUID
 
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from weightline.deployments.stack import DEFAULT_PORT
-from weightline.deployments.stack.screen import RunScreen
-from weightline.deployments.stack.stack import (
-    Stack,
-    StackFolder,
-    free_port,
-    port_of,
-    require_answer,
-    running_stack,
-)
-from weightline.deployments.stack.supervisor import start_supervisor
-from weightline.errors import InputError, LaunchError
+from weightline.deployments.stack.stack import Stack
+from weightline.deployments.stack.up_and_down import stack_of
+from weightline.errors import LaunchError
 from weightline.runs.folder import Run, runs_dir_of
 from weightline.runs.prepare import prepare_run
 from weightline.runs.progress import RunProgress, RunWatch
@@ -42,6 +32,8 @@ _STATE_SECONDS = 2.0
 _CATCH_UP_SECONDS = 12.0
 _MAX_CATCH_UPS = 3
 _GIVE_UP_SECONDS = 240.0
+#: Where there is no terminal, a line is printed so often at most.
+_LINE_SECONDS = 15.0
 
 
 def run_pipeline(
@@ -67,100 +59,6 @@ def run_pipeline(
         console.print(f"Prefect UI: {stack.ui_url} (weightline up shows it again)", highlight=False)
         console.print(f"summary: {run.summary_path}", highlight=False, soft_wrap=True)
     return run
-
-
-def bring_up(runs_dir: Path, console: Console, port: int = DEFAULT_PORT) -> str:
-    """Start a stack that stays, and return its UI's URL; the one that is up already if there is one. Safe to repeat."""
-    folder = StackFolder.under(runs_dir_of(runs_dir))
-    found = running_stack(folder)
-    if found is not None:
-        console.print(f"Dashboard: {found.dashboard_url}", highlight=False)
-        return found.ui_url
-    bring_down(runs_dir)
-    with console.status("starting the Prefect server and deploying the flows"):
-        facts = start_supervisor(folder, port)
-    console.print(f"Dashboard: {facts.dashboard_url}", highlight=False)
-    return facts.ui_url
-
-
-def stay_up(runs_dir: Path, console: Console, port: int) -> None:
-    """Be the supervisor: start a stack, and start again what dies, until SIGTERM; then end everything.
-
-    LaunchError when something dies again and again. Killed with kill -9, it takes the stack along.
-    """
-    stack = Stack(StackFolder.under(runs_dir_of(runs_dir)), port, is_supervised=True)
-    try:
-        _start(stack, console)
-        stack.start_dashboard()
-        while True:
-            for name in stack.keep_up():
-                console.print(f"{datetime.now():%F %T} the {name} had died and was started again", highlight=False)
-            time.sleep(_LOOK_SECONDS)
-    finally:
-        stack.end()
-
-
-def bring_down(runs_dir: Path) -> bool:
-    """End the stack of this folder, whole or not. False when there was none. Safe to repeat."""
-    folder = StackFolder.under(runs_dir_of(runs_dir))
-    was_there = folder.facts_path.exists()
-    Stack(folder, DEFAULT_PORT).end()
-    return was_there
-
-
-def deploy_everything(runs_dir: Path) -> str:
-    """Deploy to the server of PREFECT_API_URL, or to the stack that is up. Returns the server's URL. Safe to repeat.
-
-    InputError when there is neither, or nothing answers there; LaunchError with Prefect's own words when it refuses.
-    """
-    if url := os.environ.get("PREFECT_API_URL"):
-        require_answer(url)
-    else:
-        folder = StackFolder.under(runs_dir_of(runs_dir))
-        found = running_stack(folder)
-        if found is None:
-            raise InputError("no Prefect server is known: set PREFECT_API_URL, or start a stack (weightline up)")
-        Stack(folder, port_of(found)).enter()
-    from weightline.deployments.server.deploy import deploy_all
-
-    deploy_all()
-    return os.environ["PREFECT_API_URL"]
-
-
-@contextmanager
-def stack_of(runs_dir: Path, console: Console, port: int) -> Iterator[Stack]:
-    """The stack that is up, left as it is; or one of our own, ended at the end."""
-    folder = StackFolder.under(runs_dir)
-    found = running_stack(folder)
-    if found is not None:
-        console.print(f"using the stack that is up at {found.ui_url}", highlight=False)
-        stack = Stack(folder, port_of(found))
-        stack.enter()
-        yield stack
-        return
-    bring_down(runs_dir)
-    stack = Stack(folder, free_port(port))
-    try:
-        _start(stack, console)
-        yield stack
-    finally:
-        stack.end()
-
-
-def _start(stack: Stack, console: Console) -> None:
-    with console.status("starting the Prefect server"):
-        stack.enter()
-        stack.start_server()
-    from prefect.client.orchestration import get_client
-
-    from weightline.deployments.server.deploy import deploy_all, end_stale_runs
-
-    with console.status("deploying the flows"):
-        with get_client(sync_client=True) as client:
-            end_stale_runs(client)
-        stack.start_runner()  # its processes import what they need while the flows are deployed
-        deploy_all(keeps_toggles=True)
-    console.print(f"Prefect UI: {stack.ui_url}", highlight=False)
 
 
 def _train(run: Run, stack: Stack, console: Console) -> None:
@@ -218,3 +116,57 @@ def _watch_settling(run: Run, stack: Stack, watch: RunWatch, screen: RunScreen) 
 
 def _has_moved(before: RunProgress, after: RunProgress) -> bool:
     return (before.num_evaluated, before.num_served) != (after.num_evaluated, after.num_served)
+
+
+class RunScreen:
+    """Shows a run on a terminal: a bar for each stage and one for the versions. Elsewhere it prints a line at times."""
+
+    def __init__(self, console: Console, run: Run) -> None:
+        self._console = console
+        self._progress = Progress(
+            TextColumn("{task.description:10}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"),
+            TimeElapsedColumn(), console=console, disable=not console.is_terminal,
+        )  # fmt: skip
+        self._bars: dict[str, TaskID] = {
+            stage.kind: self._progress.add_task(stage.kind, total=stage.max_steps, start=False, note="")
+            for stage in run.recipe.stages
+        }
+        self._versions = self._progress.add_task("evaluated", total=None, note="")
+        self._next_line_at = 0.0
+        self._last_line = ""
+
+    def show(self, moment: RunProgress) -> None:
+        """Draw, or print a line if that is due and says something new."""
+        for stage in moment.stages:
+            bar = self._bars[stage.kind]
+            if stage.step and not self._progress.tasks[bar].started:
+                self._progress.start_task(bar)
+            self._progress.update(bar, completed=stage.step, note=stage.headline)
+        note = f"served {moment.num_served}"
+        if moment.newest_score is not None:
+            note += f", score {moment.newest_score:.3f}"
+        total = moment.num_versions or None
+        self._progress.update(self._versions, completed=moment.num_evaluated, total=total, note=note)
+        if not self._console.is_terminal:
+            self._print_line(moment)
+
+    def say(self, text: str) -> None:
+        """A line above the bars."""
+        self._console.print(text, highlight=False, markup=False)
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def _print_line(self, moment: RunProgress) -> None:
+        stages = [f"{s.kind} {s.step}/{s.max_steps} {s.headline}".strip() for s in moment.stages if s.step]
+        versions = f"{moment.num_versions} versions, {moment.num_evaluated} evaluated, {moment.num_served} served"
+        line = "; ".join([*stages, versions])
+        if line != self._last_line and time.monotonic() >= self._next_line_at:
+            self._console.print(line, highlight=False, markup=False)
+            self._last_line, self._next_line_at = line, time.monotonic() + _LINE_SECONDS

@@ -21,6 +21,7 @@ WORKDIR /opt/weightline
 COPY infra/kubernetes/prefect.yaml ./infra/kubernetes/prefect.yaml
 RUN useradd --create-home --uid 10001 weightline && mkdir /runs && chown weightline /runs /opt/weightline
 USER weightline
-ENV PYTHONUNBUFFERED=1 PREFECT_SERVER_ANALYTICS_ENABLED=false DO_NOT_TRACK=1
+ENV PYTHONUNBUFFERED=1 PREFECT_SERVER_ANALYTICS_ENABLED=false DO_NOT_TRACK=1 \
+    PREFECT_WORKER_QUERY_SECONDS=1 PREFECT_WORKER_PREFETCH_SECONDS=0
 VOLUME /runs
-CMD ["python", "-m", "weightline.deployments.worker.warm_runner"]
+CMD ["prefect", "worker", "start", "--type", "weightline", "--pool", "weightline"]

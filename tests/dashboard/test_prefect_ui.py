@@ -16,8 +16,7 @@ from playwright.sync_api import Browser, Locator, Page, expect
 from tests import ROOT
 from tests.runs.recipes import write_recipe
 from weightline.deployments.server.artifacts import lineage_key
-from weightline.deployments.stack.registry import StackFacts, read_facts
-from weightline.deployments.stack.stack import StackFolder
+from weightline.deployments.stack.folder import StackFolder, StackRecord
 
 pytestmark = [pytest.mark.browser, pytest.mark.flows, pytest.mark.train, pytest.mark.timeout(900)]
 
@@ -37,13 +36,13 @@ def runs_dir(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def stack(runs_dir: Path) -> Iterator[StackFacts]:
+def stack(runs_dir: Path) -> Iterator[StackRecord]:
     """What `make up` starts, with everything deployed."""
     try:
         _flows("up", runs_dir, "--port", "0")
-        facts = read_facts(StackFolder.under(runs_dir).facts_path)
-        assert facts is not None
-        yield facts
+        record = StackRecord.load(StackFolder.under(runs_dir).record_path)
+        assert record is not None
+        yield record
     finally:
         _flows("down", runs_dir)
 
@@ -73,7 +72,7 @@ def _wait_for_artifact(api_url: str, key: str) -> None:
 
 
 def test_a_person_trains_from_the_ui_and_sees_what_came_of_it(
-    stack: StackFacts, page: Page, runs_dir: Path, tmp_path: Path, picture: Callable[[Page, str], None]
+    stack: StackRecord, page: Page, runs_dir: Path, tmp_path: Path, picture: Callable[[Page, str], None]
 ) -> None:
     recipe = write_recipe(tmp_path, stages=[{"kind": "sft", "max_steps": 2, "learning_rate": 1e-3, "sync_steps": 1}])
     page.goto(f"{stack.ui_url}/v2/deployments", timeout=_DRAW_MILLISECONDS)

@@ -34,7 +34,7 @@ from weightline.chain.read.records import EVALUATIONS, REFRESHES, read_records
 from weightline.deployments.prefect_private import drain_events
 from weightline.deployments.server.deploy import deploy_all, end_stale_runs
 from weightline.deployments.server.events import announce_commit
-from weightline.deployments.worker.work_queues import LANES, WORK_POOL
+from weightline.deployments.worker import WORK_POOL, WORK_QUEUES
 from weightline.flows.reconcile import reconcile
 from weightline.format import keys
 from weightline.format.manifest import Manifest
@@ -72,7 +72,7 @@ def test_a_commit_starts_evaluation_and_refresh_once_with_typed_parameters(deplo
     for name in CONSUMERS:
         (run,) = wait_until(lambda name=name: _runs(deployed, name, chain), bool)
         assert run.parameters == {"chain": chain, "version": 7}
-        assert run.work_queue_name in {queue for lane in LANES for queue in lane.queues}
+        assert run.work_queue_name in WORK_QUEUES
     announce_commit(chain, _committed(chain, 8))
     for name in CONSUMERS:
         runs = wait_until(lambda name=name: _runs(deployed, name, chain), lambda found: len(found) >= 2)
@@ -204,7 +204,7 @@ def test_deploying_again_changes_nothing_that_a_person_sees(deployed: SyncPrefec
     assert os.environ["PREFECT_API_URL"] in done.stdout
     assert {deployment.id for deployment in deployed.read_deployments()} == before
     queues = {queue.name: queue.concurrency_limit for queue in deployed.read_work_queues(work_pool_name=WORK_POOL)}
-    assert all(queues[queue] == 1 for lane in LANES for queue in lane.queues)
+    assert all(queues[queue] == 1 for queue in WORK_QUEUES)
     announce_commit("memory://deployed-twice", _committed("memory://deployed-twice", 0))
     (run,) = wait_until(lambda: _runs(deployed, "evaluate-version", "memory://deployed-twice"), bool)
     assert run.parameters["version"] == 0

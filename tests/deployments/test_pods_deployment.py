@@ -1,4 +1,4 @@
-"""infra/kubernetes/prefect.yaml deployed for real, as the runner's pod does it: training belongs to the pods' pool."""
+"""infra/kubernetes/prefect.yaml deployed for real, as the worker's pod does it: training belongs to the pods' pool."""
 
 from __future__ import annotations
 

@@ -15,6 +15,7 @@ from tests import ROOT
 PRIVATE_NAMES = [
     ("prefect.context", "hydrated_context"),
     ("prefect.context", "SyncClientContext"),
+    ("prefect.context", "refresh_global_settings_context"),
     ("prefect.events.related", "RESOURCE_CACHE"),
     ("prefect.events.worker", "EventsWorker"),
     ("prefect.events.worker", "EventsWorker.drain_all"),
@@ -24,8 +25,6 @@ PRIVATE_NAMES = [
 #: Modules of Prefect whose names are not for users, beside those with an underscore.
 PRIVATE_MODULES = ("prefect.events.related", "prefect.events.worker", "prefect.flow_engine", "prefect.utilities")
 PRIVATE_FILE = ROOT / "deployments" / "prefect_private.py"
-#: They go when the runner becomes a worker type of Prefect.
-WARM_RUNNER = {ROOT / "deployments" / "worker" / name for name in ("process_main.py", "warm_runner.py")}
 SOURCES = sorted(path for room in ("flows", "tasks", "deployments") for path in (ROOT / room).rglob("*.py"))
 
 
@@ -41,7 +40,7 @@ def test_the_installed_prefect_has_each_private_name(module: str, name: str) -> 
 
 def test_one_module_alone_imports_what_prefect_keeps_private() -> None:
     users = {path for path in SOURCES for module, name in _imports(path) if _is_private(module, name)}
-    assert users - WARM_RUNNER == {PRIVATE_FILE}
+    assert users == {PRIVATE_FILE}
 
 
 def test_every_private_import_is_named_here() -> None:

@@ -37,7 +37,8 @@ from weightline.deployments.ranks.context import (
 from weightline.deployments.ranks.outbox import EventOutbox
 from weightline.deployments.ranks.recorder import MAX_WAITING, StepRecorder, is_recorded
 from weightline.deployments.server.events import event_id
-from weightline.deployments.stack.stack import Stack, StackFolder, free_port
+from weightline.deployments.stack.folder import StackFolder
+from weightline.deployments.stack.stack import Stack, free_port
 from weightline.errors import StorageError
 from weightline.tasks.sync_steps import describe, prefect_observer
 from weightline.trainer.steps import OBSERVER_VARIABLE, NoObserver, Step, StepFacts, StepObserver

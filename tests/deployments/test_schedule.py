@@ -1,10 +1,7 @@
-"""A schedule of deployments/prefect.yaml fires, and a runner runs what it made."""
+"""A schedule of deployments/prefect.yaml fires, and a worker executes what it made."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -14,8 +11,10 @@ from prefect.client.schemas.filters import DeploymentFilter, DeploymentFilterNam
 from prefect.client.schemas.objects import FlowRun
 from prefect.client.schemas.schedules import IntervalSchedule
 
+from tests.prefect_server import Workers
 from tests.waiting import wait_until
 from weightline.deployments.server.deploy import deploy_all
+from weightline.deployments.worker import WORK_POOL
 
 
 def _scheduled_runs(client: SyncPrefectClient) -> list[FlowRun]:
@@ -23,22 +22,23 @@ def _scheduled_runs(client: SyncPrefectClient) -> list[FlowRun]:
     return [run for run in client.read_flow_runs(deployment_filter=named) if run.auto_scheduled]
 
 
-def test_what_a_schedule_makes_is_run(client: SyncPrefectClient, server_environment: None, tmp_path: Path) -> None:
+def test_what_a_schedule_makes_is_run(
+    client: SyncPrefectClient, server_environment: None, workers: Workers, tmp_path: Path
+) -> None:
     deploy_all()
     found = client.read_deployment_by_name("reconcile/reconcile")
     (often,) = client.create_deployment_schedules(found.id, [(IntervalSchedule(interval=timedelta(seconds=5)), True)])
     began_at = time.time()
-    env = {**os.environ, "WEIGHTLINE_RUNS_DIR": str(tmp_path), "WEIGHTLINE_CHAINS": (tmp_path / "chain").as_uri()}
-    argv = [sys.executable, "-m", "weightline.deployments.worker.warm_runner", "upkeep"]
-    with (tmp_path / "log").open("wb") as log, subprocess.Popen(argv, env=env, stdout=log, stderr=log) as runner:
-        try:
-            wait_until(
-                lambda: any(run.state and run.state.is_completed() for run in _scheduled_runs(client)),
-                told=(tmp_path / "log").read_text, every_seconds=0.5,
-            )  # fmt: skip
-        finally:
-            client.delete_deployment_schedule(found.id, often.id)
-            runner.terminate()
+    workers.start(
+        WORK_POOL, "upkeep", WEIGHTLINE_RUNS_DIR=str(tmp_path), WEIGHTLINE_CHAINS=(tmp_path / "chain").as_uri()
+    )
+    try:
+        wait_until(
+            lambda: any(run.state and run.state.is_completed() for run in _scheduled_runs(client)),
+            told=workers.output, every_seconds=0.5,
+        )  # fmt: skip
+    finally:
+        client.delete_deployment_schedule(found.id, often.id)
     done = next(run for run in _scheduled_runs(client) if run.state and run.state.is_completed())
     assert done.start_time is not None
     assert done.start_time.timestamp() >= began_at - 1

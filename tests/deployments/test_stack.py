@@ -17,10 +17,16 @@ import psutil
 import pytest
 from prefect.settings import Settings
 
-from tests import ROOT
 from tests.waiting import PATIENCE_SECONDS, wait_until
-from weightline.deployments.stack.registry import StackFacts, read_facts
-from weightline.deployments.stack.stack import StackFolder, free_port, is_healthy, running_stack, stack_environment
+from weightline.deployments.stack.database import Postgres, find_postgres
+from weightline.deployments.stack.folder import (
+    StackFolder,
+    StackRecord,
+    is_healthy,
+    running_stack,
+    stack_environment,
+)
+from weightline.deployments.stack.stack import free_port
 from weightline.launch.processes import ProcessTree, marked_environment
 
 StartFlows = Callable[..., subprocess.Popen[str]]
@@ -79,10 +85,9 @@ def flows(tmp_path: Path) -> Iterator[StartFlows]:
         yield start
 
 
-def _kill(facts: StackFacts, name: str) -> None:
+def _kill(record: StackRecord, name: str) -> None:
     """With kill -9."""
-    (pid,) = (process.pid for process in facts.processes if process.name == name)
-    os.kill(pid, signal.SIGKILL)
+    os.kill(record.processes[name].pid, signal.SIGKILL)
 
 
 def _heed_interrupts() -> None:
@@ -103,35 +108,36 @@ def test_up_leaves_a_stack_and_down_ends_all_of_it(tmp_path: Path, flows: StartF
     out, err = up.communicate(timeout=PATIENCE_SECONDS)
     assert up.returncode == 0, err
     folder = StackFolder.under(tmp_path / "runs")
-    facts = running_stack(folder)
-    assert facts is not None
-    assert facts.ui_url in out
-    assert {process.name for process in facts.processes} == {"server", "runner", "dashboard", "supervisor"}
-    assert f"Dashboard: {facts.dashboard_url}" in out
-    wait_until(lambda url=f"{facts.dashboard_url}/api/chains": _answers(url))
-    members = [child for p in facts.processes for child in psutil.Process(p.pid).children(recursive=True)]
+    record = running_stack(folder)
+    assert record is not None
+    assert record.ui_url in out
+    has_database = isinstance(find_postgres(folder.root), Postgres)
+    names = {"server", "worker", "dashboard", "supervisor", *(["database"] if has_database else [])}
+    assert set(record.processes) == names
+    assert f"Dashboard: {record.dashboard_url}" in out
+    wait_until(lambda url=f"{record.dashboard_url}/api/chains": _answers(url))
+    members = [child for p in record.processes.values() for child in psutil.Process(p.pid).children(recursive=True)]
 
-    _kill(facts, "server")
-    _kill(facts, "runner")
-    names = {process.name for process in facts.processes}
+    _kill(record, "server")
+    _kill(record, "worker")
     repaired = wait_until(
         lambda: running_stack(folder),
-        lambda found: found is not None and {process.name for process in found.processes} == names,
+        lambda found: found is not None and set(found.processes) == names,
         told=(folder.log_dir / "supervisor.log").read_text,
     )
     assert repaired is not None
-    assert (repaired.api_url, repaired.dashboard_url) == (facts.api_url, facts.dashboard_url)
-    facts = repaired
+    assert (repaired.api_url, repaired.dashboard_url) == (record.api_url, record.dashboard_url)
+    record = repaired
 
     again = flows("up")
-    assert facts.ui_url in again.communicate(timeout=PATIENCE_SECONDS)[0]
-    assert read_facts(folder.facts_path) == facts
+    assert record.ui_url in again.communicate(timeout=PATIENCE_SECONDS)[0]
+    assert StackRecord.load(folder.record_path) == record
 
     down = flows("down")
     assert down.communicate(timeout=PATIENCE_SECONDS)[0] == "down\n"
-    assert not any(process.is_alive() for process in facts.processes)
+    assert not any(process.is_alive() for process in record.processes.values())
     assert not any(member.is_running() and member.status() != psutil.STATUS_ZOMBIE for member in members)
-    assert not folder.facts_path.exists()
+    assert not folder.record_path.exists()
     assert flows("down").communicate(timeout=PATIENCE_SECONDS)[0] == "nothing was up\n"
 
 
@@ -140,20 +146,22 @@ def test_up_leaves_a_stack_and_down_ends_all_of_it(tmp_path: Path, flows: StartF
 def test_a_run_that_is_interrupted_leaves_no_process(tmp_path: Path, flows: StartFlows, how: signal.Signals) -> None:
     run = flows("run", "--port", "0")
     folder = StackFolder.under(tmp_path / "runs")
-    num_processes = 2 if how is signal.SIGINT else 1
-    facts = wait_until(
-        lambda: read_facts(folder.facts_path),
-        lambda found: run.poll() is not None or (found is not None and len(found.processes) >= num_processes),
+    last_started = "worker" if how is signal.SIGINT else "server"
+    record = wait_until(
+        lambda: StackRecord.load(folder.record_path),
+        lambda found: run.poll() is not None or (found is not None and last_started in found.processes),
     )
     assert run.poll() is None, run.communicate()
-    assert facts is not None
-    members = [child for p in facts.processes for child in psutil.Process(p.pid).children(recursive=True)]
+    assert record is not None
+    members = [child for p in record.processes.values() for child in psutil.Process(p.pid).children(recursive=True)]
     os.kill(run.pid, how)
     _, err = run.communicate(timeout=PATIENCE_SECONDS)
     assert run.returncode == (130 if how is signal.SIGINT else -how)
     if how is signal.SIGINT:
         assert err.strip().splitlines()[-1] == "interrupted: everything was ended"
-    wait_until(lambda: not any(p.is_alive() for p in facts.processes) and not any(m.is_running() for m in members))
+    wait_until(
+        lambda: not any(p.is_alive() for p in record.processes.values()) and not any(m.is_running() for m in members)
+    )
 
 
 @pytest.mark.process
@@ -201,11 +209,3 @@ def test_wrong_usage_is_one_clear_error(
     assert done.returncode == returncode, done.stderr
     assert told in done.stderr
     assert "Traceback" not in done.stderr
-
-
-@pytest.mark.process
-def test_a_runner_of_no_lane_is_one_clear_error() -> None:
-    argv = [sys.executable, "-m", "weightline.deployments.worker.warm_runner", "nolane"]
-    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_SECONDS, check=False)
-    assert done.returncode == 1
-    assert done.stderr.strip() == "error: no lane is called 'nolane': use training, evaluation, serving, upkeep"

@@ -20,7 +20,7 @@ from tests import ROOT
 from weightline.deployments.server.consumer_runs import CONSUMERS
 from weightline.deployments.server.events import COMMITTED, PAYLOAD_FIELDS
 from weightline.deployments.server.flow_runs import POST_TRAINING, RECONCILE
-from weightline.deployments.worker.work_queues import LANES, WORK_POOL
+from weightline.deployments.worker import WORK_POOL, WORK_QUEUES
 from weightline.stages.load import load_recipe
 
 DEPLOYMENTS: list[dict[str, Any]] = yaml.safe_load((ROOT / "deployments/prefect.yaml").read_text())["deployments"]
@@ -75,10 +75,10 @@ def test_a_commit_triggers_the_consumers_with_what_it_says(name: str) -> None:
         assert found[1] in COMMIT_FACTS
 
 
-def test_every_queue_has_a_lane_and_every_lane_a_deployment() -> None:
+def test_every_work_queue_has_a_deployment_and_every_deployment_a_work_queue() -> None:
     assert {deployment["work_pool"]["name"] for deployment in DEPLOYMENTS} == {WORK_POOL}
     used = {deployment["work_pool"]["work_queue_name"] for deployment in DEPLOYMENTS}
-    assert used == {queue for lane in LANES for queue in lane.queues}
+    assert used == set(WORK_QUEUES)
 
 
 def test_deployments_are_called_what_our_code_calls_them() -> None:

@@ -1,9 +1,11 @@
-"""Flows that the warm runner's tests let it run."""
+"""Flows that the warm worker's tests let it run."""
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -13,9 +15,20 @@ from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY
 
 @flow(name="toy-tell")
 def tell(path: str) -> None:
-    """Say which process ran this."""
+    """Write down which process runs this, and what it finds there."""
+    facts = {
+        "pid": os.getpid(),
+        "parent": os.getppid(),
+        "working_dir": str(Path.cwd()),
+        "word": os.environ.get("TOY_WORD"),
+        "path_is_set": "PATH" in os.environ,
+        "heartbeat_seconds": PREFECT_FLOWS_HEARTBEAT_FREQUENCY.value(),
+        "found_toys": hasattr(sys, "_weightline_toy"),
+    }
+    sys._weightline_toy = True  # type: ignore[attr-defined]
+    os.environ["TOY_WORD"] = "left behind"
     with Path(path).open("a") as file:
-        file.write(f"{os.getpid()}\n")
+        file.write(f"{json.dumps(facts)}\n")
 
 
 @flow(name="toy-fail")
@@ -32,10 +45,10 @@ def die() -> None:
 
 @flow(name="toy-hold")
 def hold(path: str) -> None:
-    """Say when this began and ended, and what TOY_WORD was."""
+    """Say when this began and ended."""
     for moment in ("begun", "ended"):
         with Path(path).open("a") as file:
-            file.write(f"{moment} {os.environ.get('TOY_WORD')} {PREFECT_FLOWS_HEARTBEAT_FREQUENCY.value()}\n")
+            file.write(f"{moment}\n")
         time.sleep(0.5)
 
 

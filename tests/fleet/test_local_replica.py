@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import psutil
 import pytest
 
 from tests.serving.model_chains import make_chain
+from tests.waiting import wait_until
 from weightline.chain import Chain, open_chain
 from weightline.chain.read.leases import Lease, write_lease
 from weightline.errors import ApplyError, InputError, LaunchError
-from weightline.fleet import local_replica as replicas
 from weightline.fleet.local_replica import REPLICAS_DIR_VARIABLE, end_replicas, ensure_replica
 from weightline.fleet.members import (
     REPLICA_HOSTS_VARIABLE,
@@ -22,6 +26,7 @@ from weightline.fleet.members import (
     find_fleet,
     may_receive_token,
 )
+from weightline.launch.processes import WORKER_PID_VARIABLE
 from weightline.serving.http import client
 from weightline.serving.http.auth import TOKEN_VARIABLE
 
@@ -99,21 +104,55 @@ def test_a_stack_starts_one_replica_and_moves_on_to_the_newest_chain(
     try:
         address = _only(first)
         assert client.refresh(address.url, address.token, 1).version == 1
-        (process,) = replicas._running.values()
+        (server,) = _servers(tmp_path)
         again = ensure_replica(first.url, tmp_path / "replicas")
         assert (again.url, again.token) == (address.url, address.token)
-        assert next(iter(replicas._running.values())) is process
+        assert _servers(tmp_path) == [server]
 
         other = _only(second)
         assert client.status(other.url).chain == second.url
-        assert process.poll() is not None
+        assert not server.is_running()
 
-        psutil.Process(next(iter(replicas._running.values())).pid).kill()
+        (server,) = _servers(tmp_path)
+        server.kill()
         back = _only(second)
         assert client.refresh(back.url, back.token, 0).version == 0
     finally:
-        end_replicas()
-    assert replicas._running == {}
+        end_replicas(tmp_path / "replicas")
+    assert _servers(tmp_path) == []
+
+
+@pytest.mark.process
+def test_a_replica_outlives_what_started_it_and_ends_with_its_worker(tmp_path: Path) -> None:
+    chain = make_chain((tmp_path / "chain").as_uri()).chain
+    program = (
+        "import sys; from pathlib import Path; from weightline.fleet.local_replica import ensure_replica; "
+        "print(ensure_replica(sys.argv[1], Path(sys.argv[2])).url)"
+    )
+    with subprocess.Popen(["sleep", "1000"]) as worker:
+        try:
+            env = os.environ | {WORKER_PID_VARIABLE: str(worker.pid)}
+            argv = [sys.executable, "-c", program, chain.url, str(tmp_path / "replicas")]
+            urls = {subprocess.check_output(argv, env=env, text=True) for _ in range(2)}
+            assert len(urls) == 1
+            (server,) = _servers(tmp_path)
+            worker.kill()
+            wait_until(lambda: not server.is_running())
+        finally:
+            worker.kill()
+            end_replicas(tmp_path / "replicas")
+
+
+def _servers(folder: Path) -> list[psutil.Process]:
+    """The inference servers of the folder that run."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            argv = process.cmdline()
+            is_server = "weightline.launch.tether" not in argv and "transformers" in argv
+            if is_server and any(part.startswith(str(folder)) for part in argv):
+                found.append(process)
+    return [process for process in found if process.status() != psutil.STATUS_ZOMBIE]
 
 
 @pytest.mark.process
@@ -125,4 +164,4 @@ def test_a_server_that_does_not_come_up_is_quoted(tmp_path: Path) -> None:
             with pytest.raises(LaunchError, match="in use by another replica"):
                 ensure_replica((tmp_path / "chains" / "x").as_uri(), tmp_path)
         finally:
-            end_replicas()
+            end_replicas(tmp_path)

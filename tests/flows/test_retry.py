@@ -6,7 +6,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from uuid import UUID
 
@@ -19,13 +19,12 @@ from prefect.exceptions import ObjectAlreadyExists
 from prefect.states import Cancelling
 
 from tests import ROOT
+from tests.prefect_server import Workers
 from tests.ranks import run_stage
 from tests.runs.recipes import write_recipe
 from tests.waiting import wait_until
 from weightline.chain.upkeep.verify import verify_chain
-from weightline.deployments.worker.warm_process import WarmWorker
-from weightline.deployments.worker.warm_runner import WarmRunner
-from weightline.deployments.worker.work_queues import Lane
+from weightline.deployments.worker import WORKER_TYPE
 from weightline.flows.post_training import post_training
 from weightline.runs.folder import Run, open_run
 from weightline.stages.job import StageJob, StageResult
@@ -42,23 +41,9 @@ _STAGES = [
 ]  # fmt: skip
 
 
-@pytest.fixture
-def turn_until(client: SyncPrefectClient, tmp_path: Path, server_environment: None) -> Iterator[Callable[..., None]]:
-    """A runner of one training lane, turned until something holds."""
-    log = tmp_path / "lane.log"
-    worker = WarmWorker(Lane("training", (QUEUE,), preload=("weightline.flows.post_training",), is_fresh=True), log)
-    runner = WarmRunner(client, [worker], POOL)
-
-    def turn(is_reached: Callable[[], bool]) -> None:
-        wait_until(is_reached, meanwhile=runner.turn, told=lambda: log.read_text()[-4000:])
-
-    yield turn
-    runner.close()
-
-
 def _start(client: SyncPrefectClient, recipe: Path, runs_dir: Path) -> UUID:
     try:
-        client.create_work_pool(WorkPoolCreate(name=POOL, type="process"))
+        client.create_work_pool(WorkPoolCreate(name=POOL, type=WORKER_TYPE))
         client.create_work_queue(QUEUE, work_pool_name=POOL)
     except ObjectAlreadyExists:
         pass
@@ -109,10 +94,13 @@ def _undisturbed(run: Run, folder: Path) -> StageJob:
     return job
 
 
-def test_a_training_survives_cancel_and_kill(
-    client: SyncPrefectClient, turn_until: Callable[..., None], tmp_path: Path
-) -> None:
+def test_a_training_survives_cancel_and_kill(client: SyncPrefectClient, workers: Workers, tmp_path: Path) -> None:
     runs_dir = tmp_path / "runs"
+    workers.start(POOL, QUEUE)
+
+    def wait(is_reached: Callable[[], bool]) -> None:
+        wait_until(is_reached, told=workers.output)
+
     flow_run_id = _start(client, write_recipe(tmp_path, stages=_STAGES), runs_dir)
 
     def state() -> State:
@@ -120,33 +108,30 @@ def test_a_training_survives_cancel_and_kill(
         assert found is not None
         return found
 
-    turn_until(lambda: _step_of(runs_dir, "dpo") >= 12)
+    wait(lambda: _step_of(runs_dir, "dpo") >= 12)
     (folder,) = (path.parent for path in runs_dir.glob("*/run.json"))
     ranks = _processes("weightline.stages.rank")
     client.set_flow_run_state(flow_run_id, Cancelling())
     cancelled_at = time.monotonic()
-    turn_until(lambda: state().is_final())
-    assert state().is_cancelled()
+    wait(lambda: state().is_cancelled())
     _assert_gone_within(max(0.1, 60.0 - (time.monotonic() - cancelled_at)), ranks)
     assert verify_chain(open_run(folder).open_chain()).holds
 
     sft_done = (folder / "stages" / "sft" / "done.json").stat().st_mtime_ns
     _retry(flow_run_id)
-    turn_until(lambda: _step_of(runs_dir, "dpo") >= 22)
+    wait(lambda: _step_of(runs_dir, "dpo") >= 22)
     ranks = _processes("weightline.stages.rank")
-    # Launcher and flow at once: nobody is left who could end the ranks.
-    for process in (
-        *_processes("accelerate.commands.launch"),
-        *_processes("weightline.deployments.worker.process_main"),
-    ):
+    # Launcher and flow at once: no process is left that could end the ranks.
+    flow_process = psutil.Process(int(client.read_flow_run(flow_run_id).infrastructure_pid or 0))
+    for process in (*_processes("accelerate.commands.launch"), flow_process):
         process.kill()
     _assert_gone_within(10.0, ranks)
-    turn_until(lambda: state().is_final())
+    wait(lambda: state().is_final())
     assert state().is_crashed()
     assert verify_chain(open_run(folder).open_chain()).holds
 
     _retry(flow_run_id)
-    turn_until(lambda: state().is_final() and not state().is_crashed())
+    wait(lambda: state().is_final() and not state().is_crashed())
     assert state().is_completed(), state().message
     run = open_run(folder)
     assert [path.parent for path in runs_dir.glob("*/run.json")] == [folder]  # a retry resumes: no second run

@@ -18,14 +18,14 @@ from prefect.settings import get_current_settings
 from prefect.utilities.templating import apply_values
 
 from tests import ROOT
-from weightline.deployments.worker.work_queues import lanes_named
+from weightline.deployments.worker import WORK_QUEUES
 from weightline.launch.command import RANK_PROGRAM
 
 INFRA = ROOT / "infra"
 KUBERNETES = INFRA / "kubernetes"
 #: The release whose schemas are asked.
 RELEASE = "1.33"
-OBJECT_FILES = ("namespace", "storage", "postgres", "prefect-server", "runners", "machines", "vllm")
+OBJECT_FILES = ("namespace", "storage", "postgres", "prefect-server", "workers", "machines", "vllm")
 DOCKERFILES = sorted((INFRA / "images").glob("*.Dockerfile"))
 
 
@@ -95,34 +95,35 @@ def test_who_mounts_the_folder_of_runs_names_it_in_kubernetes() -> None:
         for mount in container.get("volumeMounts", ())
         if mount["name"] == "runs"
     }
-    assert set(mounted) == {"runner", "prefect-job"}
-    name, value = "WEIGHTLINE_RUNS_DIR", mounted["runner"][0]
-    assert {"name": name, "value": value} in mounted["runner"][1]
+    assert set(mounted) == {"worker", "prefect-job"}
+    name, value = "WEIGHTLINE_RUNS_DIR", mounted["worker"][0]
+    assert {"name": name, "value": value} in mounted["worker"][1]
     template = json.loads((KUBERNETES / "work-pool.json").read_text())
     assert template["variables"]["properties"]["env"]["default"] == {name: mounted["prefect-job"][0]}
 
 
 def test_who_mounts_the_folder_of_runs_names_it_in_compose() -> None:
     mounted = {name: s for name, s in _compose()["services"].items() if "runs:/runs" in s.get("volumes", ())}
-    assert set(mounted) == {"runner", "dashboard"}
+    assert set(mounted) == {"worker", "dashboard"}
     assert all(service["environment"]["WEIGHTLINE_RUNS_DIR"] == "/runs" for service in mounted.values())
     assert all("WEIGHTLINE_CHAINS" in service["environment"] for service in mounted.values())
     assert " /runs/ ${WEIGHTLINE_CHAINS:-} " in mounted["dashboard"]["command"]
 
 
-def test_the_runner_of_kubernetes_looks_after_chains() -> None:
-    (runner,) = (container for name, container in _containers() if name == "runner")
-    assert "upkeep" in runner["command"]
-    assert any(one["name"] == "WEIGHTLINE_CHAINS" and one["value"] for one in runner["env"])
+def test_the_worker_of_kubernetes_looks_after_chains() -> None:
+    (worker,) = (container for name, container in _containers() if name == "worker")
+    assert "--work-queue=upkeep" in worker["command"]
+    assert any(one["name"] == "WEIGHTLINE_CHAINS" and one["value"] for one in worker["env"])
 
 
-def test_no_deployment_waits_for_a_lane_that_no_runner_has() -> None:
+def test_no_deployment_waits_in_a_queue_that_no_worker_serves() -> None:
     """Those of deployments/prefect.yaml are deployed first; of one with the same name the later stands."""
     deployed: dict[str, Any] = {}
     for path in (ROOT / "deployments/prefect.yaml", KUBERNETES / "prefect.yaml"):
         deployed |= {one["name"]: one for one in yaml.safe_load(path.read_text())["deployments"]}
-    (runner,) = (container for name, container in _containers() if name == "runner")
-    queues = {queue for lane in lanes_named(runner["command"][3:]) for queue in lane.queues}
+    (worker,) = (container for name, container in _containers() if name == "worker")
+    queues = {part.partition("=")[2] for part in worker["command"] if part.startswith("--work-queue=")}
+    assert queues <= set(WORK_QUEUES)
     for one in deployed.values():
         pool = one["work_pool"]
         assert pool["name"] == "machines" or pool["work_queue_name"] in queues

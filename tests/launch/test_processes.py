@@ -1,4 +1,4 @@
-"""Process trees and the registry of a stack: what was started is ended, and nothing else."""
+"""Process trees and the record of a stack: what was started is ended, and nothing else."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from weightline.deployments.stack.registry import StackFacts, StackProcess, read_facts, write_facts
-from weightline.launch.processes import ProcessTree, start_process
+from weightline.deployments.stack.folder import StackRecord
+from weightline.launch.processes import ProcessId, ProcessTree, start_process
 
 _PARENT = """
 import subprocess, sys, time
@@ -71,19 +71,19 @@ def test_a_process_that_ignores_being_asked_is_made_to_go() -> None:
 
 
 @pytest.mark.process
-def test_a_registered_process_is_ended_by_its_pid_and_start() -> None:
+def test_a_recorded_process_is_ended_by_its_pid_and_start() -> None:
     process = start_process(["sleep", "300"])
-    registered = StackProcess.of("sleeper", process.pid)
-    assert registered.is_alive()
-    registered.end()
+    recorded = ProcessId.of(process.pid)
+    assert recorded.is_alive()
+    recorded.end()
     process.wait()
-    assert not registered.is_alive()
+    assert not recorded.is_alive()
 
 
 @pytest.mark.process
 def test_a_foreign_process_with_the_same_pid_is_left_alone() -> None:
     process = start_process(["sleep", "300"])
-    foreign = StackProcess("sleeper", process.pid, StackProcess.of("sleeper", process.pid).created_at - 10)
+    foreign = ProcessId(process.pid, ProcessId.of(process.pid).created_at - 10)
     assert not foreign.is_alive()
     foreign.end()
     assert process.poll() is None
@@ -91,19 +91,19 @@ def test_a_foreign_process_with_the_same_pid_is_left_alone() -> None:
     process.wait()
 
 
-def test_facts_survive_the_file_and_a_broken_file_is_none(tmp_path: Path) -> None:
+def test_a_record_survives_its_file_and_a_broken_file_holds_none(tmp_path: Path) -> None:
     path = tmp_path / "processes.json"
-    assert read_facts(path) is None
-    facts = StackFacts("http://127.0.0.1:1/api", "http://127.0.0.1:1", (StackProcess("server", 1, 2.5),))
-    write_facts(path, facts)
-    assert read_facts(path) == facts
+    assert StackRecord.load(path) is None
+    record = StackRecord("http://127.0.0.1:1/api", "http://127.0.0.1:1", None, {"server": ProcessId(1, 2.5)})
+    record.save(path)
+    assert StackRecord.load(path) == record
     path.write_text('{"api_url": 3')
-    assert read_facts(path) is None
+    assert StackRecord.load(path) is None
     path.write_text('{"api_url": 3}')
-    assert read_facts(path) is None
+    assert StackRecord.load(path) is None
 
 
-def test_a_stack_of_the_dead_is_not_up() -> None:
-    dead = StackProcess("server", 2**22 - 1, 1.0)
-    assert not StackFacts("", "", (dead,)).is_up
-    assert not StackFacts("", "", ()).is_up
+def test_a_stack_whose_processes_have_ended_is_not_whole() -> None:
+    dead = ProcessId(2**22 - 1, 1.0)
+    assert not StackRecord("", "", processes={"server": dead}).is_whole
+    assert not StackRecord("", "").is_whole

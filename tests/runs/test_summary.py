@@ -12,7 +12,7 @@ from rich.console import Console
 from tests.chains import commit_state, nudged, random_state
 from tests.runs.recipes import write_recipe
 from weightline.chain.read.records import EVALUATIONS, REFRESHES, write_record
-from weightline.deployments.stack.screen import RunScreen
+from weightline.deployments.stack.pipeline import RunScreen
 from weightline.lineage.read import read_lineage
 from weightline.runs.folder import Run
 from weightline.runs.prepare import prepare_run

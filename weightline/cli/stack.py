@@ -54,10 +54,10 @@ def run(
 
 
 def up(runs_dir: RunsDir = Path("runs"), port: Port = DEFAULT_PORT) -> None:
-    """Start a Prefect server, a runner and the dashboard, deploy every flow, and leave all of it running."""
+    """Start a Prefect server, a worker and the dashboard, deploy every flow, and leave all of it running."""
     check_installed("prefect", "dashboard")
     with _stack_errors():
-        from weightline.deployments.stack.pipeline import bring_up
+        from weightline.deployments.stack.up_and_down import bring_up
 
         typer.echo(f"up: {bring_up(runs_dir, _console(), port)}")
 
@@ -66,7 +66,7 @@ def stay(runs_dir: RunsDir = Path("runs"), port: Port = DEFAULT_PORT) -> None:
     """Run the supervisor that `up` leaves behind: it keeps the stack up until SIGTERM."""
     check_installed("prefect", "dashboard")
     with _stack_errors():
-        from weightline.deployments.stack.pipeline import stay_up
+        from weightline.deployments.stack.up_and_down import stay_up
 
         stay_up(runs_dir, _console(), port)
 
@@ -75,7 +75,7 @@ def down(runs_dir: RunsDir = Path("runs")) -> None:
     """End every process that `up` started."""
     check_installed("prefect")
     with _stack_errors():
-        from weightline.deployments.stack.pipeline import bring_down
+        from weightline.deployments.stack.up_and_down import bring_down
 
         typer.echo("down" if bring_down(runs_dir) else "nothing was up")
 
@@ -84,7 +84,7 @@ def deploy(runs_dir: RunsDir = Path("runs")) -> None:
     """Deploy every flow to a Prefect server: the one of PREFECT_API_URL, else the stack that is up."""
     check_installed("prefect")
     with _stack_errors():
-        from weightline.deployments.stack.pipeline import deploy_everything
+        from weightline.deployments.stack.up_and_down import deploy_everything
 
         typer.echo(f"deployed to {deploy_everything(runs_dir)}")
 

@@ -1,22 +1,24 @@
 """The inference server of a local stack: one process, for the chain that was trained last.
 
-The first refresh that needs it starts it (weightline serve transformers). It writes its address to its state folder,
-and ends with the process that started it, a warm worker, which starts it again at the next refresh.
+The first refresh that needs it starts it (`weightline serve transformers`). It writes where it listens to its state
+folder, where later refreshes, which are processes of their own, find it. It ends with the worker of those refreshes.
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from weightline.chain import open_chain
 from weightline.errors import ApplyError, LaunchError
-from weightline.launch.processes import end_processes, start_process
+from weightline.files import write_atomically
+from weightline.launch.processes import WORKER_PID_VARIABLE, ProcessId, start_process
 from weightline.lineage.text import slug
 from weightline.serving.http import client
 from weightline.serving.http.auth import load_token
@@ -25,8 +27,9 @@ from weightline.serving.http.auth import load_token
 REPLICAS_DIR_VARIABLE = "WEIGHTLINE_REPLICAS_DIR"
 _START_SECONDS = 180.0
 _LOG = "replica.log"
-
-_running: dict[str, subprocess.Popen[bytes]] = {}
+_PROCESS = "process.json"
+#: Children of this process. Python warns of a child that runs while no variable refers to it.
+_started: list[subprocess.Popen[bytes]] = []
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,31 +47,30 @@ def replicas_dir() -> Path | None:
 
 
 def ensure_replica(chain_url: str, folder: Path) -> ReplicaAddress:
-    """Returns the chain's replica and starts it if it is not running. Ends a replica of another chain to save memory.
+    """Returns the chain's replica, started when it does not run; that of another chain is ended, to bound memory.
 
     LaunchError with the server's last lines when it does not come up. Safe to repeat.
     """
     state_dir = folder / slug(open_chain(chain_url).name)
     state_dir.mkdir(parents=True, exist_ok=True)
     token = load_token(state_dir)
-    process = _running.get(chain_url)
-    url = read_address(state_dir) if process is not None and process.poll() is None else None
-    if url is None or not _answers(url, timeout_seconds=30.0):
-        end_replicas()
-        _running[chain_url] = _start(chain_url, state_dir)
-        url = _wait_for_url(_running[chain_url], state_dir)
+    with (folder / "start.lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        process = _recorded_process(state_dir)
+        url = read_address(state_dir) if process is not None and process.is_alive() else None
+        if url is None or not _answers(url, timeout_seconds=30.0):
+            end_replicas(folder)
+            url = _wait_for_url(_start(chain_url, state_dir), state_dir)
     return ReplicaAddress(url, token)
 
 
-def end_replicas() -> None:
-    """Ends every replica that this process started."""
-    import psutil
-
-    found = [psutil.Process(process.pid) for process in _running.values() if process.poll() is None]
-    end_processes(found, grace_seconds=5.0)
-    for process in _running.values():
-        process.wait()
-    _running.clear()
+def end_replicas(folder: Path) -> None:
+    """Ends every replica that was started in the folder. Safe to repeat."""
+    for path in folder.glob(f"*/{_PROCESS}"):
+        process = _recorded_process(path.parent)
+        if process is not None:
+            process.end()
+        path.unlink(missing_ok=True)
 
 
 def read_address(state_dir: Path) -> str | None:
@@ -81,10 +83,21 @@ def read_address(state_dir: Path) -> str | None:
 
 def _start(chain_url: str, state_dir: Path) -> subprocess.Popen[bytes]:
     (state_dir / "address.json").unlink(missing_ok=True)
-    argv = [sys.executable, "-m", "weightline", "serve", "transformers", "--follow", chain_url, "--every", "0"]
-    argv += ["--state-dir", str(state_dir), "--port", "0"]
+    owner = os.environ.get(WORKER_PID_VARIABLE, str(os.getpid()))
+    argv = [sys.executable, "-m", "weightline.launch.tether", owner, sys.executable, "-m", "weightline", "serve"]
+    argv += ["transformers", "--follow", chain_url, "--every", "0", "--state-dir", str(state_dir), "--port", "0"]
     with (state_dir / _LOG).open("ab") as log:
-        return start_process(argv, stdout=log, stderr=subprocess.STDOUT)
+        process = start_process(argv, stdout=log, stderr=subprocess.STDOUT, dies_with_parent=False)
+    _started.append(process)
+    write_atomically(state_dir / _PROCESS, json.dumps(asdict(ProcessId.of(process.pid))))
+    return process
+
+
+def _recorded_process(state_dir: Path) -> ProcessId | None:
+    try:
+        return ProcessId(**json.loads((state_dir / _PROCESS).read_text()))
+    except (OSError, ValueError, TypeError):
+        return None
 
 
 def _wait_for_url(process: subprocess.Popen[bytes], state_dir: Path) -> str:

@@ -14,12 +14,15 @@ import subprocess
 import sys
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 import psutil
 
 MARK_VARIABLE = "WEIGHTLINE_LAUNCH"
+#: Set for flow runs by their worker: its pid. What outlives a run ends with that process.
+WORKER_PID_VARIABLE = "WEIGHTLINE_WORKER_PID"
 _PR_SET_PDEATHSIG = 1
 
 
@@ -63,6 +66,37 @@ def start_process(
     )
 
 
+@dataclass(frozen=True, slots=True)
+class ProcessId:
+    """Names one process for good. A pid alone is given to another process later."""
+
+    pid: int
+    created_at: float
+    """Seconds since the epoch, as the kernel counts them."""
+
+    @classmethod
+    def of(cls, pid: int) -> ProcessId:
+        """Returns the id of a running process. psutil.NoSuchProcess when there is none."""
+        return cls(pid, psutil.Process(pid).create_time())
+
+    def find(self) -> psutil.Process | None:
+        """Returns the process, or None when it has ended."""
+        try:
+            process = psutil.Process(self.pid)
+            return process if process.create_time() == self.created_at and _is_alive(process) else None
+        except psutil.NoSuchProcess:
+            return None
+
+    def is_alive(self) -> bool:
+        """Whether that very process still runs."""
+        return self.find() is not None
+
+    def end(self) -> None:
+        """Ends it and all that descends from it. Safe to repeat."""
+        if self.is_alive():
+            ProcessTree(self.pid).end()
+
+
 def marked_environment(env: Mapping[str, str]) -> tuple[dict[str, str], str]:
     """Returns the environment with a unique mark, which children inherit, and the mark."""
     mark = uuid.uuid4().hex
@@ -77,6 +111,7 @@ class ProcessTree:
     """
 
     def __init__(self, pid: int, mark: str | None = None) -> None:
+        self.pid = pid
         self._mark = mark
         self._members: dict[tuple[int, float], psutil.Process] = {}
         with contextlib.suppress(psutil.NoSuchProcess):

@@ -1,0 +1,138 @@
+"""Flow runs at the server as a worker reads and changes them: due, over a limit, cancelled, crashed, orphaned."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from datetime import UTC, datetime, timedelta
+from typing import Any
+from uuid import UUID
+
+from prefect.client.orchestration import PrefectClient
+from prefect.client.schemas.filters import (
+    FlowRunFilter,
+    FlowRunFilterNextScheduledStartTime,
+    FlowRunFilterParentFlowRunId,
+    FlowRunFilterState,
+    FlowRunFilterStateType,
+    WorkerFilter,
+    WorkerFilterStatus,
+    WorkPoolFilter,
+    WorkPoolFilterName,
+    WorkQueueFilter,
+    WorkQueueFilterName,
+)
+from prefect.client.schemas.objects import FlowRun, StateType, WorkerStatus, WorkPool
+from prefect.exceptions import ObjectNotFound
+from prefect.states import Cancelled, Crashed, Scheduled
+
+#: The label by which a worker of Prefect marks a run that it has claimed.
+_WORKER_LABEL = "prefect.worker.name"
+#: A claimed run without that label for so long: the worker ended between the two requests, or lost the first answer.
+_UNLABELLED_FOR = timedelta(minutes=5)
+#: The server returns no more at once. Limits of this size are none to a worker.
+_MANY = 200
+
+
+async def due_runs(client: PrefectClient, pool: str, queues: Sequence[str]) -> set[UUID]:
+    """Returns some of the runs of these queues (none: of all) that are due, whether or not a limit holds them back."""
+    found = await client.read_flow_runs(
+        flow_run_filter=FlowRunFilter(
+            state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.SCHEDULED])),
+            next_scheduled_start_time=FlowRunFilterNextScheduledStartTime(before_=datetime.now(UTC)),
+        ),
+        **_of(pool, queues),
+        limit=_MANY,
+    )
+    return {run.id for run in found}
+
+
+async def is_over_limit(client: PrefectClient, pool: WorkPool, flow_run: FlowRun) -> bool:
+    """Whether a run that was just claimed must yield to others.
+
+    The server offers runs by the limits of pool and queue. But two workers that ask at the same moment are offered
+    different runs, for one slot: to each of them, the row that the other reads is locked, and is left out. Each worker
+    claims its run and counts afterwards, so that the later one always counts the earlier.
+    """
+    queue = await client.read_work_queue(flow_run.work_queue_id) if flow_run.work_queue_id else None
+    limits = [(pool.concurrency_limit, ())] + ([(queue.concurrency_limit, (queue.name,))] if queue else [])
+    for limit, queues in limits:
+        if limit is not None and limit < _MANY:
+            holding = await _holding_a_slot(client, pool.name, queues)
+            if sum(run.id != flow_run.id for run in holding) >= limit:
+                return True
+    return False
+
+
+async def give_back(client: PrefectClient, flow_run_id: UUID) -> None:
+    """Lets a claimed run wait again. For how long is random: two workers may yield to each other."""
+    later = datetime.now(UTC) + timedelta(seconds=random.uniform(0.5, 3.0))
+    await client.set_flow_run_state(flow_run_id, Scheduled(scheduled_time=later), force=True)
+
+
+async def open_subflows(client: PrefectClient, flow_run_id: UUID) -> list[FlowRun]:
+    """Returns the run's subflows that have not ended. They run in its process and end with it."""
+    of_run = FlowRunFilter(parent_flow_run_id=FlowRunFilterParentFlowRunId(any_=[flow_run_id]))
+    found = await client.read_flow_runs(flow_run_filter=of_run)
+    return [run for run in found if run.state is None or not run.state.is_final()]
+
+
+async def runs_to_cancel(client: PrefectClient, flow_run_id: UUID) -> list[UUID]:
+    """Returns the run and its subflows when the cancellation of any of them is requested; else nothing."""
+    run = await client.read_flow_run(flow_run_id)
+    runs = [run, *await open_subflows(client, flow_run_id)]
+    states = [one.state for one in runs if one.state is not None]
+    return [one.id for one in runs] if any(one.is_cancelling() or one.is_cancelled() for one in states) else []
+
+
+async def mark_cancelled(client: PrefectClient, flow_run_ids: Iterable[UUID]) -> None:
+    """Marks the runs. Their process may have said that they crashed as it was ended, which was not the cause."""
+    for flow_run_id in flow_run_ids:
+        with suppress(ObjectNotFound):
+            await client.set_flow_run_state(flow_run_id, Cancelled(message="Cancelled on request"), force=True)
+
+
+async def mark_crashed(client: PrefectClient, flow_run_id: UUID, message: str) -> None:
+    """Marks the run and its subflows as crashed, except those that have ended or were deleted. Safe to repeat."""
+    with suppress(ObjectNotFound):
+        for one in (flow_run_id, *(subflow.id for subflow in await open_subflows(client, flow_run_id))):
+            state = (await client.read_flow_run(one)).state
+            if state is not None and (state.is_pending() or state.is_running()):
+                await client.set_flow_run_state(one, Crashed(message=message))
+
+
+async def find_orphans(
+    client: PrefectClient, pool: str, queues: Sequence[str], worker: str, own: set[UUID]
+) -> set[UUID]:
+    """Returns the runs of these queues (none: of all) that hold a slot for a worker that is gone.
+
+    `worker` asks, and executes its `own` runs: another that bears its name belonged to a process before it.
+    """
+    holding = await _holding_a_slot(client, pool, queues)
+    online = WorkerFilter(status=WorkerFilterStatus(any_=[WorkerStatus.ONLINE]))
+    workers = await client.read_workers_for_work_pool(pool, worker_filter=online)
+    living = {one.name for one in workers} - {worker}
+    return {run.id for run in holding if run.id not in own and _is_orphan(run, living, datetime.now(UTC))}
+
+
+async def _holding_a_slot(client: PrefectClient, pool: str, queues: Sequence[str]) -> list[FlowRun]:
+    state = FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.PENDING, StateType.RUNNING]))
+    return await client.read_flow_runs(flow_run_filter=FlowRunFilter(state=state), **_of(pool, queues), limit=_MANY)
+
+
+def _of(pool: str, queues: Sequence[str]) -> dict[str, Any]:
+    """Returns the filters of a pool and, if there are any, of its queues."""
+    names = WorkQueueFilterName(any_=list(queues))
+    return {
+        "work_pool_filter": WorkPoolFilter(name=WorkPoolFilterName(any_=[pool])),
+        "work_queue_filter": WorkQueueFilter(name=names) if queues else None,
+    }
+
+
+def _is_orphan(run: FlowRun, living_workers: set[str], now: datetime) -> bool:
+    taker = run.labels.get(_WORKER_LABEL)
+    if taker is not None:
+        return taker not in living_workers
+    state = run.state
+    return state is not None and state.is_pending() and now - state.timestamp > _UNLABELLED_FOR

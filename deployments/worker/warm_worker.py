@@ -1,0 +1,238 @@
+"""The worker type `weightline`: a worker of Prefect whose flow runs find everything imported.
+
+    prefect worker start --pool weightline [--work-queue evaluation ...]
+
+Prefect's own process worker starts an interpreter for each flow run: 5 to 15 s of CPU for importing torch and the
+evaluation harness, on the cores that train. This one keeps one process that has imported them and forks it for each run
+(fork_server.py). Polling, limits, heartbeats and the state of a run whose process died are those of Prefect's base
+class. Added here: a running flow is cancelled with its whole process tree, a subflow that is cancelled ends the run it
+belongs to, and runs that a worker left behind when it was killed are marked as crashed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import time
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+import anyio
+import anyio.abc
+import httpx
+from prefect.client.schemas.objects import FlowRun
+from prefect.exceptions import InfrastructureNotFound, ObjectNotFound
+from prefect.settings import get_current_settings
+from prefect.workers.base import BaseJobConfiguration, BaseVariables, BaseWorker, BaseWorkerResult
+from pydantic import Field, PrivateAttr
+
+from weightline.deployments.worker import WORK_QUEUES, WORKER_TYPE, run_states
+from weightline.deployments.worker.run_processes import ForkServer, RunProcess, RunRequest, start_command
+from weightline.launch.processes import WORKER_PID_VARIABLE, ProcessTree
+
+#: What executes any flow run. A module that a release of Prefect lacks is left out, which costs time only.
+_ENGINE = ("prefect.engine", "prefect.flow_engine", "prefect.flows", "anyio._backends._asyncio")
+
+logger = logging.getLogger(__name__)
+
+_CANCEL_POLL_SECONDS = 2.0
+_AWAY_SECONDS = 2.0
+_HELD_SECONDS = 2.0
+_OFFER_SECONDS = 5.0
+_STOP_SECONDS = 3.0
+
+
+class WarmJobConfiguration(BaseJobConfiguration):
+    """What a flow run's process is started with."""
+
+    working_dir: Path | None = Field(default=None)
+    _has_command: bool = PrivateAttr(default=False)
+
+    def prepare_for_flow_run(self, flow_run: FlowRun, *args: Any, **kwargs: Any) -> None:
+        """Completes the environment: the worker's own, with what Prefect and the job variables add or remove."""
+        removed = [name for name, value in self.env.items() if value is None]
+        self._has_command = self.command is not None
+        super().prepare_for_flow_run(flow_run, *args, **kwargs)
+        self.env = {**os.environ, WORKER_PID_VARIABLE: str(os.getpid()), **self.env}
+        for name in removed:
+            self.env.pop(name, None)
+
+    @property
+    def own_command(self) -> str | None:
+        """The command line of the job variables. None: the run is forked."""
+        return self.command if self._has_command else None
+
+
+class WarmVariables(BaseVariables):
+    """The job variables of a pool, a deployment or a run, as the UI shows them."""
+
+    command: str | None = Field(
+        default=None,
+        description="Command line for flow runs, as in `python -m prefect.engine`. It imports everything anew, which "
+        "lets it heed variables that a library reads as it is imported. Empty: the run is forked from a process that "
+        "has imported everything.",
+    )
+    working_dir: Path | None = Field(
+        default=None, title="Working Directory", description="Working directory of flow runs. Empty: the worker's."
+    )
+
+
+class WarmWorkerResult(BaseWorkerResult):
+    """How the process of a flow run ended."""
+
+
+class WarmWorker(BaseWorker[WarmJobConfiguration, WarmVariables, WarmWorkerResult]):
+    """Executes each flow run in a process forked from one that has imported everything."""
+
+    type = WORKER_TYPE
+    job_configuration = WarmJobConfiguration
+    job_configuration_variables = WarmVariables
+    _description = "Execute flow runs as processes that are forked from one which has imported torch and the flows."
+    _display_name = "Weightline"
+
+    def __init__(self, work_pool_name: str, work_queues: list[str] | None = None, **kwargs: Any) -> None:
+        super().__init__(work_pool_name, work_queues, **kwargs)
+        self._queues = list(work_queues or ())
+        modules = [module for queue in self._queues or WORK_QUEUES for module in WORK_QUEUES.get(queue, ())]
+        settings = get_current_settings().to_environment_variables(exclude_unset=True)
+        self._fork_server = ForkServer([*_ENGINE, *modules], settings)
+        self._pool_name = work_pool_name
+        self._offered_at = 0.0
+        self._held_back: set[UUID] = set()
+        self._has_room = True
+        self._trees: dict[UUID, ProcessTree] = {}
+        self._suspects: set[UUID] = set()
+
+    async def setup(self) -> None:
+        """Starts the imports, then connects."""
+        await self._fork_server.start()
+        await super().setup()
+
+    async def teardown(self, *exc_info: Any) -> None:
+        """Ends what still runs, then disconnects."""
+        await super().teardown(*exc_info)
+        await self._fork_server.close()
+
+    async def run(
+        self,
+        flow_run: FlowRun,
+        configuration: WarmJobConfiguration,
+        task_status: anyio.abc.TaskStatus[int] | None = None,
+    ) -> WarmWorkerResult:
+        """Executes the flow run in a process of its own and returns when it has ended, by itself or by request."""
+        if await run_states.is_over_limit(self.client, self.work_pool, flow_run):
+            self.get_flow_run_logger(flow_run).info("This run waits: another has taken the slot at the same moment")
+            await run_states.give_back(self.client, flow_run.id)
+            if task_status is not None:
+                task_status.started(0)
+            return WarmWorkerResult(identifier="", status_code=0)
+        process = await self._start_process(flow_run, configuration)
+        tree = ProcessTree(process.pid)
+        self._trees[flow_run.id] = tree
+        if task_status is not None:
+            task_status.started(process.pid)
+        try:
+            await self._follow(flow_run, process, tree)
+        except asyncio.CancelledError:
+            with anyio.CancelScope(shield=True), anyio.move_on_after(_STOP_SECONDS):
+                await anyio.to_thread.run_sync(tree.end)
+                await run_states.mark_crashed(self.client, flow_run.id, "Its worker was stopped")
+            raise
+        finally:
+            del self._trees[flow_run.id]
+            self._has_room = True
+        return WarmWorkerResult(identifier=str(process.pid), status_code=process.returncode.result())
+
+    async def kill_infrastructure(
+        self, infrastructure_pid: str, configuration: WarmJobConfiguration, grace_seconds: int = 30
+    ) -> None:
+        """Ends the process of a run that was cancelled before it began. Called by the base class."""
+        for tree in self._trees.values():
+            if str(tree.pid) == infrastructure_pid:
+                return await anyio.to_thread.run_sync(tree.end, float(grace_seconds))
+        raise InfrastructureNotFound(f"no run of this worker has the pid {infrastructure_pid}")
+
+    async def sync_with_backend(self) -> None:
+        """Sends a heartbeat, and marks runs as crashed whose worker is gone."""
+        await super().sync_with_backend()
+        await self._mark_orphans()
+
+    async def get_and_submit_flow_runs(self) -> list[FlowRun]:
+        """Starts what is due, and returns it. Called by the base class at every poll.
+
+        A server that is away is asked again: the base class would give up after a while, and end its runs. What the
+        server does to offer runs costs it 40 ms of CPU and several writes, so it is asked for an offer when something
+        is due. What it then holds back, by a limit or a pause, is asked for again when a run has ended, or after a
+        while. The offer also tells the server, and the health check, that this worker polls.
+        """
+        try:
+            now = time.monotonic()
+            due = await run_states.due_runs(self.client, self._pool_name, self._queues)
+            is_new = bool(due) and (due != self._held_back or self._has_room or now > self._offered_at + _HELD_SECONDS)
+            if not is_new and now < self._offered_at + _OFFER_SECONDS:
+                return []
+            self._offered_at, self._has_room = now, False
+            started = await super().get_and_submit_flow_runs()
+            self._held_back = set() if started else due
+            return started
+        except httpx.TransportError as error:
+            logger.warning("the Prefect server is away: %r", error)
+            await anyio.sleep(_AWAY_SECONDS)
+            return []
+
+    async def _start_process(self, flow_run: FlowRun, configuration: WarmJobConfiguration) -> RunProcess:
+        request = RunRequest(
+            env={name: value for name, value in configuration.env.items() if value is not None},
+            working_dir=configuration.working_dir or Path.cwd(),
+            log_path=_log_path(flow_run),
+        )
+        if configuration.own_command is not None:
+            return await start_command(configuration.own_command, request)
+        return await self._fork_server.start_run(request)
+
+    async def _follow(self, flow_run: FlowRun, process: RunProcess, tree: ProcessTree) -> None:
+        """Returns when the run's process has ended and the server knows how the run ended."""
+        cancelled: list[UUID] = []
+        while not process.returncode.done():
+            await asyncio.wait([process.returncode], timeout=_CANCEL_POLL_SECONDS)
+            tree.observe()
+            if not process.returncode.done() and (cancelled := await self._runs_to_cancel(flow_run)):
+                self.get_flow_run_logger(flow_run).info("Ending the processes of this run, as requested")
+                await anyio.to_thread.run_sync(tree.end)
+                await process.returncode
+        await self._report_end(flow_run.id, process.returncode.result(), cancelled)
+
+    async def _report_end(self, flow_run_id: UUID, returncode: int, cancelled: list[UUID]) -> None:
+        """Tells the server how the run ended, unless the run has done so. Repeated until the server is there."""
+        died = f"Its process died with exit code {returncode}"
+        while True:
+            try:
+                if cancelled:
+                    return await run_states.mark_cancelled(self.client, cancelled)
+                message = died if returncode else "Its process returned without a final state"
+                return await run_states.mark_crashed(self.client, flow_run_id, message)
+            except httpx.TransportError as error:
+                logger.warning("the Prefect server is away: %r", error)
+                await anyio.sleep(_AWAY_SECONDS)
+
+    async def _runs_to_cancel(self, flow_run: FlowRun) -> list[UUID]:
+        try:
+            return await run_states.runs_to_cancel(self.client, flow_run.id)
+        except (httpx.HTTPError, ObjectNotFound) as error:
+            logger.debug("the state of flow run %s cannot be read: %r", flow_run.id, error)
+            return []
+
+    async def _mark_orphans(self) -> None:
+        """Marks what was an orphan a heartbeat ago as well: after the server was away, no worker is online at first."""
+        found = await run_states.find_orphans(self.client, self._pool_name, self._queues, self.name, set(self._trees))
+        for flow_run_id in found & self._suspects:
+            await run_states.mark_crashed(self.client, flow_run_id, "Its worker is gone")
+        self._suspects = found
+
+
+def _log_path(flow_run: FlowRun) -> Path | None:
+    """Returns where a run's output goes: a file for each work queue in WEIGHTLINE_LOG_DIR, if that is set."""
+    folder = os.environ.get("WEIGHTLINE_LOG_DIR")
+    return Path(folder) / f"queue-{flow_run.work_queue_name}.log" if folder else None
