@@ -41,13 +41,14 @@ def sha256_of(path: Path) -> str:
 
 
 @contextmanager
-def exclusive_lock(path: Path) -> Iterator[None]:
-    """Holds the lock of a file for the length of the block. BlockingIOError at once when another process has it.
+def exclusive_lock(path: Path, *, waits: bool = False) -> Iterator[None]:
+    """Holds the lock of a file for the length of the block.
 
-    The file is made if it is missing, and stays. OSError where the file system has no flock(2): a lock that is a mere
-    file would outlive its holder.
+    When another process has it: BlockingIOError at once, or with `waits` no end to waiting. The file is made if it is
+    missing, and stays. OSError where the file system has no flock(2): a lock that is a mere file would outlive its
+    holder.
     """
-    lock = filelock.UnixFileLock(path, timeout=0, fallback_to_soft=False)
+    lock = filelock.UnixFileLock(path, timeout=-1 if waits else 0, fallback_to_soft=False)
     try:
         lock.acquire()
     except filelock.Timeout as error:

@@ -6,7 +6,6 @@ folder, where later refreshes, which are processes of their own, find it. It end
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import subprocess
@@ -17,7 +16,7 @@ from pathlib import Path
 
 from weightline.chain import open_chain
 from weightline.errors import ApplyError, LaunchError
-from weightline.files import write_atomically
+from weightline.files import exclusive_lock, write_atomically
 from weightline.launch.processes import WORKER_PID_VARIABLE, ProcessId, start_process
 from weightline.lineage.text import slug
 from weightline.serving.http import client
@@ -54,8 +53,7 @@ def ensure_replica(chain_url: str, folder: Path) -> ReplicaAddress:
     state_dir = folder / slug(open_chain(chain_url).name)
     state_dir.mkdir(parents=True, exist_ok=True)
     token = load_token(state_dir)
-    with (folder / "start.lock").open("a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with exclusive_lock(folder / "start.lock", waits=True):
         process = _recorded_process(state_dir)
         url = read_address(state_dir) if process is not None and process.is_alive() else None
         if url is None or not _answers(url, timeout_seconds=30.0):
