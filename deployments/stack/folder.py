@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Self
 
+import certifi
 import httpx
 import psutil
 
@@ -24,6 +25,7 @@ from weightline.launch.processes import ProcessId
 
 HOST = "127.0.0.1"
 DATABASE, SERVER, WORKER, DASHBOARD, SUPERVISOR = "database", "server", "worker", "dashboard", "supervisor"
+_END_OF_CERTIFICATE = "-----END CERTIFICATE-----"
 _SUPERVISOR_SECONDS = 40.0
 _DATABASE_SECONDS = 10.0
 
@@ -51,6 +53,10 @@ class StackFolder:
         return self.root / "prefect"
 
     @property
+    def authorities_path(self) -> Path:
+        return self.root / "authorities.pem"
+
+    @property
     def replicas_dir(self) -> Path:
         return self.root / "replicas"
 
@@ -63,9 +69,11 @@ class StackFolder:
         return self.log_path(name).read_text(errors="replace").splitlines()[-15:]
 
     def make(self) -> None:
-        """Creates the folders. Safe to repeat."""
+        """Creates what processes expect to be there. Safe to repeat."""
         for path in (self.log_dir, self.prefect_home, self.replicas_dir):
             path.mkdir(parents=True, exist_ok=True)
+        first_authority, end, _ = certifi.contents().partition(_END_OF_CERTIFICATE)
+        write_atomically(self.authorities_path, f"{first_authority}{end}\n")
 
 
 def stack_environment(folder: StackFolder, port: int, base: Mapping[str, str]) -> dict[str, str]:
@@ -75,6 +83,9 @@ def stack_environment(folder: StackFolder, port: int, base: Mapping[str, str]) -
         **base,
         "PREFECT_HOME": str(folder.prefect_home),
         "PREFECT_API_URL": f"http://{HOST}:{port}/api",
+        # The API speaks plain HTTP. Still, every client of Prefect loads the certificates of its authorities, several
+        # clients a run: 40 ms of CPU each for all of certifi's, 3 ms for a single one.
+        "PREFECT_API_SSL_CERT_FILE": str(folder.authorities_path),
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "DO_NOT_TRACK": "1",
         "PREFECT_CLOUD_ENABLE_ORCHESTRATION_TELEMETRY": "false",
@@ -94,10 +105,14 @@ def stack_environment(folder: StackFolder, port: int, base: Mapping[str, str]) -
         # The next few runs of a schedule are enough to see.
         "PREFECT_SERVER_SERVICES_SCHEDULER_MIN_SCHEDULED_TIME": "PT5M",
         "PREFECT_SERVER_LOGGING_LEVEL": "WARNING",
-        "PREFECT_WORKER_QUERY_SECONDS": "0.3",
+        "PREFECT_WORKER_QUERY_SECONDS": "0.2",
         "PREFECT_WORKER_PREFETCH_SECONDS": "0",
         # How often runs send a heartbeat: see the automation for zombies (deployments/server/automations.py).
         "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "60",
+        # Two requests of every new client, several clients a run: client and server are of one installation, and a
+        # token against forgery protects browsers.
+        "PREFECT_CLIENT_SERVER_VERSION_CHECK_ENABLED": "false",
+        "PREFECT_CLIENT_CSRF_SUPPORT_ENABLED": "false",
         # 2 + 4 + ... + 64 s: a flow outlives two minutes without its server.
         "PREFECT_CLIENT_MAX_RETRIES": "6",
         "NO_PROXY": no_proxy,

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID
@@ -23,7 +24,7 @@ from prefect.client.schemas.filters import (
     WorkQueueFilter,
     WorkQueueFilterName,
 )
-from prefect.client.schemas.objects import FlowRun, StateType, WorkerStatus, WorkPool
+from prefect.client.schemas.objects import FlowRun, StateType, WorkerStatus
 from prefect.exceptions import ObjectNotFound
 from prefect.states import Cancelled, Crashed, Scheduled
 
@@ -48,18 +49,32 @@ async def due_runs(client: PrefectClient, pool: str, queues: Sequence[str]) -> s
     return {run.id for run in found}
 
 
-async def is_over_limit(client: PrefectClient, pool: WorkPool, flow_run: FlowRun) -> bool:
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How many runs of a pool, and of each of its queues, may hold a slot. None: any number."""
+
+    pool: int | None
+    by_queue: Mapping[str, int | None]
+
+
+async def read_limits(client: PrefectClient, pool: str) -> Limits:
+    """Returns the limits that pool and queues have now."""
+    queues = await client.read_work_queues(work_pool_name=pool)
+    limit = (await client.read_work_pool(pool)).concurrency_limit
+    return Limits(limit, {queue.name: queue.concurrency_limit for queue in queues})
+
+
+async def is_over_limit(client: PrefectClient, pool: str, limits: Limits, flow_run: FlowRun) -> bool:
     """Whether a run that was just claimed must yield to others.
 
     The server offers runs by the limits of pool and queue. But two workers that ask at the same moment are offered
     different runs, for one slot: to each of them, the row that the other reads is locked, and is left out. Each worker
     claims its run and counts afterwards, so that the later one always counts the earlier.
     """
-    queue = await client.read_work_queue(flow_run.work_queue_id) if flow_run.work_queue_id else None
-    limits = [(pool.concurrency_limit, ())] + ([(queue.concurrency_limit, (queue.name,))] if queue else [])
-    for limit, queues in limits:
+    queue = flow_run.work_queue_name or ""
+    for limit, queues in ((limits.pool, ()), (limits.by_queue.get(queue), (queue,))):
         if limit is not None and limit < _MANY:
-            holding = await _holding_a_slot(client, pool.name, queues)
+            holding = await _holding_a_slot(client, pool, queues)
             if sum(run.id != flow_run.id for run in holding) >= limit:
                 return True
     return False

@@ -12,6 +12,7 @@ belongs to, and runs that a worker left behind when it was killed are marked as 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import time
@@ -102,6 +103,7 @@ class WarmWorker(BaseWorker[WarmJobConfiguration, WarmVariables, WarmWorkerResul
         self._offered_at = 0.0
         self._held_back: set[UUID] = set()
         self._has_room = True
+        self._limits = run_states.Limits(None, {})
         self._trees: dict[UUID, ProcessTree] = {}
         self._suspects: set[UUID] = set()
 
@@ -122,7 +124,7 @@ class WarmWorker(BaseWorker[WarmJobConfiguration, WarmVariables, WarmWorkerResul
         task_status: anyio.abc.TaskStatus[int] | None = None,
     ) -> WarmWorkerResult:
         """Executes the flow run in a process of its own and returns when it has ended, by itself or by request."""
-        if await run_states.is_over_limit(self.client, self.work_pool, flow_run):
+        if await run_states.is_over_limit(self.client, self._pool_name, self._limits, flow_run):
             self.get_flow_run_logger(flow_run).info("This run waits: another has taken the slot at the same moment")
             await run_states.give_back(self.client, flow_run.id)
             if task_status is not None:
@@ -155,9 +157,11 @@ class WarmWorker(BaseWorker[WarmJobConfiguration, WarmVariables, WarmWorkerResul
         raise InfrastructureNotFound(f"no run of this worker has the pid {infrastructure_pid}")
 
     async def sync_with_backend(self) -> None:
-        """Sends a heartbeat, and marks runs as crashed whose worker is gone."""
+        """Sends a heartbeat, reads limits, and marks runs as crashed whose worker is gone."""
         await super().sync_with_backend()
-        await self._mark_orphans()
+        with contextlib.suppress(ObjectNotFound):  # there is no pool yet, and this worker may not create it
+            self._limits = await run_states.read_limits(self.client, self._pool_name)
+            await self._mark_orphans()
 
     async def get_and_submit_flow_runs(self) -> list[FlowRun]:
         """Starts what is due, and returns it. Called by the base class at every poll.

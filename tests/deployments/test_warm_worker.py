@@ -206,8 +206,8 @@ def test_of_two_runs_that_were_claimed_for_one_slot_neither_starts_before_the_ot
 
 async def _is_over_limit(flow_run_id: UUID) -> bool:
     async with get_client() as client:
-        pool, flow_run = await client.read_work_pool(POOL), await client.read_flow_run(flow_run_id)
-        return await run_states.is_over_limit(client, pool, flow_run)
+        limits, flow_run = await run_states.read_limits(client, POOL), await client.read_flow_run(flow_run_id)
+        return await run_states.is_over_limit(client, POOL, limits, flow_run)
 
 
 async def _give_back(flow_run_id: UUID) -> None:
