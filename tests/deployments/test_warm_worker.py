@@ -6,7 +6,7 @@ import asyncio
 import json
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -76,7 +76,7 @@ def start(client: SyncPrefectClient, pool: None) -> StartRun:
 def shared(server: str, pool: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workers]:
     """One worker, `shared`, of the queue `toy` for several tests."""
     with workers_in(tmp_path_factory.mktemp("shared") / "workers", server) as workers:
-        workers.start(POOL, "toy", "shared")
+        workers.start(POOL, "toy", "shared", PYTHONPATH=str(ROOT))
         yield workers
 
 
@@ -84,6 +84,12 @@ def _state(client: SyncPrefectClient, flow_run_id: UUID) -> State:
     state = client.read_flow_run(flow_run_id).state
     assert state is not None
     return state
+
+
+def _ends(client: SyncPrefectClient, flow_run_ids: Sequence[UUID]) -> str:
+    """How runs ended, as a message for assertions."""
+    states = [_state(client, run) for run in flow_run_ids]
+    return "\n".join(f"{run}: {state.name}: {state.message}" for run, state in zip(flow_run_ids, states, strict=True))
 
 
 def _told(path: Path) -> list[dict[str, Any]]:
@@ -114,7 +120,7 @@ def test_every_run_has_a_process_of_its_own_and_every_end_is_known(
     everything = [*runs, failing, dying]
     wait_until(lambda: all(_state(client, run).is_final() for run in everything), told=shared.output)
 
-    assert all(_state(client, run).is_completed() for run in runs), shared.output()
+    assert [_state(client, run).name for run in runs] == ["Completed"] * 4, f"{_ends(client, runs)}\n{shared.output()}"
     facts = _told(told)
     assert len({one["pid"] for one in facts}) == 4
     assert {(one["word"], one["working_dir"]) for one in facts} == {

@@ -29,7 +29,7 @@ from weightline.flows.post_training import post_training
 from weightline.runs.folder import Run, open_run
 from weightline.stages.job import StageJob, StageResult
 
-pytestmark = [pytest.mark.train, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.train, pytest.mark.timeout(900), pytest.mark.usefixtures("server_environment")]
 
 POOL, QUEUE = "retry-pool", "retry"
 _STAGES = [

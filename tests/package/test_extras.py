@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
 import re
 import subprocess
 import sys
@@ -61,7 +62,10 @@ def run_blocked(cases: list[str | list[str]], folder: Path) -> list[tuple[int, s
     (folder / "key").chmod(0o600)
     (folder / "key.pub").write_text("-----BEGIN PUBLIC KEY-----\n-----END PUBLIC KEY-----\n")
     argv = [sys.executable, "-m", "tests.package.blocked"]
-    done = subprocess.run(argv, input=json.dumps(cases), cwd=folder, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        argv, input=json.dumps(cases), cwd=folder, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True,
+        text=True, check=False,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return [tuple(result) for result in json.loads(done.stdout)]
 
