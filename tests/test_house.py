@@ -13,8 +13,8 @@ from tests import ROOT
 
 PACKAGE = ROOT / "weightline"
 DESIGN = (ROOT / "docs/design.md").read_text()
-#: The code blocks of "The house": the tree, then the layers.
-TREE, LAYERS = re.findall(r"^```\n(.*?)^```$", DESIGN.split("## The house")[1], re.DOTALL | re.MULTILINE)[:2]
+#: The code blocks of "Packages and layers": the tree, then the layers.
+TREE, LAYERS = re.findall(r"^```\n(.*?)^```$", DESIGN.split("## Packages and layers")[1], re.DOTALL | re.MULTILINE)[:2]
 CONTRACTS: dict[str, dict[str, Any]] = {
     contract["name"]: contract
     for contract in tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
