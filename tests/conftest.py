@@ -30,10 +30,12 @@ _unmarked_test: str | None = None
 """The test that runs, when it has none of `_MARKS`."""
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark tests by the servers that their fixtures start, and let one worker of xdist run all tests of a group.
 
-    A group is a module, whose fixtures are then made once. All tests of one Prefect server are one group.
+    A group is a module, whose fixtures are then made once. All tests of one Prefect server are one group, and so are
+    all tests whose ranks one fork server starts.
     """
     for item in items:
         used = set(getattr(item, "fixturenames", ()))
@@ -42,9 +44,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         callspec = getattr(item, "callspec", None)
         if callspec is not None and callspec.params.get("any_url") in _STORES_WITH_SERVERS:
             item.add_marker("store")
-        if item.get_closest_marker("xdist_group") is None:
-            item.add_marker(pytest.mark.xdist_group("prefect" if "server" in used else item.nodeid.split("::")[0]))
+        item.add_marker(pytest.mark.xdist_group(_group(item)))
     items.sort(key=_turn)
+
+
+def _group(item: pytest.Item) -> str:
+    if "server" in getattr(item, "fixturenames", ()):
+        return "prefect"
+    if item.get_closest_marker("train") and not item.get_closest_marker("flows"):
+        return "ranks"
+    return item.nodeid.partition("::")[0]
 
 
 def _turn(item: pytest.Item) -> int:
