@@ -48,6 +48,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=_turn)
 
 
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Fail when pytest-xdist has not seen the groups: every worker would start every server."""
+    if getattr(session.config.option, "loadgroup", False) and not all("@" in item.nodeid for item in session.items):
+        raise pytest.UsageError("pytest-xdist does not know the groups of these tests: see pytest's range in pyproject")
+
+
 def _group(item: pytest.Item) -> str:
     if "server" in getattr(item, "fixturenames", ()):
         return "prefect"
