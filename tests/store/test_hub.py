@@ -180,7 +180,7 @@ def test_an_upload_that_does_not_show_is_an_error(
 ) -> None:
     monkeypatch.setattr("weightline.store.hub.bucket._VISIBLE_AFTER_SECONDS", (0.0, 0.01))
     hub.info_lag_seconds = 60.0
-    with pytest.raises(TransientStorageError, match="is not there"):
+    with pytest.raises(TransientStorageError, match="is missing"):
         open_hub(hub_url).put_file("payloads/x", payload)
 
 
@@ -237,7 +237,7 @@ def test_a_token_that_may_not_write_says_what_to_do(
         assert not isinstance(caught.value, TransientStorageError)
     if role == "read":
         assert store.get("x") == b"1"
-        with pytest.raises(StorageError, match="may not create"):
+        with pytest.raises(StorageError, match="not allowed to create"):
             open_hub("hf://buckets/user/none").put("x", b"2")
 
 

@@ -15,13 +15,13 @@ from typing import Literal, Protocol, runtime_checkable
 
 from weightline.errors import InputError, ObjectExistsError, StorageError
 
-#: Nothing reads what stands here; gc collects what a crash left.
+#: Nothing reads the objects below this prefix. Garbage collection removes those that a crash left.
 _PROBES = "probes/"
 
 
 @dataclass(frozen=True, slots=True)
 class ObjectInfo:
-    """What a store knows of an object without its bytes. `modified_at` is the store's clock."""
+    """The metadata of an object. `modified_at` is by the store's clock."""
 
     key: str
     nbytes: int
@@ -30,7 +30,7 @@ class ObjectInfo:
 
 @dataclass(frozen=True, slots=True)
 class Contest:
-    """A key about which several writers may believe different things, or that was won and never published."""
+    """A key whose writers may disagree on the winner (`fork`), or whose winner was never published (`unpublished`)."""
 
     key: str
     kind: Literal["fork", "unpublished"]
@@ -43,64 +43,73 @@ class Store(Protocol):
 
     @property
     def url(self) -> str:
-        """The URL that opens this store again."""
+        """Returns the URL that opens this store again."""
         ...
 
     def get(self, key: str) -> bytes:
-        """The object's bytes. NotFoundError when there is none."""
+        """Returns the object's bytes. NotFoundError when there is no such object."""
         ...
 
     def get_file(self, key: str, path: Path) -> None:
-        """Stream the object to a new local file. A crash leaves a partial file at `path`."""
+        """Streams the object to a new local file. A crash leaves a partial file at `path`."""
         ...
 
     def put_if_absent(self, key: str, body: bytes) -> None:
-        """Create the object durably, or raise ObjectExistsError: the one primitive that commits.
+        """Creates the object durably. ObjectExistsError when the key is taken. Every commit is one call of this method.
 
         When it returns, the object survives a power cut. A crash leaves either nothing or the whole object.
         """
         ...
 
     def put(self, key: str, body: bytes) -> None:
-        """Create or replace: for hints only."""
+        """Creates or replaces the object. Use it for hints only, since concurrent writers overwrite each other."""
         ...
 
     def put_file(self, key: str, path: Path) -> None:
-        """Stream a local file to an object under a key that nobody else writes. Durable when it returns."""
+        """Streams a local file to an object. The object is durable when this returns.
+
+        The key must belong to this writer, or be derived from the content: an existing object is replaced.
+        """
         ...
 
     def head(self, key: str) -> ObjectInfo | None:
-        """What is known of the object, or None."""
+        """Returns the object's metadata; None when there is no such object."""
         ...
 
     def list(self, prefix: str, start_after: str = "") -> Iterator[ObjectInfo]:
-        """The objects whose key starts with `prefix` and comes after `start_after`, in key order."""
+        """Yields the objects whose key starts with `prefix` and comes after `start_after`, in key order."""
         ...
 
     def delete(self, key: str) -> None:
-        """Remove the object. Safe to repeat: a missing object is no error."""
+        """Removes the object. Safe to repeat: a missing object is no error."""
         ...
 
     @property
     def commit_mode(self) -> str:
-        """What makes `put_if_absent` exclusive: `create-only` where it is one request that the store honors."""
+        """Names the mechanism that makes `put_if_absent` exclusive.
+
+        It is `create-only` where the store decides a conditional put in one request.
+        """
         ...
 
     @property
     def staging_prefix(self) -> str:
-        """The prefix below which a writer that was killed leaves bytes that no key names; empty where there is none.
+        """Returns the prefix of the temporary files that killed writers leave; empty for stores without such files.
 
-        `list` shows them under this prefix and under no other.
+        `list` shows these files under this prefix and under no other.
         """
         ...
 
     def contests(self) -> tuple[Contest, ...]:
-        """Every key in doubt, where writers can, in the worst case, both win. Reads only."""
+        """Returns every key whose winner is in doubt. Reads only.
+
+        Empty for stores where two writers can never both win.
+        """
         ...
 
 
 def checked_key(key: str) -> str:
-    """The key itself when it stays inside the bucket prefix; InputError otherwise."""
+    """Returns the key unchanged. InputError for a key that could leave the bucket prefix."""
     parts = key.split("/")
     if "\\" in key or "\0" in key or any(part in ("", ".", "..") for part in parts):
         raise InputError(f"object key {key!r} is not relative and plain", key=key)
@@ -123,7 +132,7 @@ class DecisiveStore:
 
 
 class Prober(Protocol):
-    """The part of a store that the proof needs."""
+    """The methods of a store that `prove_create_only` calls."""
 
     @property
     def url(self) -> str: ...
@@ -134,7 +143,7 @@ class Prober(Protocol):
 
 
 def prove_create_only(store: Prober) -> None:
-    """Put a random key twice. StorageError when the bucket takes no write, or takes the second one.
+    """Puts a random key twice. StorageError when the bucket refuses the first put, or accepts the second one.
 
     Safe to repeat; a crash leaves one small object under `probes/`, which nothing reads.
     """
@@ -147,8 +156,8 @@ def prove_create_only(store: Prober) -> None:
     finally:
         store.delete(key)
     raise StorageError(
-        f"{store.url} overwrote an object although asked to create only: two writers could lose each other's versions. "
-        "Use another store",
+        f"{store.url} overwrote an object in reply to a create-only put, so two writers could overwrite each other's "
+        "versions. Use another store",
         url=store.url,
         key=key,
     )

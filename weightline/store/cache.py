@@ -1,13 +1,13 @@
 """The cache of this host: objects that were fetched from remote buckets.
 
-    <folder>/objects/<sha256>    whole and checked when it got its name
-    <folder>/partial/<sha256>    being downloaded; a later attempt continues it
+    <folder>/objects/<sha256>    a complete object, checked before it was moved here
+    <folder>/partial/<sha256>    a download in progress; a later attempt continues it
     <folder>/locks/<sha256>      held exclusively to download or evict the object, shared to read it
 
-Content-addressed: an object of any bucket is found by its sha256. Bounded: least recently used objects go first, by the
-access time, which every use renews; objects in use stay, even beyond the bound. Locks die with their process, so a
-crash leaves nothing but a partial file. The first hit of a process on a file hashes it, and so does a hit on a file
-whose size or modification time changed since: a file with other bytes is fetched again.
+The cache is content-addressed: an object of any bucket is found by its sha256. Its size is bounded: the least recently
+used objects are evicted first, by access time, which every use renews. Objects in use stay, even beyond the bound.
+Locks end with their process, so a crash leaves at most a partial file. The first hit of a process on a file hashes it,
+and so does a hit on a file whose size or modification time has changed since. A file with other bytes is fetched again.
 """
 
 from __future__ import annotations
@@ -28,15 +28,16 @@ from weightline.errors import InputError
 from weightline.files import SharedLock, sha256_of
 from weightline.store import transfers
 
-#: Environment: the folder, and its bound in bytes (0: no cache).
+#: Environment variable: the folder of the cache.
 FOLDER_VARIABLE = "WEIGHTLINE_CACHE"
+#: Environment variable: the bound of the cache in bytes. 0 disables the cache.
 NBYTES_VARIABLE = "WEIGHTLINE_CACHE_NBYTES"
 _DEFAULT_FOLDER = "~/.cache/weightline"
 _DEFAULT_NBYTES = 32 * 1024**3
-#: Of the file system that holds it, when no bound is set.
+#: Without a set bound, the cache takes at most one fifth of its file system.
 _DEFAULT_SHARE = 5
 _POLL_SECONDS = 0.05
-#: Another process that holds an object and whose download does not grow for so long is not waited for.
+#: A download of another process that has not grown for this long counts as stalled; the caller stops waiting for it.
 _STALL_SECONDS = 120.0
 _PARTIAL_SECONDS = 24 * 3600.0
 _logger = logging.getLogger(__name__)
@@ -44,13 +45,13 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class CachedObject:
-    """An object that stays in the cache while this is held."""
+    """An object that cannot be evicted until `release` is called."""
 
     path: Path
     lock: SharedLock
 
     def release(self) -> None:
-        """Safe to repeat."""
+        """Allows eviction again. Safe to repeat."""
         self.lock.release()
 
 
@@ -58,16 +59,17 @@ class ObjectCache:
     """A folder of objects by sha256. Safe for threads and processes of one host."""
 
     def __init__(self, folder: Path, max_nbytes: int, sound: SoundFiles | None = None) -> None:
-        """`sound`: the files whose bytes need no second check; by default those of this process."""
+        """Opens the cache. `sound`: the files whose bytes need no second check; by default those of this process."""
         self.folder = folder
         self.max_nbytes = max_nbytes
         self._sound = sound or _SOUND
 
     def fetch(self, sha256: str, nbytes: int, download: Callable[[Path], None]) -> CachedObject | None:
-        """The object, from the cache or by `download(path)`; of several who want it, one downloads and others wait.
+        """Returns the object, from the cache or by `download(path)`. Of concurrent callers one downloads, others wait.
 
         `download` raises unless the file is the wanted object; it may continue a file that an earlier attempt left.
-        None when the cache is no help: the object is larger than it may be, or somebody else's download stalls.
+        Returns None when the object exceeds the bound, or when another process holds it and its download stalls. The
+        caller then fetches the object without the cache.
         """
         if nbytes > self.max_nbytes:
             return None
@@ -81,7 +83,10 @@ class ObjectCache:
         return CachedObject(path, lock) if is_held else None
 
     def _hold(self, lock: SharedLock, path: Path, nbytes: int, download: Callable[[Path], None]) -> bool:
-        """Share the lock of a sound object, downloading it if nobody does. False, holding nothing, after a stall."""
+        """Takes the shared lock of a checked object, and downloads the object first if no other process does.
+
+        Returns False, without a lock, after a stall.
+        """
         partial = self.folder / "partial" / path.name
         stalled = _Stall(partial)
         while not stalled():
@@ -91,7 +96,7 @@ class ObjectCache:
             if lock.take(exclusive=True):
                 if not self._sound.holds(path, nbytes):
                     self._insert(path, partial, download)
-                # Held while others make room, so that this object is not what they remove.
+                # The lock is held during the eviction, so that this object is not evicted.
                 if lock.take(exclusive=False) and self._sound.holds(path, nbytes):
                     self._make_room()
                     return True
@@ -107,7 +112,7 @@ class ObjectCache:
             _logger.warning("the cache %s cannot be kept below %d bytes: %s", self.folder, self.max_nbytes, error)
 
     def evict(self) -> None:
-        """Remove least recently used objects until the bound holds. Objects in use stay; safe at any time."""
+        """Removes least recently used objects until the bound holds. Objects in use stay. Safe to call at any time."""
         self._remove_old_partials()
         objects = sorted(_files(self.folder / "objects"), key=lambda entry: entry[1].st_atime)
         excess = sum(found.st_size for _, found in objects) - self.max_nbytes
@@ -131,7 +136,7 @@ class ObjectCache:
 
     def _remove_old_partials(self) -> None:
         for path, found in _files(self.folder / "partial"):
-            # A store may have left a hidden file of its own beside the one it was asked for.
+            # A store may have left a hidden temporary file of its own beside the target of a download.
             lock = SharedLock(self.folder / "locks" / path.name.lstrip(".").partition(".")[0])
             if time.time() - found.st_mtime > _PARTIAL_SECONDS and lock.take(exclusive=True):
                 transfers.discard(path)
@@ -139,7 +144,7 @@ class ObjectCache:
 
 
 class _Stall:
-    """Whether a file has not grown for too long."""
+    """Returns, when called, whether a file has not grown for `_STALL_SECONDS`."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -157,9 +162,9 @@ _FileState = tuple[str, int, int, int, int]
 
 
 class SoundFiles:
-    """The files that this process hashed and found to be what their names say. Safe for threads; bounded.
+    """The files that this process hashed and whose sha256 equals their name. Safe for threads; bounded.
 
-    A file that replaces one of them, or that was written to, is another file: it is hashed again.
+    A file that has been replaced or written to since is hashed again.
     """
 
     def __init__(self, max_files: int = 16_384) -> None:
@@ -171,7 +176,7 @@ class SoundFiles:
         self._add(_state_of(path, path.stat()))
 
     def holds(self, path: Path, nbytes: int) -> bool:
-        """Whether the file is there, has that size, and has the sha256 that is its name."""
+        """Returns whether the file exists, has that size, and has the sha256 that is its name."""
         try:
             found = path.stat()
             if found.st_size != nbytes:
@@ -181,7 +186,7 @@ class SoundFiles:
                 if state in self._states:
                     return True
             if sha256_of(path) != path.name:
-                _logger.warning("the cache's %s has other bytes than were put there; fetching it again", path)
+                _logger.warning("the bytes of %s in the cache have changed; the object is fetched again", path)
                 return False
         except FileNotFoundError:
             return False
@@ -197,12 +202,12 @@ def _state_of(path: Path, found: os.stat_result) -> _FileState:
     return str(path), found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
-#: Of this process: every operation opens the host's cache anew.
+#: Shared by all caches of this process, since every operation opens the host's cache anew.
 _SOUND = SoundFiles()
 
 
 def _touch(path: Path) -> None:
-    """Renews the access time alone: the modification time tells whether the bytes are still those that were checked."""
+    """Renews the access time and keeps the modification time, by which `SoundFiles` notices changed bytes."""
     os.utime(path, ns=(time.time_ns(), path.stat().st_mtime_ns))
 
 
@@ -217,12 +222,14 @@ def _files(folder: Path) -> list[tuple[Path, os.stat_result]]:
 
 
 def host_cache() -> ObjectCache | None:
-    """The cache of this host as the environment sets it; None when its bound is 0. InputError for a bad bound."""
+    """Returns the cache of this host that the environment sets; None for a bound of 0. InputError for a bad bound."""
     folder = Path(os.environ.get(FOLDER_VARIABLE) or _DEFAULT_FOLDER).expanduser()
     text = os.environ.get(NBYTES_VARIABLE)
     if text is not None:
         if not text.isdecimal():
-            raise InputError(f"{NBYTES_VARIABLE}={text!r} is no number of bytes", variable=NBYTES_VARIABLE)
+            raise InputError(
+                f"{NBYTES_VARIABLE} is {text!r}: give a number of bytes, or 0 for no cache", variable=NBYTES_VARIABLE
+            )
         max_nbytes = int(text)
     else:
         existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())

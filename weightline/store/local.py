@@ -1,7 +1,8 @@
 """A bucket in a local folder: `file:///path`. Durable: files and the directories that name them are fsynced.
 
-Objects appear whole: bytes go to a hidden staging file first, are fsynced, and then get their name by link(2), which
-fails when the name is taken (create-only), or by rename(2) (replace). obstore's LocalStore never fsyncs: hence this.
+Readers see an object only when it is complete: the bytes go to a hidden staging file first, are fsynced, and then get
+their name by link(2), which fails when the name is taken (create-only), or by rename(2) (replace). obstore's LocalStore
+is not used, since it never fsyncs.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ class LocalStore(DecisiveStore):
     """Implements `Store` on a folder. Safe for many processes of one host."""
 
     def __init__(self, root: Path) -> None:
-        # One folder has one URL, however it is spelled and whichever links lead to it: locks and records go by it.
+        # Symbolic links and spellings are resolved, so that one folder has one URL: locks and records are keyed by it.
         self.root = Path(os.path.realpath(root))
         self.url = self.root.as_uri()
 
@@ -95,7 +96,7 @@ class LocalStore(DecisiveStore):
                 continue
             if entry.is_dir():
                 if start_after[: len(key) + 1] > f"{key}/":
-                    continue  # everything in there comes before
+                    continue  # every key in this folder comes before `start_after`
                 if prefix.startswith(f"{key}/") or key.startswith(prefix):
                     yield from self._walk(Path(entry.path), prefix, start_after)
             elif key.startswith(prefix) and key > start_after:
@@ -107,7 +108,7 @@ class LocalStore(DecisiveStore):
 
     @contextmanager
     def _staged(self, write: Callable[[BinaryIO], object]) -> Iterator[Path]:
-        """A hidden, fsynced file with the bytes, gone when the block ends. A crash leaves it; nothing ever reads it."""
+        """Writes a hidden, fsynced file and removes it when the block ends. A crash leaves the file, unread, for gc."""
         # Not `weightline.files.write_atomically`: a commit must fail where the name is taken, which link(2) does and
         # rename(2) does not, and its name must survive a power cut, so the folder is fsynced, too.
         staging = self.root / _STAGING
@@ -148,7 +149,7 @@ class LocalStore(DecisiveStore):
 
 
 def _make_durable_directory(folder: Path) -> None:
-    """mkdir -p whose every new entry survives a power cut."""
+    """Creates the folder and its missing parents. Every new entry survives a power cut."""
     if folder.is_dir():
         return
     _make_durable_directory(folder.parent)

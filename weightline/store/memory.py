@@ -1,4 +1,4 @@
-"""A bucket in this process: `memory://name`. For tests and trials; ships with the package."""
+"""A bucket in this process's memory: `memory://name`. Meant for tests and trials."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class MemoryStore(DecisiveStore):
 
     @classmethod
     def named(cls, url: str) -> MemoryStore:
-        """The one store of this process with that URL."""
+        """Returns the store of this process with that URL; creates it on the first call."""
         with _shelves_lock:
             return _shelves.setdefault(url, cls(url))
 

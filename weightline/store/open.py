@@ -1,4 +1,4 @@
-"""One URL opens a bucket. Clients of remote stores are imported when a URL asks for them."""
+"""Opens the store that a URL names. Clients of remote stores are imported on the first use of their scheme."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from weightline.store.memory import MemoryStore
 from weightline.store.retry import PATIENCE_SECONDS, RetryingStore
 
 _OBJECT_STORES = ("s3", "gs", "az")
-#: Of any service: none takes another character. Azure has `$root`.
+#: The characters that bucket names of all services are made of. Azure has a container named `$root`.
 _BUCKET_NAME = re.compile(r"[A-Za-z0-9$][A-Za-z0-9._-]*")
 
 
 def open_store(url: str, patience_seconds: float | None = None) -> Store:
-    """The store that the URL names. Nothing is read or written yet; InputError for no URL, or one that no store has.
+    """Returns the store that the URL names. Reads and writes nothing. InputError for an empty or unsupported URL.
 
-    Remote stores ask again when a bucket is away for a moment: each operation for so many seconds, by default those of
-    `weightline.store.retry`. docs/buckets.md lists their settings and credentials.
+    Remote stores repeat an operation that fails with a transient error for up to `patience_seconds`, by default
+    `weightline.store.retry.PATIENCE_SECONDS`. docs/buckets.md lists their settings and credentials.
     """
     patience_seconds = PATIENCE_SECONDS if patience_seconds is None else patience_seconds
     if not url.strip() or any(character < " " or character == "\x7f" for character in url):
@@ -50,15 +50,15 @@ def open_store(url: str, patience_seconds: float | None = None) -> Store:
 
 
 def is_remote(store: Store) -> bool:
-    """Whether its objects come over a network: worth keeping on this host, and worth fetching several at a time."""
+    """Returns whether the store is reached over a network. Objects of such stores are cached and prefetched."""
     return urlsplit(store.url).scheme not in ("", "file", "memory")
 
 
 def check_writable(store: Store) -> None:
-    """Prove, before any work, that the bucket takes a create-only put and honours it. StorageError otherwise.
+    """Proves, before any work, that the bucket accepts a create-only put and honors it. StorageError otherwise.
 
-    Safe to repeat; a crash leaves one small object under `probes/`, which nothing reads. A remote bucket is asked once
-    a process.
+    Safe to repeat; a crash leaves one small object under `probes/`, which nothing reads. A remote bucket is probed once
+    per process.
     """
     if isinstance(store, RetryingStore):
         store.prove()
@@ -66,7 +66,7 @@ def check_writable(store: Store) -> None:
     try:
         prove_create_only(store)
     except NotFoundError as error:
-        raise StorageError(f"{store.url}: this folder cannot be made", url=store.url) from error
+        raise StorageError(f"{store.url}: this folder cannot be created", url=store.url) from error
 
 
 def _folder_of(url: str, parts: SplitResult) -> Path:

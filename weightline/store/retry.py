@@ -1,16 +1,16 @@
-"""Retries: the wrapper of every store that can be unavailable for a moment.
+"""Repeats operations of remote stores that fail with a transient error.
 
-Only transient errors are repeated, with growing, jittered pauses, while the bucket is away for a bounded time
-(`_Patience`). Why each verb may be repeated:
+Pauses between attempts grow and are jittered; `_Patience` bounds the time. Each method is safe to repeat:
 
-- reads and `delete` change nothing the second time; `put` is for hints; `put_file` has a key that nobody else writes;
-- `get_file` continues the file that the cut left; `list` goes on after the last key that was seen;
-- `put_if_absent` may have landed although its reply was lost, and S3 answers 409 (ConditionalRequestConflict) when
-  requests met and none won. So a key that is said to be taken is read back: after a failed try the very bytes of this
-  call mean that this call created it; no object at all means to ask again. This is the one place that knows of lost
-  replies within a call. (A caller that repeats a whole commit is known by its commit id: chain/write/commit.py.)
+- Reads and `delete` change nothing the second time. `put` is for hints. `put_file` writes a key of this writer alone.
+- `get_file` continues the partial file of the failed attempt. `list` continues after the last key that it yielded.
+- `put_if_absent` may have created the object although its reply was lost, and S3 answers 409
+  (ConditionalRequestConflict) when requests collided and none won. So when the store reports that the key exists, the
+  object is read back: after a failed attempt, bytes equal to those of this call mean that this call created it, and a
+  missing object means that the put must be repeated. Lost replies within a call are handled here only. A caller that
+  repeats a whole commit recognizes its earlier attempt by the commit id (chain/write/commit.py).
 
-When the time is up, TransientStorageError is raised; a create-only put may then have landed or not.
+After the deadline TransientStorageError is raised. A create-only put may then have created the object or not.
 """
 
 from __future__ import annotations
@@ -26,13 +26,14 @@ from tenacity import RetryCallState, Retrying, retry_if_exception_type, wait_ran
 from weightline.errors import NotFoundError, ObjectExistsError, TransientStorageError
 from weightline.store.base import Contest, ObjectInfo, Store, prove_create_only
 
-#: How long one operation is repeated after it began to fail. Longer outages are for the caller to wait out.
+#: Retry deadline of one operation, from its first failure. Callers handle longer outages.
 PATIENCE_SECONDS = 60.0
-#: A try that was at work for longer than this when it failed, such as a large file over a link that breaks at times,
-#: shows that the bucket was there. So many of them are made.
+#: An attempt that ran longer than this before it failed, such as a large file over an unstable link, resets the
+#: deadline, since the bucket was reachable meanwhile.
 _LONG_TRY_SECONDS = 60.0
+#: An operation is given up after this many such attempts.
 _MAX_LONG_TRIES = 5
-#: The first pause is up to so long, the next up to twice as long, and so on.
+#: Upper bound of the first pause. The bound doubles with every further pause, up to `_MAX_PAUSE_SECONDS`.
 _PAUSE_SECONDS = 0.2
 _MAX_PAUSE_SECONDS = 10.0
 
@@ -40,10 +41,10 @@ Result = TypeVar("Result")
 
 
 class RetryingStore:
-    """Implements `Store` over a remote one: repeats what failed for the moment, refuses commits where races lose.
+    """Implements `Store` over a remote store and repeats operations that fail with TransientStorageError.
 
-    The first create-only put of a process to a URL proves that the bucket honours it: StorageError when it does not.
-    Other writes commit nothing and need no proof, so ranks that only upload do not ask for it. Safe for threads.
+    The first create-only put of a process to a URL proves that the bucket honors it; StorageError when it does not.
+    Other writes commit nothing and need no proof, so ranks that only upload do not pay for it. Safe for threads.
     """
 
     def __init__(
@@ -106,7 +107,10 @@ class RetryingStore:
         self._again(lambda: self.inner.delete(key))
 
     def prove(self) -> None:
-        """Once a process and URL: create-only is honoured here. Costs two small puts, a get and a delete."""
+        """Proves once per process and URL that the bucket honors create-only puts. StorageError when it does not.
+
+        Costs two small puts, a get and a delete.
+        """
         with _proving:
             if self.url in _proven:
                 return
@@ -134,10 +138,10 @@ class RetryingStore:
             return self.inner.get(key)
         except NotFoundError as error:
             raise TransientStorageError(
-                f"{key} in {self.url} was said to exist and cannot be read", key=key, url=self.url
+                f"{self.url} reported that {key} exists, and it cannot be read", key=key, url=self.url
             ) from error
 
-    def _again(self, ask: Callable[[], Result]) -> Result:
+    def _again(self, operation: Callable[[], Result]) -> Result:
         patience = _Patience(self._patience_seconds)
         retrying = Retrying(
             retry=retry_if_exception_type(TransientStorageError),
@@ -146,13 +150,13 @@ class RetryingStore:
             stop=patience.is_over,
             reraise=True,
         )
-        return retrying(ask)
+        return retrying(operation)
 
 
 class _Patience:
-    """The retry deadline of one operation. It starts at the first failure; a try that ran for long resets it.
+    """The retry deadline of one operation. It starts at the first failure; a long attempt resets it.
 
-    So a large transfer survives what a small one does, and still ends.
+    So a large transfer survives as many interruptions as a small one. `_MAX_LONG_TRIES` bounds the number of resets.
     """
 
     def __init__(self, seconds: float) -> None:
@@ -175,7 +179,7 @@ class _Patience:
 
 
 class _Unguarded:
-    """What the proof itself writes with: lost replies are understood, no proof is asked for."""
+    """The store that the proof writes to: it handles lost replies as usual and starts no further proof."""
 
     def __init__(self, store: RetryingStore) -> None:
         self.url = store.url

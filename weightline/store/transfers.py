@@ -1,8 +1,8 @@
-"""Bytes under way between this process and any bucket: counted for progress bars, and continued after a cut.
+"""Counts transferred bytes for progress bars, and lets interrupted downloads continue.
 
-A watcher counts for the whole process, since one transfer runs on several threads. A note beside a partial file says of
-which object it is a part, and how many of its first bytes are there; it goes when the file is whole. The note decides
-nothing about trust: the reader checks the sha256 of the whole.
+A watcher counts the bytes of the whole process, since one transfer runs on several threads. A note beside a partial
+file records the object and the number of its first bytes that the file holds; it is removed when the file is complete.
+Correctness does not depend on the note, since the reader checks the sha256 of the complete file.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _lock = threading.Lock()
 
 @contextmanager
 def watching(watcher: Watcher) -> Iterator[None]:
-    """Call `watcher(nbytes)` for every piece that moves, from any thread, until the block ends."""
+    """Calls `watcher(nbytes)` for every transferred piece, from any thread, until the block ends."""
     with _lock:
         _watchers.append(watcher)
     try:
@@ -36,7 +36,7 @@ def watching(watcher: Watcher) -> Iterator[None]:
 
 
 def moved(nbytes: int) -> None:
-    """Say that a store moved a piece of an object."""
+    """Reports to all watchers that a store transferred a piece of an object."""
     if not _watchers:
         return
     with _lock:
@@ -46,7 +46,7 @@ def moved(nbytes: int) -> None:
 
 
 def copy_counted(source: BinaryIO, target: BinaryIO) -> None:
-    """Copy to the end of `source`, a piece at a time, telling whoever watches."""
+    """Copies `source` to its end, a piece at a time, and reports every piece to the watchers."""
     buffer = memoryview(bytearray(_COPY_NBYTES))
     while nbytes := source.readinto(buffer):  # type: ignore[attr-defined]
         target.write(buffer[:nbytes])
@@ -54,14 +54,15 @@ def copy_counted(source: BinaryIO, target: BinaryIO) -> None:
 
 
 def note_of(path: Path) -> Path:
-    """Where the note of the partial file at `path` stands."""
+    """Returns the path of the note that belongs to the partial file at `path`."""
     return path.with_name(f"{path.name}.resume")
 
 
 def num_bytes_done(path: Path, identity: str) -> int:
-    """How many first bytes of the object `identity` stand at `path`; starts the file over when it is another's.
+    """Returns how many first bytes of the object `identity` the file at `path` holds.
 
-    `identity` is one line that names the object's content: key, entity tag and size.
+    Empties the file when it belongs to another object, or has no note. `identity` is one line that names the object's
+    content: key, entity tag and size.
     """
     try:
         noted, _, done = note_of(path).read_text().partition("\n")
@@ -74,16 +75,16 @@ def num_bytes_done(path: Path, identity: str) -> int:
 
 
 def note_done(path: Path, identity: str, nbytes: int) -> None:
-    """The first `nbytes` of the object are there."""
+    """Records that the file holds the first `nbytes` of the object."""
     note_of(path).write_text(f"{identity}\n{nbytes}")
 
 
 def finish(path: Path) -> None:
-    """The file is whole. Safe to repeat."""
+    """Removes the note of a complete file. Safe to repeat."""
     note_of(path).unlink(missing_ok=True)
 
 
 def discard(path: Path) -> None:
-    """Remove a partial file and its note. Safe to repeat."""
+    """Removes a partial file and its note. Safe to repeat."""
     path.unlink(missing_ok=True)
     note_of(path).unlink(missing_ok=True)

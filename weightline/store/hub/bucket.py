@@ -1,6 +1,6 @@
-"""One Hub bucket by its own API: paths and the content that each stands for.
+"""Reads and writes one Hub bucket by its own API: paths, and the content that each path refers to.
 
-The API has no conditions: a write replaces, whatever stood there. What makes one writer win is in `claims.py`.
+The API has no conditional writes: a write replaces an existing path. `claims.py` builds create-only puts on top.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ _HTTP_TIMEOUT_SECONDS = 60.0
 
 _NUM_REPEATS = 5
 
-#: How long a write may take to be seen by a read of the same path.
+#: Pauses between reads of a path that was just written, until the read shows the write.
 _VISIBLE_AFTER_SECONDS = (0.0, 0.1, 0.3, 0.6, 1.0, 2.0, 4.0)
 
-#: Words of the Hub about an operation that will never work.
+#: Parts of the Hub's error messages that mark a failure as permanent.
 _PERMANENT = ("invalid", "forbidden", "not allowed", "permission", "quota", "exceed", "too large")
 
 Operation = Mapping[str, object]
@@ -44,7 +44,7 @@ Operation = Mapping[str, object]
 
 @dataclass(frozen=True, slots=True)
 class HubFile:
-    """What the bucket says of a path. `uploaded_at` is the Hub's clock, at the write of the path; None when untold."""
+    """A path of the bucket. `uploaded_at` is the time of its write by the Hub's clock; None when the Hub omits it."""
 
     path: str
     content: Content
@@ -52,10 +52,10 @@ class HubFile:
 
 
 class HubBucket:
-    """A bucket, its paths relative to the bucket itself. Safe for threads.
+    """A bucket. Paths are relative to the bucket, without any prefix of the chain. Safe for threads.
 
     Reads of a bucket that does not exist find nothing; the first write creates it, private. All methods raise the
-    project's errors; `url` stands in them.
+    project's errors, whose messages name `url`.
     """
 
     def __init__(self, bucket_id: str, url: str, *, endpoint: str, token: str | bool | None) -> None:
@@ -69,7 +69,7 @@ class HubBucket:
         self._lock = threading.Lock()
 
     def require(self) -> None:
-        """Before writing: the bucket exists, or is created, private. Once a process; safe to repeat and to race."""
+        """Creates the bucket, private, if it does not exist. Checks once per process. Safe to repeat and to race."""
         with self._lock:
             if self._is_there:
                 return
@@ -88,20 +88,23 @@ class HubBucket:
             raise
         except WeightlineError as error:
             raise StorageError(
-                f"{self.url}: there is no bucket {self.bucket_id} that this token sees, and it may not create one "
+                f"{self.url}: this token cannot see a bucket {self.bucket_id}, and is not allowed to create one "
                 f"({error}). Create it on the Hub, or use a token that may write for its owner",
                 url=self.url,
             ) from missing
 
     def find(self, paths: Sequence[str]) -> dict[str, HubFile]:
-        """Those of the paths that exist. One request for a thousand."""
+        """Returns those of the paths that exist, by path. Sends one request per 1000 paths."""
         found: list[HubFile] = []
         with self._reading(paths[0] if paths else ""):
             found = [_parsed(file) for file in self._api.get_bucket_paths_info(self.bucket_id, paths)]
         return {file.path: file for file in found}
 
     def below(self, folder: str) -> list[HubFile]:
-        """All files below a folder (with or without its slash; empty for all), in path order. A request a page."""
+        """Returns all files below a folder, in path order. Sends one request per page.
+
+        `folder` may end with a slash or not; empty means the whole bucket.
+        """
         found: list[HubFile] = []
         with self._reading(folder):
             entries = self._api.list_bucket_tree(self.bucket_id, folder.strip("/") or None, recursive=True)
@@ -110,13 +113,13 @@ class HubBucket:
         return sorted((f for f in found if f.path.startswith(prefix)), key=lambda f: f.path)
 
     def upload(self, body: bytes) -> Content:
-        """Bytes to the content store; no path stands for them yet."""
+        """Uploads bytes to the content store. No path refers to them until `write` is called."""
         self.require()
         with hub_errors(self.url):
             return self._content.upload(body)
 
     def upload_file(self, path: Path, target: str) -> Content:
-        """A local file to the path, with the client's batch call; its content, hashed here while it goes up."""
+        """Uploads a local file to the path by the client's batch call. Returns its content, hashed meanwhile."""
         self.require()
         with hub_errors(self.url, target), _without_bars():
             return content_beside(path, lambda: self._add(path, target))
@@ -129,7 +132,7 @@ class HubBucket:
             raise
 
     def download(self, file: HubFile, path: Path) -> None:
-        """The file's content to a new local file, checked."""
+        """Downloads the file's content to a new local file and checks it."""
         with hub_errors(self.url, file.path):
             self._content.download(file.content, path, file.path)
 
@@ -138,12 +141,12 @@ class HubBucket:
             return self._content.read(file.content, file.path)
 
     def write(self, path: str, content: Content, *, is_repeated: bool = True) -> None:
-        """Let the path stand for uploaded content. With `is_repeated=False` the request is sent exactly once."""
+        """Makes the path refer to uploaded content. With `is_repeated=False` the request is sent exactly once."""
         operation = {"type": "addFile", "path": path, "xetHash": content.xet_hash, "mtime": int(time.time() * 1000)}
         self._post([operation], is_repeated=is_repeated)
 
     def remove(self, paths: Iterable[str]) -> None:
-        """Remove paths. Safe to repeat: what is not there is no error."""
+        """Removes paths. Safe to repeat: a missing path is no error."""
         paths = list(paths)
         if not paths:
             return
@@ -157,21 +160,22 @@ class HubBucket:
                 raise
 
     def await_content(self, path: str, expected: Content) -> None:
-        """Return once the bucket says that the path stands for this content. TransientStorageError when it does not."""
+        """Waits until reads show that the path refers to this content. TransientStorageError when they never do."""
         found: HubFile | None = None
         for pause in _VISIBLE_AFTER_SECONDS:
             time.sleep(pause)
             found = self.find([path]).get(path)
             if found is not None and found.content == expected:
                 return
-        said = "is not there" if found is None else f"has {found.content.nbytes} bytes, hash {found.content.xet_hash}"
+        shown = "is missing" if found is None else f"has {found.content.nbytes} bytes, hash {found.content.xet_hash}"
         raise TransientStorageError(
-            f"{path} was written to {self.url} with {expected.nbytes} bytes, hash {expected.xet_hash}, and {said}",
+            f"{path} was written to {self.url} with {expected.nbytes} bytes, hash {expected.xet_hash}; read back, it "
+            f"{shown}",
             url=self.url, key=path,
         )  # fmt: skip
 
     def _post(self, operations: Sequence[Operation], *, is_repeated: bool = True) -> None:
-        """Operations are applied one by one, not as a transaction; each failure is told."""
+        """Posts a batch. The Hub applies its operations one by one, not as a transaction, and lists each failure."""
         headers = build_hf_headers(token=self._token) | {"Content-Type": "application/x-ndjson"}
         body = b"".join(json.dumps(operation).encode() + b"\n" for operation in operations)
         with hub_errors(self.url):
@@ -185,7 +189,7 @@ class HubBucket:
 
     @contextmanager
     def _reading(self, key: str) -> Iterator[None]:
-        """A bucket that is not there reads as an empty one."""
+        """Suppresses NotFoundError, so that a missing bucket reads as an empty one."""
         try:
             with hub_errors(self.url, key):
                 yield
@@ -194,13 +198,13 @@ class HubBucket:
 
 
 def _raise_failures(failures: Sequence[Mapping[str, str]], url: str) -> None:
-    """The operations that a batch lists as failed, whatever its status was."""
+    """Raises an error for the operations that a batch reply lists as failed, whatever its status is."""
     if not failures:
         return
-    told = "; ".join(f"{failure.get('path')}: {failure.get('error')}" for failure in failures[:5])
-    is_permanent = any(word in told.lower() for word in _PERMANENT)
+    details = "; ".join(f"{failure.get('path')}: {failure.get('error')}" for failure in failures[:5])
+    is_permanent = any(text in details.lower() for text in _PERMANENT)
     cls = StorageError if is_permanent else TransientStorageError
-    raise cls(f"{url}: {len(failures)} operations failed ({told})", url=url, key=str(failures[0].get("path")))
+    raise cls(f"{url}: {len(failures)} operations failed ({details})", url=url, key=str(failures[0].get("path")))
 
 
 def _parsed(file: Any) -> HubFile:
@@ -208,7 +212,10 @@ def _parsed(file: Any) -> HubFile:
 
 
 class _Bars:
-    """The client draws a bar for each call; a trainer that commits a version every few seconds shows its own."""
+    """Counts the calls during which the client's progress bars are off.
+
+    The client draws a bar for each call, which would flood the output of a trainer that commits every few seconds.
+    """
 
     def __init__(self) -> None:
         self.lock = threading.Lock()

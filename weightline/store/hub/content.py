@@ -1,6 +1,6 @@
-"""Content of Hub buckets: bytes to and from the Hub's content store with hf_xet, without touching any path.
+"""Moves bytes to and from the Hub's content store with hf_xet, without touching any path of a bucket.
 
-Uploading gives a hash; a path of the bucket stands for a hash (bucket.py). Downloads are checked against it, since the
+An upload returns a hash; a path of the bucket refers to a hash (bucket.py). Downloads are checked against it, since the
 client returns a flipped bit without an error.
 """
 
@@ -39,18 +39,18 @@ _BLOCK_NBYTES = 16_000_000
 
 _BUFFER_NBYTES = 4 * _BLOCK_NBYTES
 
-#: Of all downloads of a process together.
+#: Bound for all downloads of a process together.
 _ALL_BUFFERS_NBYTES = 4 * _BUFFER_NBYTES
 
-#: What we set of the client, unless the environment sets any part of it.
+#: Groups of settings of the client. A group is left alone when the environment sets any part of it.
 _XET_SETTINGS: tuple[dict[str, object], ...] = (
-    # Callers ask again as well (`weightline.store.retry`): the client need not for ten minutes.
+    # The client's own retries take up to ten minutes. `weightline.store.retry` retries as well, so few are needed.
     {"client.retry_max_attempts": 3},
     {"client.retry_base_delay": timedelta(milliseconds=300)},
-    # A file is fetched by blocks, several at a time, and a block is written when the whole of it came. By the client's
-    # own choice blocks have 256 MB, more than most payloads: nothing could be hashed before everything is there.
+    # A file is fetched by blocks, several at a time, and a block is written when all of it has arrived. The default of
+    # 256 MB exceeds most payloads, so that hashing could not start before the whole file has arrived.
     {f"reconstruction.{end}_reconstruction_fetch_size": _BLOCK_NBYTES for end in ("min", "max")},
-    # What came and is not written yet: by the client's own choice up to 6 GB, and it writes slower than it fetches.
+    # Bytes that have arrived and are not written yet. The default is up to 6 GB, and writing is slower than fetching.
     {
         "reconstruction.download_buffer_size": _BUFFER_NBYTES,
         "reconstruction.download_buffer_perfile_size": _BUFFER_NBYTES,
@@ -62,7 +62,7 @@ _XET_SETTINGS: tuple[dict[str, object], ...] = (
 
 @dataclass(frozen=True, slots=True)
 class Content:
-    """What a file is made of."""
+    """The content of a file: its hash in the content store, and its size."""
 
     xet_hash: str
     nbytes: int
@@ -76,10 +76,10 @@ class _Connection:
 
 
 class HubContent:
-    """The content store as one bucket's tokens open it. Safe for threads, and after fork.
+    """Access to the content store with the tokens of one bucket. Safe for threads, and after fork.
 
-    A read or write token serves until it expires, so most transfers cost no request of the Hub's API. Downloads share
-    one client of the content store, with its connections.
+    A read or write token is reused until it expires, so most transfers cost no request of the Hub's API. Downloads
+    share one client of the content store, with its connections.
     """
 
     def __init__(self, bucket_id: str, endpoint: str, token: str | bool | None) -> None:
@@ -90,7 +90,7 @@ class HubContent:
         self._lock = threading.Lock()
 
     def upload(self, body: bytes) -> Content:
-        """Store bytes. Safe to repeat: content is stored once."""
+        """Stores bytes and returns their content. Safe to repeat: equal content is stored once."""
         if not body:
             return Content(EMPTY_HASH, 0)
         with _session(os.getpid()).new_upload_commit(**self._connect("write")) as commit:
@@ -98,7 +98,10 @@ class HubContent:
         return Content(str(upload.result().xet_info.hash), len(body))
 
     def download(self, content: Content, path: Path, key: str) -> None:
-        """Write content to a new file and check it. DigestMismatchError for wrong bytes, and no file then."""
+        """Writes content to a new file and checks it. DigestMismatchError for wrong bytes.
+
+        After any error there is no file at `path`.
+        """
         if content.nbytes == 0:
             path.write_bytes(b"")
             return
@@ -113,13 +116,13 @@ class HubContent:
         download = self._downloads().start_download_file(
             hf_xet.XetFileInfo(content.xet_hash, content.nbytes), str(path)
         )
-        thread, num_told = ThreadPoolExecutor(1, thread_name_prefix="weightline-wait"), 0
+        thread, reported_nbytes = ThreadPoolExecutor(1, thread_name_prefix="weightline-wait"), 0
         try:
-            # Ctrl-C interrupts neither the client's own waiting nor, once the client was used, a wait without an end.
+            # Ctrl-C interrupts neither the client's own waiting nor, once the client was used, a wait without timeout.
             waiting = thread.submit(download.result)
             while not waiting.done():
                 wait((waiting,), _WAIT_SECONDS)
-                num_told = _tell(download, num_told)
+                reported_nbytes = _report_progress(download, reported_nbytes)
             waiting.result()
         except KeyboardInterrupt:
             download.cancel()
@@ -129,17 +132,17 @@ class HubContent:
         nbytes = path.stat().st_size if path.exists() else 0
         if nbytes != content.nbytes:
             raise TransientStorageError(f"the download of {key} gave {nbytes} of {content.nbytes} bytes", key=key)
-        moved(content.nbytes - num_told)
+        moved(content.nbytes - reported_nbytes)
 
     def read(self, content: Content, key: str) -> bytes:
-        """The checked bytes of a small file."""
+        """Returns the checked bytes of a small file."""
         with tempfile.TemporaryDirectory(prefix="weightline-") as folder:
             path = Path(folder) / "content"
             self.download(content, path, key)
             return path.read_bytes()
 
     def _downloads(self) -> Any:
-        """Where downloads start. It is kept with its connections: to open one reads the host's certificates, 20 ms."""
+        """Returns the client's download group. It is kept, since opening one reads the host's certificates: 20 ms."""
         connection = self._connect("read")
         opened_for = (os.getpid(), connection["token"])
         with self._lock:
@@ -148,15 +151,18 @@ class HubContent:
             return self._group[1]
 
     def _connect(self, kind: Literal["read", "write"]) -> dict[str, Any]:
-        """How hf_xet reaches the content store; it fetches the next token by itself when a transfer outlives one."""
+        """Returns the arguments by which hf_xet connects to the content store.
+
+        hf_xet fetches the next token by itself when a transfer outlives one.
+        """
         url, headers = self._token_url.format(kind), build_hf_headers(token=self._token)
         with self._lock:
             known = self._connections.get(kind)
             if known is None or known.expires_at - _EXPIRY_MARGIN_SECONDS <= time.time():
                 response = http_backoff("GET", url, headers=headers, timeout=_HTTP_TIMEOUT_SECONDS)
                 hf_raise_for_status(response)
-                said = response.json()
-                known = _Connection(said["casUrl"], said["accessToken"], int(said["exp"]))
+                reply = response.json()
+                known = _Connection(reply["casUrl"], reply["accessToken"], int(reply["exp"]))
                 self._connections[kind] = known
         return {
             "endpoint": known.endpoint,
@@ -168,17 +174,17 @@ class HubContent:
         }
 
 
-def _tell(download: Any, num_told: int) -> int:
-    """Tell whoever watches what came since `num_told` bytes had; how many have come now."""
+def _report_progress(download: Any, reported_nbytes: int) -> int:
+    """Reports to the watchers the bytes beyond `reported_nbytes`. Returns the number of bytes reported so far."""
     progress = download.progress()
-    if progress is None or progress.bytes_completed <= num_told:
-        return num_told
-    moved(progress.bytes_completed - num_told)
+    if progress is None or progress.bytes_completed <= reported_nbytes:
+        return reported_nbytes
+    moved(progress.bytes_completed - reported_nbytes)
     return int(progress.bytes_completed)
 
 
 def content_beside(path: Path, work: Callable[[], None]) -> Content:
-    """Run `work` and compute, from the local file, what a path that holds it stands for."""
+    """Runs `work`, and computes the content of the local file at the same time."""
     nbytes = path.stat().st_size
     if nbytes == 0:
         work()
@@ -187,25 +193,25 @@ def content_beside(path: Path, work: Callable[[], None]) -> Content:
 
 
 def _check(path: Path, expected: Content, key: str, arrived: str) -> None:
-    """The hash of the bytes that arrived is right, or that of the file is; DigestMismatchError otherwise."""
+    """Checks the hash of the bytes that arrived, and if it differs, that of the file. DigestMismatchError."""
     if arrived == expected.xet_hash:
         return
     actual = xet_hash(path)
     if actual != expected.xet_hash:
         raise DigestMismatchError(
-            f"{key} came with content hash {actual}, the Hub says {expected.xet_hash}",
+            f"{key} was downloaded with content hash {actual}; the Hub lists {expected.xet_hash}",
             what=key, expected=expected.xet_hash, actual=actual,
         )  # fmt: skip
 
 
 @cache
 def _session(_pid: int) -> Any:
-    """One session a process: its threads do not survive a fork."""
+    """Returns the session of a process. Its threads do not survive a fork, so each process has its own."""
     return hf_xet.XetSession(client_config())
 
 
 def client_config() -> Any:
-    """The client's settings: what the environment says, then ours, then its own."""
+    """Returns the client's settings: those of the environment first, then `_XET_SETTINGS`, then its defaults."""
     config = hf_xet.XetConfig()
     for settings in _XET_SETTINGS:
         if not any(_variable(name) in os.environ for name in settings):
@@ -214,5 +220,5 @@ def client_config() -> Any:
 
 
 def _variable(setting: str) -> str:
-    """The environment variable of a client's setting: what a user chose there wins."""
+    """Returns the environment variable of a setting of the client."""
     return f"HF_XET_{setting.replace('.', '_').upper()}"

@@ -1,4 +1,4 @@
-"""What the Hub's clients raise, as the project's own errors with a remedy.
+"""Translates the errors of the Hub's clients into the project's own errors with a remedy.
 
 `huggingface_hub` raises HTTP errors that carry the response. `hf_xet` raises builtin OSErrors whose text names the
 status, for its token as well as for the content store.
@@ -26,13 +26,17 @@ _TRANSIENT_STATUS = frozenset({408, 409, 425, 429, 500, 502, 503, 504})
 
 _STATUS_IN_TEXT = re.compile(r"HTTP status (?:client|server) error \((\d{3})\b")
 
-#: Of hf_xet: a request that never got an answer, or one that was cut.
+#: Parts of hf_xet's messages about a request that got no answer or was interrupted.
 _CUT_IN_TEXT = re.compile(r"network error|request|connection|timed? ?out|decoding response body|reset", re.IGNORECASE)
 
 
 @contextmanager
 def hub_errors(url: str, key: str = "") -> Iterator[None]:
-    """Run calls of the Hub's clients here. NotFoundError for a missing bucket or file; StorageError and its kin."""
+    """Translates errors of the Hub's clients that the block raises.
+
+    NotFoundError for a missing bucket or file; InputError for an invalid name; StorageError or TransientStorageError
+    for all others.
+    """
     try:
         yield
     except HfHubHTTPError as error:
@@ -45,7 +49,9 @@ def hub_errors(url: str, key: str = "") -> Iterator[None]:
         raise TransientStorageError(f"{url}: no answer from the Hub ({error})", url=url, key=key) from error
     except json.JSONDecodeError as error:
         raise StorageError(
-            f"{url}: the answer is not a Hub's. Is HF_ENDPOINT right, and no proxy in between?", url=url, key=key
+            f"{url}: the reply does not come from a Hub. Check HF_ENDPOINT, and that no proxy answers in its place",
+            url=url,
+            key=key,
         ) from error
     except hf_xet.XetObjectNotFoundError as error:
         raise StorageError(f"{url}: the content of {key} is gone from the Hub", url=url, key=key) from error
@@ -56,27 +62,27 @@ def hub_errors(url: str, key: str = "") -> Iterator[None]:
 
 
 def is_missing_bucket(error: WeightlineError) -> bool:
-    """Whether the bucket itself was not there (or is hidden from this token)."""
+    """Returns whether the bucket itself is missing, or hidden from this token."""
     return isinstance(error.__cause__, BucketNotFoundError)
 
 
 def _of_status(status: int, url: str, key: str, text: str) -> WeightlineError:
-    said = " ".join(text.split())[:300]
+    reason = " ".join(text.split())[:300]
     if status == 401:
         return StorageError(
-            f"{url}: the Hub does not accept the token. Log in with `hf auth login`, or set HF_TOKEN ({said})",
+            f"{url}: the Hub does not accept the token. Log in with `hf auth login`, or set HF_TOKEN ({reason})",
             url=url, key=key, status=status,
         )  # fmt: skip
     if status == 403:
         return StorageError(
-            f"{url}: the token may not do this. Use one with write permission for the bucket's owner ({said})",
+            f"{url}: the token lacks a permission. Use one with write permission for the bucket's owner ({reason})",
             url=url, key=key, status=status,
         )  # fmt: skip
     if status == 404:
-        what = f"no object {key} in {url}" if key else f"{url}: no such bucket, or not with this token"
+        what = f"no object {key} in {url}" if key else f"{url}: no such bucket, or this token cannot see it"
         return NotFoundError(what, key=key, url=url)
     cls = TransientStorageError if status in _TRANSIENT_STATUS else StorageError
-    return cls(f"{url}: the Hub answered {status} ({said})", url=url, key=key, status=status)
+    return cls(f"{url}: the Hub answered {status} ({reason})", url=url, key=key, status=status)
 
 
 def _of_text(error: OSError | RuntimeError, url: str, key: str) -> WeightlineError:

@@ -1,8 +1,8 @@
-"""Content hashes of local files, computed while the bytes are still on their way.
+"""Computes content hashes of local files during their transfer.
 
-hf_xet hashes files, on one core, and lets other threads run meanwhile. A file that goes up is hashed beside its upload.
-A file that comes down is hashed as it grows: the client writes it from front to back, what it wrote goes into a pipe at
-once, and hf_xet reads the pipe by its name as it would read a file.
+hf_xet hashes files on one core and releases the interpreter lock meanwhile. A file is hashed beside its upload. A
+download is hashed as the file grows: the client writes it from front to back, a thread copies the new bytes into a
+pipe, and hf_xet reads the pipe by its path as it would read a file.
 """
 
 from __future__ import annotations
@@ -22,17 +22,20 @@ _POLL_SECONDS = 0.002
 
 _PIECE_NBYTES = 2**20
 
-#: The end of a pipe does not show while a process that was forked meanwhile holds it open.
+#: Bound of the wait for the hash. A process that was forked meanwhile holds the pipe open, so its end may never show.
 _END_SECONDS = 10.0
 
 
 def xet_hash(path: Path) -> str:
-    """The content hash of a file that is whole and not empty."""
+    """Returns the content hash of a file that is complete and not empty."""
     return str(hf_xet.hash_files([str(path)])[0].hash)
 
 
 def hash_beside(path: Path, work: Callable[[], None]) -> str:
-    """Run `work` and hash the file at the same time. What `work` raises goes first; OSError for an unreadable file."""
+    """Runs `work` and returns the hash of the file, computed at the same time.
+
+    Errors of `work` take precedence. OSError when the file cannot be read.
+    """
     if path.stat().st_size < _MIN_NBYTES:
         work()
         return xet_hash(path)
@@ -46,7 +49,7 @@ def hash_beside(path: Path, work: Callable[[], None]) -> str:
 
 
 def hash_arriving(path: Path, nbytes: int, write: Callable[[], None]) -> str:
-    """Run `write`, which fills the new file `path`, and give the hash of what it wrote there, front to back.
+    """Runs `write`, which fills the new file `path`, and returns the hash of the bytes as they were written.
 
     It is the hash of the file when `write` wrote each byte once and in order. If the hash does not match, hash the file
     again: `write` may have rewritten a range.
@@ -72,7 +75,7 @@ def hash_arriving(path: Path, nbytes: int, write: Callable[[], None]) -> str:
 
 
 class _Hashing(threading.Thread):
-    """Hashes what can be read at a path; `xet_hash` is None until then, and when it cannot be read."""
+    """Hashes the bytes read from a path. `xet_hash` is None before the end, and when the path cannot be read."""
 
     def __init__(self, path: Path, owned: int | None = None) -> None:
         super().__init__(name="weightline-hash", daemon=True)
@@ -84,12 +87,12 @@ class _Hashing(threading.Thread):
         try:
             self.xet_hash = xet_hash(self._path)
         except (OSError, RuntimeError):
-            return  # the caller reads the file again, and says what is wrong with it
+            return  # the caller hashes the file again, and that raises the error
         except KeyboardInterrupt:
-            return  # hf_xet gives Ctrl-C to whoever hashes; the main thread, which is meant, gets it as well
+            return  # hf_xet raises Ctrl-C in the thread that hashes; the main thread receives it as well
         finally:
             if self._owned is not None:
-                os.close(self._owned)  # now nobody reads, and whoever feeds is told
+                os.close(self._owned)  # the pipe has no reader now, so the thread that fills it gets EPIPE and ends
 
 
 class _Feeding(threading.Thread):
@@ -107,14 +110,15 @@ class _Feeding(threading.Thread):
             with self._path.open("rb") as file:
                 self._follow(file.fileno())
         except OSError:
-            return  # nobody reads any more, or this file system cannot: what was hashed so far is not the file's hash
+            # The pipe has no reader any more, or the file system lacks sendfile(2). The hash does not match then.
+            return
         finally:
             os.close(self._writer)
 
     def _follow(self, file: int) -> None:
         position = 0
         while not self.is_given_up:
-            is_last = self.is_written.is_set()  # asked before looking: what is written by then is seen
+            is_last = self.is_written.is_set()  # read before the copy, so that bytes written before it was set are seen
             nbytes = os.sendfile(self._writer, file, position, _PIECE_NBYTES)
             position += nbytes
             if nbytes == 0:

@@ -44,7 +44,7 @@ DEFAULT_SETTLE_SECONDS = 2.0
 
 @dataclass(frozen=True, slots=True)
 class HubUrl:
-    """A prefix of a Hub bucket. `root` is what stands before every key: empty, or a path with a slash at its end."""
+    """A prefix of a Hub bucket. `root` is prepended to every key: empty, or a path with a slash at its end."""
 
     owner: str
     name: str
@@ -60,7 +60,7 @@ class HubUrl:
 
 
 def parse_hub_url(url: str) -> HubUrl:
-    """The bucket and prefix that the URL names. InputError for any other `hf://` URL."""
+    """Returns the bucket and prefix that the URL names. InputError for any other `hf://` URL."""
     kind, *parts = url.removeprefix(_SCHEME).rstrip("/").split("/")
     if not url.startswith(_SCHEME) or kind != "buckets" or len(parts) < 2:
         raise InputError(f"{url}: a Hub bucket's URL is hf://buckets/<owner>/<name>/<prefix>", url=url)
@@ -68,7 +68,8 @@ def parse_hub_url(url: str) -> HubUrl:
     for part in (owner, name):
         if not _NAME.fullmatch(part):
             raise InputError(
-                f"{url}: {part!r} is no name on the Hub: use letters, digits, '.', '_' and '-', up to 96", url=url
+                f"{url}: {part!r} is not a valid name on the Hub: use up to 96 letters, digits, '.', '_' and '-'",
+                url=url,
             )
     if any(character in url for character in "?#%"):
         raise InputError(f"{url}: a Hub bucket's URL has no '?', '#' or '%'", url=url)
@@ -90,14 +91,14 @@ class HubStore:
 
     @property
     def commit_mode(self) -> str:
-        """What makes `put_if_absent` exclusive: `s3-gateway` or `claims`."""
+        """Names the mechanism that makes `put_if_absent` exclusive: `s3-gateway` or `claims`."""
         return "claims" if self._gateway is None else "s3-gateway"
 
     def get(self, key: str) -> bytes:
         return self._bucket.read(self._existing(key))
 
     def get_file(self, key: str, path: Path) -> None:
-        """Download anew, whatever an attempt before left at `path`, and check. A failure leaves nothing there."""
+        """Downloads the object from its start and checks it. A failure leaves no file at `path`."""
         file = self._existing(key)
         transfers.discard(path)
         self._bucket.download(file, path)
@@ -118,7 +119,7 @@ class HubStore:
         moved(len(body))
 
     def put_file(self, key: str, path: Path) -> None:
-        """Upload in one batch call, then compare what the Hub holds with the file: its size and content hash."""
+        """Uploads in one batch call, then compares the size and content hash that the Hub lists with the file's."""
         target = self._path(key)
         content = self._bucket.upload_file(path, target)
         self._bucket.await_content(target, content)
@@ -130,7 +131,7 @@ class HubStore:
         return None if found is None else self._info(found)
 
     def list(self, prefix: str, start_after: str = "") -> Iterator[ObjectInfo]:
-        """All pages of the folder are read first: the Hub promises no order."""
+        """Yields the objects in key order. Reads all pages of the folder first, since the Hub promises no order."""
         folder = prefix.rpartition("/")[0]
         for file in self._bucket.below(f"{self._root}{folder}"):
             info = self._info(file)
@@ -138,22 +139,25 @@ class HubStore:
                 yield info
 
     def delete(self, key: str) -> None:
-        """Its claims first: a claim without its object would be published again by the next writer of the key."""
+        """Removes the claims of the key, then the object: the next writer would publish a remaining claim again."""
         path = self._path(key)
         self._bucket.remove([claim.path for claim in self._claims.claims(key)])
         self._bucket.remove([path])
 
     @property
     def staging_prefix(self) -> str:
-        """Empty: uploaded content without a path belongs to no bucket."""
+        """Returns an empty prefix: uploaded content without a path belongs to no bucket."""
         return ""
 
     def contests(self) -> tuple[Contest, ...]:
-        """Keys whose claims contradict each other, or that were won and never published. For `weightline verify`."""
+        """Returns the keys whose claims contradict each other, or that were won and never published."""
         return tuple(self._claims.forks())
 
     def _await_seen(self, key: str) -> None:
-        """What the gateway took must show to readers, who come through the API, before anybody hears of it."""
+        """Waits until the API, which readers use, shows an object that was created through the gateway.
+
+        TransientStorageError when it does not show in time.
+        """
         path = self._path(key)
         pause = 0.1
         while path not in self._bucket.find([path]):
@@ -173,13 +177,13 @@ class HubStore:
         return f"{self._root}{checked_key(key)}"
 
     def _info(self, file: HubFile) -> ObjectInfo:
-        # An object whose age is untold counts as new: nobody collects it.
+        # An object without an upload time counts as new, so that garbage collection keeps it.
         modified_at = file.uploaded_at or datetime.now(UTC)
         return ObjectInfo(file.path.removeprefix(self._root), file.content.nbytes, modified_at)
 
 
 def open_hub(url: str) -> HubStore:
-    """The store that a Hub URL names. Nothing is read or written yet; InputError for a bad URL, token or setting."""
+    """Returns the store that a Hub URL names. Reads and writes nothing. InputError for a bad URL, token or setting."""
     parsed = parse_hub_url(url)
     endpoint = (os.environ.get("HF_ENDPOINT") or DEFAULT_ENDPOINT).rstrip("/")
     bucket = HubBucket(parsed.bucket_id, parsed.text, endpoint=endpoint, token=_token(url))
@@ -188,12 +192,12 @@ def open_hub(url: str) -> HubStore:
 
 
 def _token(url: str) -> str | bool:
-    """From HF_TOKEN or the stored login; False reads public buckets only."""
+    """Returns the token of HF_TOKEN or of the stored login; False without one, for public buckets only. InputError."""
     token: str | None = get_token()
     if token is None:
         return False
     if not token.isascii() or not token.isprintable() or " " in token:
-        raise InputError(f"{url}: the Hub token holds characters that no token has: was it pasted whole?", url=url)
+        raise InputError(f"{url}: the Hub token has characters that no token has. Copy it again", url=url)
     return token
 
 
@@ -209,12 +213,12 @@ def _settle_seconds() -> float:
 
 
 def _gateway(url: HubUrl) -> Store | None:
-    """The Hub's S3 gateway onto the same prefix, when its keys are configured."""
+    """Returns the Hub's S3 gateway onto the same prefix; None when its keys are not configured."""
     key_id, secret = os.environ.get("HF_S3_ACCESS_KEY_ID"), os.environ.get("HF_S3_SECRET_ACCESS_KEY")
     if not key_id and not secret:
         return None
     if not key_id or not secret:
-        raise InputError("HF_S3_ACCESS_KEY_ID and HF_S3_SECRET_ACCESS_KEY go together: set both, or none")
+        raise InputError("only one of HF_S3_ACCESS_KEY_ID and HF_S3_SECRET_ACCESS_KEY is set: set both, or none")
     from weightline.store.objects.clients import open_s3
 
     endpoint = (os.environ.get("HF_S3_ENDPOINT") or DEFAULT_S3_ENDPOINT).rstrip("/")

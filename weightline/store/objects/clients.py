@@ -1,4 +1,4 @@
-"""Opens buckets of S3 and what speaks it, of Google Cloud Storage and of Azure."""
+"""Opens buckets of S3 and S3-compatible services, of Google Cloud Storage and of Azure."""
 
 from __future__ import annotations
 
@@ -26,10 +26,11 @@ def open_s3(
     secret_access_key: str | None = None,
     region: str | None = None,
 ) -> ObjectStore:
-    """A bucket that speaks S3. What is not given comes from the environment; given keys shut out all others.
+    """Opens an S3-compatible bucket. Settings that are not given come from the environment.
 
-    An endpoint may have a path, as in https://host/door/namespace; the bucket's name is added to it. An `http://`
-    endpoint is taken at its word. InputError for a setting that the client does not take. Nothing is read or written.
+    Given keys replace all other credentials. An endpoint may have a path, as in https://host/path/namespace; the
+    bucket's name is appended to it. An `http://` endpoint is used without TLS. InputError for a setting that the client
+    rejects. Reads and writes nothing.
     """
     endpoint = endpoint or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
     config: dict[str, Any] = {"disable_bulk_delete": True}
@@ -48,7 +49,7 @@ def open_s3(
 
 
 def open_gs(url: str, bucket: str, prefix: str) -> ObjectStore:
-    """A Google Cloud Storage bucket; credentials from the environment or the application defaults."""
+    """Opens a Google Cloud Storage bucket. Credentials come from the environment or the application defaults."""
     is_plain = os.environ.get("GOOGLE_BASE_URL", "").startswith("http://")
     return _open(url, prefix, is_plain, lambda options, retry: GCSStore(
         bucket, client_options=options, retry_config=retry
@@ -56,7 +57,10 @@ def open_gs(url: str, bucket: str, prefix: str) -> ObjectStore:
 
 
 def open_az(url: str, container: str, prefix: str) -> ObjectStore:
-    """An Azure Blob Storage container; account and credentials from the environment, a managed identity or az login."""
+    """Opens an Azure Blob Storage container.
+
+    Account and credentials come from the environment, a managed identity or `az login`.
+    """
     is_emulator = os.environ.get("AZURE_STORAGE_USE_EMULATOR", "").lower() in ("1", "true")
     is_plain = os.environ.get("AZURE_STORAGE_ENDPOINT", "").startswith("http://")
     return _open(url, prefix, is_emulator or is_plain, lambda options, retry: AzureStore(
@@ -65,7 +69,7 @@ def open_az(url: str, container: str, prefix: str) -> ObjectStore:
 
 
 def _open(url: str, prefix: str, is_plain: bool, connect: Connect) -> ObjectStore:
-    """`is_plain`: the service speaks http."""
+    """Opens a store. `is_plain`: allow http without TLS. InputError for settings that the client rejects."""
     try:
         return ObjectStore(url, prefix, lambda options, retry: connect({**options, "allow_http": is_plain}, retry))
     except (BaseError, ValueError) as error:
@@ -74,7 +78,10 @@ def _open(url: str, prefix: str, is_plain: bool, connect: Connect) -> ObjectStor
 
 
 def _aws_profile() -> dict[str, Any]:
-    """Keys of ~/.aws by boto3 where they are asked for; obstore itself reads the environment and instance roles."""
+    """Returns the credentials of ~/.aws, read by boto3, when AWS_PROFILE is set or the environment has no others.
+
+    obstore itself reads the environment and instance roles only.
+    """
     profile = os.environ.get("AWS_PROFILE")
     files = (os.environ.get("AWS_SHARED_CREDENTIALS_FILE", "~/.aws/credentials"), "~/.aws/config")
     has_files = any(Path(name).expanduser().exists() for name in files)

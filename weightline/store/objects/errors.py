@@ -8,11 +8,11 @@ from weightline.errors import NotFoundError, StorageError, TransientStorageError
 
 _STATUS = re.compile(r"non-2xx status code: (\d{3})")
 _TRANSIENT_STATUS = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 507, 509, 520, 522, 524, 529})
-#: Among the 400s: the body came too slowly.
+#: Codes of replies with status 400 that are transient: the body arrived too slowly.
 _TRANSIENT_CODES = ("<Code>RequestTimeout</Code>",)
-#: The client never got a whole answer: refused, reset, cut, timed out.
+#: Parts of messages about a request that got no complete answer: refused, reset, interrupted, timed out.
 _CUT = ("HTTP error", "error sending request", "error decoding response body", "timed out", "connection closed")
-#: Where clients look for an instance's role when the environment has no credentials.
+#: Addresses of the metadata services that clients query for an instance's role without credentials in the environment.
 _METADATA = (
     "169.254.169.254", "169.254.170.2", "fd00:ec2::254", "metadata.google.internal", "/latest/api/token",
     "metadata/identity",
@@ -23,7 +23,10 @@ _NO_BUCKET = ("NoSuchBucket", "ContainerNotFound", "The specified bucket does no
 def translated(
     message: str, url: str, key: str, *, is_refused: bool = False, is_missing: bool = False
 ) -> WeightlineError:
-    """Our error for the client's message. `is_refused`, `is_missing`: what the client's error type says already."""
+    """Returns the project's error for a message of the client.
+
+    `is_refused` and `is_missing` hold what the type of the client's error already says.
+    """
     what = _reason(message)
     match = _STATUS.search(message)
     status = int(match[1]) if match else None
@@ -31,20 +34,22 @@ def translated(
         return StorageError(f"{url}: there is no such bucket. Create it, or correct the URL", url=url, key=key)
     if any(place in message for place in _METADATA):
         return StorageError(
-            f"{url}: no credentials in the environment, and no instance role answers. docs/buckets.md lists where they "
-            f"are looked for ({what})",
+            f"{url}: there are no credentials in the environment, and no instance role. docs/buckets.md lists the "
+            f"places that are searched ({what})",
             url=url, key=key,
         )  # fmt: skip
     if is_missing:
         return NotFoundError(f"no object {key} in {url}", key=key)
     if is_refused or status in (401, 403):
         return StorageError(
-            f"{url} refused access to {key or 'the bucket'} ({what}). Check that the credentials are the bucket's, and "
-            "may get, put, list and delete there",
+            f"{url} refused access to {key or 'the bucket'} ({what}). Check that the credentials are those of the "
+            "bucket and may get, put, list and delete objects",
             url=url, key=key,
         )  # fmt: skip
     if status in (301, 307) or "redirect" in what:
-        return StorageError(f"{url}: the bucket is elsewhere ({what}). Set AWS_REGION to its region", url=url, key=key)
+        return StorageError(
+            f"{url}: the bucket is in another region ({what}). Set AWS_REGION to its region", url=url, key=key
+        )
     cls = TransientStorageError if _is_transient(message, status) else StorageError
     return cls(f"{url}: {what} at {key or 'the bucket'}", url=url, key=key)
 
@@ -56,10 +61,10 @@ def _is_transient(message: str, status: int | None) -> bool:
 
 
 def _reason(message: str) -> str:
-    """The message without the client's own debugging text."""
+    """Returns the message without the client's debugging text, cut to 300 characters."""
     lines = [line.strip() for line in message.partition("Debug source")[0].splitlines()]
     text = " ".join(line for line in lines if line)
-    code, said = re.search(r"<Code>([^<]*)", text), re.search(r"<Message>([^<]*)", text)
+    code, detail = re.search(r"<Code>([^<]*)", text), re.search(r"<Message>([^<]*)", text)
     if code:
-        return f"{code[1]}: {said[1]}" if said else code[1]
+        return f"{code[1]}: {detail[1]}" if detail else code[1]
     return text[:300]

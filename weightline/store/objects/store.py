@@ -1,12 +1,12 @@
-"""The store of S3 and what speaks it, Google Cloud Storage and Azure, through obstore.
+"""The store of S3 and S3-compatible services, Google Cloud Storage and Azure, through obstore.
 
 Payloads move in parts, several at a time: an upload holds `_NUM_PARALLEL` parts in memory at most; downloads stream.
 
-**Processes**: obstore's threads do not survive fork(2); a child would wait for ever. So a store that was opened, or any
-store once obstore ran, refuses to work in a forked child: start workers by spawn or forkserver.
+**Processes**: obstore's threads do not survive fork(2); a child would wait forever. So once a process has used
+obstore, its forked children get StorageError from every store: start workers by spawn or forkserver.
 
-The client repeats parts and reads by itself for a short time. It never repeats a create-only put: whether "exists" is
-the answer to an earlier try whose reply was lost is for `weightline.store.retry` to find out.
+The client repeats parts and reads by itself for a short time. It never repeats a create-only put, since "exists" may
+then answer an earlier attempt whose reply was lost; `weightline.store.retry` handles that case.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ _NUM_PARALLEL = 6
 
 _PIECE_NBYTES = 1024 * 1024
 
-#: S3 takes 10,000 parts of an upload.
+#: S3 accepts at most 10,000 parts per upload.
 _MAX_PARTS = 9_000
 
-#: All parts that are under way at once have this time: links down to 3 Mbit/s keep up.
+#: The timeout applies to all parts in flight together, which suffices for links down to 3 Mbit/s.
 _SENDING: ClientConfig = {"connect_timeout": timedelta(seconds=10), "timeout": timedelta(minutes=5)}
 
-#: Who waits for an answer notices sooner that nothing comes. (Of a request that sends, this would bound the whole.)
+#: Requests without a body fail sooner when no answer comes. For uploads this timeout would bound the whole request.
 _READING: ClientConfig = {**_SENDING, "read_timeout": timedelta(seconds=20)}
 
 _REPEATS: RetryConfig = {
@@ -58,12 +58,12 @@ _REPEATS: RetryConfig = {
 
 _ONCE: RetryConfig = {"max_retries": 0}
 
-#: The process in which obstore's threads run, once it was used.
+#: The process in which obstore's threads run; None before its first use.
 _home_pid: int | None = None
 
 
 class ObjectStore(DecisiveStore):
-    """Implements `Store` on a bucket prefix. Safe for threads; for processes see the module.
+    """Implements `Store` on a bucket prefix. Safe for threads; the module's docstring covers processes.
 
     `connect(client_config, retry_config)` makes an obstore client of the bucket.
     """
@@ -83,7 +83,7 @@ class ObjectStore(DecisiveStore):
         return body
 
     def get_file(self, key: str, path: Path) -> None:
-        """Ranges in parallel, each streamed to its place. A file that an earlier call left at `path` is continued."""
+        """Downloads ranges in parallel, each streamed to its offset. Continues a file that an earlier call left."""
         with self._storage_errors(key):
             found = obstore.head(self._client, self._path(key))
         nbytes = int(found["size"])
@@ -123,7 +123,10 @@ class ObjectStore(DecisiveStore):
             return None
 
     def list(self, prefix: str, start_after: str = "") -> Iterator[ObjectInfo]:
-        """StorageError for a bucket that does not list in key order (S3 directory buckets): tips would be wrong."""
+        """Yields objects in key order.
+
+        StorageError for a bucket that lists in another order (S3 directory buckets), since tips would be wrong.
+        """
         folder = prefix.rpartition("/")[0]
         # Clients list whole folders: start right before the prefix, stop right after it.
         offset = max(start_after, prefix[:-1] if prefix[len(folder) + 1 :] else "")
@@ -157,7 +160,10 @@ class ObjectStore(DecisiveStore):
             yield from map(self._info, page)
 
     def _fill(self, key: str, descriptor: int, ranges: Sequence[tuple[int, int]], nbytes: int) -> Iterator[int]:
-        """Fetch the ranges to their places in a file; yields how far it is whole. No thread writes after it ended."""
+        """Fetches the ranges to their offsets in a file. Yields the end of the complete first part.
+
+        No thread writes to the file after this generator has ended.
+        """
         tags: set[str | None] = set()
         pending = [self._readers.submit(self._read_range, key, descriptor, one, nbytes, tags) for one in ranges]
         try:
@@ -188,7 +194,7 @@ class ObjectStore(DecisiveStore):
 
     @cached_property
     def _readers(self) -> ThreadPoolExecutor:
-        """Shared by all downloads of this store, so that many at a time hold no more memory than a few."""
+        """Returns the threads that all downloads of this store share, which bounds their memory together."""
         return ThreadPoolExecutor(_NUM_PARALLEL, thread_name_prefix="weightline-read")
 
     def _path(self, key: str) -> str:
@@ -199,7 +205,7 @@ class ObjectStore(DecisiveStore):
 
     @contextmanager
     def _storage_errors(self, key: str) -> Iterator[None]:
-        """Run one client call here: FileNotFoundError is its word for a missing object."""
+        """Translates errors of one call of the client. The client raises FileNotFoundError for a missing object."""
         _require_home(self.url)
         try:
             yield
@@ -214,7 +220,7 @@ class ObjectStore(DecisiveStore):
 
 
 class _CountingReader:
-    """A file whose reads are told to whoever watches."""
+    """A file that reports every read to the watchers of transfers."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
@@ -232,7 +238,7 @@ def _require_home(url: str) -> None:
         _home_pid = os.getpid()
     elif _home_pid != os.getpid():
         raise StorageError(
-            f"{url}: this process was forked from process {_home_pid}, where a bucket was used already: the bucket's "
+            f"{url}: this process was forked from process {_home_pid}, which had used a bucket before: the bucket's "
             "client would hang here. Start workers by spawn: multiprocessing.get_context('spawn')",
             url=url,
         )
