@@ -58,7 +58,7 @@ def test_a_base_that_is_named_is_taken(adapter: Path, tmp_path: Path) -> None:
 
 def test_a_base_that_cannot_be_one_is_refused(adapter: Path, tmp_path: Path) -> None:
     chain = Chain(MemoryStore())
-    with pytest.raises(InputError, match="only an adapter"):
+    with pytest.raises(InputError, match="it is no adapter"):
         commit_folder(chain, tmp_path / "base", base=tmp_path / "base")
     with pytest.raises(InputError):
         commit_folder(chain, adapter, base=tmp_path / "nowhere")

@@ -66,7 +66,7 @@ def test_a_tag_never_moves_and_stays_a_tag(chain: Chain) -> None:
 
 def test_a_ref_becomes_a_tag_where_it_stands(chain: Chain) -> None:
     move_ref(chain, "best", 1)
-    with pytest.raises(InputError, match="stands for version 1"):
+    with pytest.raises(InputError, match="at version 1"):
         move_ref(chain, "best", 2, is_tag=True)
     assert move_ref(chain, "best", 1, is_tag=True).is_tag
     with pytest.raises(InputError, match="a tag never moves"):

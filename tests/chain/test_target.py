@@ -70,7 +70,7 @@ def test_an_index_and_its_files_name_the_same_tensors(sharded: Path, held: dict[
 @pytest.mark.parametrize("weight_map", [None, [], {"a": 1}, {"a": "../a.safetensors"}, {"a": "/a"}, {"a": ""}])
 def test_an_index_that_is_none_is_refused(sharded: Path, weight_map: object) -> None:
     _index(sharded, weight_map)
-    with pytest.raises(InputError, match=r"index\.json (is no index|names)"):
+    with pytest.raises(InputError, match=r"index\.json (is not an index|names)"):
         FolderSource(sharded)
 
 

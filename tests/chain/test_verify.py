@@ -254,6 +254,6 @@ def test_a_revert_that_leads_elsewhere_is_not_committed(chain: Chain) -> None:
         stage="sft", run_id="r", global_step=0, kind="revert", coding="gap", reverts_to=6, is_milestone=True
     )
     with fetching(chain.store) as fetcher:
-        with pytest.raises(DigestMismatchError, match="would not be that of version 6"):
+        with pytest.raises(DigestMismatchError, match="would differ from that of version 6"):
             commit_source(chain, VersionSource(chain, 7, fetcher), author)
     assert chain.tip_version() == _TIP

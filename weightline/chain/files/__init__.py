@@ -1,1 +1,1 @@
-"""Checkpoint folders in and out of a chain."""
+"""Reads checkpoint folders into a chain, and writes versions as checkpoint folders."""

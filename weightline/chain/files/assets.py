@@ -1,6 +1,6 @@
-"""The small files beside the weights: config, generation config, tokenizer, and what an adapter says of its base model.
+"""Stores the small files beside the weights: config, generation config and tokenizer. Finds an adapter's base model.
 
-Assets are stored by content, so a file that several versions share is stored once.
+Assets are keyed by content, so a file that several versions share is stored once.
 """
 
 from __future__ import annotations
@@ -24,30 +24,30 @@ from weightline.types import Segment
 
 _MAX_ASSET_NBYTES = 64 * 1024 * 1024
 
-#: What transformers keeps beside weights. A folder's other files (optimizer states, logs) are nobody's asset.
+#: Suffixes of the files that transformers keeps beside weights. Other files (optimizer states, logs) are no assets.
 _SUFFIXES = frozenset({".json", ".jinja", ".model", ".txt", ".tiktoken", ".py"})
 
 _FOREIGN_NAMES = frozenset({"weightline.json", "trainer_state.json"})
 
-#: Says where another checkpoint's weights lie: a pulled one has shards of its own.
+#: The index of a checkpoint's shards. It is no asset, since a pulled checkpoint has shards of its own.
 _INDEX_SUFFIX = ".index.json"
 
 _logger = logging.getLogger(__name__)
 
 
 def upload_files(store: Store, folder: Path, held: Iterable[AssetRef] = ()) -> tuple[AssetRef, ...]:
-    """Put the folder's model files, each under the name of its content. Safe to repeat.
+    """Uploads the folder's model files, each under a key made from its content. Safe to repeat.
 
-    `held`: those that a kept version of this chain names, so that gc leaves them alone: they are not put again.
+    `held`: assets that a kept version of this chain names. gc does not collect them, so they are not uploaded again.
     """
     return tuple(upload_file(store, path, held) for path in sorted(folder.iterdir()) if _is_asset(path))
 
 
 def upload_file(store: Store, path: Path, held: Iterable[AssetRef] = ()) -> AssetRef:
-    """Put one file, as `upload_files` does. InputError for a name that no manifest may have.
+    """Uploads one file, as `upload_files` does. InputError for a name that no manifest may contain.
 
-    Put again although it is there, if no kept version names it: gc could take an old object at any moment until the
-    commit. Not create-only, which may be slow: whoever writes this key writes these bytes.
+    An existing object that no kept version names is uploaded again, which renews its age: gc could otherwise delete it
+    before the commit. The put is not create-only, which may be slow, since every writer of this key writes these bytes.
     """
     keys.checked_name(path.name)
     sha256 = sha256_of(path)
@@ -65,15 +65,13 @@ def _is_asset(path: Path) -> bool:
     try:
         keys.checked_name(path.name)
     except InputError:
-        _logger.warning(
-            "%s is left out: the files of a version have plain names (letters, digits, '.', '_', '-')", path
-        )
+        _logger.warning("%s is left out: file names of a version are made of letters, digits, '.', '_' and '-'", path)
         return False
     return True
 
 
 def assets_of(chain: Chain, version: int) -> tuple[AssetRef, ...]:
-    """The model's small files as of a version: those of the newest manifest up to it that names any."""
+    """Returns the assets of a version: those of the newest manifest up to it that names any."""
     for candidate in reversed(chain.versions(last=version)):
         if assets := chain.manifest(candidate).assets:
             return assets
@@ -81,20 +79,22 @@ def assets_of(chain: Chain, version: int) -> tuple[AssetRef, ...]:
 
 
 def is_adapter(folder: Path) -> bool:
-    """Whether the folder says that it holds an adapter (peft)."""
+    """Returns whether the folder has an adapter's configuration file (peft)."""
     return (folder / ADAPTER_CONFIG).is_file()
 
 
 def base_of_folder(folder: Path, base: Path | None = None) -> AdapterBase | None:
-    """The base model of an adapter's folder. None for another folder, or when no folder here holds that model.
+    """Returns the base model of an adapter's folder. None for other folders, or when this host has no such model.
 
-    It lies at `base`, or where adapter_config.json says: as a path from here, else from the adapter's folder. Its
-    weights are read once, some tensors at a time. InputError when adapter_config.json is broken, when `base` holds no
-    model, and when there is no adapter to go with it.
+    The base model is read from `base`, or from the path in adapter_config.json, relative to the working directory or
+    else to the adapter's folder. Its weights are read once, a group of tensors at a time. InputError when
+    adapter_config.json is broken, when `base` holds no model, and when `base` is given and `folder` is no adapter.
     """
     if not is_adapter(folder):
         if base is not None:
-            raise InputError(f"{folder} has no {ADAPTER_CONFIG}: only an adapter has a base model", path=str(folder))
+            raise InputError(
+                f"{folder} has no {ADAPTER_CONFIG}, so it is no adapter: leave out the base model", path=str(folder)
+            )
         return None
     named = _named_base(folder / ADAPTER_CONFIG)
     found = base or _base_at(folder, named)
@@ -110,11 +110,11 @@ def base_of_folder(folder: Path, base: Path | None = None) -> AdapterBase | None
 
 
 def _named_base(config: Path) -> str:
-    """What the configuration calls the base; empty when it says nothing."""
+    """Returns the base model's name or path from an adapter's configuration; empty when it has none. InputError."""
     try:
         named = json.loads(config.read_bytes())["base_model_name_or_path"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise InputError(f"{config} is no adapter's configuration: {error!r}", path=str(config)) from error
+        raise InputError(f"{config} is not an adapter's configuration: {error!r}", path=str(config)) from error
     if not isinstance(named, str | None):
         raise InputError(f"{config}: base_model_name_or_path is {named!r}, not a name", path=str(config))
     return named or ""
@@ -126,7 +126,10 @@ def _base_at(folder: Path, named: str) -> Path | None:
 
 
 def require_base(recorded: AdapterBase | None, found: AdapterBase | None, *, chain_url: str) -> AdapterBase | None:
-    """What the next manifest says of the base: what the tip says. BaseMismatchError when another one is at hand."""
+    """Returns the base model for the next manifest: the tip's, or `found` when the tip has none.
+
+    BaseMismatchError when both exist and differ.
+    """
     if recorded is None or found is None:
         return recorded or found
     if (recorded.digest, recorded.num_elements) != (found.digest, found.num_elements):

@@ -1,4 +1,4 @@
-"""A version as a normal Hugging Face checkpoint folder."""
+"""Writes a version as a normal Hugging Face checkpoint folder."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ _PARTIAL = ".weightline-partial"
 
 _INDEX = "model.safetensors.index.json"
 
-#: As transformers cuts a checkpoint.
+#: The bound by which transformers splits a checkpoint into shards.
 MAX_SHARD_NBYTES = 5 * 1000**3
 
 
 @dataclass(frozen=True, slots=True)
 class VersionMark:
-    """Which version a folder of weights holds: a pulled one, or a trainer's checkpoint."""
+    """Names the version that a folder of weights holds: a pulled checkpoint, or a trainer's checkpoint."""
 
     chain: str
     """URL of the chain, as the writer of the folder spelled it."""
@@ -68,17 +68,20 @@ class VersionMark:
         (folder / MARKER).write_text(json.dumps(asdict(self)))
 
     def is_same_version(self, other: VersionMark | None) -> bool:
-        """Whether both name one version of one chain. Marks of earlier releases lack the other fields."""
+        """Returns whether both marks name the same version of the same chain.
+
+        Other fields are ignored, since marks of earlier releases lack them.
+        """
         own = (self.chain, self.version, self.commit_id)
         return other is not None and own == (other.chain, other.version, other.commit_id)
 
 
 def write_checkpoint(chain: Chain, version: int, out_dir: Path, max_shard_nbytes: int = MAX_SHARD_NBYTES) -> None:
-    """Materialize a version into a new folder: weights as safetensors, and what transformers needs beside them.
+    """Writes a version into a new folder: weights as safetensors, and the small files that transformers needs.
 
-    Memory holds one file's tensors. All is gathered in a hidden folder inside `out_dir` and moved up at the end, the
-    marker `weightline.json` last: a folder without it is incomplete. InputError when `out_dir` holds another version or
-    foreign files, or cannot be written; safe to repeat otherwise: what a crash left is thrown away.
+    Memory holds the tensors of one file at a time. All files are written to a hidden folder inside `out_dir` and moved
+    up at the end, the marker `weightline.json` last: a folder without it is incomplete. InputError when `out_dir` holds
+    another version or foreign files, or cannot be written. Safe to repeat otherwise: remains of a crash are removed.
     """
     manifest = chain.manifest(version)
     mark = VersionMark.of(chain, manifest)
@@ -118,7 +121,10 @@ def _errors_of(out_dir: Path) -> Iterator[None]:
 
 
 def _require_new(out_dir: Path, ours: set[str]) -> None:
-    """Absent, empty, or what a crash left of this very version: the hidden folder is there, and no foreign file."""
+    """Raises InputError unless the folder is absent, empty, or left by a crash.
+
+    A crash leaves the hidden folder, and beside it no files but `ours`.
+    """
     if out_dir.exists() and not out_dir.is_dir():
         raise InputError(f"{out_dir} is a file: name a new folder", path=str(out_dir))
     found = {path.name for path in out_dir.iterdir()} if out_dir.exists() else set()
@@ -134,9 +140,9 @@ def _move_up(partial: Path, out_dir: Path) -> None:
 def plan_files(
     specs: Mapping[str, TensorSpec], *, is_adapter: bool = False, max_shard_nbytes: int = MAX_SHARD_NBYTES
 ) -> dict[str, list[str]]:
-    """The tensors of each file: model.safetensors, or shards when the state is larger than one.
+    """Returns the tensors of each file: model.safetensors, or shards when the state exceeds one shard.
 
-    Of an adapter adapter_model.safetensors: peft reads one file, whatever its size.
+    An adapter is one file, adapter_model.safetensors, since peft reads one file of any size.
     """
     if is_adapter:
         return {"adapter_model.safetensors": list(specs)}
@@ -162,7 +168,7 @@ def _write_files(target: WeightSource, files: Mapping[str, list[str]], folder: P
     specs = target.specs
     for file_name, names in files.items():
         _write_file(specs, target.read(names), folder / file_name)
-        shutil.copymode(folder / MARKER, folder / file_name)  # safetensors lets nobody else read its files
+        shutil.copymode(folder / MARKER, folder / file_name)  # safetensors creates files that only their owner can read
     if len(files) > 1:
         total_size = sum(spec.nbytes for spec in specs.values())
         weight_map = {name: file_name for file_name, names in files.items() for name in names}

@@ -1,4 +1,4 @@
-"""Sources of weights for a new version when no trainer holds them: another version, or a checkpoint folder."""
+"""Sources of weights for a new version that is made without a trainer: another version, or a checkpoint folder."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ class WeightSource(Protocol):
 
     @property
     def specs(self) -> dict[str, TensorSpec]:
-        """Every tensor, by name."""
+        """Returns the spec of every tensor, by name."""
         ...
 
     def read(self, names: Iterable[str]) -> dict[str, BitsArray]:
-        """Flat bits of these tensors."""
+        """Returns the flat bits of these tensors, by name."""
         ...
 
 
@@ -49,10 +49,10 @@ class VersionSource:
 
 @dataclass(slots=True)
 class FolderSource:
-    """The weights of a checkpoint folder, or of one safetensors file: mapped, not loaded.
+    """The weights of a checkpoint folder, or of one safetensors file. Files are mapped into memory, not loaded.
 
-    InputError when it cannot be told which files are the model's, when one is missing, cut off or no safetensors file,
-    and when an index and its files do not name the same tensors.
+    InputError when the choice of files is ambiguous, when one is missing, truncated or no safetensors file, and when
+    an index and its files do not name the same tensors.
     """
 
     path: Path
@@ -85,11 +85,11 @@ class FolderSource:
 
 
 def _require_indexed(path: Path, found: frozenset[str], here: frozenset[str], anywhere: frozenset[str]) -> None:
-    """The file holds what the index says that it holds, and nothing that the index says nothing of."""
+    """InputError unless the file holds every tensor that the index assigns to it, and none that the index omits."""
     if lacking := here - found:
-        told = f"lacks tensor {min(lacking)}, which the index says it holds"
+        problem = f"lacks tensor {min(lacking)}, which the index says it holds"
     elif unnamed := found - anywhere:
-        told = f"holds tensor {min(unnamed)}, which the index does not name"
+        problem = f"holds tensor {min(unnamed)}, which the index does not name"
     else:
         return
-    raise InputError(f"{path} {told}: the checkpoint is not whole, save it again", path=str(path))
+    raise InputError(f"{path} {problem}: the checkpoint is not whole, save it again", path=str(path))

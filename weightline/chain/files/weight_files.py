@@ -1,6 +1,6 @@
 """Finds the files of a checkpoint folder that hold its weights, and parses the headers of those files.
 
-The choice is the one that loaders make. Where loaders would differ, it is an InputError.
+It chooses the files that the loaders of transformers and peft choose. Where loaders would differ, it is an InputError.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _ADAPTER = "adapter_model.safetensors"
 
 _INDEX_SUFFIX = ".safetensors.index.json"
 
-#: The tensors to take from each file; None: all that it holds.
+#: The tensors to read from each file; None means all tensors of the file.
 WeightFiles = dict[Path, frozenset[str] | None]
 
 _MAX_HEADER_NBYTES = 256 * 1024 * 1024
@@ -34,7 +34,7 @@ ADAPTER_CONFIG = "adapter_config.json"
 
 
 class _Index(BaseModel):
-    """What an index says. Other fields are for people."""
+    """The part of a safetensors index that is read."""
 
     model_config = ConfigDict(frozen=True, strict=True)
 
@@ -42,10 +42,11 @@ class _Index(BaseModel):
 
 
 def weight_files(folder: Path) -> WeightFiles:
-    """An adapter's file where there is an adapter's configuration; else what the index names; else model.safetensors.
+    """Returns the weight files of a checkpoint folder, and the tensors to read from each.
 
-    A folder without any of these may hold one file of another name. InputError when nothing is found, when a file that
-    the index names is missing, and when it cannot be told which files are the model's.
+    Chooses an adapter's file if there is an adapter's configuration, else the files that the index names, else
+    model.safetensors, else the only safetensors file. InputError when nothing is found, when a file that the index
+    names is missing, and when the choice is ambiguous.
     """
     if (folder / ADAPTER_CONFIG).is_file() and (folder / _ADAPTER).is_file():
         return {folder / _ADAPTER: None}
@@ -58,22 +59,22 @@ def weight_files(folder: Path) -> WeightFiles:
         raise InputError(f"{folder} holds no *.safetensors: name a checkpoint folder", path=str(folder))
     if len(chosen) > 1:
         raise InputError(
-            f"{folder} holds {len(chosen)} files of weights ({chosen[0].name}, {chosen[1].name}, ...), and no "
-            f"model{_INDEX_SUFFIX} says which are the model's: save it again with its index, or leave one file there",
+            f"{folder} holds {len(chosen)} files of weights ({chosen[0].name}, {chosen[1].name}, ...) and no "
+            f"model{_INDEX_SUFFIX}: save the model again with its index, or leave only one file there",
             path=str(folder),
         )
     return {chosen[0]: None}
 
 
 def _index_of(folder: Path) -> Path | None:
-    """Loaders look for the model's own one; another one counts where there is no model.safetensors either."""
+    """Returns the index of the folder: the model's own one, else one of another name without a model.safetensors."""
     own = folder / f"model{_INDEX_SUFFIX}"
     if own.is_file() or (folder / _WHOLE).is_file():
         return own if own.is_file() else None
     found = sorted(folder.glob(f"*{_INDEX_SUFFIX}"))
     if len(found) > 1:
         names = " and ".join(path.name for path in found)
-        raise InputError(f"{folder} holds {names}: leave the one that is the model's", path=str(folder))
+        raise InputError(f"{folder} holds {names}: leave only the index of the model", path=str(folder))
     return found[0] if found else None
 
 
@@ -82,7 +83,7 @@ def _indexed(folder: Path, index: Path) -> WeightFiles:
         weight_map = _Index.model_validate_json(index.read_bytes()).weight_map
     except ValidationError as error:
         what = error.errors(include_url=False)[0]["msg"]
-        raise InputError(f"{index} is no index of weights: {what}", path=str(index)) from error
+        raise InputError(f"{index} is not an index of weights: {what}", path=str(index)) from error
     names: dict[str, set[str]] = defaultdict(set)
     for name, file_name in weight_map.items():
         names[file_name].add(name)
@@ -94,7 +95,7 @@ def _indexed(folder: Path, index: Path) -> WeightFiles:
             )  # fmt: skip
     if (folder / _WHOLE).is_file() and _WHOLE not in names:
         raise InputError(
-            f"{folder} holds {_WHOLE} and {index.name}, which names other files: remove the one that is left over",
+            f"{folder} holds {_WHOLE} and {index.name}, which names other files: remove the one that is outdated",
             path=str(folder),
         )
     return {folder / file_name: frozenset(names[file_name]) for file_name in sorted(names)}
@@ -121,7 +122,7 @@ _HEADER: TypeAdapter[dict[str, _HeaderEntry]] = TypeAdapter(dict[str, _HeaderEnt
 
 
 def read_header(path: Path) -> list[StoredTensor]:
-    """The tensors that a safetensors file announces: 8 bytes of length, then JSON. InputError when it cannot be so."""
+    """Returns the tensors in a safetensors file's header: 8 bytes of length, then JSON. InputError for a broken one."""
     file_nbytes = path.stat().st_size
     with path.open("rb") as file:
         header_nbytes = int.from_bytes(file.read(8), "little")
@@ -149,9 +150,9 @@ def _parse_header(path: Path, raw: bytes) -> dict[str, _HeaderEntry]:
         if isinstance(document, dict):
             document.pop("__metadata__", None)
         header = _HEADER.validate_python(document)
-        "".join(header).encode()  # JSON can spell names that UTF-8 cannot
+        "".join(header).encode()  # JSON can escape lone surrogates, which UTF-8 cannot encode
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is not a safetensors file: {_told(error)}", path=str(path)) from error
+        raise InputError(f"{path} is not a safetensors file: {_reason(error)}", path=str(path)) from error
     for name, tensor in header.items():
         if tensor.dtype not in DTYPES:
             raise InputError(f"{path}: tensor {name} has dtype {tensor.dtype}, which no chain holds", path=str(path))
@@ -165,7 +166,7 @@ def _without_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
     return found
 
 
-def _told(error: Exception) -> str:
+def _reason(error: Exception) -> str:
     if not isinstance(error, ValidationError):
         return str(error)
     first = error.errors(include_url=False)[0]

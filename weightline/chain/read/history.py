@@ -1,6 +1,6 @@
 """Reads a chain: its tip and its manifests. Manifests are immutable, so each is fetched once.
 
-Where this process trusts certain keys only, a manifest or shortcut without a signature by one of them is refused.
+When this process is configured with trusted keys, a manifest or shortcut without a signature by one of them is refused.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ from weightline.store import Store, open_store
 
 
 class Chain:
-    """A chain as its bucket shows it. Reads only; `weightline.chain.write` writes.
+    """A chain in its bucket. Reads only; `weightline.chain.write` writes.
 
-    Safe to share between threads: the cache only ever gains immutable manifests. With `trusted`, what none of those
-    keys signed is refused (SignatureError) before anything in it is believed.
+    Safe to share between threads: the cache holds immutable manifests and only grows. With `trusted`, a manifest or
+    shortcut that none of those keys signed is refused (SignatureError) before it is parsed.
     """
 
     def __init__(self, store: Store, trusted: TrustedKeys | None = None) -> None:
@@ -48,27 +48,27 @@ class Chain:
 
     @property
     def name(self) -> str:
-        """The last part of the URL: what people call the chain."""
+        """Returns the last part of the URL, as the chain is called in output."""
         return chain_name(self.url)
 
     def tip_version(self) -> int | None:
-        """The newest committed version, or None for an empty chain. One short listing."""
+        """Returns the newest committed version; None for an empty chain. Costs one get and one short listing."""
         hinted = self._hinted_tip()
         start_after = keys.commit(hinted - 1) if hinted else ""
         versions = list(self._committed(start_after)) or (list(self._committed("")) if hinted else [])
         return max(versions) if versions else None
 
     def tip(self) -> Manifest:
-        """The manifest of the newest version. ChainEmptyError when there is none."""
+        """Returns the manifest of the newest version. ChainEmptyError when there is none."""
         version = self.tip_version()
         if version is None:
             raise ChainEmptyError(f"{self.url} holds no version yet: commit a first one", chain=self.url)
         return self.manifest(version)
 
     def manifest(self, version: int) -> Manifest:
-        """One version's manifest. VersionNotFoundError, or ManifestError for bytes that break the format.
+        """Returns a version's manifest. VersionNotFoundError, or ManifestError for bytes that break the format.
 
-        SignatureError where signatures are demanded and this one is missing, forged or for other bytes.
+        SignatureError when keys are trusted and the signature is missing, forged or for other bytes.
         """
         if version not in self._manifests:
             try:
@@ -88,18 +88,18 @@ class Chain:
         return self._manifests[version]
 
     def get_trusted(self, key: str) -> bytes:
-        """A manifest's or shortcut's bytes. NotFoundError; SignatureError when demanded and not given."""
+        """Returns a manifest's or shortcut's bytes. NotFoundError. SignatureError when no trusted key signed them."""
         raw = self.store.get(key)
         if self.trusted is not None:
             check_signed(self.store, self.trusted, key, raw)
         return raw
 
     def manifests(self, first: int = 0, last: int | None = None) -> tuple[Manifest, ...]:
-        """The manifests of versions first..last (both included; the tip when last is None), oldest first."""
+        """Returns the manifests of versions first..last (both included; the tip when last is None), oldest first."""
         return tuple(self.manifest(version) for version in self.versions(first, last))
 
     def versions(self, first: int = 0, last: int | None = None) -> tuple[int, ...]:
-        """The committed versions among first..last, oldest first. One listing; no manifest is read."""
+        """Returns the committed versions among first..last, oldest first. Costs one listing; no manifest is read."""
         start_after = keys.commit(first - 1) if first > 0 else ""
         return tuple(v for v in self._committed(start_after) if last is None or v <= last)
 
@@ -110,7 +110,7 @@ class Chain:
                 yield version
 
     def _hinted_tip(self) -> int | None:
-        """A recent tip, from an object that may be stale, missing or broken: only ever a place to start listing."""
+        """Returns a recent tip to start listing from; None without one. The object may be stale, missing or broken."""
         try:
             hint = json.loads(self.store.get(keys.TIP_HINT))
         except (NotFoundError, ValueError, RecursionError):
@@ -125,7 +125,7 @@ def chain_name(url: str) -> str:
 
 
 def open_chain(url: str, trusted: TrustedKeys | None = None, patience_seconds: float | None = None) -> Chain:
-    """The chain at a bucket URL. Nothing is read yet. Without `trusted`: the keys that the environment demands.
+    """Opens the chain at a bucket URL. Reads nothing yet. `trusted` defaults to the keys that the environment names.
 
     `patience_seconds`: see `open_store`.
     """
@@ -133,7 +133,10 @@ def open_chain(url: str, trusted: TrustedKeys | None = None, patience_seconds: f
 
 
 def check_signed(store: Store, trusted: TrustedKeys, key: str, body: bytes) -> None:
-    """SignatureError unless a trusted key signed exactly these bytes for this place. Reads one object a trusted key."""
+    """Raises SignatureError unless a trusted key signed exactly these bytes under this key.
+
+    Reads one object per trusted key until one is found.
+    """
     digest = hashlib.sha256(body).hexdigest()
     for key_id in trusted.key_ids:
         try:
@@ -143,8 +146,8 @@ def check_signed(store: Store, trusted: TrustedKeys, key: str, body: bytes) -> N
         trusted.check(_parsed(raw, key), key, body)
         return
     raise SignatureError(
-        f"{store.url}: {key} is not signed by a trusted key ({', '.join(trusted.key_ids)}). Whoever writes this chain "
-        f"signs it by {SIGNING_KEY_VARIABLE}",
+        f"{store.url}: {key} is not signed by a trusted key ({', '.join(trusted.key_ids)}). Set {SIGNING_KEY_VARIABLE} "
+        "where this chain is written",
         key=key, key_ids=trusted.key_ids,
     )  # fmt: skip
 
@@ -153,4 +156,4 @@ def _parsed(raw: bytes, key: str) -> Signature:
     try:
         return Signature.from_bytes(raw)
     except CorruptError as error:
-        raise SignatureError(f"the signature of {key} is none: {error}", key=key) from error
+        raise SignatureError(f"the signature of {key} cannot be read: {error}", key=key) from error

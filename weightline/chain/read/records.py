@@ -1,7 +1,7 @@
-"""Records: what happened to versions after their commit, stored beside the chain, so that the bucket holds the lineage.
+"""Records: the results of work on committed versions, such as evaluations, stored in the chain's bucket.
 
 A record is a JSON object with at least `status`: `done`, `skipped`, `failed` or `rolled_back`. Records are create-only:
-the first one stands, which makes every consumer keyed by (chain, version) safe to repeat. Records, refs and horizons
+the first one stays, which makes every consumer keyed by (chain, version) safe to repeat. Records, refs and horizons
 are not signed, so `read_stored` checks every field of what it reads.
 """
 
@@ -29,7 +29,7 @@ Record = dict[str, Any]
 
 
 class Stored(BaseModel):
-    """Base of such objects: types are exact, fields of later releases are ignored."""
+    """Base class of stored JSON objects. Types are checked strictly; fields of later releases are ignored."""
 
     model_config = ConfigDict(frozen=True, extra="ignore", strict=True)
 
@@ -38,7 +38,7 @@ Object = TypeVar("Object", bound=Stored)
 
 
 def read_stored(chain: Chain, key: str, cls: type[Object]) -> Object:
-    """The object under a key. NotFoundError; CorruptError for bytes that are no such object."""
+    """Returns the object under a key. NotFoundError; CorruptError for bytes that are no such object."""
     raw = chain.store.get(key)
     try:
         return cls.model_validate_json(raw)
@@ -51,13 +51,13 @@ def read_stored(chain: Chain, key: str, cls: type[Object]) -> Object:
 
 
 def require_key(chain: Chain, key: str, claimed: str) -> None:
-    """CorruptError unless the object says that it belongs where it stands."""
+    """Raises CorruptError unless the object's own fields lead to the key that it is stored under."""
     if claimed != key:
-        raise CorruptError(f"{key} in {chain.url} holds what belongs under {claimed}", key=key)
+        raise CorruptError(f"{key} in {chain.url} holds the object of {claimed}", key=key)
 
 
 class _Record(Stored):
-    """What every record says; the rest is its writer's, who may have said something else by `kind`."""
+    """The fields that every record has. All other fields, including `kind`, are the writer's own."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -67,7 +67,7 @@ class _Record(Stored):
 
 
 def write_record(chain: Chain, kind: str, version: int, name: str, record: Record) -> Record:
-    """Write the record with the time added, and return the one that stands: ours, or the earlier one."""
+    """Writes the record with the time added. Returns the stored record: this one, or an earlier one. Safe to repeat."""
     stamped = {"kind": kind, "version": version, "name": name, "recorded_at": utc_now(), **record}
     key = keys.record(kind, version, name)
     try:
@@ -78,7 +78,7 @@ def write_record(chain: Chain, kind: str, version: int, name: str, record: Recor
 
 
 def read_record(chain: Chain, kind: str, version: int, name: str) -> Record | None:
-    """The record, or None."""
+    """Returns the record; None when there is none. CorruptError for a broken one."""
     try:
         return _parse(chain, keys.record(kind, version, name))
     except NotFoundError:
@@ -86,13 +86,13 @@ def read_record(chain: Chain, kind: str, version: int, name: str) -> Record | No
 
 
 def read_records(chain: Chain, kind: str, first: int = 0) -> list[Record]:
-    """Every record of a kind from version `first` on, by version and name."""
+    """Returns every record of a kind from version `first` on, ordered by version and name."""
     prefix = f"{keys.RECORDS}{keys.checked_name(kind)}/"
     return [_parse(chain, info.key) for info in chain.store.list(prefix, f"{prefix}{keys.padded(first)}")]
 
 
 def recorded_versions(chain: Chain, kind: str) -> frozenset[int]:
-    """The versions that have a record of this kind, by the keys: one listing, and no record is read."""
+    """Returns the versions that have a record of this kind. Costs one listing; no record is read."""
     prefix = f"{keys.RECORDS}{keys.checked_name(kind)}/"
     found = (info.key.removeprefix(prefix).partition("/")[0] for info in chain.store.list(prefix))
     return frozenset(int(digits) for digits in found if digits.isdigit())
@@ -121,7 +121,7 @@ def last_recorded(chain: Chain, kind: str, name: str, below: int) -> int | None:
 
 
 def _parse(chain: Chain, key: str) -> Record:
-    """CorruptError for what is no record, or another one than its key says."""
+    """Reads a record. CorruptError for bytes that are no record, or the record of another key."""
     record = read_stored(chain, key, _Record)
     kind = key.removeprefix(keys.RECORDS).partition("/")[0]
     require_key(chain, key, f"{keys.RECORDS}{kind}/{keys.padded(record.version)}/{record.name}.json")

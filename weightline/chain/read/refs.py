@@ -13,7 +13,7 @@ from weightline.errors import ConflictError, InputError, NotFoundError, ObjectEx
 from weightline.format import keys
 from weightline.format.manifest import Count, Hex128, utc_now
 
-#: What a person may say instead of a name: these stand for no ref.
+#: A version number, which `resolve` accepts in place of a ref's name.
 _VERSION = re.compile(r"[0-9]{1,20}")
 
 TIP = "tip"
@@ -22,7 +22,7 @@ NOTHING = "nothing"
 
 
 class Ref(Stored):
-    """One move of a name."""
+    """One move of a ref: a name and the version that it refers to from then on."""
 
     name: str
     number: Count
@@ -35,9 +35,9 @@ class Ref(Stored):
 def move_ref(chain: Chain, name: str, version: int, *, is_tag: bool = False) -> Ref:
     """Moves a name to a version. Repeating the newest move changes nothing.
 
-    A ref becomes a tag by a move that stays where it is. InputError when the name is a tag already and anything else is
-    asked of it, and for a name that would be read as something else; ConflictError when another writer moved it at the
-    same moment.
+    A ref becomes a tag by a move to its current version. InputError when the name is a tag and this would move or
+    release it, and for a name that is reserved or a number. ConflictError when another writer moved it at the same
+    moment.
     """
     _require_name(name)
     newest = newest_move(chain, name)
@@ -48,8 +48,8 @@ def move_ref(chain: Chain, name: str, version: int, *, is_tag: bool = False) -> 
             return newest
         if newest.is_tag or (is_tag and not stays):
             raise InputError(
-                f"{name!r} is a {'tag' if newest.is_tag else 'ref'} and stands for version {newest.version} of "
-                f"{chain.url}: a tag never moves, choose another name",
+                f"{name!r} is a {'tag' if newest.is_tag else 'ref'} at version {newest.version} of {chain.url}: a tag "
+                "never moves, choose another name",
                 name=name, version=newest.version,
             )  # fmt: skip
     ref = Ref(
@@ -59,17 +59,19 @@ def move_ref(chain: Chain, name: str, version: int, *, is_tag: bool = False) -> 
     try:
         chain.store.put_if_absent(keys.ref(name, ref.number), ref.model_dump_json().encode())
     except ObjectExistsError as error:
-        raise ConflictError(f"another writer moved {name!r} at the same moment: look, and repeat", name=name) from error
+        raise ConflictError(
+            f"another writer moved {name!r} at the same moment: check where it is now, and repeat", name=name
+        ) from error
     return ref
 
 
 def _require_name(name: str) -> None:
     if name in (TIP, NOTHING) or (name.isascii() and name.isdigit()):
-        raise InputError(f"{name!r} cannot name a version: it is read as something else. Choose a word", name=name)
+        raise InputError(f"{name!r} cannot be a ref: numbers, 'tip' and 'nothing' are reserved", name=name)
 
 
 def newest_move(chain: Chain, name: str, after: int = -1) -> Ref | None:
-    """The newest move of the name after its move number `after`; None when there is none. One listing, one object."""
+    """Returns the newest move of the name after move number `after`; None without one. One listing and one get."""
     prefix = keys.ref(name, 0).rpartition("/")[0] + "/"
     start_after = keys.ref(name, after) if after >= 0 else ""
     found = [info.key for info in chain.store.list(prefix, start_after)]
@@ -77,27 +79,27 @@ def newest_move(chain: Chain, name: str, after: int = -1) -> Ref | None:
 
 
 def history_of(chain: Chain, name: str) -> list[Ref]:
-    """Every move of the name, oldest first. Empty when there is no such name."""
+    """Returns every move of the name, oldest first. Empty when there is no such name."""
     prefix = keys.ref(name, 0).rpartition("/")[0] + "/"
     return [_read(chain, info.key) for info in chain.store.list(prefix)]
 
 
 def current_refs(chain: Chain) -> dict[str, Ref]:
-    """Where every name stands now."""
+    """Returns the newest move of every ref, by name."""
     newest = {info.key.rpartition("/")[0]: info.key for info in chain.store.list(keys.REFS)}
     refs = (_read(chain, key) for key in newest.values())
     return {ref.name: ref for ref in refs}
 
 
 def _read(chain: Chain, key: str) -> Ref:
-    """CorruptError for what is no move of a name, or another one than its key says."""
+    """Reads a move of a ref. CorruptError for bytes that are no such move, or the move of another key."""
     ref = read_stored(chain, key, Ref)
     require_key(chain, key, f"{keys.REFS}{ref.name}/{keys.padded(ref.number)}.json")
     return ref
 
 
 def resolve(chain: Chain, text: str) -> int:
-    """The version that a person means by a number, `tip`, or the name of a ref."""
+    """Returns the version that a number, `tip` or the name of a ref refers to. NotFoundError for an unknown ref."""
     if _VERSION.fullmatch(text):
         return chain.manifest(int(text)).version
     if text == TIP:
@@ -109,23 +111,23 @@ def resolve(chain: Chain, text: str) -> int:
 
 
 class Horizon(Stored):
-    """One record: from then on, history keeps nothing before this version."""
+    """A record of the horizon: versions before `oldest_kept` may be collected from then on."""
 
     oldest_kept: Count
     created_at: str
 
 
 def oldest_kept(chain: Chain) -> int:
-    """The horizon. 0 when nothing was ever expired. CorruptError for an object that is no record of it."""
+    """Returns the horizon; 0 when no history was ever expired. CorruptError for an object that is no such record."""
     records = [read_stored(chain, info.key, Horizon) for info in chain.store.list(keys.HISTORY)]
     return max((record.oldest_kept for record in records), default=0)
 
 
 def move_horizon(chain: Chain, version: int) -> None:
-    """Append a record. ConflictError when another process appended one at the same moment."""
+    """Appends a record of the horizon. ConflictError when another process appended one at the same moment."""
     number = sum(1 for _ in chain.store.list(keys.HISTORY))
     record = Horizon(oldest_kept=version, created_at=utc_now())
     try:
         chain.store.put_if_absent(f"{keys.HISTORY}{keys.padded(number)}.json", record.model_dump_json().encode())
     except ObjectExistsError as error:
-        raise ConflictError("another process expired history at the same moment: look, and repeat") from error
+        raise ConflictError("another process expired history at the same moment: check, and repeat") from error

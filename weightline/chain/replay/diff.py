@@ -1,4 +1,4 @@
-"""Compares two versions a bounded group of tensors at a time: no operation needs a machine that holds the model."""
+"""Compares two versions, a bounded group of tensors at a time, so that no machine has to hold the whole model."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ GROUP_NBYTES = 1024**3
 
 
 def tensor_groups(specs: Iterable[TensorSpec], group_nbytes: int = GROUP_NBYTES) -> Iterator[frozenset[str]]:
-    """Names of consecutive tensors that together take `group_nbytes` or less; a larger tensor is a group by itself."""
+    """Yields the names of consecutive tensors that together take at most `group_nbytes`.
+
+    A larger tensor is a group by itself.
+    """
     names: list[str] = []
     nbytes = 0
     for spec in specs:
@@ -32,7 +35,7 @@ def tensor_groups(specs: Iterable[TensorSpec], group_nbytes: int = GROUP_NBYTES)
 
 @dataclass(frozen=True, slots=True)
 class TensorDiff:
-    """How much of one tensor differs."""
+    """The number of elements of one tensor that differ between two versions."""
 
     name: str
     num_changed: int
@@ -40,7 +43,10 @@ class TensorDiff:
 
 
 def diff_versions(chain: Chain, a: int, b: int, group_nbytes: int = GROUP_NBYTES) -> list[TensorDiff]:
-    """Every tensor of the two versions, with how many elements differ in bits. Equal digests are not read again."""
+    """Returns, for every tensor, how many elements of the two versions differ in bits.
+
+    Tensors with equal digests are not read. InputError when the versions hold different tensors.
+    """
     at_a, at_b = chain.manifest(a), chain.manifest(b)
     if at_a.specs != at_b.specs:
         raise InputError(f"versions {a} and {b} of {chain.url} hold different tensors", versions=(a, b))

@@ -1,4 +1,4 @@
-"""Objects of a chain to local files, with their size and sha256 checked before they are read."""
+"""Fetches objects of a chain to local files, whose size and sha256 are checked before they are read."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ _logger = logging.getLogger(__name__)
 
 
 def fetch_object(store: Store, wanted: StoredObject, path: Path) -> Path:
-    """Download to `path` (through a temporary name beside it) and check it. Safe to repeat.
+    """Downloads to `path` through a temporary name beside it, and checks the file. Safe to repeat.
 
-    DigestMismatchError when it is not what the manifest says; then nothing stands at `path`.
+    DigestMismatchError when size or sha256 differ from the manifest's; then there is no file at `path`.
     """
     partial = path.with_name(f".{path.name}.partial")
     try:
@@ -34,10 +34,10 @@ def fetch_object(store: Store, wanted: StoredObject, path: Path) -> Path:
 
 
 def download_object(store: Store, wanted: StoredObject, partial: Path) -> None:
-    """Download to `partial`, or continue what stands there, and check it. Safe to repeat.
+    """Downloads to `partial`, or continues an earlier download there, and checks the file. Safe to repeat.
 
-    DigestMismatchError when it is not what the manifest says; then nothing stands there. After any other error the next
-    call may continue.
+    DigestMismatchError when size or sha256 differ from the manifest's; then there is no file left. After any other
+    error the next call may continue.
     """
     store.get_file(wanted.key, partial)
     actual: tuple[int, str] = (partial.stat().st_size, sha256_of(partial))
@@ -54,7 +54,7 @@ def download_object(store: Store, wanted: StoredObject, partial: Path) -> None:
 
 
 class Fetcher:
-    """Fetches each object of a chain once and keeps it, checked: in a folder of its own, or in this host's cache.
+    """Fetches and checks each object of a chain once, and keeps it in a folder of its own or in this host's cache.
 
     For one thread; `prefetch` uses threads of its own.
     """
@@ -68,12 +68,12 @@ class Fetcher:
         self._threads: ThreadPoolExecutor | None = None
 
     def fetch(self, wanted: StoredObject) -> Path:
-        """The object's local file, for as long as the fetcher is open."""
+        """Returns the object's local file, which exists while the fetcher is open."""
         future = self._ahead.pop(wanted.sha256, None)
         return future.result() if future is not None else self._obtain(wanted)
 
     def prefetch(self, wanted: Iterable[StoredObject]) -> None:
-        """Start to fetch, several at a time, what will be asked for soon of a remote bucket. Errors come with fetch."""
+        """Starts to fetch objects of a remote bucket, several at a time. `fetch` raises their errors."""
         if not is_remote(self._store):
             return
         if self._threads is None:
@@ -83,7 +83,7 @@ class Fetcher:
                 self._ahead[one.sha256] = self._threads.submit(self._obtain, one)
 
     def close(self) -> None:
-        """End what is under way; what came from the cache may be evicted again."""
+        """Ends the fetches that are under way, and allows the eviction of objects from the cache."""
         if self._threads is not None:
             self._threads.shutdown(cancel_futures=True)
         for cached in self._cached.values():
@@ -107,7 +107,7 @@ class Fetcher:
                 wanted.sha256, wanted.nbytes, lambda path: download_object(self._store, wanted, path)
             )
         except OSError as error:
-            _logger.warning("the cache %s is no help, fetching past it: %s", self._cache.folder, error)
+            _logger.warning("the cache %s cannot be used, fetching without it: %s", self._cache.folder, error)
             return None
         if cached is None:
             return None
@@ -119,7 +119,7 @@ class Fetcher:
 def fetching(store: Store, cache: ObjectCache | None = None, *, is_cached: bool = True) -> Iterator[Fetcher]:
     """Opens a fetcher for one operation and removes its folder at the end.
 
-    Objects of remote buckets go through this host's cache, unless `is_cached` is false: then every object is read from
+    Objects of remote buckets are kept in this host's cache, unless `is_cached` is false: then every object is read from
     the bucket.
     """
     if cache is None and is_cached and is_remote(store):

@@ -1,7 +1,7 @@
-"""Plans the cheapest way from the version that a reader has to the one that it wants.
+"""Plans the cheapest path from the version that a reader has to the one that it wants.
 
 `plan_replay` is pure. `Ways` lists the hops that a bucket offers: each version's own payloads, shortcuts, and deltas
-walked backwards.
+that are applied backwards.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from weightline.format import keys
 from weightline.format.manifest import Manifest, PayloadRef
 from weightline.format.shortcut import Shortcut
 
-#: Codings whose positions can be decoded without the base, so that a delta can be walked backwards.
+#: Codings whose positions can be decoded without the base, so that a delta can be applied backwards.
 REVERSIBLE_CODINGS = frozenset({"gap"})
 
 
 @dataclass(frozen=True, slots=True)
 class Hop:
-    """One move between states. `base_version` is None where the payloads hold the full state."""
+    """One step between two versions. `base_version` is None when the payloads hold the full state."""
 
     base_version: int | None
     version: int
     payloads: tuple[PayloadRef, ...]
     num_changed: int = 0
     is_backward: bool = False
-    """Walked from `version` to `base_version`: only a coding that is blind to the base allows it."""
+    """True for a step from `version` to `base_version`, which only `REVERSIBLE_CODINGS` allow."""
     is_shortcut: bool = False
 
     @property
@@ -40,18 +40,18 @@ class Hop:
 
     @property
     def start(self) -> int | None:
-        """Where the reader stands before the hop; None: anywhere."""
+        """Returns the version that the reader must have before the hop; None for a full state."""
         return self.version if self.is_backward else self.base_version
 
     @property
     def target(self) -> int | None:
-        """Where the reader stands after the hop."""
+        """Returns the version that the reader has after the hop."""
         return self.base_version if self.is_backward else self.version
 
 
 @dataclass(frozen=True, slots=True)
 class ReplayPlan:
-    """Hops in order. Empty when the reader is there already."""
+    """The hops from `have` to `want`, in order. Empty when the reader has the wanted version already."""
 
     have: int | None
     want: int
@@ -70,10 +70,11 @@ WaysInto = Callable[[int], Iterable[Hop]]
 
 
 def plan_replay(ways_into: WaysInto, have: int | None, want: int) -> ReplayPlan:
-    """The cheapest way (bytes, then hops) from `have` (None: nothing) to `want`. VersionNotFoundError: there is none.
+    """Returns the cheapest path (by bytes, then hops) from `have` (None: nothing) to `want`.
 
-    Dijkstra from the wanted version backwards, so that only manifests near the way are read. `ways_into(version)` gives
-    the hops whose target is that version, and raises VersionNotFoundError for one that is not in the chain.
+    VersionNotFoundError when there is no path. This is Dijkstra's algorithm from the wanted version backwards, so that
+    only manifests near the path are read. `ways_into(version)` yields the hops whose target is that version, and raises
+    VersionNotFoundError for one that is not in the chain.
     """
     queue: list[tuple[int, int, int, int]] = [(0, 0, 0, want)]
     best: dict[int, tuple[int, int]] = {want: (0, 0)}
@@ -101,7 +102,7 @@ def plan_replay(ways_into: WaysInto, have: int | None, want: int) -> ReplayPlan:
         assert have is not None
         return ReplayPlan(have, want, tuple(_follow(next_hop, have, want)))
     if entry is None:
-        raise VersionNotFoundError(f"no way leads to version {want}: its anchor is gone", version=want)
+        raise VersionNotFoundError(f"version {want} cannot be replayed: its anchor is gone", version=want)
     first = entry[1]
     return ReplayPlan(have, want, (first, *_follow(next_hop, first.version, want)))
 
@@ -116,15 +117,15 @@ def _follow(next_hop: dict[int, Hop], start: int, want: int) -> Iterable[Hop]:
 
 
 class Ways:
-    """What leads into each version. Shortcuts are listed once, when made; manifests are read when asked for."""
+    """Lists the hops into a version. Shortcuts are listed once, when this is made; manifests are read on demand."""
 
     def __init__(self, chain: Chain, *, backward_below: int | None = None) -> None:
-        """backward_below: also offer deltas walked backwards, into versions below this one."""
+        """Lists the shortcuts. `backward_below`: also offer deltas applied backwards, into versions below this one."""
         self._chain = chain
         self._horizon = oldest_kept(chain)
         self._backward_below = backward_below
         self.refused: dict[str, SignatureError] = {}
-        """Shortcuts that were passed over since no trusted key signed them."""
+        """Shortcuts that were skipped because no trusted key signed them, with the error, by key."""
         self._shortcut_keys: dict[int, list[str]] = defaultdict(list)
         for info in chain.store.list(keys.SHORTCUTS):
             if ends := keys.ends_of_shortcut(info.key):
@@ -144,7 +145,7 @@ class Ways:
                 yield Hop(version, above.version, above.payloads, above.num_changed, is_backward=True)
 
     def shortcuts_into(self, version: int) -> Iterator[Shortcut]:
-        """The version's shortcuts, without those that vanished meanwhile, or that no trusted key signed."""
+        """Yields the version's shortcuts, except those that are gone by now or that no trusted key signed."""
         for key in self._shortcut_keys.get(version, ()):
             try:
                 shortcut = Shortcut.from_bytes(self._chain.get_trusted(key))
@@ -158,11 +159,14 @@ class Ways:
             yield shortcut
 
     def _is_gone(self, version: int) -> bool:
-        """Behind the horizon, ask the bucket and not the cache: gc may have been there. Payloads go after manifests."""
+        """Returns whether a version was collected. gc deletes manifests before payloads, so the manifest decides.
+
+        Behind the horizon the bucket is read and not the cache of manifests, since gc may have run.
+        """
         return version < self._horizon and self._chain.store.head(keys.commit(version)) is None
 
     def _base_stands(self, shortcut: Shortcut) -> bool:
-        """A base that is expired or replaced makes the shortcut useless, never wrong."""
+        """Returns whether the shortcut's base is still in the chain. Without it the shortcut cannot be used."""
         if shortcut.base_version is None:
             return True
         if self._is_gone(shortcut.base_version):
@@ -171,19 +175,19 @@ class Ways:
 
 
 def hop_of(manifest: Manifest) -> Hop:
-    """The version's own payloads as a hop."""
+    """Returns the version's own payloads as a hop."""
     return Hop(manifest.base_version, manifest.version, manifest.payloads, manifest.num_changed)
 
 
 def hop_of_shortcut(shortcut: Shortcut) -> Hop:
-    """The shortcut as a hop."""
+    """Returns the shortcut as a hop."""
     return Hop(
         shortcut.base_version, shortcut.version, shortcut.payloads, shortcut.num_changed, is_shortcut=True
     )  # fmt: skip
 
 
 def plan_between(chain: Chain, have: int | None, want: int) -> ReplayPlan:
-    """The cheapest way through the bucket as it stands. Reads manifests near the way, and no payload."""
+    """Returns the cheapest path in the bucket's present state. Reads manifests near the path, and no payload."""
     chain.manifest(want)
     ways = Ways(chain, backward_below=have if have is not None and have > want else None)
     return plan_replay(ways, have, want)

@@ -1,4 +1,4 @@
-"""States of the weights that are moved along a chain and checked at every version: the one replay engine.
+"""The replay engine: moves states of the weights along a chain, and checks their digests at every version.
 
 Legend: N elements of a tensor, K changed ones. Bits are flat (row-major) unsigned integers.
 """
@@ -25,15 +25,15 @@ from weightline.format.payload import Payload, open_payload
 from weightline.types import BitsArray, Changes, Segment, TensorSpec
 
 Select = Callable[[str], bool]
-#: The flat bits of a tensor by name. May be a view of the memory of an engine: read them, never write to them.
+#: Returns the flat bits of a tensor by name. They may be a view of an engine's memory, so they must not be written to.
 ReadBits = Callable[[str], BitsArray]
 
 
 @dataclass(slots=True)
 class ReplayState(ABC):
-    """A state that deltas move along a chain. `digests` follow every change, so any version on the way can be checked.
+    """A state that deltas move along a chain. `digests` are updated with every change, so every hop can be checked.
 
-    On an error a state may be torn: some changes of a version applied, others not. Throw it away then.
+    After an error a state may be torn: some changes of a version are applied, others are not. Discard it then.
     """
 
     version: int | None = None
@@ -42,17 +42,18 @@ class ReplayState(ABC):
 
     @abstractmethod
     def segment_bits(self, segment: Segment) -> BitsArray:
-        """The segment's elements as they are in this state."""
+        """Returns the segment's elements in this state."""
 
     @abstractmethod
     def apply(self, parts: Iterable[Changes]) -> None:
-        """Take the changes of one version, all ranks' together: of disjoint segments, all from the state before it.
+        """Applies the changes of one version, of all ranks together. Not safe to repeat.
 
-        `parts` may be decoded on the way, from what `segment_bits` gives. Not safe to repeat.
+        Their segments are disjoint, and all of them refer to the state before this call. `parts` may be a generator
+        that decodes them from the result of `segment_bits`.
         """
 
     def check(self, manifest: Manifest, select: Select | None = None) -> None:
-        """DigestMismatchError unless this is the manifest's state, as far as `select` goes."""
+        """Raises DigestMismatchError unless the tensors of `select` (None: all) have the manifest's digests."""
         check_digests(self.digests, manifest, select)
 
     def _follow(self, changes: Changes) -> None:
@@ -67,7 +68,7 @@ class HostState(ReplayState):
     bits: dict[str, BitsArray] = field(default_factory=dict)
 
     def segment_bits(self, segment: Segment) -> BitsArray:
-        """A writable view of the segment's elements."""
+        """Returns a writable view of the segment's elements."""
         return self.bits[segment.tensor.name][segment.start : segment.stop]
 
     def apply(self, parts: Iterable[Changes]) -> None:
@@ -76,14 +77,14 @@ class HostState(ReplayState):
             self._follow(changes)
 
     def allocate(self, specs: Iterable[TensorSpec]) -> None:
-        """Zeros for these tensors and no others: what an anchor fills. InputError when this host has no room."""
+        """Replaces the state by zeros for these tensors, which an anchor fills. InputError without enough memory."""
         self.version = None
         self.specs = {spec.name: spec for spec in specs}
         self.bits = {name: _zeros(spec) for name, spec in self.specs.items()}
         self.digests = dict.fromkeys(self.specs, 0)
 
     def place(self, segment: Segment, bits_N: BitsArray) -> None:
-        """Fill one part of a tensor that holds zeros there."""
+        """Fills one part of a tensor that holds zeros there."""
         self.segment_bits(segment)[:] = bits_N
         name = segment.tensor.name
         self.digests[name] = add_digests(self.digests[name], tensor_digest(segment, bits_N))
@@ -91,9 +92,9 @@ class HostState(ReplayState):
 
 @dataclass(slots=True)
 class OverlaidState(ReplayState):
-    """The state of weights that something else holds, such as an engine that goes on serving, after pending changes.
+    """A state kept as changes on top of weights that another owner holds, such as an engine that is serving them.
 
-    `changes` lead from the held state to this one, by tensor. The base bits of a later version's delta are the held
+    `changes` lead from the held weights to this state, by tensor. The base bits of a later version's delta are the held
     bits with the earlier changes laid over them, so there is no second copy of the model. Memory: the changes, and a
     copy of one segment at a time.
     """
@@ -105,7 +106,7 @@ class OverlaidState(ReplayState):
     changes: dict[str, Changes] = field(default_factory=dict)
 
     def segment_bits(self, segment: Segment) -> BitsArray:
-        """The segment's elements: read them, never write to them."""
+        """Returns the segment's elements. They must not be written to."""
         name = segment.tensor.name
         bits_N = self.read_bits(name)[segment.start : segment.stop]
         pending = self.changes.get(name)
@@ -128,7 +129,10 @@ class OverlaidState(ReplayState):
 
 
 def check_digests(digests: Mapping[str, int], manifest: Manifest, select: Select | None = None) -> None:
-    """DigestMismatchError unless `digests` are those of the manifest's (selected) tensors; it names the first other."""
+    """Raises DigestMismatchError, with the first tensor that differs, unless `digests` are the manifest's.
+
+    `select` limits the comparison to some tensors; None means all.
+    """
     for name in filter(select, manifest.tensors):
         expected = manifest.tensors[name].digest
         actual = format_digest(digests[name]) if name in digests else "missing"
@@ -140,9 +144,9 @@ def check_digests(digests: Mapping[str, int], manifest: Manifest, select: Select
 
 
 def read_state(chain: Chain, version: int, select: Select | None = None, fetcher: Fetcher | None = None) -> HostState:
-    """Materialize a version (or the tensors that `select` names) by the cheapest way. Safe to repeat.
+    """Reads a version, or the tensors that `select` names, by the cheapest path. Safe to repeat.
 
-    Give a `fetcher` to read several groups of tensors without fetching payloads again.
+    Pass a `fetcher` to read several groups of tensors without fetching payloads again.
     """
     state = HostState()
     advance_state(chain, state, version, select, fetcher)
@@ -152,23 +156,23 @@ def read_state(chain: Chain, version: int, select: Select | None = None, fetcher
 def advance_state(
     chain: Chain, state: ReplayState, version: int, select: Select | None = None, fetcher: Fetcher | None = None
 ) -> None:
-    """Move the state to `version` by the cheapest way. On any error the state is torn: throw it away."""
+    """Moves the state to `version` by the cheapest path. After an error the state is torn: discard it."""
     plan = plan_between(chain, state.version, version)
     with nullcontext(fetcher) if fetcher else fetching(chain.store) as source:
         walk(chain, state, plan, source, select)
 
 
 def walk(chain: Chain, state: ReplayState, plan: ReplayPlan, fetcher: Fetcher, select: Select | None = None) -> None:
-    """Move the state along a plan and check digests after every hop. On any error the state is torn: throw it away."""
+    """Moves the state along a plan and checks digests after every hop. After an error the state is torn: discard it."""
     fetcher.prefetch(ref for hop in plan.hops for ref in hop.payloads)
     for hop in plan.hops:
         apply_hop(chain, state, hop, fetcher, select)
 
 
 def apply_hop(chain: Chain, state: ReplayState, hop: Hop, fetcher: Fetcher, select: Select | None = None) -> None:
-    """Move the state along one hop and check it. Only a HostState can take an anchor.
+    """Moves the state along one hop and checks it. Only a HostState can take an anchor.
 
-    On any error the state is torn: throw it away.
+    After an error the state is torn: discard it.
     """
     assert hop.target is not None
     manifest = chain.manifest(hop.target)
@@ -184,7 +188,10 @@ def apply_hop(chain: Chain, state: ReplayState, hop: Hop, fetcher: Fetcher, sele
 
 
 def _place_anchor(state: HostState, specs: Mapping[str, TensorSpec], payloads: Sequence[Payload]) -> None:
-    """Make room for these tensors and fill it. All payloads are opened before: a manifest alone can claim any size."""
+    """Allocates these tensors and fills them.
+
+    All payloads are opened before the allocation, since a manifest alone can claim any size.
+    """
     _require_cover(specs, payloads)
     state.allocate(specs.values())
     for payload in payloads:
@@ -195,7 +202,7 @@ def _place_anchor(state: HostState, specs: Mapping[str, TensorSpec], payloads: S
 def _hop_changes(
     state: ReplayState, hop: Hop, specs: Mapping[str, TensorSpec], payloads: Iterable[Payload]
 ) -> Iterator[Changes]:
-    """The changes of the state's tensors, in the hop's direction."""
+    """Yields the changes of the state's tensors, in the hop's direction."""
     for payload in payloads:
         _require_known_tensors(payload, state, specs)
         for changes in payload.read_changes(lambda s: s.tensor.name in state.specs, state.segment_bits):
@@ -212,11 +219,11 @@ def _require_known_tensors(payload: Payload, state: ReplayState, specs: Mapping[
 
 
 def _require_cover(specs: Mapping[str, TensorSpec], payloads: Iterable[Payload]) -> None:
-    """PayloadError unless the segments of these anchors hold each element of the tensors exactly once."""
+    """Raises PayloadError unless the segments of these anchors hold each element of the tensors exactly once."""
     held: dict[str, list[Segment]] = {name: [] for name in specs}
     for payload in payloads:
         if payload.kind != "anchor":
-            raise PayloadError(f"{payload.path.name}, a {payload.kind}, stands where an anchor must", rule="kind")
+            raise PayloadError(f"{payload.path.name} is a {payload.kind}, and must be an anchor", rule="kind")
         for segment in payload.segments:
             if specs.get(segment.tensor.name) == segment.tensor and segment.length:
                 held[segment.tensor.name].append(segment)

@@ -1,1 +1,1 @@
-"""Keeps a chain in shape: compact, expire, collect garbage, verify."""
+"""Maintains a chain: compacts it, expires history, collects garbage, verifies it."""

@@ -1,8 +1,8 @@
-"""Compaction: shortcuts and anchors that make catching up cheap. Pure planning first, then the writing.
+"""Compaction: writes shortcuts and anchors that make catching up cheap. Plans with pure functions, then writes.
 
-A reader at version a < tip should get to the tip by at most `SLACK` times the bytes of the one direct delta, and by at
-most about 2 log2(distance) hops. Walking back from the tip, a direct shortcut a -> tip is added exactly where the best
-way so far breaks one of the two, so both bounds hold by construction. The writing works through the model a bounded
+A reader at version a < tip should reach the tip with at most `SLACK` times the bytes of the direct delta, and in at
+most about 2 log2(distance) hops. Going back from the tip, a direct shortcut a -> tip is added exactly where the best
+path so far breaks one of the two, so both bounds hold by construction. The writing works through the model a bounded
 group of tensors at a time and holds two states of a group.
 """
 
@@ -32,15 +32,17 @@ from weightline.format.shortcut import Shortcut
 from weightline.format.write_payload import PayloadInfo, write_anchor, write_delta
 from weightline.types import Changes, whole
 
-#: Bytes of the planned way over bytes of the direct delta. Below the promised 1.3, for direct sizes are interpolated.
+#: Bytes of the planned path over bytes of the direct delta. It is below the documented 1.3, since the sizes of direct
+#: deltas are interpolated.
 SLACK = 1.25
 
 
 @dataclass(frozen=True, slots=True)
 class AnchorPolicy:
-    """When a full state is worth its bytes: when replaying deltas to the tip costs a late joiner more time than it.
+    """Decides when an anchor is worth its bytes: when a new reader needs more time for the deltas than for an anchor.
 
-    Rates are of one reader: bytes it downloads a second, and elements it decodes a second from deltas and anchors.
+    The rates are those of one reader: bytes downloaded per second, and elements decoded per second from deltas and
+    from anchors.
     """
 
     download_nbytes_per_second: float = 250e6
@@ -48,7 +50,7 @@ class AnchorPolicy:
     anchor_elements_per_second: float = 120e6
 
     def replay_seconds(self, hops: Sequence[Hop], num_elements: int) -> float:
-        """What the hops cost a late joiner."""
+        """Returns the seconds that a new reader needs for the hops."""
         return sum(self._hop_seconds(hop, num_elements) for hop in hops)
 
     def _hop_seconds(self, hop: Hop, num_elements: int) -> float:
@@ -59,18 +61,21 @@ class AnchorPolicy:
         return hop.payload_nbytes / self.download_nbytes_per_second + decode
 
     def wants_anchor(self, hops: Sequence[Hop], num_elements: int) -> bool:
-        """Whether the deltas of a late joiner's way cost more than its anchor, which a new anchor would replace."""
+        """Returns whether a new reader's deltas take longer than its anchor, which a new anchor would replace.
+
+        `hops` are a path from nothing: an anchor, then deltas.
+        """
         anchor, deltas = hops[:1], hops[1:]
         return self.replay_seconds(deltas, num_elements) > self.replay_seconds(anchor, num_elements)
 
 
 def max_hops(distance: int) -> int:
-    """How many hops a reader that many versions behind should need at most."""
+    """Returns the bound of hops for a reader that is `distance` versions behind."""
     return 2 * math.ceil(math.log2(distance + 1)) + 1
 
 
 def sample_bases(first: int, tip: int, growth: float = 1.2) -> tuple[int, ...]:
-    """Versions at distances 1, 2, ... from the tip, spread by `growth`: where the direct delta's size is measured."""
+    """Returns the versions from which the size of the direct delta is measured: distances from the tip by `growth`."""
     distances, distance = {tip - first}, 1.0
     while distance < tip - first:
         distances.add(int(distance))
@@ -79,7 +84,7 @@ def sample_bases(first: int, tip: int, growth: float = 1.2) -> tuple[int, ...]:
 
 
 def interpolate_direct(tip: int, measured: Mapping[int, float]) -> dict[int, float]:
-    """Size of the direct delta a -> tip for every a from the measured ones, linear between neighbours."""
+    """Returns the size of the direct delta a -> tip for every a, interpolated linearly between measured neighbors."""
     known = sorted(measured)
     sizes = {a: measured[a] for a in known}
     for low, high in itertools.pairwise(known):
@@ -90,9 +95,9 @@ def interpolate_direct(tip: int, measured: Mapping[int, float]) -> dict[int, flo
 
 
 def plan_compact(tip: int, hops: Sequence[Hop], direct_nbytes: Mapping[int, float]) -> tuple[int, ...]:
-    """The bases from which a direct shortcut to the tip is to be written, newest first.
+    """Returns the bases from which a direct shortcut to the tip is to be written, newest first.
 
-    hops: every forward hop between first..tip that the bucket has. direct_nbytes: for each version below the tip.
+    `hops`: every forward hop in first..tip that the bucket has. `direct_nbytes`: for each version below the tip.
     """
     leaving: dict[int, list[Hop]] = {}
     for hop in hops:
@@ -117,7 +122,7 @@ def plan_compact(tip: int, hops: Sequence[Hop], direct_nbytes: Mapping[int, floa
 
 @dataclass(frozen=True, slots=True)
 class CompactionPlan:
-    """What a compaction would write."""
+    """The shortcuts and the anchor that a compaction writes."""
 
     tip: int
     bases: tuple[int, ...]
@@ -125,13 +130,13 @@ class CompactionPlan:
     direct_nbytes: dict[int, float]
     """Bytes of the direct delta to the tip, measured or interpolated, for every version below it."""
     writes_anchor: bool
-    """Whether the tip gets an anchor."""
+    """True when the tip gets an anchor."""
 
 
 def plan_compaction(
     chain: Chain, *, coding: str, policy: AnchorPolicy | None = None, group_nbytes: int = GROUP_NBYTES
 ) -> CompactionPlan:
-    """Look at the chain and decide. Reads payloads; writes nothing."""
+    """Plans a compaction of the chain. Reads payloads; writes nothing."""
     tip = chain.tip()
     first = oldest_kept(chain)
     manifests = chain.manifests(first)
@@ -149,7 +154,7 @@ def plan_compaction(
 def write_compaction(
     chain: Chain, plan: CompactionPlan, *, coding: str, group_nbytes: int = GROUP_NBYTES
 ) -> list[Shortcut]:
-    """Write the planned shortcuts. Safe to repeat: a shortcut that exists stands. A crash leaves orphans for gc."""
+    """Writes the planned shortcuts. Safe to repeat: an existing shortcut is kept. A crash leaves orphans for gc."""
     tip = chain.manifest(plan.tip)
     drafts = {base: Draft(tip.version) for base in plan.bases}
     anchor = Draft(tip.version)
@@ -175,7 +180,7 @@ def _put_payload(chain: Chain, draft: Draft, info: PayloadInfo, path: Path) -> N
 
 
 def _measure(chain: Chain, bases: tuple[int, ...], coding: str, group_nbytes: int) -> dict[int, float]:
-    """Bytes of the direct delta from each base to the tip."""
+    """Returns the bytes of the direct delta from each base to the tip."""
     tip = chain.tip()
     nbytes: dict[int, float] = defaultdict(float, dict.fromkeys(bases, 0.0))
     with _workspace(chain) as (fetcher, path):
@@ -189,7 +194,7 @@ def _measure(chain: Chain, bases: tuple[int, ...], coding: str, group_nbytes: in
 def _direct_deltas(
     chain: Chain, bases: Iterable[int], at_tip: HostState, coding: str, fetcher: Fetcher
 ) -> Iterator[tuple[int, list[Changes]]]:
-    """What leads from each base to the tip, of the tensors that `at_tip` holds. One state moves from base to base."""
+    """Yields the changes from each base to the tip, for the tensors of `at_tip`. One state moves from base to base."""
     state = HostState()
     for base in sorted(bases):
         ranked = coding_named(coding).ranked
@@ -199,6 +204,6 @@ def _direct_deltas(
 
 @contextmanager
 def _workspace(chain: Chain) -> Iterator[tuple[Fetcher, Path]]:
-    """A fetcher and a scratch path for the length of one operation."""
+    """Provides a fetcher and a scratch path for the length of one operation."""
     with fetching(chain.store) as fetcher, tempfile.TemporaryDirectory(prefix="weightline-") as folder:
         yield fetcher, Path(folder) / "payload.safetensors"

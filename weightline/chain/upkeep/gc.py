@@ -1,7 +1,8 @@
-"""Collecting garbage: objects that nothing kept can reach. Planned first, purely; deleted only when asked.
+"""Garbage collection: deletes objects that no kept version needs. A pure function plans; `collect` deletes.
 
-Never collected: what a kept version needs, what a ref or a live replica's lease stands for, and anything younger than
-the grace period, since a commit under way has payloads that no manifest names yet. Ages are by the store's clock.
+Never collected: objects that a kept version needs, versions that a ref or a live replica's lease names, and any object
+younger than the grace period, since a commit under way has payloads that no manifest names yet. Ages are by the store's
+clock.
 """
 
 from __future__ import annotations
@@ -20,18 +21,18 @@ from weightline.format.shortcut import Shortcut
 from weightline.store import ObjectInfo
 
 DEFAULT_GRACE = timedelta(hours=24)
-#: Some stores tell whole seconds in one reply and fractions in another.
+#: Some stores report whole seconds in one reply and fractions in another.
 _CLOCK_GRAIN = timedelta(seconds=1)
 _COLLECTED = (
     keys.PAYLOADS, keys.ASSETS, keys.SHORTCUTS, keys.COMMITS, keys.SIGNATURES, keys.PROBES, keys.LEASES,
 )  # fmt: skip
-#: What stands here says which other objects are needed.
+#: Objects below these prefixes name other objects or versions that must be kept.
 _LEADING = (keys.COMMITS, keys.SHORTCUTS, keys.REFS)
 
 
 @dataclass(frozen=True, slots=True)
 class GcPlan:
-    """What would be deleted, by what it is."""
+    """The objects to delete, by their kind."""
 
     payloads: tuple[ObjectInfo, ...]
     manifests: tuple[ObjectInfo, ...]
@@ -40,13 +41,13 @@ class GcPlan:
     assets: tuple[ObjectInfo, ...]
     probes: tuple[ObjectInfo, ...]
     leases: tuple[ObjectInfo, ...]
-    """Of replicas that are gone."""
+    """Leases of replicas that are gone."""
     staged: tuple[ObjectInfo, ...]
-    """What writers that were killed left in a bucket that is a folder."""
+    """Temporary files that killed writers left in a bucket that is a local folder."""
 
     @property
     def objects(self) -> tuple[ObjectInfo, ...]:
-        """In the order of deletion: what others may refer to goes last."""
+        """Returns all objects in the order of deletion: objects that others refer to are deleted after those."""
         return (
             *self.shortcuts, *self.manifests, *self.signatures, *self.payloads, *self.assets, *self.probes,
             *self.leases, *self.staged,
@@ -59,18 +60,18 @@ class GcPlan:
 
 @dataclass(frozen=True, slots=True)
 class GcView:
-    """What the bucket holds and what is kept: all that the decision needs."""
+    """The objects of the bucket and the versions that are kept: the input of `plan_gc`."""
 
     objects: tuple[ObjectInfo, ...]
     manifests: tuple[Manifest, ...]
     shortcuts: tuple[Shortcut, ...]
     kept: Kept
     staged: tuple[ObjectInfo, ...] = ()
-    """What the store holds below its staging prefix."""
+    """The objects below the store's staging prefix."""
 
 
 def plan_gc(view: GcView, *, now: datetime, grace: timedelta = DEFAULT_GRACE) -> GcPlan:
-    """Decide what to delete. Pure."""
+    """Returns the objects to delete. Pure."""
     kept_manifests = [m for m in view.manifests if m.version in view.kept.versions]
     kept_shortcuts = [s for s in view.shortcuts if view.kept.keeps_shortcut(s)]
     needed = {ref.key for m in kept_manifests for ref in (*m.payloads, *m.assets)}
@@ -94,18 +95,18 @@ def plan_gc(view: GcView, *, now: datetime, grace: timedelta = DEFAULT_GRACE) ->
 
 
 def view_chain(chain: Chain, now: datetime | None = None) -> GcView:
-    """Read what `plan_gc` decides on; leases that have expired by `now` keep nothing.
+    """Reads the input of `plan_gc`. Leases that have expired by `now` keep nothing.
 
-    Objects are listed before manifests are read: a commit under way is safe. Signatures are not asked for: what an
-    unsigned object refers to is kept, too. VersionNotFoundError, and nothing to collect, where a ref or the horizon
-    stands for a version that nothing leads to: verify such a chain first. StorageError, likewise, while a version, a
-    shortcut or a ref is won and not yet published.
+    Objects are listed before manifests are read, so a commit under way is safe. Signatures are not checked: objects
+    that an unsigned manifest names are kept, too. VersionNotFoundError when a ref or the horizon names a version that
+    cannot be replayed: verify such a chain first. StorageError while a version, a shortcut or a ref is won and not yet
+    published. In both cases nothing is collected.
     """
     chain = Chain(chain.store)
     objects = tuple(info for prefix in _COLLECTED for info in chain.store.list(prefix))
     staging_prefix = chain.store.staging_prefix
     staged = tuple(chain.store.list(staging_prefix)) if staging_prefix else ()
-    _require_published(chain)  # before manifests are read: what was published meanwhile is among them
+    _require_published(chain)  # before manifests are read, so that those published meanwhile are among them
     manifests = chain.manifests()
     ways = Ways(chain)
     shortcuts = tuple(s for m in manifests for s in ways.shortcuts_into(m.version))
@@ -116,24 +117,27 @@ def view_chain(chain: Chain, now: datetime | None = None) -> GcView:
 
 
 def _require_published(chain: Chain) -> None:
-    """Whoever writes the key next publishes what its winner wrote, however old: that must find its objects."""
+    """Raises StorageError while a key is won and not published.
+
+    The next writer of the key publishes the winner's manifest, however old it is, and its objects must still exist.
+    """
     pending = [c.key for c in chain.store.contests() if c.kind == "unpublished" and c.key.startswith(_LEADING)]
     if pending:
         raise StorageError(
             f"{chain.url} has keys that a writer won and never published ({', '.join(pending)}): nothing can be "
-            "collected, since what they need cannot be told. `weightline verify` says of each how to finish it",
+            "collected, since the objects that they need are unknown. `weightline verify` says how to finish each",
             keys=pending, url=chain.url,
         )  # fmt: skip
 
 
 def collect(chain: Chain, plan: GcPlan) -> None:
-    """Delete what was planned. Safe to repeat; a crash leaves the rest for the next time."""
+    """Deletes the planned objects. Safe to repeat; a crash leaves the rest for the next run."""
     for info in plan.objects:
         if not _is_put_again(chain, info):
             chain.store.delete(info.key)
 
 
 def _is_put_again(chain: Chain, info: ObjectInfo) -> bool:
-    """An asset's key names its content: a commit under way may have put it since the plan was made."""
+    """Returns whether an asset was put again since the plan was made, as by a commit that is under way."""
     found = chain.store.head(info.key) if info.key.startswith(keys.ASSETS) else None
     return found is not None and found.modified_at - info.modified_at > _CLOCK_GRAIN

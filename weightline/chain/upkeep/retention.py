@@ -1,7 +1,7 @@
-"""What a bucket must keep, and how old history is dropped. SPEC "Collect".
+"""Decides which versions a bucket must keep, and expires old history. SPEC "Collect".
 
-Expiry moves a horizon and deletes nothing; gc deletes what lies behind the horizon. A version stays reachable by replay
-only if an anchor stands at or before it, so the horizon always has one.
+Expiry moves a horizon and deletes nothing; gc deletes the versions behind the horizon. A version can be replayed only
+if there is an anchor at or before it, so the horizon always has one.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ def first_of_newest(chain: Chain, num_versions: int) -> int:
 
 
 def expire_before(chain: Chain, version: int) -> int:
-    """Keep `version` and later ones; older history may be collected. Returns the horizon. Safe to repeat.
+    """Moves the horizon to `version`: older history may be collected. Returns the horizon. Safe to repeat.
 
-    Writes an anchor at `version` first when it has none. A crash in between leaves an anchor more, and nothing less.
+    Writes an anchor at `version` first when it has none. A crash in between leaves an additional anchor.
     """
     chain.manifest(version)
     horizon = oldest_kept(chain)
@@ -44,34 +44,37 @@ def expire_before(chain: Chain, version: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """Versions and shortcuts that must stay, with all that they name."""
+    """The versions and shortcuts that must stay, with all objects that they name."""
 
     versions: frozenset[int] = frozenset()
-    """From the horizon on, those that refs and leases stand for, what replaying them needs, and `bearers`."""
+    """Versions from the horizon on, those that refs and leases name, those that their replay needs, and `bearers`."""
     bearers: frozenset[int] = frozenset()
-    """Those that stay for their assets alone: what replaying them needs may be gone."""
+    """Versions that stay for their assets alone. The objects that their replay needs may be gone."""
     on_the_way: frozenset[str] = frozenset()
-    """Keys of the shortcuts that replaying them takes."""
+    """Keys of the shortcuts that the replay of kept versions uses."""
     live_leases: frozenset[str] = frozenset()
     """Keys of the leases of replicas that are alive."""
     unreachable: Mapping[int, VersionNotFoundError] = field(default_factory=dict)
-    """Versions that the horizon or a ref stands for and that nothing leads to: the chain is broken."""
+    """Versions that the horizon or a ref names and that cannot be replayed: the chain is broken."""
 
     def keeps_shortcut(self, shortcut: Shortcut) -> bool:
-        """Keeps shortcuts between two kept versions, even if no current plan uses them."""
+        """Returns whether a shortcut is kept: one between two kept versions stays, even if no current plan uses it."""
         if shortcut.key in self.on_the_way:
             return True
         return all(end in self.versions for end in (shortcut.base_version, shortcut.version) if end is not None)
 
 
 def read_kept(chain: Chain, manifests: Sequence[Manifest], refs: Iterable[Ref], now: datetime | None = None) -> Kept:
-    """Ask the bucket; leases that have expired by `now` keep nothing. `manifests`: all of the chain, oldest first."""
+    """Reads from the bucket which versions and shortcuts must stay.
+
+    `manifests`: all of the chain, oldest first. Leases that have expired by `now` keep nothing.
+    """
     horizon = oldest_kept(chain)
     kept = {m.version for m in manifests if m.version >= horizon}
     pinned = {ref.version for ref in refs} | ({horizon} if kept else set())
     leases = live_leases(chain, now)
     plans, unreachable = _plans_to(chain, pinned)
-    # A replica may come back to a version that nothing leads to any more: its lease keeps nothing then.
+    # A replica may restart at a version that cannot be replayed any more: its lease keeps nothing then.
     plans += _plans_to(chain, leased_versions(chain, leases) - pinned)[0]
     hops = [hop for plan in plans for hop in plan.hops]
     kept |= {hop.version for hop in hops}
@@ -92,7 +95,10 @@ def _plans_to(chain: Chain, versions: Iterable[int]) -> tuple[list[ReplayPlan], 
 
 
 def _bearers_of_assets(manifests: Iterable[Manifest], kept: set[int]) -> Iterable[int]:
-    """A version without assets of its own has those of the newest version before it that names any."""
+    """Yields the versions whose assets kept versions use.
+
+    A version without assets of its own has those of the newest version before it that names any.
+    """
     bearer: int | None = None
     for manifest in manifests:
         bearer = manifest.version if manifest.assets else bearer
@@ -101,6 +107,6 @@ def _bearers_of_assets(manifests: Iterable[Manifest], kept: set[int]) -> Iterabl
 
 
 def leased_versions(chain: Chain, leases: Iterable[Lease]) -> set[int]:
-    """Committed versions that live replicas stand at, or are on their way to."""
+    """Returns the committed versions that live replicas serve or move to."""
     committed = set(chain.versions())
     return {version for lease in leases for version in lease.versions if version in committed}

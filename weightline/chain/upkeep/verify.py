@@ -1,7 +1,7 @@
-"""Checks the invariants of docs/design.md that are observable from the bucket. What is wrong becomes a finding.
+"""Checks the invariants of docs/design.md that are observable from the bucket. Each violation becomes a finding.
 
-Reads only. What nothing kept needs is not looked at: gc may take it at any moment. Deep verification reads every kept
-object and replays every way into every kept version, a bounded group of tensors at a time.
+Reads only. Objects that no kept version needs are skipped, since gc may delete them at any moment. Deep verification
+reads every kept object and replays every hop into every kept version, a bounded group of tensors at a time.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ __all__ = ["Finding", "VerifyReport", "verify_chain"]
 
 @dataclass(frozen=True, slots=True)
 class VerifyReport:
-    """What was looked at and what was found."""
+    """The extent and the findings of a verification."""
 
     chain: str
     commit_mode: str
-    """What makes one of several racing writers win: docs/buckets.md."""
+    """The mechanism that makes commits exclusive: see docs/buckets.md."""
     num_versions: int
     num_shortcuts: int
     num_objects: int
@@ -47,9 +47,9 @@ class VerifyReport:
 def verify_chain(
     chain: Chain, *, is_deep: bool = True, group_nbytes: int = GROUP_NBYTES, progress: Progress | None = None
 ) -> VerifyReport:
-    """Check the chain. StorageError only when the bucket cannot be read at all; what is wrong becomes a finding.
+    """Checks the chain and returns the findings. StorageError only when the bucket cannot be read at all.
 
-    Nothing is replayed where manifests, objects or refs do not hold already.
+    Nothing is replayed when manifests, objects or refs already have findings.
     """
     findings: list[Finding] = []
     seen = _look(chain, findings)
@@ -69,7 +69,7 @@ def verify_chain(
 
 @dataclass(frozen=True, slots=True)
 class _Seen:
-    """What could be read of the chain."""
+    """The parts of the chain that could be read."""
 
     manifests: tuple[Manifest, ...] = ()
     """Oldest first."""
@@ -80,7 +80,7 @@ class _Seen:
         return [m for m in self.manifests if m.version in self.kept.versions]
 
     def objects(self) -> dict[str, StoredObject]:
-        """What kept versions and shortcuts need, by key."""
+        """Returns the objects that kept versions and shortcuts need, by key."""
         found: dict[str, StoredObject] = {}
         for manifest in self.kept_manifests():
             found |= {ref.key: ref for ref in (*manifest.payloads, *manifest.assets)}
@@ -93,11 +93,14 @@ class _Seen:
 
 
 def _look(chain: Chain, findings: list[Finding]) -> _Seen:
-    """Read what the chain says of itself. What points to versions is read first: a writer may add some meanwhile."""
+    """Reads refs, records, manifests and shortcuts.
+
+    Refs and records are read before manifests, since a writer may add versions meanwhile.
+    """
     with noting(findings, "horizon", keys.HISTORY):
         oldest_kept(chain)
     if findings:
-        return _Seen()  # everything else rests on it
+        return _Seen()  # all other checks depend on the horizon
     refs = _refs(chain, findings)
     recorded = list(_recorded_versions(chain, findings))
     manifests = tuple(_parsed_manifests(chain, findings))
@@ -110,7 +113,7 @@ def _look(chain: Chain, findings: list[Finding]) -> _Seen:
 def _kept(chain: Chain, manifests: Sequence[Manifest], refs: Sequence[Ref], findings: list[Finding]) -> Kept:
     kept = Kept(frozenset(m.version for m in manifests if m.version >= oldest_kept(chain)))
     if findings:
-        return kept  # what leads where cannot be told of a chain that cannot be read
+        return kept  # replay cannot be planned for a chain that cannot be read
     with noting(findings, "kept", chain.url):
         kept = read_kept(chain, manifests, refs)
     findings += (Finding("unreachable", f"version {v}", str(error)) for v, error in kept.unreachable.items())
@@ -136,7 +139,7 @@ def _parsed_manifests(chain: Chain, findings: list[Finding]) -> Iterator[Manifes
         if version is None:
             findings.append(Finding("commit-key", info.key, "is not the key of a version"))
             continue
-        # One behind the horizon may go meanwhile; a kept one would be missed below.
+        # A version behind the horizon may be collected meanwhile. A missing kept version is a finding further below.
         with noting(findings, "manifest", info.key), suppress(VersionNotFoundError):
             yield chain.manifest(version)
 
@@ -151,7 +154,7 @@ def _parsed_shortcuts(chain: Chain, manifests: Sequence[Manifest], findings: lis
                 if shortcut.commit_id == manifest.commit_id and base_id in (None, shortcut.base_commit_id):
                     yield shortcut
                 else:
-                    message = "leads from or to a commit that the chain has not: readers ignore it"
+                    message = "starts or ends at a commit that is not in the chain: readers ignore it"
                     findings.append(Finding("shortcut-commit", shortcut.key, message))
     findings += (Finding("signature", key, str(error)) for key, error in ways.refused.items())
 
@@ -169,7 +172,7 @@ def _history_findings(chain: Chain, manifests: Sequence[Manifest]) -> Iterator[F
             )
     for commit_id, count in Counter(m.commit_id for m in manifests).items():
         if count > 1:
-            yield Finding("commit-id", commit_id, f"stands in {count} manifests")
+            yield Finding("commit-id", commit_id, f"is in {count} manifests")
     bases = [m.base_model for m in manifests if m.base_model is not None]
     for manifest in manifests:
         if bases and manifest.base_model not in (None, bases[0]):
@@ -197,7 +200,7 @@ def _pointer_findings(
     commit_ids = {m.version: m.commit_id for m in manifests}
     for ref in refs:
         if commit_ids.get(ref.version) != ref.commit_id:
-            yield Finding("ref", ref.name, f"stands for version {ref.version}, commit {ref.commit_id}: not there")
+            yield Finding("ref", ref.name, f"names version {ref.version}, commit {ref.commit_id}, which is missing")
     for kind, version in recorded:
         if manifests and version > manifests[-1].version:
-            yield Finding("record", f"{kind}/{version}", "speaks of a version that does not exist")
+            yield Finding("record", f"{kind}/{version}", "names a version that does not exist")

@@ -1,6 +1,6 @@
-"""The deep half of verify: reads every kept byte, past every cache, and replays every way into every kept version.
+"""Deep verification: reads every kept byte without caches, and replays every hop into every kept version.
 
-Works through a bounded group of tensors at a time. What is fetched lies in a temporary folder until the end.
+Works through a bounded group of tensors at a time. Fetched objects stay in a temporary folder until the end.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing that does not hold."""
+    """A violation of a rule."""
 
     rule: str
     subject: str
@@ -40,7 +40,7 @@ class Finding:
 
 @contextmanager
 def noting(findings: list[Finding], rule: str, subject: str) -> Iterator[None]:
-    """What the block meets in the bucket becomes a finding, and the block ends there. A bucket that is away raises."""
+    """Turns an error of the block into a finding. TransientStorageError is raised, since the bucket is unavailable."""
     try:
         yield
     except TransientStorageError:
@@ -52,7 +52,7 @@ def noting(findings: list[Finding], rule: str, subject: str) -> Iterator[None]:
 
 
 def asset_findings(chain: Chain, manifests: Sequence[Manifest]) -> Iterator[Finding]:
-    """Assets whose bytes are not those that a manifest names."""
+    """Yields a finding for each asset that is missing or whose bytes differ from the manifest's sha256."""
     findings: list[Finding] = []
     with fetching(chain.store, is_cached=False) as fetcher:
         for asset in {asset.key: asset for manifest in manifests for asset in manifest.assets}.values():
@@ -69,7 +69,10 @@ def replay_findings(
     group_nbytes: int,
     progress: Progress | None,
 ) -> Iterator[Finding]:
-    """Ways into these versions, oldest first, that do not give the state, or are not what their manifests say."""
+    """Yields a finding for each hop into these versions that gives another state, or contradicts its manifest.
+
+    `manifests` come oldest first.
+    """
     groups = list(tensor_groups(manifests[-1].specs.values(), group_nbytes))
     findings: dict[str, Finding] = {}
     with fetching(chain.store, is_cached=False) as fetcher:
@@ -90,7 +93,7 @@ def replay_findings(
 
 @dataclass(slots=True)
 class _Walk:
-    """A group of tensors on its way through the kept versions, oldest first."""
+    """Replays a group of tensors through the kept versions, oldest first."""
 
     chain: Chain
     fetcher: Fetcher
@@ -100,12 +103,12 @@ class _Walk:
     _unreached: set[int] = field(default_factory=set)
 
     def into(self, manifest: Manifest, shortcuts: Sequence[Shortcut]) -> None:
-        """Try the version's shortcuts on states of their own, then go there by its own payloads."""
+        """Replays the version's shortcuts on states of their own, then moves to the version by its own payloads."""
         for shortcut in shortcuts:
             with noting(self.findings, "replay", _subject(shortcut)):
                 self._try(hop_of_shortcut(shortcut))
         if manifest.base_version in self._unreached:
-            self._unreached.add(manifest.version)  # what was found of its base says why
+            self._unreached.add(manifest.version)  # the finding of its base is the cause
             return
         with noting(self.findings, "replay", _subject(manifest)):
             self._move(manifest)
@@ -119,7 +122,10 @@ class _Walk:
         apply_hop(self.chain, state, hop, self.fetcher, self._selects)
 
     def _move(self, manifest: Manifest) -> None:
-        """By the cheapest way from nothing where the base is not kept. An error leaves a state of no version."""
+        """Moves the state to the version, by the cheapest path from nothing when the base is not kept.
+
+        After an error the state has no version.
+        """
         own, state = hop_of(manifest), self._state
         self._state = HostState()
         if own.base_version is None or own.base_version == state.version:
@@ -134,7 +140,7 @@ class _Walk:
 
 
 def _fact_findings(way: Manifest | Shortcut, fetcher: Fetcher) -> Iterator[Finding]:
-    """A reader plans by kind, coding and counts before it opens a payload: they must be the payloads' own."""
+    """Yields a finding when a manifest's kind, coding or count differs from its payloads'. Readers plan by them."""
     findings: list[Finding] = []
     with noting(findings, "payload", _subject(way)):
         payloads = [open_payload(fetcher.fetch(ref)) for ref in way.payloads]

@@ -1,7 +1,7 @@
-"""Commits a version: the one create-only put that makes it exist, after its signature. SPEC "Commit", "Signatures".
+"""Commits a version by one create-only put of its manifest, after its signature. SPEC "Commit", "Signatures".
 
-A signature is an object of its own, written before the object that it signs, so the commit stays one create-only put
-and a reader that asks for no signatures never reads one.
+A signature is an object of its own, written before the object that it signs. So the commit stays one create-only put,
+and a reader without trusted keys reads no signatures.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ from weightline.store import Store
 
 
 def new_commit_id() -> str:
-    """Returns 128 random bits as hex, which tell this attempt to commit from every other."""
+    """Returns 128 random bits as hex, which identify this attempt to commit."""
     return secrets.token_hex(16)
 
 
 def commit_manifest(chain: Chain, manifest: Manifest) -> None:
-    """Commit the version by a create-only put; its payloads must be up already.
+    """Commits the version by a create-only put. Its payloads must be uploaded already.
 
-    Safe to repeat with the same manifest: an earlier attempt whose reply was lost is recognised by its commit_id.
-    Signed first, where this process has a key to sign with.
-    CommitConflictError names the winner when another writer holds the version. A crash before the put leaves orphaned
-    payloads, which gc removes; a crash after it leaves a committed version.
+    The manifest is signed first if this process has a signing key. Safe to repeat with the same manifest: an earlier
+    attempt whose reply was lost is recognized by its commit_id. CommitConflictError names the winner when another
+    writer committed the version. A crash before the put leaves orphaned payloads, which gc removes; a crash after it
+    leaves a committed version.
     """
     if manifest.version > 0:
         _require_base(chain, manifest)
@@ -46,9 +46,9 @@ def commit_manifest(chain: Chain, manifest: Manifest) -> None:
         winner = chain.manifest(manifest.version)
         if winner.commit_id != manifest.commit_id:
             is_same_run = winner.run_id == manifest.run_id
-            who = "an earlier attempt of this run, or another writer" if is_same_run else "another writer"
+            writer = "an earlier attempt of this run, or another writer" if is_same_run else "another writer"
             raise CommitConflictError(
-                f"version {manifest.version} of {chain.url} was committed by {who} (run {winner.run_id!r}, "
+                f"version {manifest.version} of {chain.url} was committed by {writer} (run {winner.run_id!r}, "
                 f"commit {winner.commit_id}): start again from that version, or commit to a chain of your own",
                 version=manifest.version,
                 commit_id=manifest.commit_id,
@@ -58,7 +58,7 @@ def commit_manifest(chain: Chain, manifest: Manifest) -> None:
 
 
 def put_shortcut(chain: Chain, shortcut: Shortcut) -> Shortcut:
-    """Put a shortcut whose payloads are up, and return the one that stands: this one, or an earlier writer's."""
+    """Puts a shortcut whose payloads are uploaded. Returns the stored one: this one, or an earlier writer's."""
     try:
         put_signed(chain.store, shortcut.key, shortcut.to_bytes())
     except ObjectExistsError:
@@ -67,7 +67,7 @@ def put_shortcut(chain: Chain, shortcut: Shortcut) -> Shortcut:
 
 
 def _require_base(chain: Chain, manifest: Manifest) -> None:
-    """Versions are contiguous: refuse one whose predecessor does not exist."""
+    """Raises InputError for a version whose predecessor does not exist, since versions are contiguous."""
     if chain.store.head(keys.commit(manifest.version - 1)) is None:
         raise InputError(
             f"version {manifest.version} cannot be committed: {chain.url} has no version {manifest.version - 1}",
@@ -76,7 +76,7 @@ def _require_base(chain: Chain, manifest: Manifest) -> None:
 
 
 def _hint_tip(chain: Chain, version: int) -> None:
-    """Shorten the next reader's listing. Losing the hint loses nothing, so a failing store is not an error here."""
+    """Writes the hint that shortens the next reader's listing. Best effort: readers work without the hint."""
     try:
         chain.store.put(keys.TIP_HINT, json.dumps({"version": version}).encode())
     except StorageError:
@@ -84,14 +84,15 @@ def _hint_tip(chain: Chain, version: int) -> None:
 
 
 def check_signing_key() -> None:
-    """InputError, before any work, when this process is to sign and cannot. Safe to repeat."""
+    """Raises InputError, before any work, when the signing key of this process cannot be used. Safe to repeat."""
     signer_from_environment()
 
 
 def put_signed(store: Store, key: str, body: bytes) -> None:
-    """`put_if_absent`, and before it the signature of this process's key, if it has one.
+    """Writes the signature of an object if this process has a signing key, then puts the object create-only.
 
-    Safe to repeat with the same bytes. A crash between the two leaves a signature of nothing, which gc collects.
+    Safe to repeat with the same bytes. A crash between the two leaves a signature without its object, which gc
+    collects.
     """
     signer = signer_from_environment()
     if signer is not None:
@@ -100,22 +101,23 @@ def put_signed(store: Store, key: str, body: bytes) -> None:
 
 
 def sign_existing(store: Store, signer: Signer) -> int:
-    """Vouch for every manifest and shortcut that the bucket holds now: what makes an unsigned chain a signed one.
+    """Signs every manifest and shortcut in the bucket, which turns an unsigned chain into a signed one.
 
-    Returns how many signatures were added. Safe to repeat; a crash leaves some objects unsigned. It says nothing of
-    whether they are right: verify the chain first.
+    Returns the number of added signatures. Safe to repeat; a crash leaves some objects unsigned. It does not check the
+    objects: verify the chain first.
     """
     found = [info.key for prefix in (keys.COMMITS, keys.SHORTCUTS) for info in store.list(prefix)]
     return sum(_put_signature(store, signer, key, store.get(key)) for key in found)
 
 
 def _put_signature(store: Store, signer: Signer, key: str, body: bytes) -> bool:
-    """False when it was there: the same key over the same bytes is the same signature. Durable when it returns."""
+    """Writes the signature unless it exists; returns whether it was written. Durable when this returns."""
     signature = signer.sign(key, body)
     if store.head(signature.key) is not None:
         return False
-    # Not create-only, which may be slow: the key names what is signed and by whom, and ed25519 signs that one way, so
-    # writers that race write the same bytes. As a file: `put` is for hints, and need not have settled when it returns.
+    # The put is not create-only, which may be slow: the key names the signed bytes and the signing key, and Ed25519 is
+    # deterministic, so racing writers write the same bytes. `put` is for hints and need not be durable when it returns,
+    # so the signature is uploaded as a file.
     with tempfile.TemporaryDirectory(prefix="weightline-") as folder:
         path = Path(folder) / "signature.json"
         path.write_bytes(signature.to_bytes())

@@ -1,7 +1,7 @@
-"""Drafts: a version or shortcut from its first payload to the manifest that names them. The same for every writer.
+"""Drafts: collect the payloads of a version or shortcut, and build its manifest. All writers use them.
 
-A writer encodes payloads, uploads each under the key that the draft gives it, adds it to the draft, and at the end
-takes the manifest or the shortcut from the draft. Ranks of a trainer upload their own payloads; rank 0 has the draft.
+A writer encodes payloads, uploads each under the key that the draft assigns, adds it to the draft, and finally builds
+the manifest or the shortcut from the draft. Ranks of a trainer upload their own payloads; rank 0 has the draft.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ from weightline.store import Store
 from weightline.store.open import is_remote
 from weightline.types import TensorSpec
 
-#: Files that wait on disk or are under way, besides the one being written.
+#: Files that wait on disk or are being uploaded, besides the one that is being written.
 _NUM_AHEAD = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Authorship:
-    """What its writer knows of a version before anything of it is written."""
+    """The facts of a version that its writer has before any payload is written."""
 
     stage: str
     run_id: str
     global_step: int
     kind: Literal["anchor", "delta", "revert"]
     coding: str
-    """Of deltas; an anchor has its own."""
+    """The coding of deltas. An anchor always has ANCHOR_CODING."""
     reverts_to: int | None = None
     forked_from: Origin | None = None
     base_model: AdapterBase | None = None
@@ -49,29 +49,30 @@ class Authorship:
 
 @dataclass(slots=True)
 class Draft:
-    """Payloads of one attempt to write a version, or a shortcut to it. Orphans for gc until something names them."""
+    """The payloads of one attempt to write a version or a shortcut. Until a manifest names them they are orphans."""
 
     version: int
     attempt_id: str = field(default_factory=new_commit_id)
-    """In the keys of the payloads: no two attempts share one. Of a version, its commit_id."""
+    """Part of the payloads' keys, so that no two attempts share a key. It becomes the commit_id of a version."""
     payloads: list[PayloadRef] = field(default_factory=list)
     num_changed: int = 0
 
     def key(self, rank: int) -> str:
-        """Where the rank's payload goes."""
+        """Returns the key of the rank's payload."""
         return keys.payload(self.version, self.attempt_id, rank)
 
     def add(self, rank: int, nbytes: int, sha256: str, num_changed: int = 0) -> None:
-        """Enter a payload that is uploaded, or on its way."""
+        """Adds a payload that is uploaded, or whose upload has started."""
         self.payloads.append(PayloadRef(key=self.key(rank), nbytes=nbytes, sha256=sha256, rank=rank))
         self.num_changed += num_changed
 
     def manifest(
         self, author: Authorship, specs: Mapping[str, TensorSpec], digests: Mapping[str, int], *, world_size: int
     ) -> Manifest:
-        """The manifest of the version, once its payloads are up. `digests` of its whole state, by tensor.
+        """Builds the manifest of the version, once all payloads are added.
 
-        ValidationError, by pydantic, for facts that contradict each other.
+        `digests`: those of the version's whole state, by tensor. pydantic's ValidationError for facts that contradict
+        each other.
         """
         is_anchor = author.kind == "anchor"
         num_elements = sum(spec.num_elements for spec in specs.values())
@@ -105,7 +106,7 @@ class Draft:
         )
 
     def shortcut(self, version: Manifest, base: Manifest | None, coding: str) -> Shortcut:
-        """The shortcut to a committed version, once its payloads are up: from `base`, or an anchor without one."""
+        """Builds the shortcut to a committed version, once all payloads are added. Without `base` it is an anchor."""
         return Shortcut(
             version=version.version,
             base_version=None if base is None else base.version,
@@ -124,7 +125,7 @@ class Draft:
 
 
 class Uploads:
-    """Uploads files and removes them. For one thread."""
+    """Uploads files in threads and removes them from disk afterwards. To be used from one thread."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
@@ -132,7 +133,7 @@ class Uploads:
         self._threads = ThreadPoolExecutor(_NUM_AHEAD, thread_name_prefix="weightline-upload")
 
     def start(self, key: str, path: Path) -> None:
-        """Hand a finished file over. Waits while enough are under way; raises what became of earlier ones."""
+        """Starts the upload of a finished file. Waits while `_NUM_AHEAD` are pending; raises errors of earlier ones."""
         if not is_remote(self._store):
             self._upload(key, path)
             return
@@ -141,12 +142,12 @@ class Uploads:
         self._pending.append(self._threads.submit(self._upload, key, path))
 
     def finish(self) -> None:
-        """Wait until all are durable in the bucket; raises the first error."""
+        """Waits until all files are durable in the bucket. Raises the first error."""
         while self._pending:
             self._pending.popleft().result()
 
     def close(self) -> None:
-        """Give up what has not begun."""
+        """Cancels the uploads that have not begun."""
         self._threads.shutdown(cancel_futures=True)
 
     def _upload(self, key: str, path: Path) -> None:
@@ -156,7 +157,10 @@ class Uploads:
 
 @contextmanager
 def uploading(store: Store) -> Iterator[Uploads]:
-    """When the block ends well, all that was started is in the bucket. Otherwise orphans may be, which gc removes."""
+    """Provides `Uploads`. When the block ends without an error, all started files are in the bucket.
+
+    After an error there may be orphans, which gc removes.
+    """
     uploads = Uploads(store)
     try:
         yield uploads

@@ -33,15 +33,16 @@ DEFAULT_CODING = "gap-by-magnitude"
 def commit_folder(
     chain: Chain, folder: Path, *, stage: str = "import", coding: str = DEFAULT_CODING, base: Path | None = None
 ) -> Manifest:
-    """Commit a checkpoint folder as the chain's next version (its first: an anchor).
+    """Commits a checkpoint folder as the chain's next version. The first version of a chain is an anchor.
 
-    InputError for what is no folder, or one whose weights are not whole; BaseMismatchError when its tensors are not the
-    chain's. An adapter's folder (peft) brings the digest of its base model, which is at `base` or where the adapter
-    says; another one than the chain's is a BaseMismatchError, and one that is not here leaves the version without it. A
-    crash leaves orphaned payloads, which gc removes. Repeating commits another, empty, version.
+    InputError when `folder` is no folder, or its weights are incomplete; BaseMismatchError when its tensors are not the
+    chain's. For an adapter's folder (peft) the manifest records the digest of its base model, which is read from `base`
+    or from the path in the adapter's configuration: BaseMismatchError when it is not the chain's, and no digest is
+    recorded when this host has no such model. A crash leaves orphaned payloads, which gc removes. A repeated call
+    commits another version without changes.
     """
     if not folder.is_dir():
-        raise InputError(f"{folder} is no folder: name the checkpoint folder that its weights lie in", path=str(folder))
+        raise InputError(f"{folder} is not a folder: name a checkpoint folder with weights", path=str(folder))
     source = FolderSource(folder)
     check_writable(chain.store)
     tip = chain.tip_version()
@@ -57,7 +58,10 @@ def commit_folder(
 
 
 def commit_revert(chain: Chain, version: int, *, coding: str = DEFAULT_CODING) -> Manifest:
-    """Commit a version whose state equals that of `version`, made from the chain alone. History stays linear."""
+    """Commits a new version whose state equals that of `version`. History stays linear.
+
+    InputError when `version` is the tip. A repeated call commits another version without changes.
+    """
     tip, wanted = chain.tip(), chain.manifest(version)
     if wanted.version == tip.version:
         raise InputError(f"version {version} is the tip of {chain.url}: there is nothing to revert", version=version)
@@ -71,9 +75,9 @@ def commit_revert(chain: Chain, version: int, *, coding: str = DEFAULT_CODING) -
 
 
 def commit_fork(source: Chain, version: int, new: Chain) -> Manifest:
-    """Start a new chain whose version 0 is another chain's version. InputError when `new` holds versions already."""
+    """Starts a new chain whose version 0 is another chain's version. InputError when `new` has versions already."""
     if new.tip_version() is not None:
-        raise InputError(f"{new.url} holds versions already: a fork starts an empty chain", chain=new.url)
+        raise InputError(f"{new.url} has versions already: name an empty chain for a fork", chain=new.url)
     wanted = source.manifest(version)
     check_writable(new.store)
     with fetching(source.store) as fetcher:
@@ -87,7 +91,7 @@ def commit_fork(source: Chain, version: int, new: Chain) -> Manifest:
 
 
 def _carry_assets(source: Chain, version: int, new: Chain, *, held: tuple[AssetRef, ...]) -> tuple[AssetRef, ...]:
-    """The version's small files, put into `new` where none of its kept versions names them."""
+    """Returns the version's assets, and uploads those to `new` that `held` lacks."""
     assets = assets_of(source, version)
     if set(assets) <= set(held):
         return assets
@@ -97,9 +101,9 @@ def _carry_assets(source: Chain, version: int, new: Chain, *, held: tuple[AssetR
 
 
 def commit_source(chain: Chain, source: WeightSource, author: Authorship) -> Manifest:
-    """Commit the state of a source as the chain's next version (for an anchor: its first).
+    """Commits the state of a source as the chain's next version. An anchor is the chain's first.
 
-    DigestMismatchError, and nothing committed, when a revert would not be the state that it goes back to.
+    DigestMismatchError, before the commit, when the state of a revert differs from the version that it reverts to.
     """
     check_signing_key()
     tip = None if author.kind == "anchor" else chain.tip()
@@ -134,7 +138,7 @@ def commit_source(chain: Chain, source: WeightSource, author: Authorship) -> Man
 def _anchor_parts(
     source: WeightSource, names: frozenset[str], digests: dict[str, int]
 ) -> Iterator[tuple[Segment, BitsArray]]:
-    """The group's tensors. Enters their digests, those of empty tensors, too."""
+    """Yields the group's tensors, except empty ones. Adds the digests of all of them to `digests`."""
     bits = source.read(names)
     for segment in (whole(spec) for name, spec in source.specs.items() if name in names):
         bits_N = bits[segment.tensor.name]
@@ -144,7 +148,7 @@ def _anchor_parts(
 
 
 def _changes_to(source: WeightSource, old: HostState, ranked: bool) -> list[Changes]:
-    """What leads from the state of a group of tensors to the source's, in the source's order."""
+    """Returns the changes from the state of a group of tensors to the source's, in the source's order."""
     specs = [spec for name, spec in source.specs.items() if name in old.specs]
     return list(capture_tensors(specs, old.bits, source.read(old.specs), ranked=ranked))
 
@@ -163,7 +167,7 @@ def _require_same_tensors(chain: Chain, tip: Manifest, source: WeightSource) -> 
         name = min(name for name, _ in differing)
         there, here = str(tip.specs.get(name)), str(source.specs.get(name))
         raise BaseMismatchError(
-            f"{chain.url} holds another model: tensor {name} is {there} there, {here} here",
+            f"{chain.url} holds another model: tensor {name} is {there} in the chain, {here} in the new weights",
             tensor=name,
             version=tip.version,
             expected=there,
@@ -172,12 +176,12 @@ def _require_same_tensors(chain: Chain, tip: Manifest, source: WeightSource) -> 
 
 
 def _check_revert(chain: Chain, manifest: Manifest) -> None:
-    """A revert that does not lead back exactly is never committed."""
+    """Raises DigestMismatchError for a revert whose digests differ from those of the version that it reverts to."""
     if manifest.reverts_to is None:
         return
     for name, expected in chain.manifest(manifest.reverts_to).digests.items():
         if manifest.digests[name] != expected:
             raise DigestMismatchError(
-                f"tensor {name} would not be that of version {manifest.reverts_to}: run weightline verify",
+                f"tensor {name} would differ from that of version {manifest.reverts_to}: run weightline verify",
                 what=name, expected=expected, actual=manifest.digests[name],
             )  # fmt: skip
