@@ -61,7 +61,7 @@ def test_a_rank_that_ends_ends_the_others(seen: list[dict[str, str]]) -> None:
     assert seen[0]["none"] == seen[1]["none"] == "no error"
     assert seen[1]["loop"] == "RuntimeError: the user's callback broke"
     assert seen[0]["loop"].startswith("PublishError: ")
-    assert seen[1]["thread"].startswith("PublishError: the publisher thread broke: SystemExit(3)")
+    assert seen[1]["thread"].startswith("PublishError: the publisher thread crashed: SystemExit(3)")
     assert seen[0]["thread"].startswith("PublishError: ")
     assert seen[1]["start"] == "MemoryError: no room"
     assert seen[0]["start"] == "PublishError: rank 1: MemoryError: no room"

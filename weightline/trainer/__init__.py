@@ -1,1 +1,1 @@
-"""What runs on each rank: partition, baseline, publisher, callback."""
+"""Publishes versions from a training job: partition, baseline, publisher and callback of each rank."""

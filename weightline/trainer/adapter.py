@@ -1,8 +1,8 @@
-"""An adapter and its base model, as peft tells them apart: the chain holds the adapter, its manifests name the base.
+"""Splits a PeftModel into its adapter, which the chain holds, and its base model, which the manifests name.
 
-What belongs to the adapter, and under which name, is what peft's own `save_pretrained` would write. The base is told by
-its bits: one hash over its tensors' digests, under the names of the base model's own checkpoint, so that it is the same
-hash whatever adapter sits on it and however ranks partition it.
+The adapter consists of the tensors that peft's own `save_pretrained` would write, under the same names. The base model
+is identified by its bits: one hash over its tensors' digests, under the names of the base model's own checkpoint. So
+the hash depends neither on the adapter nor on how ranks partition the model.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from weightline.errors import InputError
 from weightline.format.manifest import AdapterBase
 from weightline.naming import CheckpointTensor, as_saved, spec_of, without_wrappers
 
-#: What peft puts between a wrapped module's name and its tensors.
+#: Name parts that peft inserts between a wrapped module's name and its tensors.
 _WRAPPERS = frozenset({"base_layer", "original_module", "token_adapter"})
 
 
@@ -34,7 +34,7 @@ class AdapterParts:
 
     adapter: tuple[CheckpointTensor, ...]
     base: tuple[CheckpointTensor, ...]
-    """Frozen, as the base model's own checkpoint has them."""
+    """The frozen tensors, as the base model's own checkpoint has them."""
 
 
 def is_peft_model(model: Any) -> bool:
@@ -57,10 +57,10 @@ def is_peft_model(model: Any) -> bool:
 
 
 def adapter_names(model: Any) -> dict[str, str]:
-    """Name in adapter_model.safetensors -> name in the model, of the active adapter. Reads no weights.
+    """Returns, for the active adapter: name in adapter_model.safetensors -> name in the model. Reads no weights.
 
-    Asks peft, which may look the base model's config up: rank 0 asks, and tells the others. InputError for an adapter
-    whose saved tensors are computed, not held.
+    peft may look up the base model's config on the Hub, so call this on rank 0 and broadcast the result. InputError for
+    an adapter whose saved tensors are computed on saving instead of held by the model.
     """
     from peft import get_peft_model_state_dict
 
@@ -75,14 +75,17 @@ def adapter_names(model: Any) -> dict[str, str]:
     if computed is not None:
         raise InputError(
             f"peft computes {computed} when it saves a {type(model.peft_config[name]).__name__}: weightline publishes "
-            "adapters whose saved tensors are held as they are",
+            "only adapters that hold every tensor that they save",
             tensor=computed,
         )
     return {without_wrappers(published): name_of[id(tensor)] for published, tensor in saved.items()}
 
 
 def adapter_parts(model: Any, names: Mapping[str, str]) -> AdapterParts:
-    """The adapter under its published names, and the frozen rest. InputError when something else is being trained."""
+    """Returns the adapter's tensors under their published names, and the frozen tensors of the base model.
+
+    InputError when a tensor outside the adapter is trained.
+    """
     held = _held_tensors(model)
     adapter = tuple(CheckpointTensor(spec_of(name, held[internal]), held[internal]) for name, internal in names.items())
     in_adapter = {id(held[internal]) for internal in names.values()}
@@ -104,7 +107,7 @@ def adapter_parts(model: Any, names: Mapping[str, str]) -> AdapterParts:
 
 
 def base_model_of(model: Any, parts: AdapterParts, digests: Mapping[str, int]) -> AdapterBase:
-    """What manifests say of the base model. `digests`: the state digest of each of its tensors."""
+    """Returns the base model as manifests record it. `digests`: the state digest of each of its tensors."""
     return AdapterBase.of(
         model.peft_config[_active_adapter(model)].base_model_name_or_path or "",
         {name: format_digest(digest) for name, digest in digests.items()},
@@ -113,7 +116,7 @@ def base_model_of(model: Any, parts: AdapterParts, digests: Mapping[str, int]) -
 
 
 def save_adapter_config(model: Any, folder: Path) -> None:
-    """Write adapter_config.json as peft's save_pretrained does, without reading weights."""
+    """Writes adapter_config.json as peft's save_pretrained does, without reading weights."""
     name = _active_adapter(model)
     empty = {internal: torch.empty(0) for internal in _held_tensors(model)}
     with tempfile.TemporaryDirectory(prefix="weightline-adapter-") as scratch, _peft_unwarned():
@@ -124,7 +127,7 @@ def save_adapter_config(model: Any, folder: Path) -> None:
 
 @contextmanager
 def _peft_unwarned() -> Iterator[None]:
-    """What peft warns of when it saves, it says when the trainer saves."""
+    """Suppresses peft's warnings about saving, since the trainer's own save shows them."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         yield
@@ -134,24 +137,24 @@ def _active_adapter(model: Any) -> str:
     active: list[str] = list(model.active_adapters)
     if len(active) != 1 or model.peft_config[active[0]].is_prompt_learning:
         raise InputError(
-            f"the active adapters are {active}: weightline publishes one adapter that is no soft prompt",
+            f"the active adapters are {', '.join(active) or 'none'}: activate exactly one that is no soft prompt",
             adapters=active,
         )
     return active[0]
 
 
 def _held_tensors(model: Any) -> dict[str, torch.Tensor]:
-    """The very tensors that training holds, partitioned or not, by the names of the model's state dict."""
+    """Returns the tensors that training holds, partitioned or not, by the names of the model's state dict."""
     state = model.state_dict(keep_vars=True)
     return {name: tensor for name, tensor in state.items() if isinstance(tensor, torch.Tensor)}
 
 
 def _belongs_to_an_adapter(model: Any, internal: str) -> bool:
-    """peft puts the adapter's name among the parts of its tensors' names, and of nothing else's."""
+    """Returns whether a tensor belongs to any adapter: only then is an adapter's name a part of its name."""
     return not set(model.peft_config).isdisjoint(internal.split("."))
 
 
 def _base_name(internal: str) -> str:
-    """The name in the base model before peft wrapped it and its modules."""
+    """Returns the tensor's name in the base model before peft wrapped it and its modules."""
     name = without_wrappers(internal).removeprefix("base_model.model.")
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)

@@ -1,4 +1,4 @@
-"""Anchors written by the ranks themselves: each encodes its own part of the baseline, so no rank holds the model.
+"""Writes anchors from the ranks: each encodes its own part of the baseline, so no rank holds the model.
 
 An anchor is a shortcut to a committed version. It is optional: without it, new replicas replay more deltas.
 """
@@ -24,7 +24,7 @@ from weightline.trainer.sync import PayloadPart, add_parts
 
 @dataclass(slots=True)
 class LateJoiner:
-    """The hops that a reader that starts from nothing would fetch. Counts on rank 0 only."""
+    """The hops that a reader without any version would fetch. Only valid on rank 0."""
 
     policy: AnchorPolicy
     hops: list[Hop] = field(default_factory=list)
@@ -35,7 +35,7 @@ class LateJoiner:
         return cls(policy, [] if tip is None else list(plan_between(chain, None, tip).hops))
 
     def add(self, manifest: Manifest) -> None:
-        """Takes note of a version that was committed."""
+        """Adds the hop of a version that was committed."""
         hop = hop_of(manifest)
         self.hops = [hop] if hop.base_version is None else [*self.hops, hop]
 
@@ -47,9 +47,9 @@ class LateJoiner:
 def write_anchor_shortcut(
     chain: Chain, version: Draft, baseline: Baseline, group: RankGroup, late_joiner: LateJoiner
 ) -> str | None:
-    """Writes an anchor of a version while the baseline is its state. Collective, on publisher threads.
+    """Writes an anchor of a version, which the baseline must hold meanwhile. Collective, on publisher threads.
 
-    Returns why it failed, or None.
+    Returns the reason of a failure, the same on every rank; None after success.
     """
     draft = Draft(version.version, f"{version.attempt_id}-anchor")
     part = attempt(lambda: _upload_part(chain, draft, baseline, group.rank))

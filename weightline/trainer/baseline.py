@@ -1,7 +1,7 @@
-"""The bits that the chain will have after every capture handed out so far: one copy of the rank's own partition.
+"""The baseline: a copy of the rank's partition as of its last capture, against which the next capture compares.
 
-A capture advances the baseline at once, so that the next one is against it. When a captured delta cannot be committed,
-the baseline is rewound by the old bits that the capture kept, newest first: it never silently differs from the chain.
+A capture advances the baseline at once. When a captured delta cannot be committed, the baseline is rewound by the old
+bits that the captures kept, newest first, so that it equals the chain's state again.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ class Baseline:
     """Holds each shard's last captured elements on the device where training holds them."""
 
     def __init__(self, shards: Iterable[Shard], *, ranked: bool = False) -> None:
-        """Copies the shards as they stand now. `ranked`: what the coding needs of a capture."""
+        """Copies the shards' present elements. `ranked`: whether the coding needs ranked captures."""
         self.shards = tuple(shards)
         self._ranked = ranked
         self._held: dict[str, torch.Tensor] = {s.segment.tensor.name: s.read().clone() for s in self.shards}
 
     def capture(self) -> tuple[Changes, ...]:
-        """Returns what changed since the last capture, shard by shard, and advances. Unchanged shards are left out.
+        """Returns the changes since the last capture, by shard, and advances. Unchanged shards are left out.
 
-        When a shard cannot be read or compared, its error is raised and the baseline stays where it was.
+        When a shard cannot be read or compared, its error is raised and the baseline is unchanged.
         """
         captured: list[Changes] = []
         try:
@@ -45,7 +45,7 @@ class Baseline:
         return tuple(captured)
 
     def rewind(self, captured: Iterable[Changes]) -> None:
-        """Undoes one capture, also one that was begun. Several are undone newest first."""
+        """Undoes one capture, complete or partial. Call it for the newest capture first."""
         for changes in captured:
             self._scatter(changes, changes.old_K)
 

@@ -1,4 +1,4 @@
-"""The one line that makes every sync of a Hugging Face Trainer a committed version.
+"""A callback that commits the weights of a Hugging Face Trainer as versions of a chain.
 
     trainer.add_callback(WeightlineCallback("file:///data/bucket/my-model"))
 
@@ -31,19 +31,19 @@ with requires("train"):
     from weightline.trainer.steps import load_observer
 
 _logger = logging.getLogger(__name__)
-#: Where the training loop of transformers lies.
+#: The module of transformers' training loop.
 _TRAINER_MODULE = "transformers.trainer"
 
 
 class WeightlineCallback(TrainerCallback):
     """Publishes a version every `sync_steps` optimizer steps, before every checkpoint, and at the end of training.
 
-    Every checkpoint's weights are a version before the checkpoint exists, so a resumed run finds them in the chain.
-    The training result is bit-identical with and without this callback. At the start it logs where it commits, and at
-    the end what it committed.
+    Every checkpoint's weights are committed before the checkpoint is saved, so a resumed run finds them in the chain.
+    The training result is bit-identical with and without this callback. It logs the chain at the start of training, and
+    the committed versions at the end.
 
     Raises BaseMismatchError or StorageError at the start of training, PublishError or CommitConflictError at a sync, on
-    every rank. When training ends with an error, whichever, publishing ends with it, within seconds.
+    every rank. When training ends with any error, publishing ends within seconds.
     """
 
     def __init__(
@@ -68,8 +68,8 @@ class WeightlineCallback(TrainerCallback):
         Args:
             chain_url: Bucket and chain, as in file:///data/bucket/my-model or s3://bucket/my-model.
             stage: Label of every version, such as sft, dpo or grpo. Default: train.
-            run_id: Name of the run in every manifest. Default: run- and eight random hexadecimal digits. A run that
-                resumes should have the name that it had.
+            run_id: Name of the run in every manifest. Default: run- and eight random hexadecimal digits. Pass the same
+                name when a run resumes.
             sync_steps: Optimizer steps between two versions. Default: 1.
             coding: How payloads are coded: gap-by-magnitude (the default, smallest) or gap (fastest).
             max_in_flight: Versions that may be captured and not yet committed; each holds its changes in host memory.
@@ -84,11 +84,11 @@ class WeightlineCallback(TrainerCallback):
             close_seconds: How long the end of training, or an error, waits for the version that is being written.
                 Default: 60.
             provenance: Links for people, copied into every manifest, such as the URL of a tracker's run. Default: none.
-            step_observer: module:function that makes a `weightline.trainer.steps.StepObserver`. Default: what the
-                environment variable WEIGHTLINE_STEP_OBSERVER names, if anything.
+            step_observer: module:function that makes a `weightline.trainer.steps.StepObserver`. Default: the value of
+                the environment variable WEIGHTLINE_STEP_OBSERVER, if set.
 
         Raises:
-            InputError: A setting that cannot be, or a URL of no kind that weightline knows.
+            InputError: A setting is invalid, or the URL's scheme is not supported.
         """
         self.chain = open_chain(chain_url)
         self.settings = PublishSettings(
@@ -103,7 +103,7 @@ class WeightlineCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
-        """All ranks: compare the loaded weights with the chain and commit what is missing."""
+        """Compares the loaded weights with the chain and commits a version if they differ. Collective."""
         self.close()
         observer = load_observer(self.settings.step_observer)
         self.session = PublishSession(self.chain, self.settings, observer, _still_training())
@@ -117,29 +117,29 @@ class WeightlineCallback(TrainerCallback):
             )
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """All ranks, after the optimizer step: the partition holds the new weights, no checkpoint is saved yet."""
+        """Publishes after an optimizer step when one is due. Runs before any checkpoint is saved. Collective."""
         is_last = control.should_training_stop or state.global_step >= state.max_steps
         if is_last or control.should_save or state.global_step % self.settings.sync_steps == 0:
             self._sync(state, is_milestone=is_last, must_settle=control.should_save)
 
     def on_epoch_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Save strategy `epoch` decides here: its checkpoint's weights are committed first as well."""
+        """Publishes before a checkpoint of save strategy `epoch`, which is decided here. Collective."""
         if control.should_save:
             self._sync(state, is_milestone=False, must_settle=True)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        """Remember the newest numbers for the next manifest."""
+        """Keeps the newest metrics for the next manifest."""
         self._metrics = {k: float(v) for k, v in (logs or {}).items() if isinstance(v, int | float)}
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        """Mark the checkpoint with the version that it holds."""
+        """Marks the checkpoint with the version that it holds. Best effort."""
         session = self._session()
         folder = _checkpoint_folder(args, state)
         if state.is_world_process_zero and folder.is_dir() and session.last_step == state.global_step:
             best_effort(f"marking {folder}", lambda: VersionMark.of(self.chain, self.chain.tip()).write(folder))
 
     def on_train_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        """Settle everything; the last state is a milestone."""
+        """Commits the last state as a milestone, waits for all versions, and ends publishing. Collective."""
         session = self._session()
         if session.last_step != state.global_step:
             session.sync(state.global_step, metrics=self._metrics, is_milestone=True)
@@ -149,7 +149,7 @@ class WeightlineCallback(TrainerCallback):
             _say(_summary(session))
 
     def close(self) -> None:
-        """Ends publishing, as an error in training does by itself a second or two later. Safe to repeat."""
+        """Ends publishing. Safe to repeat. After an error in training this happens by itself, a second or two later."""
         if self.session is not None:
             self.session.close()
 
@@ -167,11 +167,11 @@ class WeightlineCallback(TrainerCallback):
 
 
 class _CallWatch:
-    """Tells whether a call that is under way on this thread has ended, with a result or with an error.
+    """Detects that a call under way on this thread has ended, with a result or with an error.
 
-    A callback of transformers is not told of errors. A wrapper around `train` cannot be had, since the callback never
-    sees the trainer, and a finalizer comes late, since an exception keeps the frames that it went through. So the stack
-    of the training thread is looked at.
+    transformers does not notify callbacks of errors. The callback cannot wrap `train`, since it never gets the trainer,
+    and a finalizer would run late, since an exception keeps the frames that it passed. So this inspects the stack of
+    the training thread.
     """
 
     def __init__(self, frame: FrameType) -> None:
@@ -179,7 +179,7 @@ class _CallWatch:
         self._thread_id = threading.get_ident()
 
     def __call__(self) -> bool:
-        """Whether the call is still under way. May be called from any thread."""
+        """Returns whether the call is still under way. May be called from any thread."""
         frame = sys._current_frames().get(self._thread_id)
         while frame is not None and frame is not self._frame:
             frame = frame.f_back
@@ -191,7 +191,7 @@ def _always() -> bool:
 
 
 def _still_training() -> Callable[[], bool]:
-    """Returns what says whether the training loop that calls this callback still runs; for other trainers, True."""
+    """Returns a function that says whether the training loop still runs; for other trainers it always returns True."""
     frame = sys._getframe()
     while frame is not None and frame.f_globals.get("__name__") != _TRAINER_MODULE:
         frame = frame.f_back  # type: ignore[assignment]
@@ -203,7 +203,7 @@ def _checkpoint_folder(args: TrainingArguments, state: TrainerState) -> Path:
 
 
 def _resumed_mark(args: TrainingArguments, state: TrainerState) -> VersionMark | None:
-    """The mark of the checkpoint that training resumes from, where it lies in the output folder."""
+    """Returns the mark of the checkpoint that training resumes from; None if it is not in the output folder."""
     return VersionMark.read(_checkpoint_folder(args, state)) if state.global_step > 0 else None
 
 
@@ -218,7 +218,7 @@ def _summary(session: PublishSession) -> str:
 
 
 def _say(line: str) -> None:
-    """Logs the line at INFO. Where no logging is set up, it is shown all the same, as transformers shows its own."""
+    """Logs the line at INFO. Adds a handler when the application configured none, as transformers does."""
     if not _logger.hasHandlers():
         _logger.addHandler(logging.StreamHandler())
         _logger.setLevel(logging.INFO)

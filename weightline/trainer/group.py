@@ -1,12 +1,13 @@
-"""How ranks agree, and how an error on one of them reaches the others.
+"""Collectives of all ranks, which also carry the errors of one rank to the others.
 
-The policy for errors beside training is this, and `attempt` and `best_effort` are the only broad excepts of the room:
+Policy for errors during training; `attempt` and `best_effort` contain the only broad excepts of this package:
 
-1. What a rank does between two collectives runs in `attempt`. An `Exception` of any kind, also MemoryError or one of
-   pydantic's, becomes a `Failure`, which travels in the next collective: every rank raises, none waits for the other.
-2. What may be lost, such as a record or a log line, runs in `best_effort`: an error is logged and training goes on.
-3. Everything else propagates. A session that is left by an error closes its groups, which cuts the connections to the
-   other ranks: their next collective fails at once and not after its timeout.
+1. The work of a rank between two collectives runs in `attempt`. An `Exception` of any kind, including MemoryError and
+   those of pydantic, becomes a `Failure`, which the next collective carries: every rank raises, and none blocks.
+2. Work whose result is dispensable, such as a record or a log line, runs in `best_effort`: an error is logged and
+   training continues.
+3. All other errors propagate. They close the session and its groups, which cuts the connections to the other ranks:
+   their next collective fails at once instead of after its timeout.
 """
 
 from __future__ import annotations
@@ -30,17 +31,17 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """An error that was caught to be told to the other ranks."""
+    """An error that was caught so that a collective can carry it to the other ranks."""
 
     error: Exception
 
     @property
     def reason(self) -> str:
-        """The error's type and message, in one line of text."""
+        """Returns the error's type and message, as `Type: message`."""
         return f"{type(self.error).__name__}: {self.error}"
 
     def portable(self) -> Failure:
-        """Returns the failure as other ranks can read it: errors of weightline as they are, others as PublishError."""
+        """Returns the failure in a form that can be pickled: errors of weightline unchanged, others as PublishError."""
         if isinstance(self.error, WeightlineError):
             try:
                 pickle.dumps(self.error)
@@ -51,7 +52,7 @@ class Failure:
 
 
 def attempt(work: Callable[[], T]) -> T | Failure:
-    """Returns what `work` returns, or the error that it raises: the first rule of this module."""
+    """Returns the result of `work`, or its error as a `Failure`: the first rule of this module."""
     try:
         return work()
     except Exception as error:  # noqa: BLE001
@@ -59,21 +60,21 @@ def attempt(work: Callable[[], T]) -> T | Failure:
 
 
 def best_effort(what: str, work: Callable[[], object]) -> None:
-    """Does `work`; an error is logged as a failure to do `what`: the second rule of this module."""
+    """Runs `work` and logs an error as a failure of `what`: the second rule of this module."""
     done = attempt(work)
     if isinstance(done, Failure):
         _logger.warning("%s failed: %s", what, done.reason)
 
 
 class RankGroup:
-    """All ranks of the job, in a gloo group of their own, so that no rank ever waits in a collective of training's.
+    """All ranks of the job, in a gloo group of their own, separate from the collectives of training.
 
     Every method but `close` is a collective: each rank calls it, in the same order, from one thread. PublishError when
     another rank has closed its group or ended.
     """
 
     def __init__(self, timeout_seconds: float) -> None:
-        """Collective itself. Without torch.distributed it is a group of one."""
+        """Creates the group. Collective. Without torch.distributed it is a group of one rank."""
         self.is_distributed = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
         self.rank = dist.get_rank() if self.is_distributed else 0
         self.world_size = dist.get_world_size() if self.is_distributed else 1
@@ -90,7 +91,7 @@ class RankGroup:
         return int(box.item())
 
     def sum_to_first(self, values: torch.Tensor) -> torch.Tensor:
-        """Returns the element-wise int64 sum over ranks; only rank 0's result counts."""
+        """Returns the element-wise int64 sum over ranks. The result is valid on rank 0 only."""
         if self.is_distributed:
             with self._in_contact() as group:
                 dist.reduce(values, dst=0, op=dist.ReduceOp.SUM, group=group)
@@ -115,7 +116,7 @@ class RankGroup:
         return box[0]
 
     def on_first(self, work: Callable[[], T]) -> T:
-        """Does `work` on rank 0 and returns its result, or raises its error, on every rank."""
+        """Runs `work` on rank 0 and returns its result, or raises its error, on every rank."""
         own = attempt(work) if self.rank == 0 else None
         result = self.from_first(own.portable() if isinstance(own, Failure) else own)
         for found in (own, result):
@@ -125,7 +126,7 @@ class RankGroup:
         return agreed
 
     def on_all(self, work: Callable[[], T]) -> T:
-        """Does `work` on every rank and returns its own result. When it fails on any, every rank raises."""
+        """Runs `work` on every rank and returns this rank's result. When it fails on any rank, every rank raises."""
         own = attempt(work)
         reasons = self.gather_to_first(own.reason if isinstance(own, Failure) else None)
         failed = [f"rank {rank}: {reason}" for rank, reason in enumerate(reasons) if reason is not None]
@@ -150,5 +151,6 @@ class RankGroup:
             yield self._group
         except RuntimeError as error:
             raise PublishError(
-                f"rank {self.rank} has lost another rank, whose own error says why: {error}", reason=str(error)
+                f"rank {self.rank} has lost its connection to another rank, whose output shows the cause: {error}",
+                reason=str(error),
             ) from error

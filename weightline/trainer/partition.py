@@ -1,8 +1,8 @@
-"""Which elements of which tensors this rank holds, read without any collective.
+"""Determines which elements of which tensors this rank holds, and reads them without any collective.
 
-ZeRO-3: `ds_tensor` is rank r's slice [r * ceil(N / W), ...) of the row-major flattened parameter, W and r those of its
-own process group; what lies past the parameter's end is uninitialised padding. Plain data parallelism and replicated
-buffers: every rank holds all, so each publishes an even slice. FSDP2: a DTensor's local rows.
+ZeRO-3: `ds_tensor` is rank r's slice [r * ceil(N / W), ...) of the row-major flattened parameter, with W and r those of
+its own process group; elements past the parameter's end are uninitialized padding. Plain data parallelism and
+replicated buffers: every rank holds all elements, so each publishes an even slice. FSDP2: a DTensor's local rows.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from weightline.types import Segment, TensorSpec
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """A segment and the way to read its present elements: flat, `segment.length` long, where training holds them."""
+    """A segment and a function that reads its present elements, flat, on the device where training holds them."""
 
     segment: Segment
     read: Callable[[], torch.Tensor]
 
 
 def partition_of(model: torch.nn.Module, rank: int, world_size: int) -> tuple[Shard, ...]:
-    """This rank's shards of every parameter and persistent buffer, in the model's order. Tied tensors appear once.
+    """Returns this rank's shards of every parameter and persistent buffer, in the model's order. Tied ones appear once.
 
     The shards of all ranks cover each tensor exactly once. A rank that holds nothing of a tensor has no shard of it.
     """
@@ -39,13 +39,16 @@ def partition_of(model: torch.nn.Module, rank: int, world_size: int) -> tuple[Sh
 
 
 def shards_of(tensors: Iterable[CheckpointTensor], rank: int, world_size: int) -> tuple[Shard, ...]:
-    """This rank's shards of these tensors, in their order. A held tensor that is cut up is dealt out as a whole."""
+    """Returns this rank's shards of these tensors, in their order.
+
+    A held tensor that is published as several tensors is partitioned as a whole, and then cut.
+    """
     shards = (_cut(_shard(published, rank, world_size), published) for published in tensors)
     return tuple(shard for shard in shards if shard.segment.length > 0)
 
 
 def _shard(published: CheckpointTensor, rank: int, world_size: int) -> Shard:
-    """The part of the held tensor that this rank publishes."""
+    """Returns the part of the held tensor that this rank publishes."""
     held = published.held
     spec = spec_of(published.spec.name, held)
     if hasattr(held, "ds_tensor"):
@@ -57,7 +60,7 @@ def _shard(published: CheckpointTensor, rank: int, world_size: int) -> Shard:
 
 
 def _cut(shard: Shard, published: CheckpointTensor) -> Shard:
-    """What of a held tensor's shard lies in a published one."""
+    """Returns the part of a held tensor's shard that belongs to one published tensor; empty when there is none."""
     spec, offset, held = published.spec, published.offset, shard.segment
     start, stop = max(held.start, offset), min(held.stop, offset + spec.num_elements)
     if stop <= start:
@@ -86,7 +89,7 @@ def _zero3_shard(spec: TensorSpec, parameter: Any) -> Shard:
 
 
 def _fsdp2_shard(spec: TensorSpec, parameter: DTensor) -> Shard:
-    """Whole rows, as `fully_shard` deals them out. Of replicas (HSDP), the first one publishes."""
+    """Returns the local rows of a parameter under `fully_shard`. Of several replicas (HSDP), the first publishes."""
     mesh = parameter.device_mesh
     coordinate = mesh.get_coordinate() or [0] * mesh.ndim
     is_publisher = True
@@ -106,7 +109,7 @@ def _fsdp2_shard(spec: TensorSpec, parameter: DTensor) -> Shard:
 
 
 def even_slice(num_elements: int, rank: int, world_size: int) -> tuple[int, int]:
-    """(start, length) of rank's part when `num_elements` are dealt out in equal slices, the last ones shorter."""
+    """Returns (start, length) of the rank's slice when `num_elements` are split evenly. The last slices are shorter."""
     size = -(-num_elements // world_size)
     start = min(size * rank, num_elements)
     return start, min(size, num_elements - start)

@@ -1,7 +1,8 @@
-"""Publishing from the training thread: decide at each sync, the same on every rank, and never block longer than asked.
+"""Publishes versions from the training thread: captures at each sync and hands the changes to a background thread.
 
-Every decision is a function of numbers that all ranks share: how many syncs were captured, and how many are settled on
-all of them (one int64 all-reduce over gloo a sync). So no rank ever skips or repeats a capture that another one makes.
+Every decision depends only on numbers that all ranks share: how many syncs were captured, and how many are settled on
+all ranks (one int64 all-reduce over gloo per sync). So all ranks capture at the same syncs. The training thread blocks
+only for the bounds in `PublishSettings`.
 
 Errors follow the policy in `weightline.trainer.group`.
 """
@@ -37,9 +38,10 @@ _logger = logging.getLogger(__name__)
 
 
 class PublishSession:
-    """One training process's publishing. All methods but `close` are collective and belong to the training thread.
+    """Publishes the versions of one training process.
 
-    A context manager that closes itself. A method that raises, whatever it raises, closes the session first.
+    All methods but `close` are collective and are called from the training thread. As a context manager it closes
+    itself. A method that raises any error closes the session first.
     """
 
     def __init__(
@@ -49,7 +51,7 @@ class PublishSession:
         observer: StepObserver | None = None,
         is_training: Callable[[], bool] = lambda: True,
     ) -> None:
-        """Collective. `is_training` says whether training still goes on: when not, the session closes itself."""
+        """Creates the process groups. Collective. The session closes itself once `is_training` returns False."""
         self.chain, self.settings, self.observer = chain, settings, observer or NoObserver()
         self.group = RankGroup(settings.timeout_seconds)
         self._publisher_group = RankGroup(settings.timeout_seconds)
@@ -69,15 +71,15 @@ class PublishSession:
         self.committed: list[int] = []
         """Versions that this session committed, in order."""
         self.payload_nbytes = 0
-        """Bytes of their payloads, of all ranks."""
+        """Bytes of the payloads of these versions, of all ranks."""
 
     def start(
         self, model: Any, processing_class: Any = None, global_step: int = 0, mark: VersionMark | None = None
     ) -> StartPlan:
-        """Finds where the loaded weights stand, and commits what is missing before the first step.
+        """Compares the loaded weights with the chain, and commits a version before the first step if they differ.
 
-        `mark`: the version that the checkpoint says it holds, where training resumes from one that says so.
-        BaseMismatchError, StorageError: on every rank, before anything is trained.
+        `mark`: the version that the resumed checkpoint is marked with, if any. Raises BaseMismatchError or StorageError
+        on every rank, before the first training step.
         """
         with self._closing_on_error():
             group, ranked = self.group, coding_named(self.settings.coding).ranked
@@ -129,17 +131,18 @@ class PublishSession:
         is_milestone: bool = False,
         must_capture: bool = False,
     ) -> bool:
-        """Captures this rank's partition and hands it to the publisher.
+        """Captures the changes of this rank's partition and hands them to the publisher.
 
-        False when it was folded into the next sync, which neither a milestone nor `must_capture` allows.
-
-        PublishError when an earlier version could not be committed and the policy is `stop`.
+        Returns False when the sync was folded into the next one. A milestone or `must_capture` prevents folding.
+        PublishError when an earlier version could not be committed and the policy is `stop`; CommitConflictError when
+        another writer committed it.
         """
         with self._closing_on_error():
             self._settle(self.group.minimum(self._publisher.num_outcomes))
             if not self._make_room(must_capture=is_milestone or must_capture):
                 return False
-            # A rank that fails goes on to the next sync, as the others do: there all of them hear of it.
+            # A rank whose capture fails continues to the next sync, as the others do. The outcome reports the failure
+            # to all ranks there.
             captured = attempt(self._baseline.capture)
             failure = captured.reason if isinstance(captured, Failure) else None
             changes = () if isinstance(captured, Failure) else captured
@@ -149,22 +152,23 @@ class PublishSession:
             return True
 
     def flush(self) -> None:
-        """Waits until everything captured is settled on every rank. PublishError as in `sync`."""
+        """Waits until all captured syncs are settled on every rank. Raises the errors of `sync`."""
         with self._closing_on_error():
             self._publisher.wait_for(self._num_captured)
             self._settle(self.group.minimum(self._publisher.num_outcomes))
 
     def close(self) -> None:
-        """Ends the background thread and leaves the other ranks, within `close_seconds`. Safe to repeat.
+        """Ends the background thread and the connections to other ranks within `close_seconds`. Safe to repeat.
 
-        A version that is being written is finished. Other ranks that still wait for this one get an error.
+        Waits up to `close_seconds` for the version that is being written. Ranks that still wait for this one get an
+        error.
         """
         self._is_closed = True
         self.group.close()
         if not self._is_started:
             self._publisher_group.close()
         elif not self._publisher.close(self.settings.close_seconds):
-            _logger.warning("the version under way was not finished within %g s", self.settings.close_seconds)
+            _logger.warning("the version being written was not finished within %g s", self.settings.close_seconds)
         self.observer.close()
 
     def __enter__(self) -> Self:
@@ -186,7 +190,7 @@ class PublishSession:
             raise
 
     def _end_of_thread(self, is_abandoned: bool) -> None:
-        """Called on the publisher's thread, last: no rank shall wait for one that publishes no more."""
+        """Closes the groups at the end of the publisher's thread, so that no rank waits for this one."""
         self._publisher_group.close()
         if is_abandoned:
             self._is_closed = True
@@ -216,7 +220,7 @@ class PublishSession:
         self.last_step = global_step
 
     def _make_room(self, *, must_capture: bool) -> bool:
-        # An anchor is read from the baseline, which a capture would move: one under way takes all the room.
+        # An anchor is read from the baseline, which a capture would change. So no sync may follow one with an anchor.
         limit = 1 if any(sync.with_anchor for sync in self._in_flight) else self.settings.max_in_flight
         if len(self._in_flight) < limit:
             return True
@@ -227,7 +231,7 @@ class PublishSession:
         return True
 
     def _settle(self, num_settled: int) -> None:
-        """Takes note of outcomes that every rank has. After a failure, rewinds the baseline over all that is void."""
+        """Processes outcomes that every rank has. After a failure, rewinds the baseline over all syncs in flight."""
         for sequence in range(self._num_settled, num_settled):
             outcome = self._publisher.outcome(sequence)
             self._num_settled = sequence + 1
@@ -247,7 +251,7 @@ class PublishSession:
         if self.settings.on_publish_error == "stop":
             raise PublishError(
                 f"version {outcome.version} (step {failed.global_step}) could not be committed: {outcome.reason}. "
-                "Mend the cause and run again: training resumes from its last checkpoint",
+                "Fix the cause and run again: training resumes from its last checkpoint",
                 version=outcome.version,
                 reason=outcome.reason,
             )
@@ -257,7 +261,7 @@ class PublishSession:
         self._in_flight.clear()
         self._epoch += 1
         if self.group.rank == 0:
-            # The bucket may be the reason for the gap, and then takes no record of it either.
+            # Best effort: the bucket may be the cause of the failure.
             best_effort(f"recording that version {outcome.version} was skipped", lambda: self._record(outcome, failed))
 
     def _record(self, outcome: SyncOutcome, failed: Sync) -> None:

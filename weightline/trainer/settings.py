@@ -1,4 +1,4 @@
-"""How a training process publishes: the settings of a session, checked when they are made. Imports no torch."""
+"""The settings of a publishing session, validated on creation. Imports no torch."""
 
 from __future__ import annotations
 
@@ -15,32 +15,32 @@ OnPublishError = Literal["stop", "skip_and_record"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PublishSettings:
-    """Settings of one training process. Raises InputError for a value that cannot be."""
+    """Settings of one training process. Raises InputError for an invalid value."""
 
     stage: str = "train"
     """Label of every version: sft, dpo, grpo, ..."""
     run_id: str = "run"
-    """Names the run in every manifest."""
+    """Name of the run in every manifest."""
     sync_steps: int = 1
     """Optimizer steps between two versions."""
     coding: str = "gap-by-magnitude"
-    """How payloads are coded."""
+    """Coding of payloads: `gap-by-magnitude` (smallest) or `gap` (fastest)."""
     max_in_flight: int = 2
     """Syncs that may be captured and not settled. Bounds host memory."""
     on_backlog: OnBacklog = "wait"
-    """When the bucket is slower than training: wait for it, or let the next sync span both."""
+    """Policy when the bucket is slower than training: `wait` for it, or `fold` the changes into the next sync."""
     on_publish_error: OnPublishError = "stop"
-    """When a version cannot be committed: stop training, or go on and let the next version span the gap."""
+    """Policy when a version cannot be committed: `stop` training, or continue and let the next version span the gap."""
     anchor_policy: AnchorPolicy = field(default_factory=AnchorPolicy)
-    """When a full state is written beside a version, for replicas that join late."""
+    """Decides when a full state is written beside a version, for replicas that join late."""
     timeout_seconds: float = 1800.0
-    """How long a rank waits for one that is alive and does not answer, before it gives up."""
+    """Seconds that a rank waits in a collective for a rank that is alive and does not answer."""
     close_seconds: float = 60.0
-    """How long closing the session waits for the version that is being written."""
+    """Seconds that closing the session waits for the version that is being written."""
     provenance: dict[str, str] = field(default_factory=dict)
     """Links for people, copied into every manifest."""
     step_observer: str | None = None
-    """`module:function` that makes the `StepObserver`. None: what WEIGHTLINE_STEP_OBSERVER names, if anything."""
+    """`module:function` that makes the `StepObserver`. None: the value of WEIGHTLINE_STEP_OBSERVER, if set."""
 
     def __post_init__(self) -> None:
         for name in ("sync_steps", "max_in_flight"):

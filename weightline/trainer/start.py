@@ -1,7 +1,8 @@
-"""Where a training process stands against its chain before its first step, and what the chain gets before it.
+"""Compares the loaded weights with the chain before the first training step, and plans the first commit.
 
-Three ways in: the chain is empty (commit an anchor), the loaded weights are the tip (go on), or a resumed checkpoint is
-behind or beside the tip (commit a revert, or a delta that leads to it). Anything else is a mistake, and refused.
+There are three cases: the chain is empty (commit an anchor), the loaded weights equal the tip (continue), or a resumed
+checkpoint is behind or beside the tip (commit a revert, or a delta that leads to it). All others raise
+BaseMismatchError.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ from weightline.types import Changes, TensorSpec
 
 @dataclass(frozen=True, slots=True)
 class StartPlan:
-    """What has to be committed before the first step. The same on every rank."""
+    """The commit to make before the first step. The same on every rank."""
 
     action: Literal["anchor", "continue", "revert", "delta"]
     tip: int | None
@@ -50,17 +51,20 @@ class StartPlan:
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """What rank 0 found and decided before the first step."""
+    """The decisions of rank 0 before the first step."""
 
     plan: StartPlan
     base_model: AdapterBase | None
     assets: tuple[AssetRef, ...]
-    """The model's small files, where the chain does not name them yet."""
+    """The model's small files; empty when the chain names the same ones already."""
     session_id: str
 
 
 def tensors_and_base(model: Any, group: RankGroup) -> tuple[tuple[CheckpointTensor, ...], AdapterBase | None]:
-    """Returns what the chain holds of the model: all of it, or an adapter and on rank 0 its base. Collective."""
+    """Returns the tensors that the chain holds, and the base model of an adapter. Collective.
+
+    The tensors are those of the whole model, or of the adapter of a PeftModel. The base model is valid on rank 0 only.
+    """
     if not is_peft_model(model):
         return group.on_all(lambda: checkpoint_tensors(model)), None
     names = group.on_first(lambda: adapter_names(model))
@@ -85,9 +89,10 @@ def decide_start(
     global_step: int,
     mark: VersionMark | None,
 ) -> Start:
-    """Rank 0: checks that the bucket takes writes and that the base fits, plans, and uploads the model's small files.
+    """Checks the bucket and the base model, plans the first commit and uploads the model's small files. For rank 0.
 
-    Safe to repeat. Raises what `plan_start` raises, and StorageError or InputError for a bucket or key without use.
+    Safe to repeat. BaseMismatchError as in `plan_start`; StorageError for a bucket that cannot be written; InputError
+    for a signing key that cannot be used.
     """
     check_signing_key()
     check_writable(chain.store)
@@ -103,7 +108,7 @@ def decide_start(
 
 
 def summed_digests(own: dict[str, int], names: Iterable[str], group: RankGroup) -> dict[str, int]:
-    """Returns the state digest of every named tensor, on rank 0, from every rank's contributions. Collective."""
+    """Returns the state digest of every named tensor, summed over ranks; valid on rank 0 only. Collective."""
     names = tuple(names)
     limbs = torch.tensor([digest_to_limbs(own.get(name, 0)) for name in names], dtype=torch.int64).reshape(-1, 4)
     rows = group.sum_to_first(limbs).tolist()
@@ -120,11 +125,11 @@ def plan_start(
     stage: str,
     mark: VersionMark | None = None,
 ) -> StartPlan:
-    """Decides on rank 0. BaseMismatchError when the weights are not the tip's and this is no resume. Reads only.
+    """Plans the first commit. Reads only. For rank 0.
 
-    A stage that starts anew although this very run of it has committed versions died before its first checkpoint: that
-    is a resume, too, from the version that it started from. `mark` saves a search: the version that it names is taken
-    when its digests are those of the loaded weights.
+    BaseMismatchError when the weights differ from the tip's and this is no resume. A stage of this run that starts at
+    step 0 and has committed versions before crashed before its first checkpoint: it resumes, too, from the version that
+    it started from. `mark` saves a search: its version is used when its digests are those of the loaded weights.
     """
     tip_version = chain.tip_version()
     if tip_version is None:
@@ -133,8 +138,8 @@ def plan_start(
     if tip.specs != specs:
         name = next(iter(set(tip.specs.items()) ^ set(specs.items())))[0]
         raise BaseMismatchError(
-            f"{chain.url} holds another model: tensor {name} is {tip.specs.get(name)} there, {specs.get(name)} here. "
-            "Name a chain of its own for this model",
+            f"{chain.url} holds another model: tensor {name} is {tip.specs.get(name)} in the chain, {specs.get(name)} "
+            "in training. Name another chain for this model",
             tensor=name, version=tip_version, expected=str(tip.specs.get(name)), actual=str(specs.get(name)),
         )  # fmt: skip
     written = {name: format_digest(digest) for name, digest in loaded.items()}
@@ -150,13 +155,13 @@ def plan_start(
     name = next(name for name, digest in written.items() if tip.digests[name] != digest)
     raise BaseMismatchError(
         f"the loaded weights are not version {tip_version} of {chain.url} (tensor {name}: digest {written[name]}, "
-        f"there {tip.digests[name]}). Start from that version (weightline pull), or name a new chain",
+        f"in the chain {tip.digests[name]}). Start from that version (weightline pull), or name a new chain",
         tensor=name, version=tip_version, expected=tip.digests[name], actual=written[name],
     )  # fmt: skip
 
 
 def _marked_version(chain: Chain, written: dict[str, str], mark: VersionMark | None) -> int | None:
-    """The version that the mark names, when the chain has that very commit and the loaded weights are its own."""
+    """Returns the mark's version if the chain has that commit and its digests are those of the loaded weights."""
     if mark is None:
         return None
     try:
@@ -171,7 +176,7 @@ def _are_of(manifests: Iterable[Manifest], run_id: str, stage: str) -> bool:
 
 
 def changes_from_tip(chain: Chain, tip: int, baseline: Baseline, *, ranked: bool) -> tuple[Changes, ...]:
-    """Returns what leads from the chain's tip to this rank's baseline. Reads the chain, some tensors at a time."""
+    """Returns the changes from the chain's tip to this rank's baseline. Reads the chain by groups of tensors."""
     found: list[Changes] = []
     with fetching(chain.store) as fetcher:
         for names in tensor_groups([shard.segment.tensor for shard in baseline.shards]):
@@ -188,9 +193,9 @@ def changes_from_tip(chain: Chain, tip: int, baseline: Baseline, *, ranked: bool
 def upload_assets(
     store: Store, model: Any, processing_class: Any = None, held: tuple[AssetRef, ...] = ()
 ) -> tuple[AssetRef, ...]:
-    """Puts config, generation config and tokenizer into the chain, but for `held` ones; of an adapter, its config.
+    """Uploads config, generation config and tokenizer, except `held` ones. For an adapter: its config and tokenizer.
 
-    Safe to repeat.
+    Returns all of them. Safe to repeat.
     """
     with tempfile.TemporaryDirectory(prefix="weightline-assets-") as folder:
         parts: tuple[Any, ...] = (_config_of(model), getattr(model, "generation_config", None))

@@ -1,8 +1,8 @@
-"""The four steps by which a rank publishes a version, and how other code watches them.
+"""The four steps by which a rank publishes a version, and the interface of their observers.
 
-The trainer does the work of a step itself, once, in the frame that needs its result. An observer is given each step
+The trainer does the work of a step itself, once, in the frame that needs its result. An observer receives each step
 when it begins and may wait for its end on a thread of its own, as `weightline.tasks.sync_steps` does to show the steps
-as Prefect task runs. Nothing that an observer does changes what a step does or when.
+as Prefect task runs. An observer cannot change the work of a step or its timing.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Literal, Protocol, Self
 from weightline.errors import InputError
 from weightline.format.manifest import Manifest
 
-#: Names the factory of a step observer, as `module:function`, where the caller names none.
+#: Environment variable: the factory of a step observer, as `module:function`, for callers that pass none.
 OBSERVER_VARIABLE = "WEIGHTLINE_STEP_OBSERVER"
 
 StepName = Literal["gather_partition", "compute_delta", "upload_payload", "commit_version"]
@@ -25,12 +25,12 @@ StepName = Literal["gather_partition", "compute_delta", "upload_payload", "commi
 
 @dataclass(frozen=True, slots=True)
 class StepFacts:
-    """What a step did. A field that does not apply to it is None."""
+    """The result of a step. A field that does not apply to the step is None."""
 
     num_changed: int | None = None
-    """Changed elements: of this rank's partition, or of the whole model for a commit."""
+    """Number of changed elements: of this rank's partition, or of the whole model for a commit."""
     num_elements: int | None = None
-    """Elements among which they are."""
+    """Number of all elements of that partition or model."""
     payload_nbytes: int | None = None
     """Bytes of this rank's payload, or of all payloads for a commit."""
     manifest: Manifest | None = None
@@ -45,7 +45,7 @@ class StepFacts:
 class Step:
     """One step of one rank for one version: a context manager around the work.
 
-    The work calls `report` with what it did. Whatever ends the block, an error too, ends the step.
+    The work calls `report` with its result. The end of the block ends the step, with the block's error if it raised.
     """
 
     def __init__(
@@ -60,16 +60,16 @@ class Step:
         self._ended: Future[StepFacts] = Future()
 
     def report(self, facts: StepFacts) -> None:
-        """Says what the step did. Called by the work, at its end."""
+        """Sets the step's result. The work calls this at its end."""
         self._facts = facts
 
     def wait(self) -> StepFacts:
-        """Returns what the step did, when it has ended; raises its error. For observers, from any thread."""
+        """Waits for the end of the step; returns its result or raises its error. For observers, from any thread."""
         return self._ended.result()
 
     @property
     def has_failed(self) -> bool:
-        """Whether the step has ended with an error."""
+        """Returns whether the step has ended with an error."""
         return self._ended.done() and self._ended.exception() is not None
 
     def __enter__(self) -> Self:
@@ -89,16 +89,16 @@ class StepObserver(Protocol):
     """Watches the steps of a rank."""
 
     def observe(self, step: Step) -> None:
-        """Is called when a step begins, on the rank's background thread. Must return at once and raise nothing."""
+        """Receives a step that begins, on the rank's background thread. Must return at once and raise nothing."""
         ...
 
     def close(self) -> None:
-        """Is called when training has ended, on the training thread. May wait a bounded time. Must raise nothing."""
+        """Ends the observation after training, on the training thread. May wait a bounded time. Must raise nothing."""
         ...
 
 
 class NoObserver:
-    """The observer of a rank that nothing watches."""
+    """An observer that does nothing."""
 
     def observe(self, step: Step) -> None:
         return
@@ -110,8 +110,8 @@ class NoObserver:
 def load_observer(path: str | None) -> StepObserver:
     """Returns the observer that the factory `module:function` makes.
 
-    Without a path the environment variable WEIGHTLINE_STEP_OBSERVER counts, and without that nothing is observed.
-    Raises InputError when the path leads to nothing that can be imported.
+    Without a path the environment variable WEIGHTLINE_STEP_OBSERVER is used, and without that nothing is observed.
+    Raises InputError when the path cannot be imported.
     """
     path = path or os.environ.get(OBSERVER_VARIABLE)
     if not path:

@@ -1,7 +1,7 @@
-"""A captured state on its way to a version: what ranks and threads hand each other, and the thread that works it off.
+"""The messages between training thread, publisher thread and ranks, and the publisher thread itself.
 
 Outcomes come in the order of the syncs and are the same on every rank. After a failure, every sync that was captured
-before training learned of it is void: it builds on a state that never became a version.
+before the training thread processed the failure is void, since it builds on a state that never became a version.
 """
 
 from __future__ import annotations
@@ -23,24 +23,24 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Sync:
-    """One captured state. The same on every rank but for `changes` and `failure`."""
+    """One captured state. Equal on every rank except for `changes` and `failure`."""
 
     sequence: int
-    """Counts this process's syncs from 0."""
+    """Number of the sync in this process, from 0."""
     epoch: int
-    """Counts failures: a sync captured before one that failed is void."""
+    """Number of failures that had been processed at the capture. After a failure all syncs of its epoch are void."""
     global_step: int
     kind: Literal["anchor", "delta", "revert"]
     changes: tuple[Changes, ...] = ()
-    """Of this rank's shards, against the state of the sync before. Empty for an anchor, which reads the baseline."""
+    """Changes of this rank's shards since the sync before. Empty for an anchor, which reads the baseline."""
     reverts_to: int | None = None
     is_milestone: bool = False
     metrics: dict[str, float] = field(default_factory=dict)
     assets: tuple[AssetRef, ...] = ()
     with_anchor: bool = False
-    """Also write an anchor of this state. No later sync is captured until it is written."""
+    """True to write an anchor of this state as well. No later sync is captured until it is written."""
     failure: str | None = None
-    """Why this rank could not capture its part; then the version is not committed."""
+    """Reason of a failed capture on this rank; the version is not committed then."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,11 +51,11 @@ class PayloadPart:
     nbytes: int = 0
     sha256: str = ""
     error: str | None = None
-    """Why the rank has no payload up; then the version is not committed."""
+    """Reason of a failed upload; the version is not committed then."""
 
 
 def add_parts(draft: Draft, parts: Iterable[PayloadPart]) -> None:
-    """Enters the payloads of those ranks that have one."""
+    """Adds the payloads of those ranks that have one to the draft."""
     for part in parts:
         if part.sha256:
             draft.add(part.rank, part.nbytes, part.sha256)
@@ -63,22 +63,22 @@ def add_parts(draft: Draft, parts: Iterable[PayloadPart]) -> None:
 
 @dataclass(frozen=True, slots=True)
 class SyncOutcome:
-    """What became of a sync: the same on every rank."""
+    """The result of a sync. Equal on every rank."""
 
     sequence: int
     version: int
     status: Literal["committed", "failed", "void"]
     reason: str = ""
     is_conflict: bool = False
-    """Another writer holds the version: trying again cannot help."""
+    """True when another writer committed the version, so that a retry cannot succeed."""
     wants_anchor: bool = False
-    """Late joiners would fetch more than an anchor by now: the next sync should bring one."""
+    """True when the next sync should write an anchor, since deltas cost new readers more time by now."""
     payload_nbytes: int = 0
     """Bytes of the version's payloads, of all ranks."""
 
 
 class SyncPublisher:
-    """Turns syncs into versions on a thread of its own. Its methods are called by the training thread."""
+    """Publishes syncs as versions on a thread of its own. The training thread calls its methods."""
 
     def __init__(
         self,
@@ -91,10 +91,10 @@ class SyncPublisher:
 
         Args:
             write: Publishes one sync, on the thread.
-            is_training: Says whether training still goes on. It is asked while nothing is to be done; when it says no
-                twice, the thread ends.
-            on_end: Is called last on the thread, whatever ended it, and learns whether it was that training had ended.
-            look_seconds: Time between two such questions.
+            is_training: Returns whether training still runs. The thread calls it while it is idle, and ends when it
+                returns False twice.
+            on_end: Called last on the thread, however it ends, with True when it ended because of `is_training`.
+            look_seconds: Time between two calls of `is_training`.
         """
         self._write, self._is_training, self._on_end = write, is_training, on_end
         self._look_seconds = look_seconds
@@ -108,29 +108,29 @@ class SyncPublisher:
         self._thread.start()
 
     def submit(self, sync: Sync) -> None:
-        """Hands over a sync. Returns at once; the caller bounds how many are under way."""
+        """Queues a sync. Returns at once; the caller bounds the number of queued syncs."""
         self._queue.put(sync)
 
     @property
     def num_outcomes(self) -> int:
-        """How many syncs are settled on this rank. PublishError when the thread itself broke."""
+        """Returns the number of syncs that are settled on this rank. PublishError when the thread crashed."""
         with self._arrived:
             self._raise_crash()
             return len(self._outcomes)
 
     def outcome(self, sequence: int) -> SyncOutcome:
-        """Returns what became of a settled sync."""
+        """Returns the outcome of a settled sync."""
         with self._arrived:
             return self._outcomes[sequence]
 
     def wait_for(self, num_outcomes: int) -> None:
-        """Blocks until so many syncs are settled on this rank. PublishError when the thread itself broke."""
+        """Blocks until `num_outcomes` syncs are settled on this rank. PublishError when the thread crashed."""
         with self._arrived:
             self._arrived.wait_for(lambda: len(self._outcomes) >= num_outcomes or self._crash is not None)
             self._raise_crash()
 
     def close(self, limit_seconds: float) -> bool:
-        """Lets the thread finish what was submitted and end. Safe to repeat. False when it has not within the limit."""
+        """Ends the thread after all queued syncs. Returns whether it ended within the limit. Safe to repeat."""
         self._queue.put(None)
         if threading.current_thread() is not self._thread:
             self._thread.join(timeout=limit_seconds)
@@ -139,7 +139,7 @@ class SyncPublisher:
     def _raise_crash(self) -> None:
         if self._crash is not None:
             raise PublishError(
-                f"the publisher thread broke: {self._crash!r}", reason=repr(self._crash)
+                f"the publisher thread crashed: {self._crash!r}", reason=repr(self._crash)
             ) from self._crash
 
     def _run(self) -> None:
@@ -149,18 +149,18 @@ class SyncPublisher:
                 with self._arrived:
                     self._outcomes.append(outcome)
                     self._arrived.notify_all()
-        # Not lost: the training thread raises it at its next sync.
+        # The training thread raises the error at its next sync.
         except BaseException as error:  # noqa: BLE001
             with self._arrived:
                 self._crash = error
                 self._arrived.notify_all()
         finally:
-            # It may hold frames of the training loop, and with them the model.
+            # The function may refer to frames of the training loop, and so keep the model alive.
             self._is_training = lambda: False
             self._on_end(self._is_abandoned)
 
     def _next(self) -> Sync | None:
-        """Returns the next sync; None when the session is closed, or training has left it without closing it."""
+        """Returns the next sync; None when the session is closed, or training has ended without closing it."""
         num_misses = 0
         while num_misses < 2:
             try:
@@ -168,12 +168,12 @@ class SyncPublisher:
             except queue.Empty:
                 num_misses = 0 if self._is_training() else num_misses + 1
         self._is_abandoned = True
-        _logger.warning("training has ended with an error: publishing ends, what was committed stays")
+        _logger.warning("training has ended with an error: publishing ends; committed versions stay")
         return None
 
     def _settle(self, sync: Sync) -> SyncOutcome:
         if sync.epoch <= self._failed_epoch:
-            return SyncOutcome(sync.sequence, -1, "void", "a sync before it failed")
+            return SyncOutcome(sync.sequence, -1, "void", "an earlier sync failed")
         outcome = self._write(sync)
         if outcome.status == "failed":
             self._failed_epoch = sync.epoch

@@ -1,7 +1,7 @@
 """One rank's part in writing one version: gather, delta, upload, and on rank 0 the commit.
 
-Runs on the rank's background thread. Ranks meet three times a version, whatever happened to any of them: digests are
-summed, reports on payloads gathered, the outcome broadcast. No rank ever holds another one's weights.
+Runs on the rank's background thread. Each version takes three collectives, also when a rank has failed: the sum of
+digests, the gathering of reports on payloads, and the broadcast of the outcome. No rank holds another rank's weights.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(slots=True, kw_only=True)
 class VersionWriter:
-    """Writes one version after the other. `digests` and `base_model` count on rank 0 only."""
+    """Writes one version after the other. `digests` and `base_model` are valid on rank 0 only."""
 
     chain: Chain
     settings: PublishSettings
     session_id: str
-    """Random, rank 0's: makes every attempt's object keys its own."""
+    """Random id from rank 0. It makes the object keys of every attempt unique."""
     specs: dict[str, TensorSpec]
     baseline: Baseline
     base_model: AdapterBase | None
-    """What an adapter belongs to."""
+    """The base model of an adapter; None for a whole model."""
     group: RankGroup
     observer: StepObserver
     tip: int | None
@@ -79,7 +79,7 @@ class VersionWriter:
         return Step(name, version, self.group.rank, self.group.world_size, self.chain.url, self.observer)
 
     def _upload_part(self, sync: Sync, draft: Draft, totals: torch.Tensor) -> PayloadPart:
-        """The three steps of every rank. Fills this rank's `totals` in."""
+        """Runs the three steps of every rank. Fills in this rank's `totals`."""
         rank = self.group.rank
         if sync.failure is not None:
             return PayloadPart(rank, error=sync.failure)
@@ -100,7 +100,7 @@ class VersionWriter:
         return PayloadPart(rank, info.nbytes, info.sha256)
 
     def _sum_changes(self, sync: Sync, totals: torch.Tensor) -> None:
-        """Counts and digest changes of what the training thread captured, a row for each tensor."""
+        """Fills `totals` with the change of digest and the number of changed elements, a row for each tensor."""
         row_of = {name: row for row, name in enumerate(self.specs)}
         if sync.kind == "anchor":
             rows = {row_of[name]: (digest, 0) for name, digest in self.baseline.digests().items()}
@@ -116,7 +116,7 @@ class VersionWriter:
         return write_delta(path, sync.changes, self.settings.coding) if sync.changes else None
 
     def _commit(self, sync: Sync, draft: Draft, parts: list[PayloadPart], totals: torch.Tensor) -> SyncOutcome:
-        """Rank 0: one manifest for all ranks' payloads, or the reason why there is none."""
+        """Commits one manifest for all ranks' payloads, and returns the outcome. For rank 0."""
         for part in parts:
             if part.error is not None:
                 return SyncOutcome(sync.sequence, draft.version, "failed", f"rank {part.rank}: {part.error}")
@@ -143,8 +143,8 @@ class VersionWriter:
         draft.num_changed = int(totals[:, 4].sum())
         manifest = draft.manifest(author, self.specs, digests, world_size=self.group.world_size)
         with self._step("commit_version", draft.version) as step:
-            # Remote stores repeat what fails for the moment. Where the bucket stays away, the version is failed; had it
-            # been committed all the same, the next one will be a conflict, which stops training.
+            # Remote stores retry transient errors. If the bucket stays unavailable, the version counts as failed. If it
+            # was committed nevertheless, the next commit is a conflict, which stops training.
             commit_manifest(self.chain, manifest)
             step.report(StepFacts.of_commit(manifest))
         self.digests = digests
