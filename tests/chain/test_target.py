@@ -112,7 +112,7 @@ def _two_indices(folder: Path) -> None:
 @pytest.mark.parametrize("make", [_two_files, _whole_and_index, _two_indices, lambda folder: None])
 def test_a_folder_that_loaders_would_read_in_two_ways_is_refused(tmp_path: Path, make: Any) -> None:
     make(tmp_path)
-    with pytest.raises(InputError, match=r"one|left over|checkpoint folder"):
+    with pytest.raises(InputError, match=r"leave only|outdated|checkpoint folder"):
         FolderSource(tmp_path)
 
 

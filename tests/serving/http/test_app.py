@@ -114,7 +114,7 @@ def test_sampling_repeats_with_a_seed_and_varies_without(client: AppClient) -> N
         ({"max_tokens": 0}, "max_tokens", "greater than or equal to 1"),
         ({"n": 2}, "n", "should be 1"),
         ({"logprobs": 5}, "logprobs", "None"),
-        ({"best_of": 3}, "best_of", "does not know"),
+        ({"best_of": 3}, "best_of", "does not support"),
         ({"temperature": -1}, "temperature", "greater than or equal to 0"),
         ({"prompt": {"text": "x"}}, "prompt", "valid"),
         ({"prompt": ""}, "prompt", "at least one token"),
@@ -251,7 +251,7 @@ def test_a_token_is_made_once_and_kept_from_others(tmp_path: Path, monkeypatch: 
     assert load_token(tmp_path) == made == read_token(tmp_path / "token")
     assert (tmp_path / "token").stat().st_mode & 0o777 == 0o600
     (tmp_path / "token").chmod(0o644)
-    with pytest.raises(InputError, match="open to others"):
+    with pytest.raises(InputError, match="other users can access"):
         load_token(tmp_path)
     monkeypatch.setenv("WEIGHTLINE_TOKEN", "given")
     assert load_token(tmp_path) == "given"

@@ -153,7 +153,7 @@ def test_the_base_is_checked_by_its_digest_not_by_its_number(replica: Replica, t
         store.delete(info.key)
     for info in other.chain.store.list(""):
         store.put(info.key, other.chain.store.get(info.key))
-    with pytest.raises(BaseMismatchError, match="the weights at hand are not version 0"):
+    with pytest.raises(BaseMismatchError, match="the replica's weights are not version 0"):
         replica.refresh(1)
     assert_same_bits(engine_bits(_engine(replica)), before)
     assert replica.engine.generate(ASK).version == 0
@@ -250,7 +250,7 @@ def test_a_bucket_that_was_made_anew_is_not_taken_for_the_one_that_is_served(tmp
         grown.chain.store.delete(info.key)
     make_chain(url, num_versions=2)
     for version in (1, 0):
-        with pytest.raises(BaseMismatchError, match="there it is commit"):
+        with pytest.raises(BaseMismatchError, match="the chain has commit"):
             replica.refresh(version)
     assert replica.status().version == 1
 
@@ -292,7 +292,7 @@ def test_when_the_way_back_is_torn_too_the_version_is_loaded_again(grown: ModelC
 def test_when_nothing_works_nothing_is_served_until_something_does(grown: ModelChain, tmp_path: Path) -> None:
     replica, engine = _tearing(grown, tmp_path, lambda call: call >= 3)
     engine.loads_fail = True
-    with pytest.raises(ApplyError, match="could neither move nor come back to version 0 and serves nothing"):
+    with pytest.raises(ApplyError, match="could neither move nor return to version 0, and serves no version"):
         replica.refresh(2)
     with pytest.raises(ApplyError, match="no checked version is loaded"):
         engine.generate(ASK)

@@ -1,7 +1,7 @@
-"""The barrier between requests and a refresh: requests pass, until a refresh drains it; then they wait for its release.
+"""The barrier between requests and a refresh: requests pass it until a refresh drains it, then wait for its release.
 
-`RequestBarrier` is for servers that answer on threads, `AsyncRequestBarrier` for one that answers on an asyncio loop.
-Both prefer the refresh: from the moment that it drains, no new request passes.
+`RequestBarrier` is for servers that answer on threads, `AsyncRequestBarrier` for servers that answer on an asyncio
+loop. Both prefer the refresh: once it drains, no new request passes.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from weightline.errors import ApplyError
 
 
 class RequestBarrier:
-    """At most `max_in_flight` requests are inside; the others wait outside, where they do not hold a refresh up."""
+    """A barrier that at most `max_in_flight` requests pass at a time. The others wait and do not delay a refresh."""
 
     def __init__(self, max_in_flight: int = 1) -> None:
         self._max_in_flight = max_in_flight
@@ -25,7 +25,7 @@ class RequestBarrier:
 
     @property
     def is_open(self) -> bool:
-        """Whether new requests pass."""
+        """Returns whether new requests pass."""
         return self._is_open
 
     @contextmanager
@@ -42,7 +42,7 @@ class RequestBarrier:
                 self._changed.notify_all()
 
     def drain(self, timeout_seconds: float) -> None:
-        """Holds new requests back and waits until none is inside. ApplyError after the timeout, and requests pass."""
+        """Holds new requests back and waits until none is in flight. After the timeout it reopens: ApplyError."""
         with self._changed:
             self._is_open = False
             if not self._changed.wait_for(lambda: self._num_in_flight == 0, timeout_seconds):
@@ -61,7 +61,7 @@ class RequestBarrier:
 
 
 class AsyncRequestBarrier:
-    """Requests await it on the loop that it was made on; a refresh drains it from a thread."""
+    """A barrier that requests await on the loop that it was made on. A refresh drains it from another thread."""
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
@@ -72,7 +72,7 @@ class AsyncRequestBarrier:
 
     @asynccontextmanager
     async def passing(self, *, is_counted: bool = True) -> AsyncIterator[None]:
-        """Waits until a request may pass. Inside, the weights do not change, unless the request is not counted."""
+        """Waits until a request may pass. Inside the context the weights do not change if the request is counted."""
         while not self._opened.is_set():
             await self._opened.wait()
         self._count(is_counted)
@@ -83,7 +83,7 @@ class AsyncRequestBarrier:
 
     @contextmanager
     def request(self) -> Iterator[None]:
-        """`passing`, for a thread other than the loop's."""
+        """Does the same as `passing`, for threads other than the loop's."""
         entered = self.passing()
         asyncio.run_coroutine_threadsafe(entered.__aenter__(), self._loop).result()
         try:
@@ -92,7 +92,7 @@ class AsyncRequestBarrier:
             asyncio.run_coroutine_threadsafe(entered.__aexit__(None, None, None), self._loop).result()
 
     def drain(self, timeout_seconds: float) -> None:
-        """Holds new requests back and waits until none is inside. ApplyError after the timeout, and requests pass."""
+        """Holds new requests back and waits until none is in flight. After the timeout it reopens: ApplyError."""
         asyncio.run_coroutine_threadsafe(self._drain(timeout_seconds), self._loop).result()
 
     def release(self) -> None:
@@ -111,7 +111,7 @@ class AsyncRequestBarrier:
         self._opened.set()
 
     def _count(self, change: int) -> None:
-        """Runs on the loop without an await, so that no request passes between a look at the barrier and its count."""
+        """Counts a request. Runs on the loop without an await, so no drain starts between the check and the count."""
         self._num_in_flight += change
         if self._num_in_flight:
             self._idle.clear()
@@ -122,6 +122,6 @@ class AsyncRequestBarrier:
 def _drain_timeout(num_in_flight: int, timeout_seconds: float) -> ApplyError:
     return ApplyError(
         f"{num_in_flight} requests were still running after {timeout_seconds:g} s, so the engine stays at its version: "
-        "ask again, or allow a longer drain",
+        "refresh again, or allow a longer drain",
         num_in_flight=num_in_flight,
     )

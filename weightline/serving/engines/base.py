@@ -3,14 +3,14 @@
 The steps of a refresh, in their only order:
     fetch, verify, decode                while the engine serves (`read_bits`)
     stage                                while the engine serves
-    pause                                requests in flight have ended on the old version, new ones wait
+    pause                                requests in flight end on the old version, new ones wait
     withdraw the mark, set_version(None)
     write_staged                         changed elements, in place, read back
     mark, set_version(N)
     resume                               always, also after a failure: an engine without a version refuses to answer
 
-An engine knows nothing of chains, payloads or digests of versions; a replica knows nothing of fused parameters, devices
-or requests.
+An engine does not depend on chains, payloads or digests of versions; a replica does not depend on fused parameters,
+devices or requests.
 
 Legend: N elements of a tensor, K changed ones. Tensors go by their checkpoint names and are flat (row-major) bits.
 """
@@ -108,15 +108,15 @@ class Engine(Protocol):
     def stage(self, changes: Sequence[Changes]) -> None:
         """Makes whole-tensor changes ready to be written, while the engine serves. Replaces what was staged before.
 
-        Writes nothing. BaseMismatchError when the engine finds that it does not hold the old bits: then its weights
-        are not what they were proven to be.
+        Writes nothing. BaseMismatchError when the engine does not hold the old bits, so that its weights are no longer
+        those of its version.
         """
         ...
 
     def write_staged(self) -> None:
         """Writes the staged changes in place and proves that the memory holds them. Safe to repeat.
 
-        DigestMismatchError when it does not. When it raises, any part may be written; `undo_staged` restores the old
+        DigestMismatchError when it does not. After an error any part may be written; `undo_staged` restores the old
         state.
         """
         ...
@@ -130,7 +130,7 @@ class Engine(Protocol):
         ...
 
     def pause(self, timeout_seconds: float) -> None:
-        """Holds new requests back and waits for those in flight. ApplyError after the timeout, and it serves on."""
+        """Holds new requests back and waits for those in flight. After the timeout it serves on: ApplyError."""
         ...
 
     def resume(self) -> None:
@@ -161,7 +161,7 @@ class InProcessEngine(ABC):
 
     @abstractmethod
     def scatter(self, changes: Sequence[Changes]) -> None:
-        """Writes the new bits of whole-tensor changes. Safe to repeat; when it raises, any part may be written."""
+        """Writes the new bits of whole-tensor changes. Safe to repeat. After an error any part may be written."""
 
     def read_digests(self) -> dict[str, int]:
         return {name: tensor_digest(whole(spec), self.read_bits(name)) for name, spec in self.specs().items()}
@@ -176,9 +176,9 @@ class InProcessEngine(ABC):
         self._write([inverse(one) for one in self._staged])
 
     def _write(self, changes: Sequence[Changes]) -> None:
-        """Writes, then reads the changed elements back: time and memory grow with their number.
+        """Writes the changes and reads the changed elements back. Time and memory grow with their number.
 
-        With the digests that the changes lead to, which are proven before, this proves the whole state.
+        The digests after the changes were checked before, so this proves the whole state.
         """
         self.scatter(changes)
         for one in changes:

@@ -1,4 +1,4 @@
-"""A torch model's weights as flat bits, written in place: same storage before and after, on any device, for any dtype.
+"""Reads and writes a torch model's weights as flat bits, in place: the storage stays, on any device, for any dtype.
 
 Legend: N elements of a tensor, K changed ones.
 """
@@ -18,8 +18,8 @@ from weightline.types import BitsArray, Changes, PositionArray, TensorSpec
 class LiveWeights:
     """The parameters and persistent buffers of a model, by their checkpoint names. A tied tensor has several names.
 
-    A tensor that the checkpoint has in parts (a mixture's experts) is seen by its parts, each a range of the one that
-    the model computes with. ApplyError for a model whose tensors cannot be written in place: not contiguous, not
+    A tensor that the checkpoint stores in parts (a mixture's experts) appears as its parts, each a range of the tensor
+    that the model computes with. ApplyError for a model whose tensors cannot be written in place: not contiguous, not
     materialized, or computed from the checkpoint's.
     """
 
@@ -32,21 +32,24 @@ class LiveWeights:
             self.specs[name] = published.spec
 
     def read_bits(self, name: str) -> BitsArray:
-        """All N bits of a tensor: a view of it on a CPU, a copy from elsewhere."""
+        """Returns all N elements of a tensor: a view on a CPU, a copy from other devices."""
         return self._to_host(name, self._flat[name])
 
     def read_elements(self, name: str, positions_K: PositionArray) -> BitsArray:
-        """The K bits at the positions, a copy."""
+        """Returns a copy of the K elements at the positions."""
         return self._to_host(name, self._flat[name][self._on_device(name, positions_K)])
 
     def scatter(self, changes: Changes) -> None:
-        """Write the new bits of one whole-tensor Changes. Safe to repeat; writes nothing where it raises ApplyError."""
+        """Writes the new bits of one whole-tensor Changes. Safe to repeat.
+
+        ApplyError when they do not fit the tensor, before anything is written, or when torch cannot write them.
+        """
         spec = changes.segment.tensor
         if self.specs.get(spec.name) != spec or changes.segment.length != spec.num_elements:
             raise ApplyError(f"changes of {spec} do not fit {self.specs.get(spec.name)}", tensor=spec.name)
         if not changes.num_changed:
             return
-        # torch bounds-checks an index on a CPU, but only asserts in a kernel elsewhere, which poisons the device.
+        # torch checks the bounds of an index on a CPU. On other devices a kernel asserts, which breaks the device.
         if changes.positions_K[0] < 0 or changes.positions_K[-1] >= spec.num_elements:
             raise ApplyError(f"changes of {spec.name} reach beyond its {spec.num_elements} elements", tensor=spec.name)
         new_K = self._on_device(spec.name, changes.new_K.view(signed_dtype(spec.dtype)))
@@ -71,7 +74,7 @@ def _published(model: torch.nn.Module) -> tuple[CheckpointTensor, ...]:
 
 
 def _flat_bits(name: str, tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor's own storage as a flat tensor of signed integers of the same width."""
+    """Returns the tensor's own storage as a flat tensor of signed integers of the same width. ApplyError."""
     if tensor.is_meta:
         raise ApplyError(f"{name} has no data (offloaded?): it cannot be written in place", tensor=name)
     if not tensor.is_contiguous():

@@ -1,4 +1,4 @@
-"""A chain as SGLang's `/pull_weights` reads it: a folder `weight_v{N:06d}` a version, on a file system that it shares.
+"""Publishes a chain for SGLang's `/pull_weights`: one folder `weight_v{N:06d}` per version, on a shared file system.
 
 Layout as in sgl-project/sglang `srt/weight_sync/local_checkpoint.py` (and slime's disk deltas): version 0 is the
 engine's own model path; a full version is a plain checkpoint folder; a delta is a folder of safetensors files that
@@ -6,10 +6,10 @@ hold, by tensor name, the zstd-compressed XOR of all bytes of the tensor before 
 new bytes as file metadata, and an index that names the version and its base. `/update_weights_from_disk` reads full
 versions directly.
 
-A reader begins at the newest full version and patches it with the deltas after it. A version is published in full where
-a patch could not make it: another set of tensors or other small files than the version before, or that one is gone.
-SGLang keeps no proof of its base and has no way back but a full version: what the chain guarantees ends where the
-folder begins. Every version is read from the chain with its digests checked.
+A reader begins at the newest full version and patches it with the deltas after it. A version is published in full when
+a delta cannot express it: its tensors or small files differ from those of the version before, or that one is gone.
+SGLang does not check the bits of its base and can go back only to a full version, so the chain's guarantees end at this
+folder. Every version is read from the chain with its digests checked.
 
 Legend: N elements of a tensor.
 """
@@ -50,15 +50,15 @@ _LEVEL = 1
 
 
 def version_folder(source_dir: Path, version: int) -> Path:
-    """Where a version is published."""
+    """Returns the folder of a published version."""
     return source_dir / f"{_FOLDER}{version:06d}"
 
 
 def publish_version(chain: Chain, version: int, source_dir: Path, *, is_full: bool = False) -> Path:
-    """Publish one version: as a delta against the version before it where a reader could patch that, else in full.
+    """Publishes one version: as a delta to the published version before it if possible, else in full.
 
-    Returns its folder, which appears whole, in one rename; a crash leaves a folder that begins with a dot. Safe to
-    repeat: what is there stays. VersionNotFoundError for an unknown version.
+    Returns its folder, which appears complete, by one rename; a crash leaves a folder whose name begins with a dot.
+    Safe to repeat: an existing folder stays. VersionNotFoundError for an unknown version.
     """
     folder = version_folder(source_dir, version)
     if folder.exists():
@@ -82,10 +82,10 @@ def publish_version(chain: Chain, version: int, source_dir: Path, *, is_full: bo
 
 
 def publish_up_to(chain: Chain, version: int, source_dir: Path, *, is_full: bool = False) -> Iterator[Path]:
-    """Publish what the chain has after the newest published version, up to `version`; yields every new folder.
+    """Publishes the chain's versions after the newest published one, up to `version`. Yields every new folder.
 
-    Where versions are missing in the chain, the next one is published in full: a reader starts again from there. Safe
-    to repeat.
+    After versions that are missing in the chain, the next one is published in full: a reader starts again from there.
+    Safe to repeat.
     """
     chain.manifest(version)
     newest = newest_published(source_dir)
@@ -94,13 +94,13 @@ def publish_up_to(chain: Chain, version: int, source_dir: Path, *, is_full: bool
 
 
 def newest_published(source_dir: Path) -> int | None:
-    """The newest version that has a folder."""
+    """Returns the newest version that has a folder; None when there is none."""
     numbers = (path.name.removeprefix(_FOLDER) for path in source_dir.glob(f"{_FOLDER}*"))
     return max((int(number) for number in numbers if number.isdecimal()), default=None)
 
 
 def _can_be_patched(chain: Chain, base: int, version: int, source_dir: Path) -> bool:
-    """Whether the version is the published base but for the bits of its tensors: same tensors, same small files."""
+    """Returns whether the base is published and has the same tensors and small files as the version."""
     if not version_folder(source_dir, base).exists() or not chain.versions(base, base):
         return False
     has_same_tensors = chain.manifest(base).specs == chain.manifest(version).specs
@@ -131,7 +131,7 @@ def _write_delta(chain: Chain, version: int, folder: Path) -> None:
 def _differences(
     chain: Chain, version: int, names: frozenset[str], fetcher: Fetcher
 ) -> tuple[dict[str, bytes], dict[str, str]]:
-    """(compressed XOR, checksum of the new bytes) of the tensors of a group that differ."""
+    """Returns (compressed XOR, checksum of the new bytes), each by name, of the tensors of a group that differ."""
     old = read_state(chain, version - 1, names.__contains__, fetcher)
     new = read_state(chain, version, names.__contains__, fetcher)
     differences: dict[str, bytes] = {}
@@ -158,24 +158,31 @@ def _write_file(path: Path, differences: dict[str, bytes], checksums: dict[str, 
 
 
 _log = logging.getLogger(__name__)
-#: Below the published folder: the lock, and who holds the lease.
+#: Name of the folder, below the published one, that holds the publisher's lock and the id of its lease.
 STATE_FOLDER = ".publisher"
 
 
 class Publisher:
-    """One of a folder. `told` hears of every folder that is new."""
+    """Publishes a chain to one folder. Calls `on_published` with every new folder."""
 
     def __init__(
-        self, chain: Chain, source_dir: Path, name: str, told: Callable[[Path], object], *, is_full: bool = False
+        self,
+        chain: Chain,
+        source_dir: Path,
+        name: str,
+        on_published: Callable[[Path], object],
+        *,
+        is_full: bool = False,
     ) -> None:
-        self._chain, self._source_dir, self._told, self._is_full = chain, source_dir, told, is_full
+        self._chain, self._source_dir, self._is_full = chain, source_dir, is_full
+        self._on_published = on_published
         self._name = checked_name(name)
         self._last_error: WeightlineError | None = None
 
     def run(self, following: Following | None) -> None:
-        """Publish up to the tip; then, when `following`, again and again, also after an error, which is logged.
+        """Publishes all versions up to the tip. With `following` it repeats this forever, and logs errors.
 
-        InputError when another publisher has the folder or the name. Without `following` any error is raised.
+        InputError when another publisher uses the folder or the name. Without `following` any error is raised.
         """
         state_dir = self._source_dir / STATE_FOLDER
         with own_folder(state_dir), self._registered(state_dir) as registration:
@@ -187,7 +194,7 @@ class Publisher:
                 time.sleep(following.wait_seconds(num_failures))
 
     def status(self) -> ReplicaStatus:
-        """What the lease says: garbage collection keeps the newest published version, and what follows it."""
+        """Returns the status for the lease, by which garbage collection keeps the newest published version."""
         version = newest_published(self._source_dir)
         return ReplicaStatus(
             replica=self._name,
@@ -201,13 +208,13 @@ class Publisher:
         )
 
     def _publish(self, registration: Registration, *, raises: bool) -> bool:
-        """False after an error."""
+        """Publishes all versions up to the tip. Returns False after an error that was logged."""
         try:
             self._publish_all(registration)
         except WeightlineError as error:
             if raises:
                 raise
-            _log.warning("%s is not published further: %s", self._source_dir, error)
+            _log.warning("publishing to %s failed: %s", self._source_dir, error)
             self._last_error = error
             return False
         self._last_error = None
@@ -219,11 +226,11 @@ class Publisher:
             return
         with registration.moving(tip):
             for folder in publish_up_to(self._chain, tip, self._source_dir, is_full=self._is_full):
-                self._told(folder)
+                self._on_published(folder)
 
     @contextmanager
     def _registered(self, state_dir: Path) -> Iterator[Registration]:
-        """The lease, renewed from a thread of its own while versions are published."""
+        """Holds the lease during the block. A thread renews it."""
         registration = Registration(self._chain, state_dir, Presence(), self.status)
         registration.claim()
         is_over = threading.Event()

@@ -1,6 +1,6 @@
 """The embedded engine: a transformers model in this process. For CPUs, small models and tests; one request at a time.
 
-Every request computes its own key-value cache and drops it, so nothing of an old version outlives a refresh.
+Every request computes its own key-value cache and drops it, so no cached state of an old version outlives a refresh.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from weightline.serving.engines.base import Completion, Generation, GenerationRe
 from weightline.serving.engines.in_place import LiveWeights
 from weightline.types import BitsArray, Changes, PositionArray, TensorSpec
 
-#: What transformers computes in.
+#: Dtypes that transformers can compute in.
 _FLOATS = frozenset({"F16", "BF16", "F32", "F64"})
 
 
 class TransformersEngine(InProcessEngine):
-    """Implements `Engine`."""
+    """Implements `Engine` on a transformers model in this process."""
 
     name = "transformers"
 
@@ -40,7 +40,7 @@ class TransformersEngine(InProcessEngine):
         self._weights: LiveWeights | None = None
 
     def require_assets(self, sha256_of: Mapping[str, str]) -> None:
-        """Any: config and tokenizer are loaded with the weights."""
+        """Accepts all files, since config and tokenizer are loaded with the weights."""
 
     def load(self, folder: Path) -> None:
         with _quiet_loading(), _load_errors(folder):
@@ -72,7 +72,7 @@ class TransformersEngine(InProcessEngine):
             self.scatter_tensor(one)
 
     def scatter_tensor(self, changes: Changes) -> None:
-        """Write one tensor's new bits."""
+        """Writes one tensor's new bits. Safe to repeat."""
         self._loaded().scatter(changes)
 
     def set_version(self, version: int | None) -> None:
@@ -89,14 +89,14 @@ class TransformersEngine(InProcessEngine):
         with self._barrier.request():
             version = self.version
             if version is None:
-                raise ApplyError("no checked version is loaded: ask again after the next refresh", engine=self.name)
+                raise ApplyError("no checked version is loaded: retry after the next refresh", engine=self.name)
             rows = [self._token_ids(prompt) for prompt in request.prompts]
             self._check_lengths(rows, request.max_tokens)
             tokens = self._generate_tokens(rows, request)
         return Generation(version, tuple(self._completion(row, request) for row in tokens), sum(map(len, rows)))
 
     def _generate_tokens(self, rows: list[list[int]], request: GenerationRequest) -> list[list[int]]:
-        """New token ids of every row."""
+        """Returns the new token ids of every row."""
         batch = self._tokenizer.pad({"input_ids": rows}, return_tensors="pt").to(self.device)
         width = batch["input_ids"].shape[1]
         stopping = [StopStrings(self._tokenizer, request.stop, width)] if request.stop else []
@@ -121,7 +121,7 @@ class TransformersEngine(InProcessEngine):
         return Completion(text, num_tokens, "length" if num_tokens == request.max_tokens else "stop")
 
     def _end_ids(self) -> set[int]:
-        """Tokens that end a text. What follows the end of a row in a batch is padding."""
+        """Returns the tokens that end a text. Tokens after the end of a row in a batch are padding."""
         ends = self._model.generation_config.eos_token_id
         known = [] if ends is None else [ends] if isinstance(ends, int) else ends
         return {*known, self._tokenizer.pad_token_id}
@@ -149,7 +149,7 @@ class TransformersEngine(InProcessEngine):
 
 
 def _usable_device(name: str) -> torch.device:
-    """InputError for a name that torch does not know, or that this machine, or this build of torch, does not have."""
+    """Returns the device. InputError for a name that torch does not support, or a device that is not available."""
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
@@ -160,14 +160,17 @@ def _usable_device(name: str) -> torch.device:
 
 
 def _owning_memory(model: torch.nn.Module) -> torch.nn.Module:
-    """Out of the checkpoint's file, which loading maps: else the first write to a page is a fault within the pause."""
+    """Copies the tensors to memory of this process.
+
+    Loading maps the checkpoint's file, and the first write to each mapped page would cost a page fault in the pause.
+    """
     for tensor in (*model.parameters(), *model.buffers()):
         tensor.data = tensor.data.clone()
     return model
 
 
 def _only_token_ids(config: GenerationConfig) -> GenerationConfig:
-    """Without the checkpoint's sampling defaults: a request says all of how it is answered."""
+    """Returns the config without the checkpoint's sampling defaults, since a request names all of its sampling."""
     return GenerationConfig(
         bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id
     )
@@ -181,7 +184,7 @@ def _sampling(request: GenerationRequest) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _seeded(seed: int | None) -> Iterator[None]:
-    """Sample from a generator state of the request's own, and leave the process's as it was."""
+    """Seeds the random generator for the block, and restores the process's state afterwards."""
     if seed is None:
         yield
         return
@@ -191,7 +194,7 @@ def _seeded(seed: int | None) -> Iterator[None]:
 
 
 def _dtype_of(folder: Path) -> torch.dtype | str:
-    """The one float dtype of the checkpoint's tensors, so that loading casts nothing; `auto` when there are several."""
+    """Returns the only float dtype of the checkpoint, so that loading casts nothing; `auto` when it has several."""
     found: set[str] = set()
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, "pt") as file:
@@ -210,7 +213,7 @@ def _load_errors(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet_loading() -> Iterator[None]:
-    """No progress bars in a server's log."""
+    """Turns off the progress bars of transformers for the block."""
     was_enabled = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
@@ -220,12 +223,13 @@ def _quiet_loading() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-#: Tokens that may stand for no character (special tokens, parts of a character) beside those of the stop string itself.
+#: Number of tokens without a character of their own (special tokens, parts of a character) that may come with a stop
+#: string.
 _SLACK_TOKENS = 8
 
 
 def cut_at_stop(text: str, stop: Sequence[str]) -> str | None:
-    """The text before the first stop string, or None when there is none in it."""
+    """Returns the text before the first stop string; None when it contains none."""
     found = [at for one in stop if (at := text.find(one)) >= 0]
     return text[: min(found)] if found else None
 

@@ -1,6 +1,6 @@
-"""The HTTP app of a replica: OpenAI's completions, as far as they make sense here, its status, and the refresh.
+"""The HTTP app of a replica: a subset of OpenAI's completions API, its status, and the refresh.
 
-Slow work runs on threads with limits of their own, so that a queue of completions delays neither a refresh nor a status
+Slow work runs on threads with limits per kind, so that a queue of completions delays neither a refresh nor a status
 request.
 """
 
@@ -27,18 +27,18 @@ from weightline.serving.http.errors import UNAUTHORIZED, error_body
 from weightline.serving.http.service import ReplicaService
 
 VERSION_HEADER = "x-weightline-version"
-#: Completions that may wait for the engine. Further ones are refused and may be sent again later.
+#: Completions that may wait for the engine. Further ones are refused with a status that allows a retry.
 MAX_WAITING_COMPLETIONS = 256
 
 T = TypeVar("T")
 
 
 def _encodable(text: str) -> str:
-    """JSON can spell half of a surrogate pair (`"\\ud800"`), which UTF-8, and so every tokenizer, cannot hold."""
+    """Returns the text. ValueError for a lone surrogate (`"\\ud800"` in JSON), which UTF-8 cannot encode."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise ValueError("half of a surrogate pair is not a character") from error
+        raise ValueError("the text has a lone surrogate, which is not a character") from error
     return text
 
 
@@ -88,7 +88,7 @@ class CompletionRequest(_Body):
 class RefreshRequest(_Body):
     """The body of POST /weightline/refresh. `version` null means the tip; an earlier version needs `allow_backward`.
 
-    `chain` is the bucket that the caller means. A bucket other than the replica's own is refused.
+    `chain` is the URL of the chain that the caller expects. Any other than the replica's own is refused.
     """
 
     chain: Text | None = None
@@ -97,7 +97,7 @@ class RefreshRequest(_Body):
 
 
 def build_app(service: ReplicaService, token: str) -> FastAPI:
-    """Returns the app. Its routes neither start nor stop the service; the server does."""
+    """Returns the app. The server starts and stops the service; the routes do neither."""
     app = FastAPI(title="weightline replica", docs_url=None, redoc_url=None, openapi_url=None)
     _add_completions(app, service)
     _add_status(app, service)
@@ -123,7 +123,7 @@ def _add_completions(app: FastAPI, service: ReplicaService) -> None:
         if replica.status().state == "waiting":
             raise ApplyError(_why_waiting(service), version=None)
         if threads.available_tokens < 1:
-            raise ApplyError(f"{MAX_WAITING_COMPLETIONS} requests are waiting already: send it again later")
+            raise ApplyError(f"{MAX_WAITING_COMPLETIONS} requests are waiting already: retry later")
         request = body.to_generation()
         generation = await _on_thread(threads, lambda: replica.engine.generate(request))
         service.metrics.completions.inc(len(generation.completions))
@@ -137,7 +137,7 @@ def _add_status(app: FastAPI, service: ReplicaService) -> None:
 
     @app.get("/health")
     async def health() -> dict[str, Any]:
-        """Answers 200 as long as the process lives. Whether it serves a version is in `status`, and in /ready."""
+        """Answers 200 while the process lives. `status` and /ready say whether it serves a version."""
         status = replica.status()
         detail = None if status.state == "serving" else _why_waiting(service)
         return {"status": status.state, "version": status.version, "detail": detail}
@@ -186,17 +186,17 @@ def _add_errors(app: FastAPI) -> None:
         return JSONResponse(error_body(str(error.detail), code), error.status_code, headers=headers)
 
 
-def _require_chain(asked: str | None, configured: str) -> None:
-    """Refuses a refresh of another chain: a replica reads no bucket but its own."""
-    if asked is not None and asked.rstrip("/") != configured.rstrip("/"):
-        raise InputError(f"this replica follows {configured}, not {asked}", field="chain", chain=configured)
+def _require_chain(expected: str | None, configured: str) -> None:
+    """Raises InputError for a refresh of another chain, since a replica reads no bucket but its own."""
+    if expected is not None and expected.rstrip("/") != configured.rstrip("/"):
+        raise InputError(f"this replica follows {configured}, not {expected}", field="chain", chain=configured)
 
 
 def _refusal(error: RequestValidationError) -> dict[str, Any]:
-    """Returns an error body that names the first wrong field and what would be right."""
+    """Returns an error body that names the first invalid field and the remedy."""
     first = error.errors()[0]
     field = ".".join(str(part) for part in first["loc"][1:2]) or "body"
-    remedy = {"extra_forbidden": "this server does not know it", "literal_error": f"{first['msg']}"}
+    remedy = {"extra_forbidden": "this server does not support it", "literal_error": f"{first['msg']}"}
     problem = remedy.get(first["type"], first["msg"])
     if field == "stream":
         problem = "streaming is not supported: leave it out"

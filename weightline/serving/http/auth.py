@@ -16,7 +16,7 @@ TOKEN_FILE = "token"  # noqa: S105 - the name of a file
 
 
 def load_token(state_dir: Path) -> str:
-    """Returns the environment's token, or the state folder's, which is made at first use. Safe to repeat.
+    """Returns the environment's token, or the state folder's, which is created at first use. Safe to repeat.
 
     InputError for an empty token, and for a file that group or others have any access to.
     """
@@ -34,14 +34,14 @@ def load_token(state_dir: Path) -> str:
 
 
 def read_token(path: Path) -> str:
-    """Returns the token in a file. InputError where there is none, or where group or others have any access to it."""
+    """Returns the token in a file. InputError when there is none, or when group or others have any access to it."""
     try:
         mode = path.stat().st_mode
         token = path.read_text()
     except OSError as error:
         raise InputError(f"no token can be read from {path}: {error.strerror}", field="token") from error
     if mode & 0o077:
-        raise InputError(f"{path} is open to others (mode {mode & 0o777:o}): chmod 600 it", field="token")
+        raise InputError(f"other users can access {path} (mode {mode & 0o777:o}): run chmod 600 on it", field="token")
     return _checked(token, str(path))
 
 
@@ -61,7 +61,7 @@ def is_loopback(host: str) -> bool:
 def is_authorized(
     header: str | None, token: str, is_same: Callable[[bytes, bytes], bool] = hmac.compare_digest
 ) -> bool:
-    """Returns whether an Authorization header carries the token. Takes the same time wherever they differ."""
+    """Returns whether an Authorization header carries the token. Compares in constant time."""
     scheme, _, given = (header or "").partition(" ")
     is_equal = is_same(given.strip().encode(), token.encode())
     return is_equal and scheme.lower() == "bearer"
@@ -69,5 +69,5 @@ def is_authorized(
 
 def _checked(token: str, source: str) -> str:
     if not token.strip() or not token.isascii():
-        raise InputError(f"{source} holds no token: give one of ASCII characters", field="token")
+        raise InputError(f"{source} holds no token: set one of ASCII characters", field="token")
     return token.strip()

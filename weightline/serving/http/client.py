@@ -25,10 +25,10 @@ def refresh(
 ) -> RefreshFacts:
     """Moves the replica at `url` to the version (None: the tip) and waits until it serves it. Safe to repeat.
 
-    The facts name the version that is served now: a later one than asked for, when the replica was there already and
-    `allow_backward` is False. A `chain` that is not the replica's is refused. Raises what the replica raised, by type:
-    VersionNotFoundError, BaseMismatchError, DigestMismatchError, ...; InputError for a wrong token; ApplyError when it
-    cannot move, or, with the fact `is_unreachable`, when it gives no answer.
+    The facts name the version that is served now, which is later than `version` when the replica served a later one and
+    `allow_backward` is False. A `chain` that is not the replica's is refused. Raises the replica's error as its own
+    type: VersionNotFoundError, BaseMismatchError, DigestMismatchError, ...; InputError for a wrong token; ApplyError
+    when it cannot move, or, with the fact `is_unreachable`, when it does not answer.
     """
     body = {"chain": chain, "version": version, "allow_backward": allow_backward}
     headers = {"authorization": f"Bearer {token}"}
@@ -41,11 +41,11 @@ def status(url: str, *, timeout_seconds: float = 10.0) -> ReplicaStatus:
 
 
 def _parsed(cls: type[Body], url: str, body: object) -> Body:
-    """Parses an answer. ApplyError when it is no replica's: something else may listen where a replica did."""
+    """Parses an answer. ApplyError when it is not a replica's, as when another server listens at a former address."""
     try:
         return cls.model_validate(body)
     except ValidationError as error:
-        raise ApplyError(f"what answers at {url} is no replica", url=url, is_unreachable=True) from error
+        raise ApplyError(f"the server at {url} is not a replica", url=url, is_unreachable=True) from error
 
 
 def _ask(
@@ -56,15 +56,15 @@ def _ask(
     body: dict[str, Any] | None = None,
     headers: dict[str, str] | None = None,
 ) -> object:
-    where = f"{url.rstrip('/')}{route}"
+    address = f"{url.rstrip('/')}{route}"
     try:
-        answer = httpx.request(method, where, json=body, headers=headers, timeout=timeout_seconds, trust_env=False)
+        answer = httpx.request(method, address, json=body, headers=headers, timeout=timeout_seconds, trust_env=False)
         received: object = answer.json()
     except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
         reason = str(error) or type(error).__name__
         raise ApplyError(
-            f"the replica at {url} gives no answer ({reason}): is it running?", url=url, is_unreachable=True
+            f"the replica at {url} does not answer ({reason}): check that it runs", url=url, is_unreachable=True
         ) from error
     if answer.is_success:
         return received
-    raise error_of(received, f"{where} answered {answer.status_code}")
+    raise error_of(received, f"{address} answered {answer.status_code}")

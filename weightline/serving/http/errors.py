@@ -1,4 +1,4 @@
-"""Errors over HTTP: OpenAI's shape, our codes and facts, and back into our own types on the client's side."""
+"""Errors over HTTP: writes them in OpenAI's shape with the project's codes and facts, and parses them in the client."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ UNAUTHORIZED = "unauthorized"
 
 
 def error_body(message: str, code: str, facts: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """The JSON object of every refusal."""
+    """Returns the JSON object of an error."""
     readable = json.loads(json.dumps(facts or {}, default=str))
     return {"error": {"message": message, "type": code, "code": code, "facts": readable}}
 
 
 def error_of(body: object, fallback: str) -> WeightlineError:
-    """The error that a body tells of; an ApplyError with the fallback text for anything that is no such body."""
-    told = body.get("error") if isinstance(body, dict) else None
-    if not isinstance(told, dict):
+    """Returns the error of a body, as its own type; an ApplyError with the fallback text for any other body."""
+    error = body.get("error") if isinstance(body, dict) else None
+    if not isinstance(error, dict):
         return ApplyError(fallback)
-    facts = told.get("facts")
-    message = str(told.get("message", fallback))
-    if told.get("code") == UNAUTHORIZED:
+    facts = error.get("facts")
+    message = str(error.get("message", fallback))
+    if error.get("code") == UNAUTHORIZED:
         return InputError(message, field="token")
-    cls = _BY_KIND.get(str(told.get("code")), ApplyError)
+    cls = _BY_KIND.get(str(error.get("code")), ApplyError)
     return cls(message, **(facts if isinstance(facts, dict) else {}))
 
 

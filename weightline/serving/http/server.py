@@ -1,4 +1,4 @@
-"""One replica behind one socket, in the foreground until a signal: what `weightline serve transformers` runs."""
+"""Serves one replica on one socket, in the foreground until a signal, for `weightline serve transformers`."""
 
 from __future__ import annotations
 
@@ -28,7 +28,11 @@ ADDRESS_FILE = "address.json"
 
 @dataclass(frozen=True, slots=True)
 class ServerSettings:
-    """`port` 0 takes a free one, told by `address.json` in the state folder. `follow_seconds` None: move when told."""
+    """The settings of a replica's server.
+
+    `port` 0 takes a free port; `address.json` in the state folder names it. With `follow_seconds` None the replica
+    moves on request only.
+    """
 
     chain_url: str
     state_dir: Path
@@ -37,14 +41,14 @@ class ServerSettings:
     port: int = 8000
     follow_seconds: float | None = None
     follow_ref: str | None = None
-    """Follow only what this ref stands for; None: every version."""
+    """The ref to follow; None: follow the tip."""
     device: str | None = None
     drain_seconds: float = 60.0
     lease_seconds: float = 30.0
     advertise_url: str | None = None
-    """Where others reach the replica, when that is not where it listens."""
+    """The URL at which others reach the replica, if it differs from the address that it listens on."""
     trusted_keys: Path | None = None
-    """Public keys, one of which must have signed every version. None: what the environment demands."""
+    """File of public keys, one of which must have signed every version. None: the keys that the environment names."""
 
     @property
     def following(self) -> Following | None:
@@ -56,7 +60,7 @@ class ServerSettings:
         return open_chain(self.chain_url, trusted)
 
     def presence(self, port: int) -> Presence:
-        """Returns the fixed part of the lease. A replica that listens on all interfaces does not know its address."""
+        """Returns the fixed part of the lease. It has no URL when the replica listens on all interfaces."""
         is_anywhere = self.host in ("", "0.0.0.0", "::")  # noqa: S104 - compared, not bound
         url = self.advertise_url or (None if is_anywhere else _url_of(self.host, port))
         return Presence(url, self.following.what if self.following else None, self.lease_seconds)
@@ -65,13 +69,13 @@ class ServerSettings:
 def serve(settings: ServerSettings) -> None:
     """Serves by the embedded engine until a signal ends it.
 
-    InputError, before anything is loaded, when the port is taken, the state folder or the name is another replica's,
-    or other machines could reach the replica without a token that an operator chose.
+    InputError, before anything is loaded, when the port, the state folder or the name is in use, or when other machines
+    could reach the replica without a token that an operator chose.
     """
     require_safe_binding(settings.host, settings.state_dir)
     with own_folder(settings.state_dir), _listening(settings) as listener:
         chain = settings.open_chain()
-        # Imports torch, which takes seconds: not before it is clear that the server can start.
+        # This imports torch, which takes seconds, so it comes after the checks that the server can start.
         from weightline.serving.engines.transformers import TransformersEngine
 
         engine = TransformersEngine(settings.device)
@@ -88,10 +92,10 @@ def serve(settings: ServerSettings) -> None:
 
 
 def require_safe_binding(host: str, state_dir: Path) -> None:
-    """InputError for an address that other machines can reach, unless an operator chose a token."""
+    """Raises InputError for an address that other machines can reach, unless an operator chose a token."""
     if not is_loopback(host) and not has_given_token(state_dir):
         raise InputError(
-            f"{host} can be reached from elsewhere: choose the token that opens it ({TOKEN_VARIABLE}, or the file "
+            f"other machines can reach {host}: choose a token for it ({TOKEN_VARIABLE}, or the file "
             f"{state_dir / 'token'}, mode 0600), or listen on 127.0.0.1",
             field="host",
         )
@@ -99,7 +103,7 @@ def require_safe_binding(host: str, state_dir: Path) -> None:
 
 @contextmanager
 def own_folder(state_dir: Path) -> Iterator[None]:
-    """One process per state folder. The lock goes with the process, however it ends."""
+    """Locks the state folder for this process. InputError when another one has it. The lock ends with the process."""
     state_dir.mkdir(parents=True, exist_ok=True)
     with ExitStack() as held:
         try:
@@ -119,7 +123,7 @@ def _listening(settings: ServerSettings) -> Iterator[socket.socket]:
             listener.bind((settings.host, settings.port))
         except OSError as error:
             raise InputError(
-                f"port {settings.port} of {settings.host} cannot be taken: {error.strerror}. Name another or 0",
+                f"port {settings.port} of {settings.host} cannot be used: {error.strerror}. Name another port, or 0",
                 port=settings.port,
             ) from error
         listener.listen(128)
@@ -132,7 +136,7 @@ def _listening(settings: ServerSettings) -> Iterator[socket.socket]:
 
 
 def write_address(settings: ServerSettings, port: int) -> None:
-    """Writes where the replica of this state folder listens, in one rename."""
+    """Writes the address of the replica to its state folder, by one rename."""
     path = settings.state_dir / ADDRESS_FILE
     address = {
         "url": _url_of(settings.host, port),

@@ -1,4 +1,4 @@
-"""A replica at work: refreshes are counted, the lease is renewed, and a thread follows the chain."""
+"""Runs a replica: counts its refreshes, renews its lease, and follows the chain on a thread."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class ReplicaService:
     """A replica with its metrics, its lease and its follower. Call `start` and `close` once each."""
 
     def __init__(self, replica: Replica, following: Following | None = None, presence: Presence | None = None) -> None:
-        """Without a `presence` the replica has no lease: rollouts do not find it, and gc does not know of it."""
+        """Creates the threads. Without a `presence` there is no lease: rollouts and gc do not see the replica."""
         self.replica = replica
         self.metrics = ReplicaMetrics(replica.name)
         self._follower = None if following is None else Follower(replica.chain, following)
@@ -59,7 +59,7 @@ class ReplicaService:
             if thread.is_alive():
                 thread.join(_CLOSE_SECONDS)
         if self._registration is not None:
-            # A bucket that is down must not keep the process from leaving: then the lease expires.
+            # An unavailable bucket must not block the end of the process. The lease expires in that case.
             ending = threading.Thread(target=self._registration.end, name="weightline-lease-end", daemon=True)
             ending.start()
             ending.join(_CLOSE_SECONDS)
@@ -137,7 +137,7 @@ class ReplicaService:
             with self._announced(None if version == self.replica.version else version):
                 facts = self.replica.recover()
         except WeightlineError as error:
-            _log.warning("replica %s cannot come back to its version: %s", self.replica.name, error)
+            _log.warning("replica %s cannot return to its version: %s", self.replica.name, error)
             self.metrics.count_failure(error, self.replica.version)
             return
         if facts is not None:
@@ -152,8 +152,8 @@ class ReplicaService:
             facts = self.refresh(target, allow_backward=follower.following.ref is not None)
             record_refresh(self.replica.chain, facts.version, self.replica.name, facts)
         except UnsupportedFeatureError as error:
-            # Asking again cannot help: this engine will never serve that version, but perhaps the next one.
-            _log.warning("replica %s passes over version %s: %s", self.replica.name, target, error)
+            # A retry cannot succeed: this engine will never serve that version, but perhaps the next one.
+            _log.warning("replica %s skips version %s: %s", self.replica.name, target, error)
             self._refused = target
         except WeightlineError as error:
             _log.warning("replica %s stays at %s: %s", self.replica.name, self.replica.version, error)
@@ -170,7 +170,7 @@ class ReplicaMetrics:
         self.version = self._gauge("version", "Version that is served; -1: none")
         self.lag_versions = self._gauge("lag_versions", "Versions between the one served and the tip, when last read")
         self.lag_seconds = self._gauge("lag_seconds", "Age of the oldest version that is not served yet; 0 at the tip")
-        self.pause_seconds = self._histogram("refresh_pause_seconds", "How long the engine stood still in a refresh")
+        self.pause_seconds = self._histogram("refresh_pause_seconds", "Seconds for which a refresh paused the engine")
         self.prepare_seconds = self._histogram(
             "refresh_prepare_seconds", "Fetching, verifying and decoding, while serving"
         )
@@ -198,7 +198,7 @@ class ReplicaMetrics:
         self.version.set(-1 if version is None else version)
 
     def set_lag(self, status: ReplicaStatus) -> None:
-        """Sets the lag. It stays as it was, in versions, or becomes NaN, in seconds, while the bucket fails."""
+        """Sets the lag. While the bucket fails, the lag in versions is unchanged and the lag in seconds is NaN."""
         if status.tip_version is not None:
             self.lag_versions.set(status.tip_version - (-1 if status.version is None else status.version))
         self.lag_seconds.set(float("nan") if status.lag_seconds is None else status.lag_seconds)

@@ -1,4 +1,4 @@
-"""Following a chain: which version a replica moves to by itself, how often it looks, and what it records."""
+"""Determines the versions that a replica moves to by itself, how often it polls, and the records that it writes."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from weightline.serving.replica.status import RefreshFacts
 
 #: The ref that names the newest version which passed its gate: the flow `refresh-serving` moves it.
 SERVING_REF = "serving"
-#: What a replica reports to follow when it takes every version as soon as it is committed.
+#: The value that a replica reports as followed when it moves to every version as soon as it is committed.
 TIP = "tip"
 _MAX_BACKOFF = 8
 
 
 @dataclass(frozen=True, slots=True)
 class Following:
-    """How a replica follows its chain.
+    """The rule by which a replica follows its chain.
 
-    It looks every `interval_seconds`, give or take a fifth, so that many replicas do not ask at the same moment.
-    With `ref` None it takes every version as soon as it is committed; else the version that the ref names, forward and
-    backward.
+    It polls every `interval_seconds`, give or take a fifth, so that many replicas do not poll at the same moment.
+    With `ref` None it moves to every version as soon as it is committed; else to the version that the ref names,
+    forward and backward.
     """
 
     interval_seconds: float
@@ -36,18 +36,18 @@ class Following:
 
     @property
     def what(self) -> str:
-        """`tip`, or the name of the ref."""
+        """Returns `tip`, or the name of the ref."""
         return self.ref or TIP
 
     def wait_seconds(self, num_failures: int, draw: float | None = None) -> float:
-        """Returns the time until the next look: up to eight times as long after failures in a row. `draw`: [0, 1)."""
+        """Returns the seconds until the next poll: up to eight times as long after failures. `draw`: in [0, 1)."""
         drawn = random.random() if draw is None else draw
         backoff = min(2**num_failures, _MAX_BACKOFF)
         return self.interval_seconds * backoff * (0.8 + 0.4 * drawn)
 
 
 class Follower:
-    """Reads the version to move to. It remembers the ref's last move, so that a look is one short listing."""
+    """Reads the version to move to. It remembers the ref's last move, so that a poll is one short listing."""
 
     def __init__(self, chain: Chain, following: Following) -> None:
         self._chain, self.following = chain, following
@@ -66,20 +66,20 @@ class Follower:
 
 
 def record_refresh(chain: Chain, version: int, replica: str, facts: RefreshFacts) -> Record:
-    """Records what `replica` serves after it was asked for `version`; returns the record of `version`.
+    """Records the version that `replica` serves after a refresh to `version`; returns the record of `version`.
 
-    The replica passed over the versions between the last one with a record of its name and the one that it serves: each
-    gets a record that says `skipped`. A replica without a record is new: it passed over nothing but `version`.
+    The replica skipped the versions between the last one with a record of its name and the one that it serves: each
+    gets a record with status `skipped`. A replica without a record is new and can have skipped only `version`.
 
     The lowest version is recorded first and the served one last, so that a crash leaves a gap only above the recorded
-    versions, which the next call fills. Safe to repeat: the first record of a version stands, also when the replica
-    comes back to it later.
+    versions, which the next call fills. Safe to repeat: the first record of a version stays, also when the replica
+    returns to it later.
     """
     skipped: Record = {"status": "skipped", "newer_version": facts.version}
     if read_record(chain, REFRESHES, facts.version, replica) is None:
         last = last_recorded(chain, REFRESHES, replica, facts.version)
-        for passed_over in range(facts.version if last is None else last + 1, facts.version):
-            write_record(chain, REFRESHES, passed_over, replica, skipped)
+        for skipped_version in range(facts.version if last is None else last + 1, facts.version):
+            write_record(chain, REFRESHES, skipped_version, replica, skipped)
     served = write_record(chain, REFRESHES, facts.version, replica, done_record(facts))
     return served if version == facts.version else write_record(chain, REFRESHES, version, replica, skipped)
 

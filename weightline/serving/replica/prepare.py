@@ -31,7 +31,7 @@ class Held:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PreparedDelta:
-    """Decoded changes from `held` to the version, proven: the digests after them are the manifest's."""
+    """Decoded changes from `held` to the version. The digests after them were checked against the manifest."""
 
     held: Held
     manifest: Manifest
@@ -46,7 +46,10 @@ class PreparedDelta:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PreparedLoad:
-    """A checkpoint folder of the version, for an engine that holds nothing, or another architecture. `discard` it."""
+    """A checkpoint folder of the version, for an engine without weights or with another model.
+
+    Call `discard` after use.
+    """
 
     held: Held | None
     manifest: Manifest
@@ -74,7 +77,7 @@ def remove_leftovers(state_dir: Path) -> None:
 
 
 def prepare_load(chain: Chain, version: int, state_dir: Path, held: Held | None = None) -> PreparedLoad:
-    """Writes the version as a checkpoint below `state_dir`. A crash leaves a folder, for `remove_leftovers`."""
+    """Writes the version as a checkpoint below `state_dir`. A crash leaves a folder for `remove_leftovers`."""
     plan = plan_between(chain, None, version)
     folder = Path(tempfile.mkdtemp(prefix=_LOADING, dir=state_dir))
     prepared = PreparedLoad(held, chain.manifest(version), folder, plan.payload_nbytes)
@@ -91,10 +94,10 @@ def prepare_load(chain: Chain, version: int, state_dir: Path, held: Held | None 
 def prepare_delta(chain: Chain, version: int, held: Held, read_bits: ReadBits) -> PreparedDelta:
     """Decodes the changes from the engine's weights to the version. Writes nothing; safe to repeat.
 
-    A version to which an anchor is the cheaper, or the only, way is built in host memory and compared.
+    If the cheapest path starts at an anchor, the version is built in host memory and compared with the weights.
 
     BaseMismatchError when the bucket's version `held.version` is not the one that the engine holds; DigestMismatchError
-    when an object, or the state that would result, is not what the manifests say.
+    when an object, or the resulting state, differs from the manifests.
     """
     check_base(chain, held)
     manifest = chain.manifest(version)
@@ -123,7 +126,7 @@ def check_base(chain: Chain, held: Held) -> None:
     except VersionNotFoundError as error:
         raise _base_mismatch(chain, held, "that version is gone") from error
     if base.commit_id != held.commit_id:
-        raise _base_mismatch(chain, held, f"there it is commit {base.commit_id}, here {held.commit_id}")
+        raise _base_mismatch(chain, held, f"the chain has commit {base.commit_id}, the replica {held.commit_id}")
     try:
         check_digests(held.digests, base)
     except DigestMismatchError as error:
@@ -132,14 +135,14 @@ def check_base(chain: Chain, held: Held) -> None:
 
 def _base_mismatch(chain: Chain, held: Held, why: str) -> BaseMismatchError:
     return BaseMismatchError(
-        f"the weights at hand are not version {held.version} of {chain.url}: {why}. Restart the replica with an empty "
-        "state folder to load from an anchor",
+        f"the replica's weights are not version {held.version} of {chain.url}: {why}. Restart the replica with an "
+        "empty state folder to load from an anchor",
         version=held.version,
     )
 
 
 def _from_anchor(chain: Chain, manifest: Manifest, held: Held, plan: ReplayPlan, read_bits: ReadBits) -> PreparedDelta:
-    """The way leads through an anchor: build the version, a group of tensors at a time, and compare."""
+    """Builds the version from an anchor, a group of tensors at a time, and compares it with the engine's weights."""
     changes: list[Changes] = []
     digests: dict[str, int] = {}
     with fetching(chain.store) as fetcher:

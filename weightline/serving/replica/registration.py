@@ -1,4 +1,4 @@
-"""A replica's lease: claimed first, renewed while it lives, ended when it leaves. Storage errors are retried."""
+"""A replica's lease: claimed at the start, renewed while it lives, ended at shutdown. Storage errors are retried."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Presence:
 
 
 def require_free_name(chain: Chain, name: str, state_dir: Path) -> None:
-    """InputError when a live replica with another state folder has the name. A storage error is logged."""
+    """Raises InputError when a live replica with another state folder has the name. A storage error is logged."""
     other = _other_holder(chain, name, _holder_of(state_dir))
     if other is not None:
         raise InputError(f"{_taken(chain, other)}: give this one another --name", name=name)
@@ -59,13 +59,13 @@ class Registration:
         name = self._status().replica
         require_free_name(self._chain, name, self._state_dir)
         self.renew()
-        # Of two that saw a free name at the same moment, one's lease stands: the other leaves.
+        # Two replicas may have seen a free name at the same moment. Only one lease stays; the other replica fails here.
         require_free_name(self._chain, name, self._state_dir)
 
     def renew(self) -> None:
         """Writes the lease. A storage error is logged and counted, and the next renewal tries again.
 
-        Never replaces the live lease of another replica: one that was away for too long and lost its name to another
+        Never replaces the live lease of another replica: a replica whose lease expired and whose name another one took
         stays without a lease.
         """
         if self._is_ended:
@@ -139,7 +139,7 @@ def _other_holder(chain: Chain, name: str, holder: str) -> Lease | None:
     try:
         held = read_lease(chain, name)
     except StorageError as error:
-        _log.warning("whether the name %s is free cannot be seen: %s", name, error)
+        _log.warning("cannot check whether the name %s is free: %s", name, error)
         return None
     is_anothers = held is not None and held.lease.holder != holder and held.is_live(datetime.now(UTC))
     return held.lease if held is not None and is_anothers else None
@@ -154,7 +154,7 @@ def _text(at: datetime) -> str:
 
 
 def _holder_of(state_dir: Path) -> str:
-    """Returns the state folder's own id, made at first use: a restart on the same folder is the same holder."""
+    """Returns the state folder's id, created at first use. A restart with the same folder has the same id."""
     path = state_dir / HOLDER_FILE
     if not path.exists():
         write_atomically(path, secrets.token_hex(16))

@@ -37,13 +37,13 @@ from weightline.serving.replica.status import Mark, RefreshFacts, ReplicaStatus,
 
 @dataclass(frozen=True, slots=True)
 class ReplicaSettings:
-    """`drain_seconds`: the longest wait of a refresh for requests in flight."""
+    """Settings of a replica. `drain_seconds`: the longest wait of a refresh for requests in flight."""
 
     drain_seconds: float = 60.0
 
 
 class Replica:
-    """Safe to use from many threads; refreshes run one after the other. One process per `state_dir`."""
+    """One engine that follows one chain. Safe for threads; refreshes run one at a time. One process per `state_dir`."""
 
     def __init__(
         self, chain: Chain, engine: Engine, state_dir: Path, name: str, settings: ReplicaSettings = ReplicaSettings()
@@ -59,12 +59,12 @@ class Replica:
 
     @property
     def version(self) -> int | None:
-        """The version that the engine serves now."""
+        """Returns the version that the engine serves now; None while it serves none."""
         return self.engine.version
 
     @property
     def returns_to(self) -> int | None:
-        """The version that `recover` would load. None without a mark, or once a version is held."""
+        """Returns the version that `recover` would load. None without a mark, or once a version is held."""
         return None if self._held is not None or self._mark is None else self._mark.return_to
 
     def status(self) -> ReplicaStatus:
@@ -83,9 +83,9 @@ class Replica:
         )
 
     def recover(self) -> RefreshFacts | None:
-        """Loads the version that the mark names, checked, after a start. None without a mark. Safe to repeat.
+        """Loads and checks the version that the mark names, after a start. None without a mark. Safe to repeat.
 
-        A replica that was killed in the middle of an apply goes back to the version that it came from.
+        A replica that was killed during an apply returns to the version before it.
         """
         if self._held is not None or self._mark is None or self._mark.return_to is None:
             return None
@@ -94,9 +94,9 @@ class Replica:
     def refresh(self, version: int | None = None, *, allow_backward: bool = False) -> RefreshFacts:
         """Moves to the version (None: the tip) and serves it. Safe to repeat: a replica that serves it does not move.
 
-        It does not go back to an earlier version unless `allow_backward`: requests may arrive out of order.
+        It does not go back to an earlier version unless `allow_backward`, since requests may arrive out of order.
         ChainEmptyError, VersionNotFoundError, BaseMismatchError, UnsupportedFeatureError, CorruptError, StorageError
-        and ApplyError leave it serving what it served, or, where even going back failed, serving nothing.
+        and ApplyError leave it at its version. When the undo fails as well, it serves no version.
         """
         with self._refreshing, self._remembering_errors():
             wanted = self.chain.tip().version if version is None else self.chain.manifest(version).version
@@ -118,14 +118,14 @@ class Replica:
             )
 
     def prepare(self, version: int) -> Prepared:
-        """Does the work before the pause, for `apply`; the engine goes on serving, and nothing of it is written."""
+        """Does the work before the pause, for `apply`. The engine goes on serving and its weights are not written."""
         with self._refreshing:
             return self._prepare(version)
 
     def apply(self, prepared: Prepared) -> float:
         """Does the pause and returns its seconds. BaseMismatchError when the engine moved since `prepared` was made.
 
-        Any other error leaves the engine where it was, or, where even going back failed, without a version.
+        Any other error leaves the engine at its version. When the undo fails as well, it has no version.
         """
         with self._refreshing, self._remembering_errors():
             return self._apply(prepared)[1]
@@ -161,7 +161,7 @@ class Replica:
             )
 
     def _stage(self, prepared: Prepared) -> None:
-        """Makes the write ready before the pause. An engine that turns out to have lost its base serves no more."""
+        """Prepares the write before the pause. An engine that does not hold the base's bits stops serving."""
         if not isinstance(prepared, PreparedDelta):
             return
         try:
@@ -180,7 +180,7 @@ class Replica:
             self.engine.resume()
 
     def _move(self, prepared: Prepared) -> None:
-        """Withdraws the mark, writes, proves, marks; undoes the write after any error. Called while paused."""
+        """Withdraws the mark, writes, proves, marks; undoes the write after any error. For use in a pause."""
         served_at = self._mark.served_at if self._mark else None
         self._withdraw(prepared)
         is_done = False
@@ -204,7 +204,7 @@ class Replica:
         return Held(manifest.version, manifest.commit_id, prepared.digests)
 
     def _load_again(self, lost: Held) -> None:
-        """Loads the version that a torn engine came from again, from the chain. ApplyError when that fails too."""
+        """Loads the previous version into a torn engine again, from the chain. ApplyError when that fails as well."""
         try:
             prepared = prepare_load(self.chain, lost.version, self.state_dir)
             try:
@@ -214,7 +214,7 @@ class Replica:
                 prepared.discard()
         except WeightlineError as error:
             raise ApplyError(
-                f"the replica could neither move nor come back to version {lost.version} and serves nothing: {error}",
+                f"the replica could neither move nor return to version {lost.version}, and serves no version: {error}",
                 version=lost.version, engine=self.engine.name,
             ) from error  # fmt: skip
 
@@ -274,7 +274,7 @@ class Replica:
             self._last_error = error
             raise
         except Exception as error:
-            # An engine is third-party code: whatever it raises becomes one of our errors here, and only here.
+            # An engine is third-party code: its errors of any type become ApplyError here, and only here.
             self._last_error = ApplyError(f"{self.engine.name} failed: {error!r}", engine=self.engine.name)
             raise self._last_error from error
         self._last_error = None

@@ -22,22 +22,25 @@ class RefreshFacts(_Facts):
 
     replica: str
     version: int
-    """The version that is served now; a later one than was asked for when the replica was already there."""
+    """The version that is served now. Later than the requested one when the replica served a later one already."""
     commit_id: str
     from_version: int | None
     served_at: str
-    """UTC, when the replica began to answer with this version."""
+    """UTC time at which the replica began to answer with this version."""
     pause_seconds: float
-    """How long the engine stood still: withdraw the mark, write, prove, mark."""
+    """Seconds of the pause of the engine: withdraw the mark, write, prove, mark."""
     drain_seconds: float
-    """How long requests were held back before that, until those under way had ended."""
+    """Seconds before the pause for which new requests were held back, until those in flight had ended."""
     prepare_seconds: float
     num_changed: int
     payload_nbytes: int
 
 
 class ReplicaStatus(_Facts):
-    """`serving`: answers with `version`. `loading`: a refresh is under way. `waiting`: no checked version is loaded."""
+    """A replica's state.
+
+    `serving`: it answers with `version`. `loading`: a refresh is under way. `waiting`: no checked version is loaded.
+    """
 
     replica: str
     chain: str
@@ -59,7 +62,7 @@ FILE_NAME = "replica.json"
 
 
 class Mark(BaseModel):
-    """`checked`: the engine serves `version`. `moving`: it is between `version` (None: nothing) and `moving_to`."""
+    """The mark on disk. `checked`: the engine serves `version`. `moving`: it moves from `version` to `moving_to`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -69,32 +72,33 @@ class Mark(BaseModel):
     version: int | None
     commit_id: str | None
     served_at: str | None = None
-    """UTC, when requests were first answered by this version here."""
+    """UTC time at which this replica began to answer with the version."""
     moving_to: int | None = None
 
     @property
     def return_to(self) -> int | None:
-        """The version to load after a restart."""
+        """Returns the version to load after a restart: `version`, or `moving_to` without one."""
         return self.moving_to if self.version is None else self.version
 
 
 def write_mark(state_dir: Path, mark: Mark) -> None:
-    """Replace the mark in one rename. StorageError when the folder takes no file.
+    """Replaces the mark by one rename. StorageError when the folder cannot be written.
 
-    Not fsynced, which would be most of the pause: the weights that it speaks of live in memory and do not survive a
-    power cut either. After one, an old mark is as good as the new one, and none means a load from nothing.
+    The file is not fsynced, which would take most of the pause. The weights that it describes are in memory and do not
+    survive a power cut either; after one, an old mark is as useful as the new one, and a replica without a mark loads a
+    version from an anchor.
     """
     try:
         write_atomically(state_dir / FILE_NAME, mark.model_dump_json(indent=1), is_durable=False)
     except OSError as error:
         raise StorageError(
-            f"{state_dir} does not take the replica's mark: {error.strerror}. Is it writable, with room left?",
+            f"the replica's mark cannot be written to {state_dir}: {error.strerror}. Check its permissions and space",
             url=str(state_dir), key=FILE_NAME,
         ) from error  # fmt: skip
 
 
 def read_mark(state_dir: Path) -> Mark | None:
-    """The mark; None where there is none, or one cut off by a power cut."""
+    """Returns the mark; None when there is none, or one that a power cut truncated."""
     try:
         return Mark.model_validate_json((state_dir / FILE_NAME).read_bytes())
     except (FileNotFoundError, ValidationError):

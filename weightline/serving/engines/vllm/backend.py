@@ -5,8 +5,8 @@
     start_weight_update, update_weights {"path": CHANGES}, finish_weight_update
 
 CHANGES is a file of `wire.write_changes`. Each worker checks that its memory holds the old bits before it writes, reads
-back what it wrote, and undoes its own write when that fails. Nothing is undone across workers: `weightline serve vllm`
-does that.
+back the written elements, and undoes its own write when that fails. An error of one worker does not undo the others'
+writes; `weightline serve vllm` does.
 """
 
 from __future__ import annotations
@@ -39,7 +39,10 @@ class ChangesInfo(WeightTransferUpdateInfo):
 
 
 class WeightlineBackend(WeightTransferEngine[FolderInfo, ChangesInfo]):
-    """One worker's end. Errors: ApplyError, BaseMismatchError (nothing written), DigestMismatchError (undone)."""
+    """The backend of one worker.
+
+    Raises ApplyError, BaseMismatchError (nothing is written) and DigestMismatchError (the write is undone).
+    """
 
     init_info_cls = FolderInfo
     update_info_cls = ChangesInfo
@@ -56,7 +59,7 @@ class WeightlineBackend(WeightTransferEngine[FolderInfo, ChangesInfo]):
         """Does nothing: changes are written in place."""
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
-        """Does what the base class does, which cannot synchronize a CPU."""
+        """Receives the changes and waits for the device. Overrides the base class, which cannot synchronize a CPU."""
         self.receive_weights(self.parse_update_info(update_info))
         if torch.accelerator.is_available():
             torch.accelerator.synchronize()

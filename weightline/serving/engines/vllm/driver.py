@@ -1,4 +1,4 @@
-"""vLLM behind the `Engine` interface: this process drives workers in other processes, over vLLM's control channel.
+"""Implements `Engine` for vLLM: this process drives workers in other processes over vLLM's control channel.
 
 A `Transport` carries the calls: `http.OnlineTransport` in a vLLM server, `OfflineTransport` around a `vllm.LLM`. The
 arrays pass through shared memory, see `wire`.
@@ -47,7 +47,7 @@ _READ_AT_START = (
 )  # fmt: skip
 _FIRST_POLL_SECONDS = 0.001
 _LONGEST_POLL_SECONDS = 0.05
-#: Of the bits that were read from the workers last, so many are kept, or one tensor.
+#: Bound of the cache of tensors that were read from the workers. It always has room for one tensor.
 _RECENT_NBYTES = 2 * 1024**3
 
 
@@ -63,7 +63,7 @@ class Transport(Protocol):
         ...
 
     def resume(self) -> None:
-        """Lets generation go on."""
+        """Continues generation."""
         ...
 
     def drop_prefix_cache(self) -> None:
@@ -71,7 +71,7 @@ class Transport(Protocol):
         ...
 
     def report_version(self, version: int | None) -> None:
-        """Lets vLLM name the version in its own answers, where it can."""
+        """Sets the version that vLLM names in its own answers, if it supports that."""
         ...
 
     def generate(self, request: GenerationRequest) -> tuple[tuple[Completion, ...], int]:
@@ -90,7 +90,7 @@ class Barrier(Protocol):
 
 
 class WorkerGroup:
-    """All of a vLLM's workers: called together, their answers checked and added up. One thread at a time."""
+    """All workers of a vLLM: calls them together, and checks and sums their answers. For one thread at a time."""
 
     def __init__(self, transport: Transport) -> None:
         self._transport = transport
@@ -107,11 +107,11 @@ class WorkerGroup:
         self._call("assign", assignments=self._assignments)
 
     def stage(self, path: Path) -> int:
-        """Makes a file's changes ready, while the engine serves. Returns how many elements found their place."""
+        """Prepares a file's changes while the engine serves. Returns how many elements have an address in a worker."""
         return sum(one["num_elements"] for one in self._work("stage", path=str(path)))
 
     def write(self, *, is_undo: bool) -> dict[str, int]:
-        """Writes what is staged, on all workers. Returns what that adds to the digests, by tensor."""
+        """Writes the staged changes on all workers. Returns their changes of the digests, by tensor."""
         total: dict[str, int] = {}
         for one in self._call("write", is_undo=is_undo):
             for name, digest in one["digests"].items():
@@ -143,7 +143,7 @@ class WorkerGroup:
         return total
 
     def _work(self, method: str, **arguments: Any) -> list[Any]:
-        """Runs a call in the background of the workers, whose loop goes on, and waits until all are done."""
+        """Runs a call in background threads of the workers, whose loop continues, and waits until all are done."""
         self._call(method, is_background=True, **arguments)
         wait_seconds = _FIRST_POLL_SECONDS
         while True:
@@ -225,13 +225,13 @@ class VllmEngine:
                 path.unlink()
             num_changed = sum(one.num_changed for one in changes)
             if num_placed != num_changed:
-                raise ApplyError(f"{num_placed} of {num_changed} changed elements have a place in the engine")
+                raise ApplyError(f"only {num_placed} of {num_changed} changed elements have an address in the engine")
             self._staged_digests = {one.segment.tensor.name: digest_change(one) for one in changes}
-            # Here and not in the pause: giving back a model's worth of shared memory takes longer than the write.
+            # Cleared here and not in the pause: freeing as much shared memory as a model takes longer than the write.
             self._recent.clear()
 
     def write_staged(self) -> None:
-        """See `Engine`. The workers read back what they write, and their digest changes must add up to the staged."""
+        """See `Engine`. Workers read back the written elements; their digest changes must add up to the staged ones."""
         with self._calling:
             if self._staged_digests is None:
                 raise ApplyError("nothing is staged", engine=self.name)
@@ -272,7 +272,7 @@ class VllmEngine:
         with self._barrier.request():
             version = self.version
             if version is None:
-                raise ApplyError("no checked version is loaded: ask again after the next refresh", engine=self.name)
+                raise ApplyError("no checked version is loaded: retry after the next refresh", engine=self.name)
             completions, num_prompt_tokens = self._transport.generate(request)
         return Generation(version, completions, num_prompt_tokens)
 
@@ -283,7 +283,7 @@ class VllmEngine:
 class OfflineTransport:
     """Implements `Transport` on a `vllm.LLM` in this process, for evaluation, tests and batch work.
 
-    `LLM` is not safe in threads: the engine's barrier lets one request in at a time.
+    `LLM` is not safe for threads, so the engine's barrier admits one request at a time.
     """
 
     def __init__(self, llm: Any) -> None:
@@ -294,7 +294,7 @@ class OfflineTransport:
         return answers
 
     def pause(self) -> None:
-        """Does nothing: the barrier is drained, and `LLM` computes only while a request is in."""
+        """Does nothing: the barrier is drained, and `LLM` computes only during a request."""
 
     def resume(self) -> None:
         """Does nothing: nothing was stopped."""
@@ -304,7 +304,7 @@ class OfflineTransport:
             raise ApplyError("vLLM did not reset its prefix cache", engine=VllmEngine.name)
 
     def report_version(self, version: int | None) -> None:
-        """Does nothing: `LLM` has no place for it, and the engine's answers carry it."""
+        """Does nothing: `LLM` cannot report a version, and the engine's answers carry it."""
 
     def generate(self, request: GenerationRequest) -> tuple[tuple[Completion, ...], int]:
         try:
@@ -327,7 +327,7 @@ def start_offline(model_folder: Path, **options: Any) -> tuple[VllmEngine, Any]:
 
 
 def prompts_of(request: GenerationRequest) -> list[Any]:
-    """Returns the prompts as vLLM takes them."""
+    """Returns the prompts in vLLM's form."""
     return [prompt if isinstance(prompt, str) else {"prompt_token_ids": list(prompt)} for prompt in request.prompts]
 
 
@@ -360,7 +360,7 @@ def _recent_bits(specs: Mapping[str, TensorSpec]) -> LRUCache[str, BitsArray]:
 
 
 def _require_equal(written: Mapping[str, int], expected: Mapping[str, int]) -> None:
-    """DigestMismatchError unless the workers wrote, together, exactly the changes."""
+    """Raises DigestMismatchError unless the workers together wrote exactly the changes."""
     for name, digest in expected.items():
         if written.get(name) != digest:
             raise DigestMismatchError(

@@ -1,4 +1,4 @@
-"""The features that a vLLM must offer, looked for by name and never by version number; and the plugin's entry point."""
+"""The features that a vLLM must have, checked by name and never by version number; and the plugin's entry point."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ WORKER: tuple[Feature, ...] = (
 )
 SERVER: tuple[Feature, ...] = (
     ("vllm.v1.engine.async_llm", "AsyncLLM.collective_rpc", "reaching the workers"),
-    ("vllm.v1.engine.async_llm", "AsyncLLM.pause_generation", "standing still while weights are written"),
-    ("vllm.v1.engine.async_llm", "AsyncLLM.resume_generation", "going on after a refresh"),
-    ("vllm.v1.engine.async_llm", "AsyncLLM.reset_prefix_cache", "forgetting key-value blocks of the old version"),
+    ("vllm.v1.engine.async_llm", "AsyncLLM.pause_generation", "stopping generation while weights are written"),
+    ("vllm.v1.engine.async_llm", "AsyncLLM.resume_generation", "continuing after a refresh"),
+    ("vllm.v1.engine.async_llm", "AsyncLLM.reset_prefix_cache", "dropping key-value blocks of the old version"),
 )
 OFFLINE: tuple[Feature, ...] = (
     ("vllm", "LLM.collective_rpc", "reaching the workers"),
-    ("vllm", "LLM.reset_prefix_cache", "forgetting key-value blocks of the old version"),
+    ("vllm", "LLM.reset_prefix_cache", "dropping key-value blocks of the old version"),
 )
 BACKEND: tuple[Feature, ...] = (
     ("vllm.distributed.weight_transfer.base", "WeightTransferEngine", "the weight-transfer backend"),
@@ -47,10 +47,10 @@ def require(features: Iterable[Feature]) -> None:
 
 
 def register_backend() -> None:
-    """Makes the name of the weight-transfer backend known to vLLM, where it has an interface for that. Safe to repeat.
+    """Registers the weight-transfer backend with vLLM, if this vLLM has the interface. Safe to repeat.
 
-    This is the entry point of group `vllm.general_plugins`, which vLLM calls in each of its processes. Nothing changes
-    for a server that does not use the backend: its module is imported when vLLM creates it.
+    This is the entry point of group `vllm.general_plugins`, which vLLM calls in each of its processes. The backend's
+    module is imported only when vLLM creates the backend, so servers without it are not affected.
     """
     if missing(BACKEND):
         return

@@ -2,13 +2,13 @@
 
     vllm serve ... --middleware weightline.serving.engines.vllm.http.ReplicaMiddleware
 
-It decides which routes need the replica's token, adds the replica's own routes, and lets requests that generate through
-the request barrier, so that no answer mixes versions: a request is counted from before vLLM sees it until its last byte
-is sent, a refresh waits until none is counted, and new ones wait until the refresh is over.
+It decides which routes need the replica's token, adds the replica's own routes, and passes requests that generate
+through the request barrier, so that no answer mixes versions: a request is counted from before vLLM receives it until
+its last byte is sent, a refresh waits until no request is counted, and new ones wait until the refresh is over.
 
-A caller that sends `x-weightline-mixing: allow` is not counted: its request stays in vLLM's queue during the refresh,
-is computed again from its tokens by the new weights and goes on. Its answer names the versions that it began and ended
-with; a stream, whose header is sent first, names the one that it began with.
+A request with `x-weightline-mixing: allow` is not counted: it stays in vLLM's queue during the refresh, is computed
+again from its tokens by the new weights, and continues. Its answer names the versions at its start and its end; a
+stream, whose header is sent first, names the version at its start.
 """
 
 from __future__ import annotations
@@ -44,26 +44,26 @@ from weightline.serving.replica.replica import Replica, ReplicaSettings
 MIXING_HEADER = "x-weightline-mixing"
 MAX_BODY_NBYTES = 256 * 1024 * 1024
 MAX_BODY_SECONDS = 300.0
-#: A client that leaves a full buffer unread for so long is disconnected, so that it cannot delay a refresh.
+#: A client that leaves a full buffer unread for this long is disconnected, so that it cannot delay a refresh.
 MAX_SEND_SECONDS = 30.0
-_NO_WEBSOCKETS = "no websockets here: what one answers over its life would come from several versions"
+_NO_WEBSOCKETS = "websockets are not supported, since the answers of one connection would come from several versions"
 
 T = TypeVar("T")
 
 
 class Route(Enum):
-    """The classes of requests, by how they are let in."""
+    """The classes of requests, by their access rules."""
 
     OPEN = auto()
-    """Describes the server; no weights take part."""
+    """Describes the server, without use of the weights."""
     INFERENCE = auto()
-    """Answered by the weights: passes the barrier, and names their version."""
+    """Computed by the weights: passes the barrier, and the answer names their version."""
     OURS = auto()
     """Answered by the replica's own app."""
     CONTROL = auto()
-    """Reads the server's state or controls it, and generates nothing: needs the token, and never waits."""
+    """Reads or controls the server's state, and generates nothing: needs the token, and never waits."""
     GUARDED = auto()
-    """Anything else, also a route of a later vLLM: needs the token, passes the barrier, names the version."""
+    """All other routes, including those of a later vLLM: needs the token, passes the barrier, names the version."""
 
 
 _OPEN = frozenset(
@@ -77,7 +77,7 @@ _INFERENCE = frozenset(
         "/score", "/v1/score", "/rerank", "/v1/rerank", "/v2/rerank",
     )
 )  # fmt: skip
-#: What a browser asks before it sends a request to one of these.
+#: The requests by which a browser asks for permission (CORS) before it sends one of these.
 _PREFLIGHT = frozenset(("OPTIONS", path) for _, path in _OPEN | _INFERENCE)
 #: Requests that control the engine must not wait for it.
 _CONTROL = frozenset(
@@ -111,7 +111,7 @@ class ReplicaMiddleware:
     """The outermost of vLLM's middlewares, in pure ASGI.
 
     `weightline serve vllm` puts the replica's settings into the environment. The replica starts with the app's
-    lifespan, when vLLM's engine is up, and ends with it.
+    lifespan, once vLLM's engine runs, and ends with it.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -234,13 +234,13 @@ class VersionedApp:
             why = f"the body has more than {self._max_body_nbytes} bytes"
             await _refuse(413, why, {"connection": "close"})(scope, receive, send)
         elif _is_background(scope["path"], body):
-            why = "background: not here, where an answer comes from one version: leave it out, or ask for a stream"
+            why = "background is not supported, since each answer comes from one version: leave it out, or use a stream"
             await _refuse(400, why)(scope, receive, send)
         else:
             await self._pass(scope, _replaying(body, receive), send)
 
     async def _read(self, request: Request) -> bytes | None:
-        """Returns the whole body; None when it is too large. TimeoutError; ClientDisconnect when the client left."""
+        """Returns the whole body; None when it is too large. TimeoutError, or ClientDisconnect when the client left."""
         body = bytearray()
         async with asyncio.timeout(self._max_body_seconds):
             async for chunk in request.stream():
@@ -253,7 +253,7 @@ class VersionedApp:
         allows_mixing = Request(scope).headers.get(MIXING_HEADER) == "allow"
         async with self._barrier.passing(is_counted=not allows_mixing):
             if self._engine.version is None:
-                why = "no checked version is loaded: ask again after the next refresh"
+                why = "no checked version is loaded: retry after the next refresh"
                 await unavailable(why)(scope, receive, send)
                 return
             answer = _NamedAnswer(self._engine, send, self._max_send_seconds)
@@ -263,9 +263,9 @@ class VersionedApp:
 
 
 class _NamedAnswer:
-    """A `send` that adds a header with the version the answer began with and, where it is another, ended with.
+    """A `send` that adds a header with the version at the start of the answer, and at its end if that is another.
 
-    TimeoutError when the client does not read the answer: the server then drops the connection.
+    TimeoutError when the client does not read the answer; the server then drops the connection.
     """
 
     def __init__(self, engine: Versioned, send: Send, max_send_seconds: float) -> None:
@@ -284,7 +284,7 @@ class _NamedAnswer:
 
 
 def unavailable(why: str) -> JSONResponse:
-    """Returns the refusal of a request that may be sent again."""
+    """Returns the 503 reply to a request that may be retried."""
     return JSONResponse(error_body(why, str(ErrorKind.APPLY)), 503, {"retry-after": "1"})
 
 
@@ -311,10 +311,10 @@ def _is_background(path: str, body: bytes) -> bool:
     if not path.endswith("/v1/responses"):
         return False
     try:
-        asked = json.loads(body)
+        document = json.loads(body)
     except ValueError:
         return False  # vLLM refuses it
-    return isinstance(asked, dict) and bool(asked.get("background"))
+    return isinstance(document, dict) and bool(document.get("background"))
 
 
 class OnlineTransport:

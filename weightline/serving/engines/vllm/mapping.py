@@ -1,11 +1,11 @@
 """The mapping from the elements of a checkpoint's tensors to an engine's fused, sharded, padded parameters.
 
-It is learnt once a load, from the engine's own loader: the loader is given stand-ins that hold nothing, and a dispatch
-mode below the Python API records every write to a parameter without doing it. A write that is a plain copy of a view
-of the stand-in says exactly which elements go where; any other is refused by name.
+It is determined once per load by the engine's own loader: the loader receives stand-ins without data, and a dispatch
+mode below the Python API records every write to a parameter without executing it. A write that is a plain copy of a
+view of the stand-in shows exactly which elements go where; any other write is refused with the tensor's name.
 
-Then the boxes that all workers found are assigned: of equal ones (replicas, copies) one worker answers for the first,
-and every element of every tensor must be in exactly one assigned box.
+Then the boxes that all workers found are assigned: of equal boxes (replicas, copies) the first is assigned to its
+worker, and every element of every tensor must be in exactly one assigned box.
 
 Legend: N elements of a tensor, K some of them. A position is a flat (row-major) index in the checkpoint's tensor.
 """
@@ -27,7 +27,7 @@ from weightline.types import Segment, TensorSpec
 
 LoadWeights = Callable[[Iterable[tuple[str, torch.Tensor]]], Any]
 
-#: Writes that loaders pad parameters with; they put no checkpoint element anywhere.
+#: Writes by which loaders pad parameters. They copy no element of the checkpoint.
 _PADDING_OPS = frozenset({"aten::fill_", "aten::zero_"})
 #: Attributes in which modules keep requests' state, not weights.
 _CACHES = frozenset({"kv_cache"})
@@ -53,10 +53,10 @@ class Box:
         below = 0
         for size, stride in zip(reversed(self.shape), reversed(self.strides), strict=True):
             if stride <= below:
-                raise ApplyError(f"a loader takes {spec.name} apart in a way that is no box", tensor=spec.name)
+                raise ApplyError(f"the engine's loader cuts {spec.name} into parts that are no boxes", tensor=spec.name)
             below += (size - 1) * stride
         if self.offset < 0 or self.offset + below >= spec.num_elements:
-            raise ApplyError(f"a loader reaches beyond {spec}", tensor=spec.name)
+            raise ApplyError(f"the engine's loader reads beyond the end of {spec}", tensor=spec.name)
         return self
 
     def runs(self, spec: TensorSpec) -> Iterator[Segment]:
@@ -85,7 +85,7 @@ def box_from_json(raw: Sequence[Any]) -> Box:
 
 
 Assignment = dict[str, list[int]]
-"""By tensor, the numbers of the boxes that one rank answers for."""
+"""By tensor, the numbers of the boxes that are assigned to one rank."""
 
 
 def assign_boxes(specs: Mapping[str, TensorSpec], held: Sequence[Mapping[str, Sequence[Box]]]) -> list[Assignment]:
@@ -109,7 +109,7 @@ def _require_each_once(spec: TensorSpec, boxes: set[Box]) -> None:
     if not boxes and spec.num_elements:
         raise ApplyError(f"the engine holds no part of {spec}: a refresh of it would be lost", tensor=spec.name)
     if len(boxes) == 1 and next(iter(boxes)).num_elements == spec.num_elements:
-        return  # it lies within the tensor, has each position once, and as many as there are
+        return  # the only box covers each position once: it lies within the tensor and has as many elements
     counts_N = np.zeros(spec.num_elements, np.uint8)
     for box in boxes:
         counts = box.within(counts_N)
@@ -141,7 +141,7 @@ class PlacedBox:
         return self.flat.as_strided(self.box.shape, self.strides, self.offset)
 
     def locate(self, positions_K: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns (which of the positions are in the box, where those are in `flat`). Pure."""
+        """Returns (mask of the positions that are in the box, their indices in `flat`). Pure."""
         rest_K = positions_K - self.box.offset
         found_K = rest_K >= 0
         at_K = torch.full_like(rest_K, self.offset)
@@ -158,9 +158,10 @@ Placement = dict[str, tuple[PlacedBox, ...]]
 
 
 def learn_placement(model: torch.nn.Module, specs: Mapping[str, TensorSpec]) -> Placement:
-    """Returns where this worker holds every tensor, by way of `model.load_weights`; an absent tensor has no box.
+    """Returns the boxes of every tensor in this worker's memory, found by `model.load_weights`.
 
-    Writes nothing to the model. ApplyError names a tensor, or a parameter, that cannot be refreshed in place.
+    A tensor that this worker does not hold has no box. Writes nothing to the model. ApplyError names a tensor, or a
+    parameter, that cannot be refreshed in place.
     """
     load_weights: LoadWeights | None = getattr(model, "load_weights", None)
     if load_weights is None:
@@ -178,8 +179,8 @@ def learn_placement(model: torch.nn.Module, specs: Mapping[str, TensorSpec]) -> 
         except ApplyError:
             raise
         except Exception as error:
-            # A loader is the engine's code: whatever it raises means that this tensor does not fit its parameters.
-            raise ApplyError(f"the engine's loader does not take {spec}: {error!r}", tensor=name) from error
+            # The loader is the engine's code: any error that it raises means that the tensor does not fit.
+            raise ApplyError(f"the engine's loader refuses {spec}: {error!r}", tensor=name) from error
         placement[name] = tuple(watch.boxes)
     if _names_by_storage(model).keys() != parameters.keys():
         raise ApplyError("the engine's loader replaces parameters instead of filling them: it cannot be mapped")
@@ -188,7 +189,7 @@ def learn_placement(model: torch.nn.Module, specs: Mapping[str, TensorSpec]) -> 
 
 
 def require_unpacked(model: torch.nn.Module) -> None:
-    """ApplyError for a CPU linear that computes from a copy of its weight, which no write to the weight reaches."""
+    """Raises ApplyError for a CPU linear that computes from a copy of its weight, which writes to the weight miss."""
     for name, module in model.named_modules():
         linear = getattr(module, "cpu_linear", torch.nn.functional.linear)
         if linear is not torch.nn.functional.linear:
@@ -200,7 +201,7 @@ def require_unpacked(model: torch.nn.Module) -> None:
 
 
 def _require_nothing_derived(model: torch.nn.Module, parameters: Mapping[int, str]) -> None:
-    """ApplyError for a module that keeps a matrix beside its parameters, which was computed from them once."""
+    """Raises ApplyError for a module with a matrix beside its parameters, which it may have computed from them."""
     for name, module in model.named_modules():
         for attribute, value in vars(module).items():
             is_matrix = isinstance(value, torch.Tensor) and value.is_floating_point() and value.ndim > 1
@@ -225,7 +226,7 @@ def _storage_id(tensor: torch.Tensor) -> int:
 
 
 class _WatchWrites(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Sees every operator of a load. Copies into the model's parameters become placed boxes and are not done."""
+    """Intercepts every operator of a load. Records copies into the model's parameters instead of executing them."""
 
     def __init__(self, spec: TensorSpec, stand_in: torch.Tensor, parameters: Mapping[int, str]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -272,7 +273,7 @@ def _placed_box(spec: TensorSpec, parameter: str, target: torch.Tensor, source: 
             "it cannot be refreshed in place",
             tensor=spec.name, parameter=parameter,
         )  # fmt: skip
-    # Largest source stride first, so that a position is taken apart by one division a dimension.
+    # Largest source stride first, so that an index takes one division per dimension.
     order = sorted(range(len(shape)), key=lambda axis: -dims[axis][1])
     box = Box(
         int(source.storage_offset()), tuple(shape[axis] for axis in order), tuple(dims[axis][1] for axis in order)
@@ -283,7 +284,7 @@ def _placed_box(spec: TensorSpec, parameter: str, target: torch.Tensor, source: 
 
 
 def _require_filled(model: torch.nn.Module, placement: Placement) -> None:
-    """ApplyError for a parameter that no tensor fills, and for memory that two elements would share."""
+    """Raises ApplyError for a parameter that no tensor fills, and for memory that two elements share."""
     taken_by: dict[int, torch.Tensor] = {}
     for name, boxes in placement.items():
         for placed in boxes:

@@ -1,11 +1,11 @@
-"""One worker's weights: changes are staged for its memory, written there in a pause, and read back.
+"""One worker's weights: stages changes for its memory, writes them in a pause, and reads them back.
 
-Whatever can be done before the pause is: staging finds where each changed element lives here and checks that the memory
-holds the old bits. Writing is one loop of scattered stores a box, with the read back in the same loop. The digest of
-what a worker wrote is that of the changes it staged, which the read back ties to its memory.
+All possible work is done before the pause: staging computes the address of each changed element in this worker and
+checks that the memory holds the old bits. Writing is one loop of scattered stores per box, which also reads the
+elements back. The digest of a write is that of the staged changes, since the read back proves that they are in memory.
 
-Nothing here knows of vLLM. numba is imported at the first need: vLLM, when it starts a worker in this process, walks
-over all modules and stumbles over one of numba's.
+This module does not import vLLM. numba is imported on first use: when vLLM starts a worker in this process, it walks
+over all modules and fails at one of numba's.
 
 Legend: N elements of a tensor or of a storage, K changed ones, here: of one box.
 """
@@ -35,7 +35,7 @@ from weightline.types import BitsArray, Changes, TensorSpec
 
 
 def _host_cpus() -> frozenset[int]:
-    """Returns the CPUs of this process and its parent: vLLM pins its workers to fewer before it imports this."""
+    """Returns the CPUs of this process and its parent, since vLLM pins its workers before it imports this module."""
     if not hasattr(os, "sched_getaffinity"):
         return frozenset()
     return frozenset(os.sched_getaffinity(0) | os.sched_getaffinity(os.getppid()))
@@ -45,13 +45,13 @@ _CPUS = _host_cpus()
 
 
 def _use_all_cpus() -> None:
-    """Lets the calling thread run wherever the process could when it started. Cheap; safe to repeat."""
+    """Lets the calling thread run on all CPUs that the process had when it started. Cheap; safe to repeat."""
     if _CPUS:
         os.sched_setaffinity(0, _CPUS)
 
 
 class WorkerWeights:
-    """One worker's part of the model, and the requests that the driver sends to it. `write` alone changes weights."""
+    """One worker's part of the model, with the methods that the driver calls. Only `write` changes weights."""
 
     def __init__(self, model: torch.nn.Module, rank: int = 0) -> None:
         self._model, self._rank = model, rank
@@ -72,8 +72,8 @@ class WorkerWeights:
     def call(self, request: str) -> str:
         """Runs a request of the driver and returns its JSON answer.
 
-        A request is {"method", "arguments", "is_background"}. One in the background returns at once and does not hold
-        up the engine's loop; `poll` returns {"is_done"} and, once it is done, its {"result"}. One at a time.
+        A request is {"method", "arguments", "is_background"}. A background request returns at once and does not block
+        the engine's loop; `poll` returns {"is_done"} and, once it is done, its {"result"}. One runs at a time.
         """
         return answer_of(lambda: self._run(**json.loads(request)))
 
@@ -84,29 +84,29 @@ class WorkerWeights:
         if not is_background:
             return work(**arguments)
         if self._job is not None and not self._job.done():
-            raise ApplyError("another job is under way in this worker")
+            raise ApplyError("another background request runs in this worker")
         self._job = self._background.submit(work, **arguments)
         return {}
 
     def poll(self) -> dict[str, Any]:
-        """Returns whether the job in the background is done, with its result. Raises what the job raised."""
+        """Returns whether the background request is done, with its result. Raises the error of the request."""
         if self._job is None:
-            raise ApplyError("no job was begun in this worker")
+            raise ApplyError("no background request was started in this worker")
         return {"is_done": True, "result": self._job.result()} if self._job.done() else {"is_done": False}
 
     def assign(self, assignments: Sequence[Assignment]) -> dict[str, Any]:
-        """Takes over, of all ranks' assignments, the boxes that this worker answers for."""
+        """Stores this worker's part of all ranks' assignments."""
         self._assignment = assignments[self._rank]
         return {}
 
     def read_digests(self, names: Sequence[str]) -> dict[str, Any]:
-        """Returns, by tensor, the digest of each of its boxes here: equal boxes must have equal ones on all workers."""
+        """Returns, by tensor, the digest of each of its boxes. Equal boxes must have equal digests on all workers."""
         specs = {name: self._spec(name) for name in names}
         digests = {name: [_box_digest(one, spec) for one in self._placement[name]] for name, spec in specs.items()}
         return {"digests": digests}
 
     def read_bits(self, name: str, path: str) -> dict[str, Any]:
-        """Writes the boxes that this worker answers for to their positions in a file that holds the whole tensor."""
+        """Writes the boxes assigned to this worker to their positions in a file that holds the whole tensor."""
         spec = self._spec(name)
         try:
             bits_N = np.memmap(path, bits_dtype(spec.dtype), "r+", shape=(spec.num_elements,))
@@ -118,7 +118,7 @@ class WorkerWeights:
         return {}
 
     def stage(self, path: str) -> dict[str, Any]:
-        """Makes a file's changes ready. BaseMismatchError when the old bits are not here. Writes no weights."""
+        """Prepares a file's changes. Writes no weights. BaseMismatchError when the memory lacks the old bits."""
         self._staged = None
         staged = stage(self._placement, self._assignment, read_changes_file(Path(path)))
         staged.check_base()
@@ -126,10 +126,10 @@ class WorkerWeights:
         return {"num_elements": staged.num_elements}
 
     def write(self, *, is_undo: bool) -> dict[str, Any]:
-        """Writes the new (undo: the old) bits of what is staged and reads them back.
+        """Writes the new (undo: the old) bits of the staged changes and reads them back.
 
-        Returns what writing them adds to the state's digests, by tensor. DigestMismatchError when the memory does not
-        hold what was written. When it raises, any part may be written.
+        Returns their change of the state's digests, by tensor. DigestMismatchError when the memory does not hold the
+        written bits. After an error any part may be written.
         """
         if self._staged is None:
             raise ApplyError("nothing is staged")
@@ -137,7 +137,7 @@ class WorkerWeights:
         return {"digests": self._staged.digests}
 
     def unstage(self) -> dict[str, Any]:
-        """Forgets what was staged, which frees its memory. Safe to repeat."""
+        """Drops the staged changes, which frees their memory. Safe to repeat."""
         self._staged = None
         return {}
 
@@ -163,14 +163,14 @@ class BoxChanges:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StagedChanges:
-    """One worker's part of a set of changes. `digests`: by tensor, what writing the assigned boxes adds to them."""
+    """One worker's part of a set of changes. `digests`: the change of digest of the assigned boxes, by tensor."""
 
     boxes: tuple[BoxChanges, ...]
     digests: dict[str, int]
     num_elements: int
 
     def check_base(self) -> None:
-        """BaseMismatchError, naming a tensor, unless every element here holds the old bits."""
+        """Raises BaseMismatchError, naming a tensor, unless every element here holds the old bits."""
         name = _first_failing(self.boxes, lambda one: _holds(one.flat, one.at_K, one.old_K), torch.get_num_threads())
         if name is not None:
             raise BaseMismatchError(
@@ -178,10 +178,10 @@ class StagedChanges:
             )
 
     def write(self, *, is_undo: bool) -> None:
-        """Writes the new (undo: the old) bits and reads them back. When it raises, any part may be written.
+        """Writes the new (undo: the old) bits and reads them back. After an error any part may be written.
 
-        DigestMismatchError, naming a tensor, when the memory does not hold what was written. It uses all CPUs, more
-        than the engine computes with: in a pause that stands still.
+        DigestMismatchError, naming a tensor, when the memory does not hold the written bits. Uses all CPUs, also those
+        that the engine computes with, since the engine is idle in a pause.
         """
         name = _first_failing(self.boxes, lambda one: write_box(one, is_undo=is_undo), max(1, len(_CPUS)))
         if name is not None:
@@ -189,7 +189,7 @@ class StagedChanges:
 
 
 def stage(placement: Placement, assignment: Assignment, changes: Iterable[Changes]) -> StagedChanges:
-    """Finds where the changed elements live here. Reads no weights and writes none. ApplyError for unknown tensors."""
+    """Computes the addresses of the changed elements. Reads and writes no weights. ApplyError for unknown tensors."""
     boxes: list[BoxChanges] = []
     digests: dict[str, int] = {}
     num_elements = 0
@@ -214,7 +214,7 @@ def stage(placement: Placement, assignment: Assignment, changes: Iterable[Change
 def write_box(one: BoxChanges, *, is_undo: bool) -> bool:
     """Writes the new (undo: the old) bits of one box; returns whether the memory then holds them.
 
-    `at_K` lies within the memory, which was checked when the mapping was learnt, and names no element twice.
+    `at_K` lies within the memory, which was checked when the mapping was made, and names no element twice.
     """
     bits_K = one.old_K if is_undo else one.new_K
     if one.flat.device.type != "cpu":
@@ -238,12 +238,12 @@ def _part(changes: Changes, mask_K: npt.NDArray[np.bool_]) -> Changes:
 
 
 def _signed(bits_K: BitsArray, device: torch.device) -> torch.Tensor:
-    """Returns a copy in memory of our own, because the shared file that the bits are read from is removed."""
+    """Returns a copy on the device, since the shared file that the bits are read from is removed."""
     return signed_tensor(bits_K.copy()).to(device)
 
 
 def _first_failing(boxes: Sequence[BoxChanges], check: Callable[[BoxChanges], bool], num_threads: int) -> str | None:
-    """Returns the tensor of a box for which the check fails. One thread a share: boxes are many and small."""
+    """Returns the tensor of a box for which the check fails; None when all pass. One thread per share of the boxes."""
 
     def first_of(share: Sequence[BoxChanges]) -> str | None:
         _use_all_cpus()
@@ -265,7 +265,7 @@ def _shares(boxes: Sequence[BoxChanges], num_shares: int) -> list[list[BoxChange
 
 
 def _box_bits(placed: PlacedBox, spec: TensorSpec) -> BitsArray:
-    """Returns the box's bits in its row-major order; on a CPU a view where they lie side by side."""
+    """Returns the box's bits in its row-major order; on a CPU a view when they are contiguous."""
     held: BitsArray = placed.view().reshape(-1).cpu().numpy().view(bits_dtype(spec.dtype))
     return held
 

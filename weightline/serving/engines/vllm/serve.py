@@ -1,7 +1,7 @@
 """Starts vLLM's own OpenAI server as a replica: checks its options, fetches config and tokenizer, hands over to vLLM.
 
-vLLM starts without weights; the replica loads the first version through vLLM's loader, proves it, and only then lets
-requests through. A crash at any time leaves the mark, by which the next start comes back to a checked version.
+vLLM starts without weights; the replica loads the first version through vLLM's loader, proves it, and only then admits
+requests. A crash at any time leaves the mark, by which the next start returns to a checked version.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ from weightline.serving.replica.status import read_mark
 
 MIDDLEWARE = "weightline.serving.engines.vllm.http.ReplicaMiddleware"
 SETTINGS_VARIABLE = "WEIGHTLINE_VLLM_REPLICA"
-#: What vLLM takes for `--dtype`.
+#: Dtypes that vLLM accepts for `--dtype`.
 _DTYPES = frozenset({"F16", "BF16", "F32"})
 
 
 class VllmSettings(BaseModel):
-    """A vLLM replica's settings, which this process hands to the middleware in vLLM's.
+    """A vLLM replica's settings, which this process passes to the middleware in vLLM's.
 
     `model_folder` holds the config and the tokenizer that vLLM is started with.
     """
@@ -53,8 +53,8 @@ class VllmSettings(BaseModel):
 def serve_vllm(model: str, settings: ServerSettings, vllm_args: Sequence[str] = ()) -> None:
     """Serves the chain's model under the name `model` until a signal ends it; `vllm_args` go to `vllm serve`.
 
-    Waits for a first version where the chain is empty. InputError for options that a replica cannot be started with,
-    for an address that others can reach without a token that an operator chose, and for a state folder in use;
+    Waits for a first version if the chain is empty. InputError for options that a replica cannot be started with, for
+    an address that other machines can reach without a token that an operator chose, and for a state folder in use;
     UnsupportedFeatureError when this vLLM lacks a feature.
     """
     check_arguments(vllm_args)
@@ -65,7 +65,7 @@ def serve_vllm(model: str, settings: ServerSettings, vllm_args: Sequence[str] = 
         load_token(settings.state_dir)
         port = settings.port or _free_port(settings.host)
         chain = settings.open_chain()
-        # vLLM takes a minute to start, so a name that is taken is refused before that.
+        # vLLM takes a minute to start, so a name in use is refused before that.
         require_free_name(chain, settings.name, settings.state_dir)
         first = _first_version(chain, settings.state_dir)
         folder = fetch_model_folder(chain, first.version, settings.state_dir / "model", fallback=Path(model))
@@ -106,7 +106,7 @@ def fetch_model_folder(chain: Chain, version: int, folder: Path, *, fallback: Pa
     (folder / "model.safetensors.index.json").unlink(missing_ok=True)
     if not (folder / "config.json").exists():
         raise InputError(
-            f"{chain.url} holds no config.json, and {fallback} is no folder with one: name a checkpoint as MODEL",
+            f"{chain.url} holds no config.json, and neither does {fallback}: name a checkpoint folder as MODEL",
             field="model",
         )
     return folder
@@ -139,7 +139,7 @@ class _CpuBuild(importlib.metadata.Distribution):
 
 
 class _CpuBuildFinder(importlib.metadata.DistributionFinder):
-    """Finds a CPU build, whose distribution has another name, where vLLM looks for the distribution `vllm`."""
+    """Finds a CPU build, whose distribution has another name, when vLLM looks for the distribution `vllm`."""
 
     def __init__(self, build: importlib.metadata.Distribution) -> None:
         self._build = build
@@ -152,7 +152,7 @@ class _CpuBuildFinder(importlib.metadata.DistributionFinder):
 
 
 def _let_vllm_find_its_version() -> None:
-    """Adds a finder of distributions where vLLM's own would not be found by the name that its command line looks for.
+    """Adds a finder of distributions when vLLM's is not installed under the name that its command line looks for.
 
     UnsupportedFeatureError when no distribution of vLLM is installed.
     """
@@ -188,15 +188,15 @@ _ONE_PROCESS = "one process answers requests, so that it can hold them back duri
 _QUANTIZED = "quantized weights are computed from the chain's, not copies of them"
 _ADAPTERS = "adapters wrap the layers that hold the weights"
 _DRAFT = "a draft model's weights are not in the chain"
-_MOVING = "it moves the weights of experts from place to place"
+_MOVING = "it moves the weights of experts while it serves"
 _NO_MIDDLEWARE = "it has no middleware that could hold requests back during a refresh"
 _ONE_HOST = "changes reach the workers through shared memory"
 
-#: Options that a replica's vLLM cannot have, by all names that vLLM knows them by, and why.
+#: Options that a replica's vLLM cannot have, under all names that vLLM accepts, with the reason.
 REFUSED_OPTIONS = {
     "--load-format": "the replica loads the weights, from the chain",
     "--worker-extension-cls": "the replica's own is the worker extension",
-    "--config": "options in a file are not seen here: name them on the command line",
+    "--config": "options in a file cannot be checked here: name them on the command line",
     "--headless": "the replica is the process that answers requests",
     **dict.fromkeys(("--grpc", "--grpc-port"), _NO_MIDDLEWARE),
     **dict.fromkeys(("--api-server-count", "-asc"), _ONE_PROCESS),
@@ -207,7 +207,7 @@ REFUSED_OPTIONS = {
     "--enable-eplb": _MOVING,
     **dict.fromkeys(("--nnodes", "-n"), _ONE_HOST),
 }
-#: Paths in vLLM's config, the values that a replica cannot have there, and why.
+#: (path in vLLM's config, test for the values that a replica cannot have there, reason).
 REFUSED_CONFIG: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("parallel_config.data_parallel_size", lambda size: size > 1, _REPLICAS),
     ("parallel_config._api_process_count", lambda count: count > 1, _ONE_PROCESS),
@@ -221,10 +221,10 @@ _OTHER_FRONTEND = "VLLM_USE_RUST_FRONTEND"
 
 
 def check_arguments(vllm_args: Sequence[str]) -> None:
-    """InputError for the first option that a replica cannot be started with, in any spelling that vLLM accepts.
+    """Raises InputError for the first option that a replica cannot be started with, in any spelling of vLLM.
 
-    vLLM takes an option by any beginning of its name that no other shares, with `_` for `-`, with a part of its value
-    after a dot (`--speculative-config.method`), and a short one together with its value (`-qfp8`).
+    vLLM accepts an option by any unique prefix of its name, with `_` for `-`, with a part of its value after a dot
+    (`--speculative-config.method`), and a short option together with its value (`-qfp8`).
     """
     for argument in vllm_args:
         name = _refused_name(argument.partition("=")[0].partition(".")[0].replace("_", "-"))
@@ -233,23 +233,23 @@ def check_arguments(vllm_args: Sequence[str]) -> None:
 
 
 def check_environment(environ: Mapping[str, str]) -> None:
-    """InputError when the environment has vLLM start another front end than the one that takes a middleware."""
+    """Raises InputError when the environment selects a front end of vLLM without middlewares."""
     if environ.get(_OTHER_FRONTEND, "0") != "0":
         raise InputError(f"{_OTHER_FRONTEND} cannot be set here: {_NO_MIDDLEWARE}", field=_OTHER_FRONTEND)
 
 
 def check_config(config: Any) -> None:
-    """UnsupportedFeatureError when vLLM's own config, made of options, environment and model, cannot be a replica's."""
+    """Raises UnsupportedFeatureError when vLLM's config, from options, environment and model, cannot be a replica's."""
     for path, is_refused, why in REFUSED_CONFIG:
         found = config
         for part in path.split("."):
             found = getattr(found, part, None)
         if found is not None and is_refused(found):
-            raise UnsupportedFeatureError(f"vLLM started with {path} = {found}: {why}", feature=path)
+            raise UnsupportedFeatureError(f"vLLM cannot run with {path} = {found}: {why}", feature=path)
 
 
 def _refused_name(given: str) -> str | None:
-    """Returns the refused option that `given` may stand for; None for another option, and for a value."""
+    """Returns the refused option that `given` may abbreviate; None for another option, and for a value."""
     if not given.startswith("-") or not given.strip("-"):
         return None
     return next((name for name in REFUSED_OPTIONS if name.startswith(given) or _has_value(given, name)), None)

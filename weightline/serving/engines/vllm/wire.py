@@ -1,7 +1,7 @@
-"""The wire between the process that drives a vLLM and its workers: requests, answers, and files in shared memory.
+"""The protocol between the process that drives a vLLM and its workers: requests, answers, and files in shared memory.
 
-Requests and answers are JSON strings, because that is all that every form of vLLM's control channel carries. Arrays are
-too large for it: they pass through a file in shared memory, whose path is in the request. Driver and workers therefore
+Requests and answers are JSON strings, the only type that all forms of vLLM's control channel carry. Arrays are too
+large for it, so they pass through a file in shared memory, whose path is in the request. Driver and workers therefore
 run on one machine.
 
 Legend: K changed elements of a tensor.
@@ -42,7 +42,7 @@ def answer_of(work: Callable[[], Any]) -> str:
 
 
 def results_of(answers: Sequence[str]) -> list[Any]:
-    """Returns every worker's result, by rank. Raises the first error that a worker answered, by its type."""
+    """Returns every worker's result, by rank. Raises the first error among the answers, as its own type."""
     bodies = [json.loads(answer) for answer in answers]
     for body in bodies:
         if "error" in body:
@@ -62,7 +62,7 @@ def specs_from_json(raw: Sequence[Any]) -> dict[str, TensorSpec]:
 
 @contextmanager
 def exchange_folder() -> Iterator[Path]:
-    """Yields a private folder, in shared memory where the host has it. Removes those that killed processes left."""
+    """Yields a private folder, in shared memory if the host has it. Removes those that killed processes left."""
     parent = _SHARED_MEMORY if os.access(_SHARED_MEMORY, os.W_OK) else Path(tempfile.gettempdir())
     _remove_leftovers(parent)
     with tempfile.TemporaryDirectory(prefix=_PREFIX, dir=parent) as name:
@@ -71,7 +71,7 @@ def exchange_folder() -> Iterator[Path]:
 
 
 def _remove_leftovers(parent: Path) -> None:
-    """Removes exchange folders whose lock is free: the process that held it is gone, in whatever container it was."""
+    """Removes exchange folders whose lock is free, since the process that held it is gone. Works across containers."""
     for path in parent.glob(f"{_PREFIX}*/{_LOCK}"):
         try:
             with exclusive_lock(path):
@@ -81,9 +81,9 @@ def _remove_leftovers(parent: Path) -> None:
 
 
 def allocate(path: Path, nbytes: int) -> None:
-    """Makes a file of that size whose memory is reserved: a write to a mapped page without memory ends the process.
+    """Creates a file of that size and reserves its memory: a write to a mapped page without memory ends the process.
 
-    ApplyError when the memory is not there; then nothing is left behind.
+    ApplyError when there is not enough memory; then no file is left.
     """
     try:
         with path.open("wb") as file:
@@ -125,7 +125,7 @@ def write_changes(path: Path, changes: Sequence[Changes]) -> None:
 
 
 def read_changes_file(path: Path) -> tuple[Changes, ...]:
-    """Inverts `write_changes`. The arrays are views of the mapped file. ApplyError when the file is not there."""
+    """Inverts `write_changes`. The arrays are views of the mapped file. ApplyError when the file cannot be read."""
     try:
         raw = np.memmap(path, np.uint8, "c")
     except OSError as error:

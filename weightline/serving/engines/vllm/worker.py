@@ -3,10 +3,10 @@
     --worker-extension-cls weightline.serving.engines.vllm.worker.WeightlineWorker
 
 vLLM imports this module in every worker before it builds the model, so that a CPU worker can be prepared: by default
-vLLM's CPU linears compute from packed copies of their weights, which no write to a parameter reaches. Where this module
-is imported, and only in that process, `dispatch_cpu_unquantized_gemm` is replaced, so that they compute from the
-parameters. That is a monkeypatch, for which vLLM has no option instead; `mapping.require_unpacked` refuses a model that
-escaped it. On a GPU nothing is replaced.
+vLLM's CPU linears compute from packed copies of their weights, which writes to the parameters do not change. In the
+process that imports this module, `dispatch_cpu_unquantized_gemm` is replaced, so that the linears compute from the
+parameters. This is a monkeypatch, since vLLM has no option for it; `mapping.require_unpacked` refuses a model that was
+built without it. On a GPU nothing is replaced.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _DISPATCH = "dispatch_cpu_unquantized_gemm"
 
 
 class WeightlineWorker:
-    """The methods' names begin with `weightline_`, so that none is one of vLLM's. Requests and answers are JSON."""
+    """The methods that the driver calls. Their prefix avoids clashes with vLLM's. Requests and answers are JSON."""
 
     def weightline_load(self, request: str) -> str:
         """Replaces all weights by those of a checkpoint {"folder"}, by vLLM's own loader, and maps the {"specs"}.
@@ -38,13 +38,13 @@ class WeightlineWorker:
 
         def load() -> dict[str, Any]:
             require(WORKER)
-            asked = json.loads(request)
-            # vLLM was started without weights ("dummy"), which is no format that weights can be read in.
+            document = json.loads(request)
+            # vLLM was started without weights, by the load format "dummy", from which no weights can be read.
             self.vllm_config.load_config.load_format = "safetensors"  # type: ignore[attr-defined]
-            self.reload_weights(weights_path=asked["folder"])  # type: ignore[attr-defined]
+            self.reload_weights(weights_path=document["folder"])  # type: ignore[attr-defined]
             self._weightline = WorkerWeights(_plain_model(self), self.rank)  # type: ignore[attr-defined]
             with set_current_vllm_config(self.vllm_config):  # type: ignore[attr-defined] # loaders read it
-                return self._weightline.learn(specs_from_json(asked["specs"]))
+                return self._weightline.learn(specs_from_json(document["specs"]))
 
         return answer_of(load)
 
@@ -59,7 +59,7 @@ def _raise_unmapped() -> None:
 
 
 def _plain_model(worker: Any) -> torch.nn.Module:
-    """Returns the worker's model. ApplyError for one whose weights are not what the chain holds."""
+    """Returns the worker's model. ApplyError for a quantized one or one with LoRA: its weights are not the chain's."""
     config = worker.vllm_config
     if config.model_config.quantization is not None:
         raise ApplyError(
@@ -74,13 +74,14 @@ def _plain_model(worker: Any) -> torch.nn.Module:
 
 
 def _prepare_cpu_worker() -> None:
-    """Keeps CPU linears unpacked and asks for AMX tiles. Safe to repeat.
+    """Keeps CPU linears unpacked and enables AMX tiles. Safe to repeat.
 
-    UnsupportedFeatureError when this vLLM chooses its linears elsewhere.
+    UnsupportedFeatureError when this vLLM lacks the function that chooses the linears' implementation.
     """
     import vllm.model_executor.layers.utils as layers
 
-    # Nothing else asks the kernel for AMX tiles in eager mode, and the first tile instruction would end the process.
+    # In eager mode only this call requests AMX tiles from the kernel. Without it the first tile instruction would end
+    # the process.
     init_amx = getattr(torch.cpu, "_init_amx", None)
     if init_amx is not None:
         init_amx()
