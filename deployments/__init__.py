@@ -1,1 +1,1 @@
-"""How a Prefect server knows the flows and runs them: recipes, deployments, the worker type, the local stack."""
+"""Deploys the flows to a Prefect server and runs them: deployments, recipes, the worker type, the local stack."""

@@ -1,7 +1,7 @@
-"""Everything of Prefect that this project uses and that Prefect does not document. No other module may use such a name.
+"""Wraps every undocumented name of Prefect that this project uses. No other module may use such a name.
 
-A new release of Prefect may drop or change any of these. `tests/deployments/test_prefect_private.py` names each one,
-and fails with that name when the installed Prefect lacks it.
+A new release of Prefect may drop or change any of these names. `tests/deployments/test_prefect_private.py` lists them
+and fails with the name that the installed Prefect lacks.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def drain_events() -> None:
 
 
 def remember_flow(flow_id: UUID, name: str) -> None:
-    """Tells this process the name of a flow, so that no event waits until the server was asked for it."""
+    """Caches the name of a flow in this process, so that no event has to wait for a request to the server."""
     facts = FlowFacts(id=flow_id, name=name, labels={})
     RESOURCE_CACHE[f"flow.{flow_id}"] = cast(Any, ({"kind": "flow", "object": facts}, datetime.now(UTC)))
 

@@ -1,4 +1,4 @@
-"""Prefect flows, which a person runs, schedules or triggers: one flow in each file."""
+"""Contains the Prefect flows, which a person runs, schedules or triggers."""
 
 from weightline.extras import check_installed
 

@@ -1,7 +1,7 @@
-"""Titles and limits of the fields of run forms: one name for each kind of field, the same in every form.
+"""Defines titles and limits of the fields of run forms, so that a field has the same title in every form.
 
-Prefect takes a field's help from the docstring's `Args:` and names it after its parameter; `label` sets the title that
-a person reads. Everything else here is JSON Schema, which the server checks before it makes a run.
+Prefect takes the help of a field from `Args:` in the flow's docstring, and by default uses the parameter's name as the
+title; `label` sets another title. The limits become JSON Schema, which the server checks before it creates a run.
 """
 
 from __future__ import annotations

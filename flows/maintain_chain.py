@@ -1,4 +1,4 @@
-"""Keeps a chain in shape: checks it, shortens the ways into it, expires old history. Scheduled or by hand."""
+"""Maintains a chain: verifies it, writes shortcuts, expires old versions and collects garbage."""
 
 from __future__ import annotations
 
@@ -27,17 +27,18 @@ def maintain_chain(
     delete_garbage: Annotated[bool, label("Delete garbage")] = False,
     grace_hours: Annotated[float, label("Grace (hours)", ge=1)] = 24.0,
 ) -> list[UpkeepResult]:
-    """Verify, compact, expire and collect, in this order. A chain that does not hold is left as it is.
+    """Verify, compact, expire and collect, in this order. If the verification fails, nothing is changed.
 
     Args:
         chain: URL of the bucket and chain.
-        check: `replay every version` reads all payloads and proves every digest; `sizes only` looks at manifests and
+        check: `replay every version` reads all payloads and checks every digest; `sizes only` checks manifests and
             object sizes.
         write_shortcuts: Write direct deltas to the newest version where catching up would otherwise cost more.
-        keep_versions: Expire history older than the newest so many versions. What refs and live replicas need stays.
-            Empty: keep all.
-        delete_garbage: Delete the objects that nothing can reach. Off: only say which would be deleted.
-        grace_hours: Leave objects alone that are younger than this: a commit under way has some that nothing names yet.
+        keep_versions: Keep this many of the newest versions and expire older ones. Versions that refs or live replicas
+            need stay. Empty: keep all.
+        delete_garbage: Delete unreachable objects. Off: only report how many there are and their size.
+        grace_hours: Keep objects that are younger than this, since a commit under way has objects that no manifest
+            names yet.
     """
     check_chain(chain, PATIENCE_SECONDS)
     results = [verify(chain, is_deep=check == "replay every version")]

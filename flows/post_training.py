@@ -1,4 +1,4 @@
-"""Trains a model through the stages of a recipe; every sync becomes a version of one chain."""
+"""Trains a model through the stages of a recipe. Every sync commits a version to one chain."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from weightline.tasks.training import make_start_model, open_or_prepare_run, pro
 
 @dataclass(frozen=True, slots=True)
 class TrainedRun:
-    """A run whose stages have all finished, with the proof of each."""
+    """The result of a run whose stages have all finished, with the equality proof of each."""
 
     run_id: str
     chain: str
@@ -52,11 +52,11 @@ def post_training(
         recipe: Path of a recipe file, or name of a shipped recipe. Clear it to resume a run that has another recipe.
         stages: Train only these stages of the recipe. Empty: all.
         start_from: A Hub id, a folder, or a version of a chain, as in file:///data/bucket/my-model@12 (or @tip). Empty:
-            what the recipe says.
-        run_id: Name of a run. One that exists is resumed: finished stages are skipped, the broken one goes on from its
-            last checkpoint. Empty: a new run.
+            the model of the recipe.
+        run_id: Name of a run. A run that exists is resumed: finished stages are skipped, and the unfinished stage
+            continues from its last checkpoint. Empty: a new run.
         runs_dir: Folder of all runs. Empty: that of the stack, or `runs`.
-        chain: URL of the bucket and chain to commit to. Empty: a folder of the run.
+        chain: URL of the bucket and chain to commit to. Empty: a new chain in the run's folder.
     """
     run = open_or_prepare_run(
         recipe, runs_dir or default_runs_dir(), run_id or run_id_of_flow_run(recipe), chain, stages, start_from
@@ -75,7 +75,7 @@ def post_training(
 
 @flow(name="train-stage", flow_run_name=_name_stage, persist_result=False)
 def train_stage(run_dir: str, kind: str) -> StageProof:
-    """Train one stage, unless it is finished, and prove that the chain holds its result bit for bit.
+    """Train one stage, unless it is finished, and check that the chain holds its result bit for bit.
 
     Args:
         run_dir: Folder of the run.

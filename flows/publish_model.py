@@ -27,15 +27,15 @@ def publish_model(
     is_private: Annotated[bool, label("Private repository")] = True,
     license_id: Annotated[str | None, label("License", pattern=r"^[a-z0-9][a-z0-9.-]*$")] = None,
 ) -> Release:
-    """Write a version, every digest checked, with a model card that states its chain, runs, stages and evaluations.
+    """Check every digest of a version and write it with a model card that states chain, runs, stages and evaluations.
 
     Args:
         chain: URL of the bucket and chain.
         version: A number, `tip`, or the name of a tag.
         folder: New folder for the checkpoint. Empty: none is kept.
-        repo_id: owner/name on the Hub; made if it is not there. Log in with HF_TOKEN. Empty: nothing is uploaded.
-        is_private: Whether a repository that is made now is private.
-        license_id: License to state on the card, as the Hub calls it: apache-2.0, mit, ... Empty: none is stated.
+        repo_id: owner/name on the Hub; created if it does not exist. Needs HF_TOKEN. Empty: nothing is uploaded.
+        is_private: Make a repository that this run creates private.
+        license_id: License on the card, by its name on the Hub: apache-2.0, mit, ... Empty: none is stated.
     """
     check_release(chain, version, folder, repo_id)
     return release(chain, version, folder, repo_id, is_private, license_id)

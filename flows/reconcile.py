@@ -1,4 +1,4 @@
-"""Finds versions whose events or runs were lost, and starts what they are owed. Scheduled."""
+"""Finds versions whose events or runs were lost, and starts the evaluations and refreshes that are missing."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ def reconcile(
     grace_seconds: Annotated[float, label("Grace (seconds)", ge=0)] = 120.0,
     retry_seconds: Annotated[float, label("Pause before a retry (seconds)", ge=0)] = 300.0,
 ) -> int:
-    """Announce versions whose event was lost; start evaluation and refresh of versions that lack the record.
+    """Announce versions whose event was lost, and start an evaluation or refresh where its record is missing.
 
     Args:
         chains: URLs of chains. Empty: those that the environment variable WEIGHTLINE_CHAINS names, and those of the
-            runs folder. A chain that cannot be read fails the run, after the others have got what they are owed.
+            runs folder. If a chain cannot be read, the run fails after it has handled the others.
         runs_dir: Folder of all runs. Empty: that of the stack, or `runs`.
         grace_seconds: Leave versions that are younger than this to their events.
-        retry_seconds: After a run that left no record, start the next one this much later, then twice as much later,
-            and so on, six runs in all.
+        retry_seconds: Pause before the next run when a run left no record. It doubles with every run; at most six
+            runs are started.
     """
     if runs_dir is not None:
         check_runs_dir(runs_dir)

@@ -1,4 +1,4 @@
-"""Moves a chain's replicas to one version, in place, a few at a time. Started by every commit; safe to start again."""
+"""Moves a chain's replicas to one version, in place and in waves. Every commit starts this flow. Safe to repeat."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ def refresh_serving(
     wait_seconds: Annotated[float, label("Wait for the evaluation (seconds)", ge=0)] = 60.0,
     allow_backward: Annotated[bool, label("Go back to an earlier version")] = False,
 ) -> Record:
-    """Move a chain's replicas to a version: one first, then, if the version is good enough, the others in waves.
+    """Move a chain's replicas to a version: first one and then, if the version passes the gate, the others in waves.
 
-    Replicas that follow the chain by themselves move when the ref `serving` does, which is the last step. A replica
-    that serves a later version stays there.
+    The last step moves the ref `serving`, and with it the replicas that follow that ref. A replica that serves a later
+    version keeps it.
 
     Args:
         chain: URL of the bucket and chain.
@@ -45,11 +45,11 @@ def refresh_serving(
         canary: Name of the replica that moves first. Empty: the one that is furthest behind.
         min_score: Lowest score that the version must have to be served. Empty: any.
         max_drop: Largest relative drop of the score below the version served before, as in 0.05. Empty: any.
-        max_failed: How many of the other replicas may fail to move before all go back.
-        task: Task of lm-evaluation-harness whose score counts. Empty: what the recipe of the version's run says.
-        limit: Measure on the first so many problems, if the version is measured here. Empty: what the recipe says.
-        wait_seconds: How long to wait for the evaluation that the commit has started before measuring here.
-        allow_backward: Let replicas that serve a later version go back to this one.
+        max_failed: How many of the other replicas may fail to move before all of them are moved back.
+        task: Task of lm-evaluation-harness whose score counts. Empty: that of the recipe of the version's run.
+        limit: Number of problems, if this run measures the version. Empty: that of the recipe.
+        wait_seconds: How long to wait for the evaluation that the commit started, before this run measures the version.
+        allow_backward: Move replicas that serve a later version back to this one.
     """
     settings = RolloutSettings(
         wave_size, canary, ScoreGate(min_score, max_drop), max_failed, allow_backward, task, limit, wait_seconds

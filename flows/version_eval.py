@@ -1,4 +1,4 @@
-"""Measures one version with lm-evaluation-harness. Started by every commit; safe to start again."""
+"""Evaluates one version with lm-evaluation-harness. Every commit starts this flow. Safe to repeat."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ def evaluate_version(
     task: Annotated[str | None, label("Task", min_length=1)] = None,
     limit: Annotated[int | None, label("Problems", ge=1)] = None,
 ) -> Record:
-    """Measure a version, or record that a newer one took its place. A milestone is always measured.
+    """Evaluate a version, or record that a newer one is evaluated instead. A milestone is always evaluated.
 
     Args:
         chain: URL of the bucket and chain.
-        version: The version to measure.
-        task: Task of lm-evaluation-harness. Empty: what the recipe of the version's run says.
-        limit: Measure on the first so many problems. Empty: what the recipe says.
+        version: The version to evaluate.
+        task: Task of lm-evaluation-harness. Empty: that of the recipe of the version's run.
+        limit: Number of problems, from the start of the task. Empty: that of the recipe.
     """
     check_version(chain, version)
     record = evaluate(chain, version, task, limit)

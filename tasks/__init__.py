@@ -1,4 +1,4 @@
-"""Prefect tasks: the steps of flows, each of them thin and safe to repeat."""
+"""Contains the Prefect tasks, which are the steps of flows. Every task is thin and safe to repeat."""
 
 from weightline.extras import check_installed
 

@@ -1,4 +1,4 @@
-"""The task of evaluation: the measurement of one version."""
+"""Evaluates one version, as a Prefect task."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from weightline.runs.recipes import evaluation_dir, evaluation_task, recorded_re
     retries=2, retry_delay_seconds=2, retry_condition_fn=retry_on(TransientStorageError),
 )  # fmt: skip
 def evaluate(chain: str, version: int, task_name: str | None, limit: int | None) -> Record:
-    """Measures the version, or records that a newer one took its place. Safe to repeat: the first record stands."""
+    """Evaluates the version, or records that a newer one is evaluated instead. The first record stands."""
     opened, work_dir = open_chain(chain), evaluation_dir()
     recipe = recorded_recipe(opened, version)
     with check_form("task"):

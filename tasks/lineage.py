@@ -1,4 +1,4 @@
-"""The task of lineage: a chain's graph and table as an artifact in the Prefect UI."""
+"""Writes a chain's graph and table as an artifact of the Prefect UI, as a Prefect task."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""The tasks of reconcile: find versions whose events or runs were lost, and start what they are owed.
+"""Finds versions whose events or runs were lost, and starts what is missing, as the Prefect tasks of `reconcile`.
 
-The bucket says what is owed, the server what is under way. An event is sent again under its own id, so that the server
-keeps one; a run is started under an idempotency key, so that the server starts one, however many reconcile at once.
+The bucket shows which records are missing, and the server which runs are active. An event is sent again under its own
+id, so that the server keeps one. A run is started under an idempotency key, so that the server starts one, however many
+runs of `reconcile` ask for it at the same time.
 """
 
 from __future__ import annotations
@@ -40,27 +41,28 @@ from weightline.lineage.owed import (
 )
 from weightline.runs.checks import PATIENCE_SECONDS
 
-#: The server keeps events for seven days. A version that is older is not announced again: its runs are started.
+#: The server keeps events for seven days. For an older version, runs are started without one.
 _ANNOUNCED_DAYS = 6
 
 
-@task(task_run_name="look at what is under way", cache_policy=NO_CACHE, persist_result=False)
+@task(task_run_name="read active runs", cache_policy=NO_CACHE, persist_result=False)
 def find_under_way() -> frozenset[ConsumerRun]:
-    """Reads which runs of consumers wait or go on, for all chains."""
+    """Reads the runs of consumers that wait or are running, for all chains."""
     with get_client(sync_client=True) as client:
         return read_under_way(client, datetime.now(UTC))
 
 
-@task(task_run_name="look for what {chain} owes", cache_policy=NO_CACHE, persist_result=False)
+@task(task_run_name="find missing records of {chain}", cache_policy=NO_CACHE, persist_result=False)
 def find_owed(
     chain: str,
     grace_seconds: float,
     retry_seconds: float = RETRY_SECONDS,
     under_way: frozenset[ConsumerRun] = frozenset(),
 ) -> Owed:
-    """Reads the bucket and the server, and plans. It takes three listings, and manifests of versions without a record.
+    """Plans what to start for a chain, from three listings and the manifests of versions that lack a record.
 
-    A version that is announced now is left to that event; it comes up again if that started nothing.
+    If a version's event is sent again, no run is started for it now: the event does that. If the event starts nothing,
+    the next `reconcile` finds the version again.
     """
     opened = open_chain(chain, patience_seconds=PATIENCE_SECONDS)
     now = datetime.now(UTC)
@@ -81,7 +83,7 @@ def find_owed(
 
 @task(task_run_name="announce v{manifest.version} again", cache_policy=NO_CACHE, persist_result=False)
 def announce_again(chain: str, manifest: Manifest) -> None:
-    """Sends the version's event: consumers start as if it had just been committed. Safe to repeat."""
+    """Sends the version's event again, which starts its consumers. Safe to repeat."""
     announce_commit(chain, manifest)
     get_run_logger().info("announced version %d of %s", manifest.version, chain)
 
@@ -100,9 +102,9 @@ def start_missing(missing: MissingRecord) -> None:
 @task(task_run_name="give up {exhausted.missing.kind} v{exhausted.missing.version}",
       cache_policy=NO_CACHE, persist_result=False)  # fmt: skip
 def give_up(exhausted: ExhaustedRecord) -> None:
-    """Writes a record `failed`, after which nothing is started for it any more. Safe to repeat.
+    """Writes a record `failed`, after which no further run is started for the record. Safe to repeat.
 
-    A run that a person starts leaves its own record, which then counts.
+    If a person starts a run later, the record of that run counts.
     """
     missing = exhausted.missing
     reason = f"{MAX_ATTEMPTS} runs left no record; the last one: {exhausted.last_message}"

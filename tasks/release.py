@@ -1,4 +1,4 @@
-"""The task of publishing a version as a model: a checkpoint folder with its card, on disk and as a Hub repository."""
+"""Publishes a version as a checkpoint folder with a model card, on disk and on the Hub, as a Prefect task."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from weightline.runs.recipes import recorded_recipe
 def release(
     chain: str, version: str, folder: str | None, repo_id: str | None, is_private: bool, license_id: str | None
 ) -> Release:
-    """Writes the checkpoint with its card, then uploads it. Safe to repeat: files that are there stay as they are."""
+    """Writes the checkpoint with its card, then uploads it. Safe to repeat: existing files are not changed."""
     opened = open_chain(chain)
     number = resolve(opened, version)
     commit_id, recipe = opened.manifest(number).commit_id, recorded_recipe(opened, number)

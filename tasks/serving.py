@@ -1,4 +1,4 @@
-"""The tasks of serving: find a chain's replicas, move them to a version, judge it, and take it back or conclude."""
+"""Moves a chain's replicas to a version, wave by wave, and back if it fails the gate, as Prefect tasks."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from weightline.serving.replica.status import RefreshFacts
     retries=2, retry_delay_seconds=2, retry_condition_fn=retry_on(ApplyError, TransientStorageError),
 )  # fmt: skip
 def plan_rollout(chain: str, version: int, settings: RolloutSettings) -> Rollout:
-    """Finds the replicas, decides which moves when, and writes that down. Safe to repeat."""
+    """Finds the replicas, plans the waves, and writes the plan to the bucket. Safe to repeat."""
     opened = open_chain(chain)
     fleet = find_fleet(opened)
     if fleet.ungated and not settings.gate.is_open:
@@ -46,7 +46,7 @@ def move_replica(rollout: Rollout, name: str) -> RefreshFacts:
 
 @task(task_run_name="judge the version", cache_policy=NO_CACHE, persist_result=False)
 def judge_version(rollout: Rollout, may_measure: bool) -> Verdict | None:
-    """Returns the gate's verdict, or None without a score where it may not measure. Safe to repeat."""
+    """Returns the gate's verdict, or None if there is no score and `may_measure` is False. Safe to repeat."""
     if rollout.settings.gate.is_open:
         return Verdict(None, None, None)
     opened, work_dir = open_chain(rollout.chain), evaluation_dir()
@@ -61,11 +61,11 @@ def judge_version(rollout: Rollout, may_measure: bool) -> Verdict | None:
 
 @task(task_run_name="conclude", cache_policy=NO_CACHE, persist_result=False)
 def conclude(rollout: Rollout, reached: Advance) -> Record:
-    """Records which replicas serve the version since when, and lets the followers move. Safe to repeat."""
+    """Records since when each replica serves the version, and moves the ref that followers follow. Safe to repeat."""
     return steps.conclude_rollout(open_chain(rollout.chain), rollout, reached)
 
 
 @task(task_run_name="take back", cache_policy=NO_CACHE, persist_result=False)
 def take_back(rollout: Rollout, reached: Advance) -> Record:
-    """Moves every replica back to where it came from, at the same time, and records why. Safe to repeat."""
+    """Moves every replica back to its version before, all at the same time, and records why. Safe to repeat."""
     return steps.take_back_rollout(open_chain(rollout.chain), rollout, reached)

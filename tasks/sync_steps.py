@@ -1,8 +1,8 @@
-"""The Prefect tasks of publishing: each rank's four steps as task runs of the stage's flow run, and the commit's event.
+"""Shows the four publish steps of each rank as task runs of the stage's flow run, and emits the commit's event.
 
-The trainer does the work; a task waits for the end of a step and tells what it did. The tasks run on a thread of their
-own in each rank (weightline.deployments.ranks.recorder), which touches no network: events go to the outbox
-(weightline.deployments.ranks.outbox). So training waits for Prefect at no time, whether a server is there or not.
+The trainer does the work; a task waits for the end of a step and reports what it did. The tasks run on a thread of
+their own in each rank (weightline.deployments.ranks.recorder), which makes no network requests: events go to the outbox
+(weightline.deployments.ranks.outbox). So training never waits for Prefect, with or without a server.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from weightline.trainer.steps import NoObserver, Step, StepFacts, StepObserver
 
 @task(task_run_name="gather partition v{version} r{rank}", cache_policy=NO_CACHE, persist_result=False)
 def gather_partition(version: int, rank: int, step: Step) -> State[Any]:
-    """Sum up what changed in this rank's own partition."""
+    """Sum up the changes in this rank's own partition."""
     return _completed(step.wait())
 
 
@@ -57,14 +57,14 @@ _TASKS = {
 
 
 def record_step(step: Step) -> None:
-    """Runs the task of a step that begins. Returns when both have ended."""
+    """Runs the task of a step that begins. Returns when the step and the task have ended."""
     _TASKS[step.name](version=step.version, rank=step.rank, step=step)
 
 
 def prefect_observer() -> StepObserver:
-    """Returns what records steps in the flow run that the rank's environment names.
+    """Returns the observer that records steps in the flow run that the rank's environment names.
 
-    Without such a flow run, or without a server, nothing is observed.
+    Without such a flow run, or without a server's URL, the observer does nothing.
     """
     if not is_under_a_flow_run():
         return NoObserver()
@@ -72,7 +72,7 @@ def prefect_observer() -> StepObserver:
 
 
 def _completed(facts: StepFacts) -> State[Any]:
-    """What the step did, as the message that the UI shows beside the state."""
+    """Returns a completed state with the message that the UI shows beside it."""
     return Completed(message=describe(facts))
 
 

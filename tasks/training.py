@@ -1,4 +1,4 @@
-"""The tasks of training: prepare a run, make the start model, run a stage's ranks, prove what came out."""
+"""Prepares a run, makes the start model, runs a stage's ranks and checks the result, as Prefect tasks."""
 
 from __future__ import annotations
 
@@ -47,9 +47,11 @@ def make_start_model(run: Run) -> Path:
 
 @task(task_run_name="ranks of {job.stage.kind}", cache_policy=NO_CACHE, persist_result=False)
 def run_stage_ranks(run: Run, job: StageJob) -> None:
-    """Runs accelerate launch to its end: lines to the flow run's log, progress to an artifact, steps as task runs.
+    """Runs accelerate launch until it ends.
 
-    Repeating it resumes from the stage's last checkpoint. Raises LaunchError with the failing rank's last lines.
+    Writes the output of the ranks to the flow run's log and the progress to an artifact; the ranks show their steps as
+    task runs. A repeated call resumes from the stage's last checkpoint. Raises LaunchError with the last lines of the
+    failing rank.
     """
     job.output_dir.mkdir(parents=True, exist_ok=True)
     context_path = job.output_dir / "flow_run.json"

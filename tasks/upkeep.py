@@ -1,4 +1,4 @@
-"""The tasks of upkeep: each does one verb of the command line to a chain and returns what it did."""
+"""Verifies, compacts, expires and collects garbage, as Prefect tasks. Each does what the command of its name does."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ from weightline.lineage.text import format_nbytes
 
 @task(task_run_name="verify", cache_policy=NO_CACHE, persist_result=False)
 def verify(chain: str, is_deep: bool) -> UpkeepResult:
-    """Checks every invariant that the bucket shows. Reads only. Raises CorruptError with what does not hold."""
+    """Checks every invariant that the bucket shows, and changes nothing. Raises CorruptError with the findings."""
     report = verify_chain(open_chain(chain), is_deep=is_deep)
     if not report.holds:
-        raise CorruptError(f"{chain} does not hold, nothing was changed:\n{findings_text(report)}", chain=chain)
+        raise CorruptError(f"{chain} is damaged, and nothing was changed:\n{findings_text(report)}", chain=chain)
     checked = f"{report.num_versions} versions, {report.num_shortcuts} shortcuts, {report.num_objects} objects"
     return _logged("verify", f"{checked}: all holds")
 
 
 @task(task_run_name="compact", cache_policy=NO_CACHE, persist_result=False)
 def compact(chain: str) -> UpkeepResult:
-    """Writes shortcuts to the tip, and an anchor, where readers would otherwise pay more. Safe to repeat."""
+    """Writes shortcuts to the tip, and an anchor, where they save readers bytes. Safe to repeat."""
     opened = open_chain(chain)
     plan = plan_compaction(opened, coding=DEFAULT_CODING)
     written = write_compaction(opened, plan, coding=DEFAULT_CODING)
@@ -54,7 +54,7 @@ def expire(chain: str, keep_versions: int) -> UpkeepResult:
 
 @task(task_run_name="collect garbage", cache_policy=NO_CACHE, persist_result=False)
 def collect_garbage(chain: str, delete: bool, grace_hours: float) -> UpkeepResult:
-    """Finds objects that nothing can reach, and deletes them if `delete` says so. Safe to repeat."""
+    """Finds unreachable objects, and deletes them if `delete` is true. Safe to repeat."""
     opened = open_chain(chain)
     now = datetime.now(UTC)
     plan = plan_gc(view_chain(opened, now), now=now, grace=timedelta(hours=grace_hours))

@@ -1,1 +1,1 @@
-"""How rank processes record their steps in the flow run of their stage."""
+"""Records the steps of rank processes in the flow run of their stage."""

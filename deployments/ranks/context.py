@@ -1,7 +1,7 @@
-"""How a rank process finds the flow run that it works for: a JSON file, named in its environment.
+"""Passes the flow run of a stage to its rank processes, in a JSON file that their environment names.
 
-The stage's flow run writes the file (`write_rank_context`), and each of its ranks enters it (`rank_context`). It
-is JSON and not a pickled context, so that it is readable and safe to read.
+The stage's flow run writes the file (`write_rank_context`), and each of its ranks enters it (`rank_context`). The file
+is JSON and not a pickled context, so that people can read it and reading it executes nothing.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ DEFAULT_MAX_RECORDED_RANKS = 8
 #: Names the step observer that a rank makes under a flow run.
 OBSERVER = "weightline.tasks.sync_steps:prefect_observer"
 
-#: Prefect's settings in a rank: it prints nothing (a step's own error is raised by the trainer), sends no logs, starts
-#: no server of its own, and does not ask a server that may be gone for its version.
+#: Prefect's settings in a rank. It prints nothing (the trainer raises the error of a step), sends no logs, starts no
+#: server of its own, and does not request the server's version, since the server may be gone.
 _QUIET = {
     "PREFECT_LOGGING_SETTINGS_PATH": str(Path(__file__).with_name("rank_logging.yaml")),
     "PREFECT_CLIENT_SERVER_VERSION_CHECK_ENABLED": "false",
@@ -53,7 +53,7 @@ def write_rank_context(path: Path) -> None:
 
 
 def rank_environment(context_path: Path, api_url: str | None, base: Mapping[str, str]) -> dict[str, str]:
-    """Returns `base` with what ranks need to record their steps under the flow run in `context_path`. Pure.
+    """Returns `base` with the variables by which ranks record their steps under the flow run in `context_path`. Pure.
 
     Without a server's URL the ranks record nothing.
     """
@@ -63,21 +63,21 @@ def rank_environment(context_path: Path, api_url: str | None, base: Mapping[str,
 
 
 def max_recorded_ranks() -> int:
-    """Returns how many ranks a job may have for all of them to be recorded; of a larger one only rank 0 is."""
+    """Returns the largest number of ranks that are all recorded. Of a larger job only rank 0 is recorded."""
     return int(os.environ.get(MAX_RECORDED_RANKS_VARIABLE, DEFAULT_MAX_RECORDED_RANKS))
 
 
 def is_under_a_flow_run() -> bool:
-    """Whether this process's environment names a flow run and a server: else Prefect would start one of its own."""
+    """Returns whether this process's environment names a flow run and a server."""
     return RANK_CONTEXT_VARIABLE in os.environ and PREFECT_API_URL.value() is not None
 
 
 @contextmanager
 def rank_context() -> Iterator[None]:
-    """In the block, Prefect tasks are task runs of the stage's flow run, and events go to the outbox.
+    """Enters the stage's flow run: in the block, Prefect tasks are its task runs, and events go to the outbox.
 
-    For one thread, and once a process. Raises OSError or ValueError when the file is not what `write_rank_context`
-    wrote.
+    May be called by one thread, once per process. Raises OSError or ValueError for a file that `write_rank_context`
+    did not write.
     """
     facts: dict[str, Any] = json.loads(Path(os.environ[RANK_CONTEXT_VARIABLE]).read_text())
     flow_run = FlowRun.model_validate(facts["flow_run"])
@@ -89,4 +89,4 @@ def rank_context() -> Iterator[None]:
 
 @flow
 def _stage() -> None:
-    """Stands for the stage's flow: the ranks need not import its code."""
+    """Stands for the stage's flow, so that the ranks need not import its code."""

@@ -1,12 +1,13 @@
-"""Events on their way to a Prefect server that may be slow, hung or gone: the sender never waits for it.
+"""Sends events to a Prefect server that may be slow, hung or gone, without making the sender wait.
 
-Prefect's own client reconnects for seconds per event, and at exit waits for the server without a limit: measured 83 s
-for six steps after the server was killed, 115 s with a server that hangs. A rank must not lose that time. So events
-are put here (no network), and a daemon thread posts them in batches: at least once while the server is there, the
-newest 10,000 when it comes back, none when it stays away. The server drops an event whose id it has.
+Prefect's own client reconnects for seconds per event, and at exit waits for the server without a limit. Six steps took
+83 s after the server was killed, and 115 s with a server that hangs. A rank must not lose that time. So `put` stores
+the event without using the network, and a daemon thread posts events in batches. While the server answers, every event
+is posted at least once. If it comes back after an outage, the newest 10,000 events are posted. The server drops an
+event whose id it has already.
 
-Password, key, certificates and headers are those of Prefect's settings. When the server wants others, events wait as
-if it were away, and one warning is logged.
+Password, key, certificates and headers are those of Prefect's settings. If the server does not accept them, events wait
+as during an outage, and one warning is logged.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ MAX_WAITING = 10_000
 _MAX_BATCH = 200
 _POST_TIMEOUT_SECONDS = 2.0
 _FLUSH_SECONDS = 2.0
-#: The same bytes would be refused again. Whatever else a server or a proxy answers may be another answer later.
+#: Statuses after which a batch is dropped, since the server would refuse the same bytes again. All others are retried.
 _FINAL_REFUSALS = frozenset({400, 413, 422})
 _JSON = {"Content-Type": "application/json"}
 
@@ -39,7 +40,7 @@ class EventOutbox:
     """Holds events until the server has them: `put` never blocks and never raises."""
 
     def __init__(self, api_url: str, retry_seconds: float = 5.0) -> None:
-        """Starts the thread. `retry_seconds`: the pause after a post that failed."""
+        """Starts the thread. `retry_seconds` is the pause after a post that failed."""
         self._api_url = api_url
         self._retry_seconds = retry_seconds
         self._waiting: deque[dict[str, Any]] = deque(maxlen=MAX_WAITING)
@@ -53,7 +54,7 @@ class EventOutbox:
         atexit.register(self.close)
 
     def put(self, item: tuple[str, Event]) -> None:
-        """Takes an event, with its kind; the oldest is dropped when too many wait."""
+        """Stores a pair of a kind and an event. The oldest event is dropped when `MAX_WAITING` wait."""
         _, event = item
         with self._changed:
             self._waiting.append(event.model_dump(mode="json"))
@@ -61,11 +62,11 @@ class EventOutbox:
 
     @property
     def num_waiting(self) -> int:
-        """Events that the server has not confirmed."""
+        """The number of events that the server has not confirmed."""
         return len(self._waiting)
 
     def close(self) -> None:
-        """Posts what waits, for at most two seconds; what is left is lost. Safe to repeat."""
+        """Posts the waiting events, for at most two seconds. The events that are left are lost. Safe to repeat."""
         with self._changed:
             self._is_closing = True
             self._changed.notify()
@@ -98,7 +99,7 @@ class EventOutbox:
         return True
 
     def _next_batch(self) -> list[dict[str, Any]]:
-        """Returns the oldest events, when there are any; an empty list when closing and done."""
+        """Waits for events and returns the oldest. Returns an empty list when the outbox closes and none is left."""
         with self._changed:
             self._changed.wait_for(lambda: self._waiting or self._is_closing)
             return [self._waiting[index] for index in range(min(len(self._waiting), _MAX_BATCH))]
@@ -111,7 +112,7 @@ class EventOutbox:
 
 
 def _client_of(api_url: str) -> SyncPrefectClient:
-    # trust_env off: the environment's proxies are not for the way between a rank and its own server.
+    # trust_env off: a rank reaches its own server without the environment's proxies.
     return SyncPrefectClient(
         api_url,
         auth_string=PREFECT_API_AUTH_STRING.value(),

@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager
 
 from weightline.trainer.steps import Step
 
-#: Steps that may wait to be recorded. More means that Prefect stands still: then steps go unrecorded.
+#: Steps that may wait to be recorded. If more wait, Prefect makes no progress, and further steps are not recorded.
 MAX_WAITING = 1000
 
 logger = logging.getLogger(__name__)
@@ -19,8 +19,8 @@ logger = logging.getLogger(__name__)
 class StepRecorder:
     """A `StepObserver` whose thread calls `record(step)` for one step after the other, inside `context()`.
 
-    `record` is called when a step begins and may wait for its end. What it raises is logged, unless it is the step's
-    own error, which the trainer reports.
+    `record` is called when a step begins and may wait for its end. An error that it raises is logged, unless it is the
+    step's own error, which the trainer reports.
     """
 
     def __init__(
@@ -30,7 +30,7 @@ class StepRecorder:
         max_recorded_ranks: int,
         close_seconds: float = 30.0,
     ) -> None:
-        """Starts the thread. `close_seconds`: how long `close` waits; only a busy machine takes long."""
+        """Starts the thread. `close_seconds` is the longest wait of `close`, which only a busy machine needs."""
         self._context = context
         self._record = record
         self._max_recorded_ranks = max_recorded_ranks
@@ -49,9 +49,9 @@ class StepRecorder:
             logger.warning("%s v%d is not recorded: Prefect takes no more steps", step.name, step.version)
 
     def close(self) -> None:
-        """Waits until everything is recorded, for at most `close_seconds`. Safe to repeat.
+        """Waits until all steps are recorded, for at most `close_seconds`. Safe to repeat.
 
-        To be called before the interpreter shuts its threads down: Prefect takes no events after that.
+        Call it before the interpreter shuts its threads down: Prefect takes no events after that.
         """
         try:
             self._waiting.put_nowait(None)
@@ -60,7 +60,7 @@ class StepRecorder:
         self._thread.join(timeout=self._close_seconds)
 
     def _run(self) -> None:
-        # Prefect may break in any way. This thread is its own, so a step and the training go on without it.
+        # Prefect may raise anything. Steps and training run on other threads and continue without it.
         try:
             with self._context():
                 while (step := self._waiting.get()) is not None:
@@ -79,5 +79,5 @@ class StepRecorder:
 
 
 def is_recorded(rank: int, world_size: int, max_recorded_ranks: int) -> bool:
-    """Every rank of a small job; rank 0 alone of a large one, so that a thousand ranks do not drown the server."""
+    """Returns whether a rank's steps are recorded. Of a large job only rank 0 is, so as not to overload the server."""
     return rank == 0 or world_size <= max_recorded_ranks

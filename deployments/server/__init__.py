@@ -1,4 +1,4 @@
-"""Calls to a Prefect server through its client: deployments, automations, flow runs, events, artifacts."""
+"""Calls a Prefect server through its client: deployments, automations, flow runs, events and artifacts."""
 
 from weightline.extras import check_installed
 

@@ -1,6 +1,6 @@
-"""Artifacts of the Prefect UI: their keys, and the progress and page of a training stage.
+"""Names artifacts of the Prefect UI, and writes the progress and the page of a training stage.
 
-A board writes from a thread of its own, so that a slow or absent server cannot slow training down.
+A `ProgressBoard` writes from a thread of its own, so that a slow or absent server cannot slow training down.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ def lineage_key(chain_name: str) -> str:
 
 
 class ProgressBoard:
-    """Two artifacts of the current flow or task run: the newest `report`ed percentage, and a Markdown page.
+    """Writes two artifacts of the current flow or task run: the last `report`ed percentage, and a Markdown page.
 
     Reporting never raises and never blocks. `draw_page`, if given, is called on the board's own thread, every 20 s and
-    once at the end. A board that fails logs a warning and writes no more; the work goes on.
+    once at the end. If writing fails, the board logs a warning and writes nothing more.
     """
 
     def __init__(self, name: str, description: str, draw_page: DrawPage | None = None) -> None:
@@ -70,7 +70,7 @@ class ProgressBoard:
     def _run(self) -> None:
         try:
             self._write_until_closed()
-        # The server, the bucket and Prefect may fail in any way here, and none of them may end a training.
+        # The server, the bucket or Prefect may raise anything here, and no such error may end a training.
         except Exception as error:  # noqa: BLE001
             logger.warning("the progress of %s is no longer shown: %r", self._name, error)
 

@@ -1,4 +1,4 @@
-"""Automations of the Prefect server: one marks a training as crashed when its heartbeats stop."""
+"""Defines the automation of the Prefect server that marks a training as crashed when its heartbeats stop."""
 
 from __future__ import annotations
 
@@ -10,20 +10,19 @@ from prefect.events.actions import ChangeFlowRunState
 from prefect.events.schemas.automations import AutomationCore, EventTrigger, Posture
 
 ZOMBIES = "weightline: mark trainings that no longer live"
-#: The tag of the runs that the automation watches. The server writes each of their events to its database once more,
-#: and SQLite writes one at a time: when short evaluations were watched as well, the events of commits were late.
+#: The tag of the runs that the automation watches. The server writes each event of a watched run to its database twice,
+#: and SQLite allows one write at a time. Watching short evaluations as well delayed the events of commits.
 WATCHED_TAG = "training"
-#: Runs send a heartbeat every minute. Five may be missing, since a server that was away for a moment has missed some of
-#: runs that are alive.
+#: Runs send a heartbeat every minute. Five may be missing, since an unavailable server misses heartbeats of live runs.
 _SILENT_FOR = timedelta(minutes=5)
 
 
 def zombie_automation(silent_for: timedelta = _SILENT_FOR) -> AutomationCore:
     """Returns the automation that marks a training Crashed when no heartbeat arrived for `silent_for`.
 
-    That happens when its process and its worker are both gone: nothing else reports the end then. A run that is marked
-    by mistake, because its server was away for longer, goes on; a retry is refused while it does
-    (weightline/runs/lock.py), and later finds its stages finished.
+    Heartbeats stop when the run's process and its worker have both died, and then nothing else reports the end. A run
+    that is marked by mistake, because the server was unavailable for longer, continues. Until it ends, a retry is
+    refused (weightline/runs/lock.py); after that, a retry finds its stages finished.
     """
     ended = {f"prefect.flow-run.{state}" for state in ("Completed", "Failed", "Cancelled", "Crashed")}
     return AutomationCore(
@@ -44,7 +43,7 @@ def zombie_automation(silent_for: timedelta = _SILENT_FOR) -> AutomationCore:
 
 
 def ensure_automation(client: SyncPrefectClient, automation: AutomationCore) -> None:
-    """Creates or updates the automation of this name, and deletes further ones of the name. Safe to repeat."""
+    """Creates or updates the automation of this name, and deletes duplicates of the name. Safe to repeat."""
     found = client.read_automations_by_name(automation.name)
     if not found:
         client.create_automation(automation)

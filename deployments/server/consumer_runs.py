@@ -1,4 +1,4 @@
-"""Queries a Prefect server for what consumers do: runs that go on, runs tried for a record, events that it has."""
+"""Queries a Prefect server for runs of consumers: active runs, attempts at a record, and announced versions."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from weightline.runs.folder import canonical_url
 
 #: The deployment that makes each kind of record, as FLOW/DEPLOYMENT.
 CONSUMERS = {EVALUATIONS: "evaluate-version/evaluate-version", REFRESHES: "refresh-serving/refresh-serving"}
-#: A consumer's run that has gone on for longer is taken for dead.
+#: A consumer's run that takes longer counts as ended.
 MAX_SECONDS = 3600.0
 _UNDER_WAY = [StateType.SCHEDULED, StateType.PENDING, StateType.RUNNING, StateType.PAUSED, StateType.CANCELLING]
 _MAX_READ = 200
@@ -32,13 +32,13 @@ _MAX_EVENTS = 50
 
 
 def idempotency_keys(missing: MissingRecord) -> tuple[str, ...]:
-    """Returns the keys of all runs for a record, in order. The server starts one run for each, however often asked."""
+    """Returns the keys of all runs for a record, in order. The server starts at most one run for each key."""
     start = f"{CONSUMERS[missing.kind]}:{event_id(missing.chain, missing.commit_id)}"
     return tuple(f"{start}:{number}" for number in range(MAX_ATTEMPTS))
 
 
 def ended_at(run: FlowRun, now: datetime) -> datetime | None:
-    """Returns when the run ended, or None while it waits or goes on. One longer than `MAX_SECONDS` has ended. Pure."""
+    """Returns when the run ended, or None while it is active. A run longer than `MAX_SECONDS` counts as ended. Pure."""
     state = run.state
     if state is None or state.is_scheduled() or state.is_paused():
         return None
@@ -86,7 +86,7 @@ def read_under_way(client: SyncPrefectClient, now: datetime) -> frozenset[Consum
 
 
 def read_announced(client: SyncPrefectClient, chain: str, manifests: Iterable[Manifest]) -> frozenset[str]:
-    """Reads which of these versions' events the server has. Returns their commit ids."""
+    """Returns the commit ids of those of these versions whose event the server has."""
     by_event = {str(event_id(chain, manifest.commit_id)): manifest.commit_id for manifest in manifests}
     found: set[str] = set()
     ids = list(by_event)

@@ -1,4 +1,4 @@
-"""Deploys the flows to a Prefect server: work pool, queues, automations, and the deployments of prefect.yaml."""
+"""Creates the work pool, queues, automations and the deployments of prefect.yaml on a Prefect server."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ PREFECT_FILE = Path(__file__).parents[1] / "prefect.yaml"
 def deploy_all(*, keeps_toggles: bool = False) -> None:
     """Creates pool, queues and automations, and deploys every flow. Safe to repeat.
 
-    A schedule becomes active or not as the file says; with `keeps_toggles` it stays as the server has it. Raises
-    LaunchError with Prefect's message when Prefect refuses.
+    Whether a schedule is active is taken from the file, or with `keeps_toggles` from the server. Raises LaunchError
+    with Prefect's message if Prefect refuses the deployments.
     """
     with get_client(sync_client=True) as client:
         create_queues(client)
@@ -47,7 +47,7 @@ def deploy_all(*, keeps_toggles: bool = False) -> None:
 
 
 def _read_toggles(client: SyncPrefectClient) -> dict[tuple[UUID, str | None], bool]:
-    """Reads whether each schedule of each deployment is active. Deploying makes schedules anew; their slugs stay."""
+    """Reads whether each schedule of each deployment is active. Deploying recreates schedules and keeps their slugs."""
     found = client.read_deployments()
     return {(one.id, schedule.slug): schedule.active for one in found for schedule in one.schedules}
 
@@ -62,7 +62,7 @@ def _prefect_deploy() -> None:
 
 
 def create_queues(client: SyncPrefectClient) -> None:
-    """Creates the pool and every lane's queues. A queue without a limit gets a limit of one run. Safe to repeat."""
+    """Creates the pool and its queues. A queue without a limit gets a limit of one run. Safe to repeat."""
     try:
         template = WarmWorker.get_default_base_job_template()
         client.create_work_pool(WorkPoolCreate(name=WORK_POOL, type=WarmWorker.type, base_job_template=template))
@@ -78,10 +78,10 @@ def create_queues(client: SyncPrefectClient) -> None:
 
 
 def end_stale_runs(client: SyncPrefectClient) -> int:
-    """Ends runs that an earlier stack on the same database left behind: they would be started now, for old chains.
+    """Ends runs that an earlier stack on the same database left behind, so that they do not start now.
 
-    Deletes runs that a schedule made in advance and cancels others; runs that are planned for later stay. Only for a
-    server that this stack alone uses and that has just come up. Returns the number of runs. Safe to repeat.
+    Deletes overdue runs that a schedule created, and cancels others. Runs that are scheduled for later stay. Call it
+    only for a server that this stack alone uses and that has just started. Returns the number of runs. Safe to repeat.
     """
     under_way = [StateType.PENDING, StateType.RUNNING, StateType.CANCELLING, StateType.PAUSED]
     stale = (

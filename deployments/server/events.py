@@ -1,4 +1,4 @@
-"""The event that announces a committed version. It is a hint: `reconcile` finds lost events from the bucket."""
+"""Emits the event that announces a committed version. Events may be lost; `reconcile` finds such versions."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from weightline.chain import open_chain
 from weightline.format.manifest import Manifest
 
 COMMITTED = "weightline.delta.committed"
-#: What the event's payload holds of the manifest, beside the chain's URL under `chain`.
+#: The fields of the manifest that the event's payload contains, beside the chain's URL under `chain`.
 PAYLOAD_FIELDS = frozenset(
     {
         "version", "commit_id", "kind", "stage", "run_id", "global_step", "is_milestone",
@@ -40,6 +40,6 @@ def announce_commit(chain_url: str, manifest: Manifest) -> None:
             payload={"chain": chain_url, **manifest.model_dump(include=set(PAYLOAD_FIELDS))},
             id=event_id(chain_url, manifest.commit_id),
         )
-    # The version is committed whatever becomes of its event.
+    # The version is committed even if its event is lost, so no error of Prefect may reach the caller.
     except Exception as error:  # noqa: BLE001
         logger.warning("version %d was not announced: %r", manifest.version, error)

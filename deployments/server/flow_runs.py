@@ -1,4 +1,4 @@
-"""Flow runs on a Prefect server: starts one for a driver, reads its state, and names the one that this process runs."""
+"""Starts flow runs on a Prefect server, reads their states, and names the flow run of this process."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def start_training(run: Run) -> UUID:
 
 
 def start_reconcile(run: Run) -> UUID:
-    """Starts the reconcile deployment for the run's chain, without a grace for young versions."""
+    """Starts the reconcile deployment for the run's chain, for young versions as well."""
     return _start(RECONCILE, {"chains": [run.chain_url], "grace_seconds": 0.0})
 
 
@@ -65,7 +65,7 @@ def run_id_of_flow_run(recipe: str | None) -> str | None:
 
 
 def flow_run_provenance() -> dict[str, str]:
-    """Returns what a version's manifest says about the current flow run: its id. Empty outside a flow run."""
+    """Returns the id of the current flow run for the provenance in manifests. Empty outside a flow run."""
     context = FlowRunContext.get()
     return {"flow_run_id": str(context.flow_run.id)} if context is not None and context.flow_run is not None else {}
 

@@ -1,4 +1,4 @@
-"""Conditions under which Prefect retries a task."""
+"""Defines the condition under which Prefect retries a task."""
 
 from __future__ import annotations
 

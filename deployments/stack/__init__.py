@@ -1,3 +1,3 @@
-"""A Prefect server, worker, dashboard and replica on one machine, started and ended together."""
+"""Starts and ends a Prefect server, worker, dashboard and replica together on one machine."""
 
 DEFAULT_PORT = 4200

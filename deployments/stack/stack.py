@@ -1,4 +1,4 @@
-"""The processes of a local stack: database, Prefect server, worker, dashboard. Importing this imports no Prefect."""
+"""Starts and ends a local stack: database, Prefect server, worker, dashboard. Importing this imports no Prefect."""
 
 from __future__ import annotations
 
@@ -36,14 +36,17 @@ _RESTARTS_SECONDS = 600.0
 
 @dataclass(slots=True)
 class Stack:
-    """The stack of a folder. `start_...`, then `keep_up` now and then, then `end`. Not shared between processes."""
+    """Starts, restarts and ends the processes of a folder's stack. An instance belongs to one process.
+
+    Call the `start_...` methods, then `keep_up` at intervals, then `end`.
+    """
 
     folder: StackFolder
     port: int
     is_supervised: bool = False
-    """Whether this process keeps the stack up after the command that asked for it has returned."""
+    """True in the supervisor, which keeps the stack running after `weightline up` has returned."""
     sqlite_reason: str | None = field(init=False, default=None)
-    """Why the server uses SQLite, once it was started and does."""
+    """The reason why the started server uses SQLite, or None."""
     _postgres: Postgres | None = field(init=False, default=None)
     _env: dict[str, str] = field(init=False)
     _started: dict[str, subprocess.Popen[bytes]] = field(init=False, default_factory=dict)
@@ -66,14 +69,14 @@ class Stack:
         return None if self._dashboard_port is None else f"http://{HOST}:{self._dashboard_port}"
 
     def enter(self) -> None:
-        """Makes this process one of the stack's. To be called before Prefect is imported."""
+        """Sets the stack's environment in this process. Call it before Prefect is imported."""
         os.environ.update(self._env)
 
     def start_server(self) -> None:
-        """Starts the Prefect server, after its database, and waits until it is healthy.
+        """Starts the database and then the Prefect server, and waits until the server is healthy.
 
-        LaunchError with its last lines when it does not become so. A later start on the same folder finds its database
-        and takes half the time.
+        LaunchError with the server's last lines if it does not become healthy. A later start in the same folder finds
+        the database and takes half the time.
         """
         self.folder.make()
         self.start_database()
@@ -83,7 +86,7 @@ class Stack:
         self._wait_until_healthy()
 
     def start_database(self) -> None:
-        """Starts PostgreSQL, unless it runs, cannot run here, or the environment names another database."""
+        """Starts PostgreSQL, unless it is running, cannot run here, or the environment names another database."""
         if self._postgres is None and CONNECTION_VARIABLE not in self._env:
             found = find_postgres(self.folder.root)
             if isinstance(found, Postgres):
@@ -93,17 +96,17 @@ class Stack:
         running = self._started.get(DATABASE)
         if self._postgres is not None and (running is None or running.poll() is not None):
             self._postgres.initialize()
-            # What its command line is started through ends it with this process.
+            # `setpriv` in its command line ends it with this process.
             process = self._start(DATABASE, self._postgres.argv, dies_with_parent=False)
             self._postgres.wait_until_ready(lambda: process.poll() is not None)
 
     def start_worker(self) -> None:
-        """Starts the worker. It creates the work pool when it comes before the deployments."""
+        """Starts the worker, which creates the work pool if there is none."""
         argv = [sys.executable, "-m", "prefect", "worker", "start", "--type", WORKER_TYPE, "--pool", WORK_POOL]
         self._start(WORKER, argv)
 
     def start_dashboard(self) -> None:
-        """Starts the dashboard of all runs. It shows new chains without being told."""
+        """Starts the dashboard of all runs, which finds new chains by itself."""
         if self._dashboard_port is None:
             self._dashboard_port = free_port(DASHBOARD_PORT)
         runs_dir, port = f"{self.folder.root.parent}/", str(self._dashboard_port)
@@ -111,7 +114,7 @@ class Stack:
         self._start(DASHBOARD, [*argv, "--prefect-ui", self.ui_url])
 
     def keep_up(self) -> list[str]:
-        """Starts again what has died; returns its names. LaunchError when that happens too often in a short time."""
+        """Restarts processes that died, and returns their names. LaunchError after too many restarts in ten minutes."""
         starts = {
             DATABASE: self.start_database, SERVER: self.start_server,
             WORKER: self.start_worker, DASHBOARD: self.start_dashboard,
@@ -126,7 +129,7 @@ class Stack:
         return dead
 
     def end(self) -> None:
-        """Ends every process of the folder's stack, in the reverse order of their start. Safe to repeat."""
+        """Ends every process of the folder's stack, in the reverse order of their starts. Safe to repeat."""
         record = StackRecord.load(self.folder.record_path)
         if record is not None:
             record.end()
@@ -165,7 +168,7 @@ class Stack:
 
 
 def free_port(preferred: int) -> int:
-    """Returns the preferred port of the loopback interface if it is free, else one that is."""
+    """Returns the preferred port of the loopback interface if it is free, else another free port."""
     for port in (preferred, 0):
         with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as listener:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -1,6 +1,6 @@
-"""Bringing a local stack up, keeping it up, taking it down, and deploying to it or to another server.
+"""Starts, supervises and ends a local stack, and deploys to it or to another server.
 
-Imports no Prefect before the stack's environment is entered.
+Imports Prefect only after the stack's environment has been entered.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _UP_SECONDS = 300.0
 
 
 def bring_up(runs_dir: Path, console: Console, port: int = DEFAULT_PORT) -> str:
-    """Starts a stack that stays, unless one is up, and returns its UI's URL. Safe to repeat."""
+    """Starts a stack that outlives this process, unless one is up, and returns its UI's URL. Safe to repeat."""
     folder = StackFolder.under(runs_dir_of(runs_dir))
     found = running_stack(folder)
     if found is None:
@@ -42,9 +42,9 @@ def bring_up(runs_dir: Path, console: Console, port: int = DEFAULT_PORT) -> str:
 
 
 def stay_up(runs_dir: Path, console: Console, port: int) -> None:
-    """Is the supervisor: starts a stack, and starts again what dies, until SIGTERM; then ends everything.
+    """Runs the supervisor: starts a stack, restarts processes that die, and ends the stack at SIGTERM.
 
-    LaunchError when something dies again and again. Killed with kill -9, it takes the stack along.
+    LaunchError if processes die too often. If the supervisor is killed with kill -9, the stack ends with it.
     """
     stack = Stack(StackFolder.under(runs_dir_of(runs_dir)), port, is_supervised=True)
     try:
@@ -59,7 +59,7 @@ def stay_up(runs_dir: Path, console: Console, port: int) -> None:
 
 
 def bring_down(runs_dir: Path) -> bool:
-    """Ends the stack of this folder, whole or not. Returns False when there was none. Safe to repeat."""
+    """Ends the stack of this folder, even if parts of it died. Returns False if there was none. Safe to repeat."""
     folder = StackFolder.under(runs_dir_of(runs_dir))
     was_there = folder.record_path.exists()
     Stack(folder, DEFAULT_PORT).end()
@@ -69,7 +69,7 @@ def bring_down(runs_dir: Path) -> bool:
 def deploy_everything(runs_dir: Path) -> str:
     """Deploys to the server of PREFECT_API_URL, or to the stack that is up. Returns the server's URL. Safe to repeat.
 
-    InputError when there is neither, or nothing answers there; LaunchError with Prefect's own words when it refuses.
+    InputError if there is neither, or no server answers; LaunchError with Prefect's message if it refuses.
     """
     if url := os.environ.get("PREFECT_API_URL"):
         _require_answer(url)
@@ -87,7 +87,7 @@ def deploy_everything(runs_dir: Path) -> str:
 
 @contextmanager
 def stack_of(runs_dir: Path, console: Console, port: int) -> Iterator[Stack]:
-    """The stack that is up, left as it is; or one of our own, ended at the end."""
+    """Yields the stack that is up, which stays up, or starts one for the block and ends it."""
     folder = StackFolder.under(runs_dir)
     found = running_stack(folder)
     if found is not None:
@@ -118,15 +118,16 @@ def _start(stack: Stack, console: Console) -> None:
     with console.status("deploying the flows"):
         with get_client(sync_client=True) as client:
             end_stale_runs(client)
-        stack.start_worker()  # it imports what runs need while the flows are deployed
+        stack.start_worker()  # imports its modules while the flows are deployed
         deploy_all(keeps_toggles=True)
     console.print(f"Prefect UI: {stack.ui_url}", highlight=False)
 
 
 def _start_supervisor(folder: StackFolder, port: int) -> StackRecord:
-    """Starts the process that keeps a stack up, for good, and returns when all of the stack is up and deployed.
+    """Starts the supervisor, and returns when the whole stack is up and deployed.
 
-    LaunchError with its last lines when it ended instead; then, and when this process is interrupted, nothing is left.
+    LaunchError with the supervisor's last lines if it ends before that. After an error or an interrupt, no process is
+    left.
     """
     folder.make()
     runs_dir = str(folder.root.parent)
@@ -158,7 +159,7 @@ def _wait_until_up(folder: StackFolder, process: subprocess.Popen[bytes]) -> Sta
 
 
 def _require_answer(api_url: str) -> None:
-    """InputError at once when no server answers at the URL, whatever it says: Prefect's client would ask for long."""
+    """Raises InputError at once if no server answers at the URL; Prefect's client would retry for minutes."""
     try:
         httpx.get(f"{api_url}/health", timeout=10.0)
     except (httpx.HTTPError, httpx.InvalidURL) as error:

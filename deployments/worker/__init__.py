@@ -1,4 +1,4 @@
-"""The worker type of this project, and the work pool and queues that it serves. Importing this imports no Prefect."""
+"""Defines the worker type of this project, its work pool and its queues. Importing this imports no Prefect."""
 
 WORKER_TYPE = "weightline"
 #: The work pool of deployments/prefect.yaml.

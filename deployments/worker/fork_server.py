@@ -1,13 +1,13 @@
-"""A process that has imported what flow runs need, and forks a child for each of them.
+"""Imports the modules that flow runs need, and forks a child process for each flow run.
 
 python -m weightline.deployments.worker.fork_server [MODULE...]
 
-Importing Prefect, torch and the evaluation harness costs 5 to 15 s of CPU; a fork costs milliseconds. Every flow run
-gets a process, environment, working directory and log of its own, and its memory goes with it.
+Importing Prefect, torch and the evaluation harness takes 5 to 15 s of CPU, a fork takes milliseconds. Every flow run
+has a process, environment, working directory and log of its own, and its memory is freed when it ends.
 
-Requests come on stdin and replies go to stdout, one JSON object a line: see `ForkServer` in run_processes.py. A fork
-copies only the thread that calls it, so nothing but imports may run here: a library that starts threads when it is used
-must not be used.
+Requests arrive on stdin and replies go to stdout, one JSON object per line: see `ForkServer` in run_processes.py. A
+fork copies only the thread that calls it. So this process only imports modules, and calls no library that starts
+threads.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def main(modules: list[str]) -> None:
 
 
 def _take_stdout() -> int:
-    """Returns a descriptor for replies. Whatever libraries print goes to stderr from now on."""
+    """Returns a descriptor for replies. From now on, the output of libraries goes to stderr."""
     replies = os.dup(1)
     os.dup2(2, 1)
     return replies
@@ -69,7 +69,7 @@ def _serve(replies: int) -> dict[str, Any] | None:
 
 def _fork(replies: int) -> int | None:
     """Returns the child's pid, 0 in the child, and None when the machine refuses another process."""
-    # No child may be reported as ended before it was reported as started.
+    # A child must be reported as started before it is reported as ended.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})
     try:
         pid = os.fork()
@@ -97,7 +97,7 @@ def _reply(replies: int, reply: dict[str, Any]) -> None:
 
 
 def _enter(request: dict[str, Any], server_pid: int) -> None:
-    """Makes this child what a process that was started for the request would be."""
+    """Gives this child the session, environment, working directory and log of the request."""
     os.setsid()
     die_with_parent()
     if os.getppid() != server_pid:
@@ -109,7 +109,7 @@ def _enter(request: dict[str, Any], server_pid: int) -> None:
         sys.path[0] = request["working_dir"]
     os.chdir(request["working_dir"])
     if numpy := sys.modules.get("numpy"):
-        numpy.random.seed()  # else every child would continue the same sequence
+        numpy.random.seed()  # otherwise every child would continue the same sequence
 
 
 def _redirect(log: str | None) -> None:
@@ -122,7 +122,7 @@ def _redirect(log: str | None) -> None:
 
 
 def _prefect_variables() -> dict[str, str]:
-    """Returns the variables that Prefect's settings are read from. Those with two underscores are no settings."""
+    """Returns the variables from which Prefect reads its settings. Names with two underscores are not settings."""
     return {
         name: value
         for name, value in os.environ.items()

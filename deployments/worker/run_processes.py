@@ -1,4 +1,4 @@
-"""The worker's side of a flow run's process: forked from a fork server, or started with a command of its own."""
+"""Starts processes of flow runs for the worker: forked from a fork server, or with a command of their own."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from weightline.launch.processes import with_parent
 
 logger = logging.getLogger(__name__)
 
-#: A fork server that ends sooner than this would end at once again; it is not started again before a run needs it.
+#: A fork server that ended within this time would probably end at once again. It is restarted only when a run needs it.
 _SHORT_LIFE_SECONDS = 5.0
-#: A fork server may start no thread and may not initialize CUDA: neither survives a fork. These keep OpenMP and
-#: pyarrow's allocator from starting one as they are imported, and let torch ask NVML whether there is a GPU.
+#: A fork server must not start threads or initialize CUDA, since neither survives a fork. These variables keep OpenMP
+#: and pyarrow's allocator from starting threads at import, and make torch ask NVML whether there is a GPU.
 _FORK_SERVER_ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "JE_ARROW_MALLOC_CONF": "background_thread:false",
@@ -34,12 +34,12 @@ _FORK_SERVER_ENVIRONMENT = {
 
 @dataclass(frozen=True, slots=True)
 class RunRequest:
-    """What a flow run's process is started with."""
+    """The environment, working directory and log of a flow run's process."""
 
     env: Mapping[str, str]
     working_dir: Path
     log_path: Path | None = None
-    """Where stdout and stderr go. None: where those of the worker go."""
+    """The file for stdout and stderr. None: those of the worker."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,11 +48,11 @@ class RunProcess:
 
     pid: int
     returncode: asyncio.Future[int] = field(repr=False)
-    """Set when the process has ended. Negative: the signal that ended it."""
+    """Set when the process has ended. A negative value is the signal that ended it."""
 
 
 async def start_command(command: str, request: RunRequest) -> RunProcess:
-    """Starts a flow run's process with a command line of its own. It imports everything anew."""
+    """Starts a flow run's process with a command line of its own. The process repeats all imports."""
     with contextlib.ExitStack() as stack:
         log = None if request.log_path is None else stack.enter_context(request.log_path.open("ab"))
         process = await asyncio.create_subprocess_exec(
@@ -63,10 +63,10 @@ async def start_command(command: str, request: RunRequest) -> RunProcess:
 
 
 class ForkServer:
-    """A fork server (fork_server.py), started again when it ends. All calls come from one event loop."""
+    """Runs a fork server (fork_server.py), and restarts it when it ends. All calls come from one event loop."""
 
     def __init__(self, modules: Sequence[str], settings: Mapping[str, str]) -> None:
-        """`settings`: Prefect's, as variables. Runs that have the same need not read them."""
+        """`settings` are Prefect's settings as variables. Runs with the same settings need not read them again."""
         self._modules = tuple(modules)
         self._settings = dict(settings)
         self._process: asyncio.subprocess.Process | None = None
@@ -78,11 +78,11 @@ class ForkServer:
 
     @property
     def pid(self) -> int | None:
-        """Of the server that runs now."""
+        """The pid of the running server, or None."""
         return None if self._process is None else self._process.pid
 
     async def start(self) -> None:
-        """Starts the server, which imports its modules meanwhile. Does nothing while one runs."""
+        """Starts the server, which then imports its modules in the background. Does nothing while one runs."""
         if self._process is not None:
             return
         argv = [sys.executable, "-m", "weightline.deployments.worker.fork_server", *self._modules]
@@ -93,7 +93,7 @@ class ForkServer:
         self._reader = asyncio.create_task(self._read_replies(self._process))
 
     async def start_run(self, request: RunRequest) -> RunProcess:
-        """Forks a process that executes the flow run of the request. LaunchError when there is no server to fork it."""
+        """Forks a process that executes the flow run of the request. LaunchError if the server cannot fork it."""
         fields = {
             "env": dict(request.env),
             "working_dir": str(request.working_dir),
@@ -108,7 +108,7 @@ class ForkServer:
             return await self._starting
 
     async def close(self) -> None:
-        """Ends the server, and with it every run that it has forked. Safe to repeat."""
+        """Ends the server and every run that it has forked. Safe to repeat."""
         self._is_closing = True
         if self._process is not None:
             with contextlib.suppress(ProcessLookupError):

@@ -1,4 +1,4 @@
-"""Flow runs at the server as a worker reads and changes them: due, over a limit, cancelled, crashed, orphaned."""
+"""Reads and changes the states of flow runs for a worker: due, over a limit, cancelled, crashed, orphaned."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ from prefect.client.schemas.objects import FlowRun, StateType, WorkerStatus
 from prefect.exceptions import ObjectNotFound
 from prefect.states import Cancelled, Crashed, Scheduled
 
-#: The label by which a worker of Prefect marks a run that it has claimed.
+#: The label with which a Prefect worker marks a run that it has claimed.
 _WORKER_LABEL = "prefect.worker.name"
-#: A claimed run without that label for so long: the worker ended between the two requests, or lost the first answer.
+#: After this time, a claimed run without that label is orphaned: its worker ended between claiming and labeling it.
 _UNLABELLED_FOR = timedelta(minutes=5)
-#: The server returns no more at once. Limits of this size are none to a worker.
+#: The server returns at most this many runs at once. A worker treats limits of this size as no limit.
 _MANY = 200
 
 
 async def due_runs(client: PrefectClient, pool: str, queues: Sequence[str]) -> set[UUID]:
-    """Returns some of the runs of these queues (none: of all) that are due, whether or not a limit holds them back."""
+    """Returns some of the due runs of these queues (none: of all), including those that a limit holds back."""
     found = await client.read_flow_runs(
         flow_run_filter=FlowRunFilter(
             state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.SCHEDULED])),
@@ -51,7 +51,7 @@ async def due_runs(client: PrefectClient, pool: str, queues: Sequence[str]) -> s
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """How many runs of a pool, and of each of its queues, may hold a slot. None: any number."""
+    """The numbers of runs of a pool, and of each of its queues, that may hold a slot. None: any number."""
 
     pool: int | None
     by_queue: Mapping[str, int | None]
@@ -65,11 +65,11 @@ async def read_limits(client: PrefectClient, pool: str) -> Limits:
 
 
 async def is_over_limit(client: PrefectClient, pool: str, limits: Limits, flow_run: FlowRun) -> bool:
-    """Whether a run that was just claimed must yield to others.
+    """Returns whether a run that was just claimed must be given back, because others hold all slots.
 
-    The server offers runs by the limits of pool and queue. But two workers that ask at the same moment are offered
-    different runs, for one slot: to each of them, the row that the other reads is locked, and is left out. Each worker
-    claims its run and counts afterwards, so that the later one always counts the earlier.
+    The server offers runs within the limits of pool and queue. But two workers that ask at the same moment are offered
+    different runs for one slot, because the server leaves out rows that another request has locked. Each worker claims
+    its run and then counts the claimed runs, so that the later of two workers always counts the run of the earlier.
     """
     queue = flow_run.work_queue_name or ""
     for limit, queues in ((limits.pool, ()), (limits.by_queue.get(queue), (queue,))):
@@ -81,7 +81,7 @@ async def is_over_limit(client: PrefectClient, pool: str, limits: Limits, flow_r
 
 
 async def give_back(client: PrefectClient, flow_run_id: UUID) -> None:
-    """Lets a claimed run wait again. For how long is random: two workers may yield to each other."""
+    """Reschedules a claimed run after a random pause, since two workers may give back to each other."""
     later = datetime.now(UTC) + timedelta(seconds=random.uniform(0.5, 3.0))
     await client.set_flow_run_state(flow_run_id, Scheduled(scheduled_time=later), force=True)
 
@@ -102,7 +102,7 @@ async def runs_to_cancel(client: PrefectClient, flow_run_id: UUID) -> list[UUID]
 
 
 async def mark_cancelled(client: PrefectClient, flow_run_ids: Iterable[UUID]) -> None:
-    """Marks the runs. Their process may have said that they crashed as it was ended, which was not the cause."""
+    """Marks the runs as cancelled, even if their process reported a crash when it was ended."""
     for flow_run_id in flow_run_ids:
         with suppress(ObjectNotFound):
             await client.set_flow_run_state(flow_run_id, Cancelled(message="Cancelled on request"), force=True)
@@ -122,7 +122,8 @@ async def find_orphans(
 ) -> set[UUID]:
     """Returns the runs of these queues (none: of all) that hold a slot for a worker that is gone.
 
-    `worker` asks, and executes its `own` runs: another that bears its name belonged to a process before it.
+    `worker` is the name of the calling worker, and `own` are the runs that it executes. Any other run under its name
+    belonged to an earlier process.
     """
     holding = await _holding_a_slot(client, pool, queues)
     online = WorkerFilter(status=WorkerFilterStatus(any_=[WorkerStatus.ONLINE]))

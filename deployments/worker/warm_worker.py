@@ -1,12 +1,12 @@
-"""The worker type `weightline`: a worker of Prefect whose flow runs find everything imported.
+"""Implements the Prefect worker type `weightline`, whose flow runs start with all imports done.
 
     prefect worker start --pool weightline [--work-queue evaluation ...]
 
-Prefect's own process worker starts an interpreter for each flow run: 5 to 15 s of CPU for importing torch and the
-evaluation harness, on the cores that train. This one keeps one process that has imported them and forks it for each run
-(fork_server.py). Polling, limits, heartbeats and the state of a run whose process died are those of Prefect's base
-class. Added here: a running flow is cancelled with its whole process tree, a subflow that is cancelled ends the run it
-belongs to, and runs that a worker left behind when it was killed are marked as crashed.
+Prefect's own process worker starts an interpreter for each flow run, which takes 5 to 15 s of CPU for importing torch
+and the evaluation harness, on the cores that train. This worker keeps one process that has imported them, and forks it
+for each run (fork_server.py). Polling, limits, heartbeats and the state of a run whose process died are those of
+Prefect's base class. This class adds three things: cancelling a run ends its whole process tree, cancelling a subflow
+ends the run that it belongs to, and runs that a killed worker left behind are marked as crashed.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from weightline.deployments.worker import WORK_QUEUES, WORKER_TYPE, run_states
 from weightline.deployments.worker.run_processes import ForkServer, RunProcess, RunRequest, start_command
 from weightline.launch.processes import WORKER_PID_VARIABLE, ProcessTree
 
-#: What executes any flow run. A module that a release of Prefect lacks is left out, which costs time only.
+#: The modules that execute any flow run. A module that a release of Prefect lacks is skipped, which only costs time.
 _ENGINE = ("prefect.engine", "prefect.flow_engine", "prefect.flows", "anyio._backends._asyncio")
 
 logger = logging.getLogger(__name__)
@@ -46,7 +46,7 @@ _STOP_SECONDS = 3.0
 
 
 class WarmJobConfiguration(BaseJobConfiguration):
-    """What a flow run's process is started with."""
+    """The environment, command and working directory of a flow run's process."""
 
     working_dir: Path | None = Field(default=None)
     _has_command: bool = PrivateAttr(default=False)
@@ -62,7 +62,7 @@ class WarmJobConfiguration(BaseJobConfiguration):
 
     @property
     def own_command(self) -> str | None:
-        """The command line of the job variables. None: the run is forked."""
+        """The command line in the job variables, or None if the run is forked."""
         return self.command if self._has_command else None
 
 
@@ -71,9 +71,9 @@ class WarmVariables(BaseVariables):
 
     command: str | None = Field(
         default=None,
-        description="Command line for flow runs, as in `python -m prefect.engine`. It imports everything anew, which "
-        "lets it heed variables that a library reads as it is imported. Empty: the run is forked from a process that "
-        "has imported everything.",
+        description="Command line for flow runs, as in `python -m prefect.engine`. Its process repeats all imports, so "
+        "that variables which a library reads at import take effect. Empty: the run is forked from a process with "
+        "all imports done.",
     )
     working_dir: Path | None = Field(
         default=None, title="Working Directory", description="Working directory of flow runs. Empty: the worker's."
@@ -81,11 +81,11 @@ class WarmVariables(BaseVariables):
 
 
 class WarmWorkerResult(BaseWorkerResult):
-    """How the process of a flow run ended."""
+    """The result of a flow run's process."""
 
 
 class WarmWorker(BaseWorker[WarmJobConfiguration, WarmVariables, WarmWorkerResult]):
-    """Executes each flow run in a process forked from one that has imported everything."""
+    """Executes each flow run in a process that is forked from one with all imports done."""
 
     type = WORKER_TYPE
     job_configuration = WarmJobConfiguration
@@ -108,12 +108,12 @@ class WarmWorker(BaseWorker[WarmJobConfiguration, WarmVariables, WarmWorkerResul
         self._suspects: set[UUID] = set()
 
     async def setup(self) -> None:
-        """Starts the imports, then connects."""
+        """Starts the fork server, which begins its imports, and then connects."""
         await self._fork_server.start()
         await super().setup()
 
     async def teardown(self, *exc_info: Any) -> None:
-        """Ends what still runs, then disconnects."""
+        """Ends all runs, then disconnects and ends the fork server."""
         await super().teardown(*exc_info)
         await self._fork_server.close()
 
@@ -157,19 +157,20 @@ class WarmWorker(BaseWorker[WarmJobConfiguration, WarmVariables, WarmWorkerResul
         raise InfrastructureNotFound(f"no run of this worker has the pid {infrastructure_pid}")
 
     async def sync_with_backend(self) -> None:
-        """Sends a heartbeat, reads limits, and marks runs as crashed whose worker is gone."""
+        """Sends a heartbeat, reads the limits, and marks runs whose worker is gone as crashed."""
         await super().sync_with_backend()
         with contextlib.suppress(ObjectNotFound):  # there is no pool yet, and this worker may not create it
             self._limits = await run_states.read_limits(self.client, self._pool_name)
             await self._mark_orphans()
 
     async def get_and_submit_flow_runs(self) -> list[FlowRun]:
-        """Starts what is due, and returns it. Called by the base class at every poll.
+        """Starts due runs and returns them. The base class calls this at every poll.
 
-        A server that is away is asked again: the base class would give up after a while, and end its runs. What the
-        server does to offer runs costs it 40 ms of CPU and several writes, so it is asked for an offer when something
-        is due. What it then holds back, by a limit or a pause, is asked for again when a run has ended, or after a
-        while. The offer also tells the server, and the health check, that this worker polls.
+        While the server is unavailable, this returns nothing and the worker polls again; the base class would give up
+        after a while and end its runs. An offer of runs costs the server 40 ms of CPU and several writes. So the worker
+        asks for an offer only when a run is due, and for runs that a limit or a pause held back only when a run has
+        ended or some time has passed. It also asks every few seconds without a due run, because these requests show the
+        server and the health check that the worker polls.
         """
         try:
             now = time.monotonic()
@@ -182,7 +183,7 @@ class WarmWorker(BaseWorker[WarmJobConfiguration, WarmVariables, WarmWorkerResul
             self._held_back = set() if started else due
             return started
         except httpx.TransportError as error:
-            logger.warning("the Prefect server is away: %r", error)
+            logger.warning("the Prefect server does not answer: %r", error)
             await anyio.sleep(_AWAY_SECONDS)
             return []
 
@@ -197,7 +198,7 @@ class WarmWorker(BaseWorker[WarmJobConfiguration, WarmVariables, WarmWorkerResul
         return await self._fork_server.start_run(request)
 
     async def _follow(self, flow_run: FlowRun, process: RunProcess, tree: ProcessTree) -> None:
-        """Returns when the run's process has ended and the server knows how the run ended."""
+        """Waits until the run's process has ended, and reports to the server how the run ended."""
         cancelled: list[UUID] = []
         while not process.returncode.done():
             await asyncio.wait([process.returncode], timeout=_CANCEL_POLL_SECONDS)
@@ -209,7 +210,7 @@ class WarmWorker(BaseWorker[WarmJobConfiguration, WarmVariables, WarmWorkerResul
         await self._report_end(flow_run.id, process.returncode.result(), cancelled)
 
     async def _report_end(self, flow_run_id: UUID, returncode: int, cancelled: list[UUID]) -> None:
-        """Tells the server how the run ended, unless the run has done so. Repeated until the server is there."""
+        """Reports to the server how the run ended, unless the run has done so. Retries until the server answers."""
         died = f"Its process died with exit code {returncode}"
         while True:
             try:
@@ -218,7 +219,7 @@ class WarmWorker(BaseWorker[WarmJobConfiguration, WarmVariables, WarmWorkerResul
                 message = died if returncode else "Its process returned without a final state"
                 return await run_states.mark_crashed(self.client, flow_run_id, message)
             except httpx.TransportError as error:
-                logger.warning("the Prefect server is away: %r", error)
+                logger.warning("the Prefect server does not answer: %r", error)
                 await anyio.sleep(_AWAY_SECONDS)
 
     async def _runs_to_cancel(self, flow_run: FlowRun) -> list[UUID]:
@@ -229,7 +230,7 @@ class WarmWorker(BaseWorker[WarmJobConfiguration, WarmVariables, WarmWorkerResul
             return []
 
     async def _mark_orphans(self) -> None:
-        """Marks what was an orphan a heartbeat ago as well: after the server was away, no worker is online at first."""
+        """Marks orphans of two heartbeats in a row. Right after an outage, the server lists no worker as online."""
         found = await run_states.find_orphans(self.client, self._pool_name, self._queues, self.name, set(self._trees))
         for flow_run_id in found & self._suspects:
             await run_states.mark_crashed(self.client, flow_run_id, "Its worker is gone")
