@@ -1,6 +1,6 @@
-"""All benchmarks, one after the other: `python -m benchmarks [A.safetensors B.safetensors] [--mib 256]`.
+"""Runs the benchmarks of codings, digest and threads: `python -m benchmarks [A.safetensors B.safetensors] [--mib 256]`.
 
-Without states, on the test suite's few real rows laid end to end.
+Without files, it uses the real rows of the test suite, laid end to end.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
-"""Speed of the codings on buffers far larger than the caches. Single thread; ratios are what carries over.
+"""Measures the speed of the codings with one thread, on buffers far larger than the caches.
 
     python -m benchmarks.codec_bench [A.safetensors B.safetensors] [--mib 256]
 
-Seconds are thread CPU time, the least of the repeats: on a shared machine wall time measures the neighbours.
+Seconds are thread CPU time, the least of the repeats, since wall time on a shared machine depends on other processes.
+Ratios carry over to other machines, seconds do not.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from weightline.types import BitsArray, TensorSpec, whole
 
 
 def measure(coding: str, is_ranked: bool, tensor: TensorSpec, old_N: BitsArray, new_N: BitsArray) -> str:
-    """One line of the report."""
+    """Measures one coding and returns its line of the report."""
     segment = whole(tensor)
     memcmp_seconds = memcmp_cpu_seconds(old_N)
     capture_seconds, changes = least_cpu_seconds(lambda: capture(segment, old_N, new_N, ranked=is_ranked))

@@ -1,4 +1,4 @@
-"""From "payloads encoded" to "version visible", on any store."""
+"""Measures the time from encoded payloads to a visible version, on any store."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from weightline.store import Store
 
 _PAYLOAD_NBYTES = 4 * 2**20
 _NUM_RANKS = 2
-#: What goes up, for the line of a report.
+#: Describes the uploaded payloads in a line of a report.
 PAYLOADS = f"{_NUM_RANKS} payloads of {_PAYLOAD_NBYTES // 2**20} MiB one after the other"
 
 
 def commit_latency(store: Store, folder: Path, repeats: int) -> float:
-    """Payloads lie encoded on disk; until a reader that starts afresh sees the version. Median seconds.
+    """Returns the median seconds from encoded payloads on disk until a new reader sees the version.
 
-    New bytes for each version: a store that knows content does not take it again.
+    Every version has new bytes, because a store that deduplicates would not upload the same bytes again.
     """
     payload = folder / "payload"
     state = {"weight": np.zeros((64, 64), np.uint16)}

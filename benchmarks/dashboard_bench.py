@@ -1,9 +1,9 @@
-"""How quick the dashboard is on a long chain: a real server process, a real browser, wall time.
+"""Measures the wall time of the dashboard on a long chain, with a real server process and a real browser.
 
     python -m benchmarks.dashboard_bench [--versions 10000] [--tensors 310]
 
-Writes a chain of real manifests and records (no payloads), starts `weightline dashboard` on it, and looks at once:
-first while the server has read nothing, then when it has read everything. Needs playwright and a Chromium.
+Writes a chain of manifests and records (no payloads), starts `weightline dashboard` on it, and opens the page twice:
+when the server has read nothing, and when it has read everything. Needs playwright and a Chromium.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _MODULES = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_at
 
 
 def write_chain(root: Path, num_versions: int, num_tensors: int) -> None:
-    """Manifests and records as the engine writes them, without the cost of fsync."""
+    """Writes manifests and records as the engine does, without fsync."""
     names = [f"model.layers.{n // len(_MODULES)}.{_MODULES[n % len(_MODULES)]}.weight" for n in range(num_tensors)]
     tensors = {name: TensorState(dtype="BF16", shape=(1024, 1024), digest=new_commit_id()) for name in names}
     num_elements = num_tensors << 20
@@ -71,7 +71,7 @@ def _write(path: Path, body: bytes) -> None:
 
 @contextmanager
 def dashboard(root: Path) -> Iterator[tuple[str, psutil.Process]]:
-    """A server process of its own, from the moment that it answers."""
+    """Yields URL and process of a server in a process of its own, once it answers."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -95,7 +95,7 @@ def _answers(url: str) -> bool:
 
 
 def look(page: Page, url: str, tip: int) -> str:
-    """Open the page: first paint, the graph with its newest version, and everything."""
+    """Opens the page, and times the first paint, the graph with its newest version, and the whole page."""
     started = time.perf_counter()
     page.goto(url)
     page.wait_for_selector(_DRAWN.format(tip=tip))
@@ -108,7 +108,7 @@ def look(page: Page, url: str, tip: int) -> str:
 
 
 def step(page: Page, key: str, version: int) -> float:
-    """Seconds from a key to the version's panel."""
+    """Returns the seconds from a key press to the version's panel."""
     started = time.perf_counter()
     page.locator("#rail").press(key)
     page.wait_for_function("v => document.querySelector('#panel h2')?.textContent === v", arg=f"v{version}")
@@ -116,7 +116,7 @@ def step(page: Page, key: str, version: int) -> float:
 
 
 def wait_until_read(url: str) -> None:
-    """Manifests and records: until nothing has changed for two looks at the bucket."""
+    """Waits until the server has read all manifests and records: nothing is pending and nothing changed for 5 s."""
     seen, since = None, time.monotonic()
     while seen is None or seen["num_pending"] or time.monotonic() - since < 5:
         now = httpx.get(f"{url}/api/chains", trust_env=False, timeout=60).json()["chains"][0]
@@ -126,7 +126,7 @@ def wait_until_read(url: str) -> None:
 
 
 def measure(root: Path, num_versions: int, executable: str) -> None:
-    """Print what was measured."""
+    """Measures everything and prints the results."""
     tip = num_versions - 1
     with sync_playwright() as playwright, dashboard(root) as (url, process):
         browser = playwright.chromium.launch(executable_path=executable, args=["--no-sandbox", "--disable-gpu"])

@@ -1,4 +1,4 @@
-"""Speed of the state digest's full scan.
+"""Measures the speed of the state digest's full scan.
 
 python -m benchmarks.digest_bench [A.safetensors B.safetensors] [--mib 256]
 """

@@ -1,10 +1,10 @@
-"""A Hub bucket against the plain huggingface_hub client, in one run; and how long a commit takes to show.
+"""Compares a Hub bucket with the plain huggingface_hub client in one run, and measures until a commit is visible.
 
 python -m benchmarks.hub_bench [--mib 64] [--repeats 5] [--settle-seconds 2]
 
-The Hub is the tests' emulator, a process of its own on this machine, which shares its cores with the clients: megabytes
-a second do not carry over, and the CPU seconds of both sides are shown. Where clients, Hub and whatever else runs leave
-no core free, work that a client does beside its transfer takes time from the transfer.
+The Hub is the tests' emulator in a process of its own on this machine, and shares the cores with the clients. So
+megabytes per second do not carry over, and the report shows the CPU seconds of both sides. If no core is free, the work
+that a client does in parallel with its transfer slows the transfer.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _MODES = {"claims": False, "s3-gateway": True}
 
 @dataclass(slots=True)
 class Runs:
-    """Of one contender in one direction, for each run: seconds on the clock, and CPU seconds here and in the Hub."""
+    """The wall seconds and the CPU seconds, here and in the Hub, of each run of one client in one direction."""
 
     wall: list[float] = field(default_factory=list)
     client: list[float] = field(default_factory=list)
@@ -47,13 +47,13 @@ class Runs:
         self.hub.append(sum(hub.cpu_times()[:2]) - hub_before)
 
     def cpu(self) -> str:
-        """CPU seconds of a run: they repeat on a machine that is busy otherwise, where seconds on the clock do not."""
+        """Returns the median CPU seconds as text. They are reproducible on a busy machine; wall seconds are not."""
         return f"{statistics.median(self.client):.2f} s + the Hub's {statistics.median(self.hub):.2f} s"
 
 
 @contextmanager
 def _hub(folder: Path, settle_seconds: float) -> Iterator[tuple[str, psutil.Process]]:
-    """The emulator's URL and process, with an environment that leads to it. The clients' caches end with it."""
+    """Yields URL and process of the emulator, and sets the clients' environment to it."""
     argv = [sys.executable, "-m", "tests.hub_emulator", "--root", str(folder / "hub")]
     with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True) as server:
         assert server.stdout is not None
@@ -70,7 +70,7 @@ def _hub(folder: Path, settle_seconds: float) -> Iterator[tuple[str, psutil.Proc
 
 
 def _throughput(store: Store, url: str, hub: psutil.Process, folder: Path, nbytes: int, repeats: int) -> None:
-    """Takes turns, in alternating order. New bytes each time: content that the Hub knows is not sent again."""
+    """Lets the clients take turns, in alternating order, with new bytes each time because the Hub deduplicates."""
     from huggingface_hub import HfApi
 
     api = HfApi(endpoint=url)

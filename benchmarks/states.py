@@ -1,4 +1,4 @@
-"""Two consecutive states to measure on when none are given: the test suite's few real rows, laid end to end."""
+"""Reads two consecutive states to measure on. Without files, it uses the real rows of the test suite."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _DATA = Path(__file__).parent.parent / "tests" / "codec" / "data" / "states.npz"
 
 
 def parse_states(parser: argparse.ArgumentParser) -> tuple[TensorSpec, BitsArray, BitsArray]:
-    """Add the common arguments, parse, and return (tensor, old bits, new bits), filling `--mib` mebibytes each."""
+    """Adds the common arguments, parses, and returns (tensor, old bits, new bits) of `--mib` mebibytes each."""
     parser.add_argument("old", type=Path, nargs="?", help="state A, a .safetensors file or a folder")
     parser.add_argument("new", type=Path, nargs="?", help="state B of the same model")
     parser.add_argument("--dtype", default="BF16", help="elements of this dtype are measured")
@@ -30,14 +30,14 @@ def parse_states(parser: argparse.ArgumentParser) -> tuple[TensorSpec, BitsArray
 
 
 def flat_bits(state: Path, dtype: str) -> BitsArray:
-    """All elements of one dtype, laid end to end."""
+    """Returns all elements of one dtype, laid end to end."""
     target = FolderSource(state)
     found = target.read(name for name, spec in target.specs.items() if spec.dtype == dtype)
     return np.concatenate(list(found.values()))
 
 
 def built_in(run: str) -> list[BitsArray]:
-    """Old and new bits of a run's rows."""
+    """Returns the old and the new bits of a run's rows."""
     with np.load(_DATA) as arrays:
         keys = sorted({key.rpartition("|")[0] for key in arrays if key.startswith(f"{run}|")})
         old = {key: arrays[f"{key}|old"] for key in keys}

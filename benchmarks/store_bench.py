@@ -1,9 +1,9 @@
-"""Throughput of the stores against the plain client or a file copy, in one run; and how long a commit takes to show.
+"""Compares the stores with the plain client or a file copy in one run, and measures until a commit is visible.
 
 python -m benchmarks.store_bench [--mib 128] [--repeats 5]
 
-S3 and Azure are servers on this machine (moto; azurite where it is installed), which share its cores with the clients:
-ratios carry over, megabytes a second do not. The Hub has a benchmark of its own: benchmarks/hub_bench.py.
+S3 and Azure are servers on this machine (moto, and azurite if it is installed), which share its cores with the clients.
+So ratios carry over, megabytes per second do not. benchmarks/hub_bench.py measures the Hub.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from weightline.store.open import check_writable
 
 @dataclass(frozen=True, slots=True)
 class Plain:
-    """What one would do without weightline: durable upload of a file, download to a file."""
+    """A plain client to compare with: durable upload of a file, download to a file."""
 
     name: str
     upload: Callable[[str, Path], object]
@@ -101,7 +101,7 @@ def _az() -> Iterator[tuple[str, list[Plain]]]:
 
 
 def _throughput(store: Store, plains: list[Plain], source: Path, folder: Path, repeats: int) -> None:
-    """Takes turns, so that what else the machine does falls on all alike."""
+    """Lets the clients take turns, so that other load on the machine affects all alike."""
     contenders = [Plain("weightline", store.put_file, store.get_file), *plains]
     up: dict[str, list[float]] = {one.name: [] for one in contenders}
     down: dict[str, list[float]] = {one.name: [] for one in contenders}

@@ -1,4 +1,4 @@
-"""How capture and encoding scale with threads: wall time, so only a quiet machine gives numbers that mean something.
+"""Measures how capture and encoding scale with threads. It uses wall time, so the machine must be idle.
 
 python -m benchmarks.threads_bench [A.safetensors B.safetensors] [--mib 256]
 """
@@ -33,7 +33,7 @@ def capture_all(parts: list[Part], is_ranked: bool, num_threads: int) -> list[Ch
 
 
 def measure(coding: str, is_ranked: bool, parts: list[Part], path: Path) -> str:
-    """One line: seconds of one thread over seconds of two."""
+    """Returns a line with the speedups of two threads over one."""
     one, changes = best_of(_REPEATS, partial(capture_all, parts, is_ranked, 1))
     two, _ = best_of(_REPEATS, partial(capture_all, parts, is_ranked, 2))
     encode_one, _ = best_of(_REPEATS, partial(write_delta, path, changes, coding))

@@ -1,4 +1,4 @@
-"""CPU time of the calling thread: on a shared machine it repeats, where wall time does not. Wall time for transfers."""
+"""Times work: by CPU time of the thread, which is reproducible on a shared machine, and transfers by wall time."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ Result = TypeVar("Result")
 def least_cpu_seconds(
     work: Callable[[], Result], repeats: int = 5, before: Callable[[], object] = lambda: None
 ) -> tuple[float, Result]:
-    """(thread CPU seconds of the cheapest run, result of the last). A first run that does not count warms up.
+    """Returns (least thread CPU seconds of the runs, result of the last). An untimed first run warms up.
 
-    `before` runs untimed before each run: what makes the next one start from where the first did.
+    `before` runs untimed before each run, and restores the state in which the first one started.
     """
     result, least = work(), float("inf")
     for _ in range(repeats):
@@ -29,7 +29,7 @@ def least_cpu_seconds(
 
 
 def memcmp_cpu_seconds(state_N: BitsArray) -> float:
-    """The C library compares a state with an equal copy of it: the floor of any capture."""
+    """Returns the seconds in which the C library compares a state with an equal copy: a lower bound of a capture."""
     memcmp = ctypes.CDLL(None).memcmp
     memcmp.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
     copy_N = state_N.copy()
@@ -37,7 +37,7 @@ def memcmp_cpu_seconds(state_N: BitsArray) -> float:
 
 
 def wall_seconds(work: Callable[[], object]) -> float:
-    """One run, no warm-up."""
+    """Returns the wall seconds of one run without warm-up."""
     start = time.perf_counter()
     work()
     return time.perf_counter() - start

@@ -3,9 +3,9 @@
     python -m benchmarks.trigger_bench --num 20                                  # both databases, 20 versions each
     python -m benchmarks.trigger_bench --num 500 --pause 0 --database postgres   # also looks for locks
 
-A local stack as `weightline up` starts it, in a temporary folder, and a chain of the built-in model. Each version is
-committed and announced as a rank does it; the server's own times say when its consumers began. What the logs of server
-and database say of locks is counted. The machine should be quiet: its load is printed with the result.
+It starts a local stack like `weightline up` in a temporary folder, and commits and announces versions of the built-in
+model as a rank does. The times of the runs are the server's. It also counts the lines about locks in the logs of server
+and database. The machine should be idle: its load is printed with the result.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _LOCK_WORDS = ("database is locked", "deadlock detected", "lock timeout", "could
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """Seconds from the commit until the run was there, was claimed, and went."""
+    """The seconds from the commit until the run was created, was claimed, and was running."""
 
     created: float
     claimed: float
@@ -93,7 +93,7 @@ def _num_locks(log: Path) -> int:
 
 
 def _prepared(folder: Path) -> Chain:
-    """A chain with one version that has been evaluated and served: what follows finds everything warm."""
+    """Makes the model, and a chain that has a recipe and no version yet."""
     from weightline.runs.recipes import RUNS
     from weightline.stages.model import materialize_model
     from weightline.stages.recipe import Recipe
@@ -147,7 +147,7 @@ def _wait_for_end(client: Any, deployment: str, chain: str, version: int, commit
 
 
 def _nudge(weights: Path, seed: int) -> None:
-    """Move a few of the model's bf16 weights by one unit in the last place."""
+    """Moves a few of the model's bf16 weights by one unit in the last place."""
     raw = bytearray(weights.read_bytes())
     first = 8 + int.from_bytes(raw[:8], "little")
     for at in np.random.default_rng(seed).choice((len(raw) - first) // 2, 50, replace=False):

@@ -1,10 +1,10 @@
-"""How long a running vLLM stands still: a refresh in place, its own reload, its own sparse helper; how that grows.
+"""Measures the pause of a running vLLM: a refresh in place, vLLM's reload and vLLM's sparse helper, by model size.
 
     .venv-vllm/bin/python -m benchmarks.vllm_bench [--repeats 5] [--out FILE]     (make test-vllm makes .venv-vllm)
 
-Everything in one run, on random weights of a Qwen3: 1 % of the elements changed at every size, then one fixed number.
-vLLM's reload is timed twice: from a checkpoint that lies in the page cache, and from one that comes from the disk, as
-one does that is larger than the memory left over.
+All measurements are of one run, on random weights of a Qwen3. At every size, first 1 % of the elements change and then
+a fixed number. vLLM's reload is timed twice: of a checkpoint in the page cache, and of one that is read from the disk,
+like a checkpoint that is larger than the free memory.
 """
 
 from __future__ import annotations
@@ -46,10 +46,10 @@ _FIXED_CHANGES = 300_000
 
 
 class BenchWorker(WeightlineWorker):
-    """A worker that also times vLLM's own ways, where they run."""
+    """A worker that also times vLLM's own methods, inside the worker process."""
 
     def bench_sparse_helper(self, path: str) -> float:
-        """Seconds in which vLLM's sparse helper loads a file of changes."""
+        """Returns the seconds in which vLLM's sparse helper loads a file of changes."""
         from vllm.config import set_current_vllm_config
         from vllm.model_executor.model_loader.checkpoint_weight_patch import (
             CheckpointWeightPatch,
@@ -63,7 +63,7 @@ class BenchWorker(WeightlineWorker):
         return time.perf_counter() - start
 
     def bench_reload(self, folder: str) -> float:
-        """Seconds of vLLM's reload of a checkpoint folder."""
+        """Returns the seconds of vLLM's reload of a checkpoint folder."""
         self.vllm_config.load_config.load_format = "safetensors"
         start = time.perf_counter()
         self.reload_weights(weights_path=folder)
@@ -78,7 +78,7 @@ def _patch_of(changes: Changes, patch: Callable[..., Any]) -> Any:
 
 @dataclass(frozen=True)
 class Row:
-    """Medians over the repeats, in seconds. `held`: from the last request let in to the next."""
+    """The medians over the repeats, in seconds. `held` is the time in which new requests wait."""
 
     model: str
     num_elements: int
@@ -92,7 +92,7 @@ class Row:
 
 
 def drop_from_page_cache(folder: Path) -> None:
-    """Let the next reader of the folder's files find them on the disk."""
+    """Drops the folder's files from the page cache, so that the next reader reads them from the disk."""
     for path in folder.glob("*.safetensors"):
         with path.open("rb") as file:
             os.fsync(file.fileno())
@@ -100,7 +100,7 @@ def drop_from_page_cache(folder: Path) -> None:
 
 
 def make_model(folder: Path, hidden_size: int, num_layers: int) -> None:
-    """A Qwen3 of random bf16 weights, as a checkpoint."""
+    """Writes a checkpoint of a Qwen3 with random bf16 weights."""
     config = Qwen3Config(
         vocab_size=_VOCAB_SIZE, hidden_size=hidden_size, intermediate_size=3 * hidden_size,
         num_hidden_layers=num_layers, num_attention_heads=hidden_size // 64, num_key_value_heads=hidden_size // 128,
@@ -111,7 +111,7 @@ def make_model(folder: Path, hidden_size: int, num_layers: int) -> None:
 
 
 def commit_changed(chain: Chain, share: float) -> None:
-    """Commit a version in which that share of every tensor's elements is moved to the next bit pattern."""
+    """Commits a version in which that share of every tensor's elements has its lowest bit flipped."""
     rng = np.random.default_rng(1)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name) / "next"
@@ -128,7 +128,7 @@ def commit_changed(chain: Chain, share: float) -> None:
 
 @contextmanager
 def running(model_folder: Path) -> Iterator[tuple[VllmEngine, Any]]:
-    """vLLM without weights, and its engine."""
+    """Yields an engine and its vLLM, which starts without weights."""
     from vllm import LLM
 
     llm = LLM(
@@ -145,7 +145,7 @@ def running(model_folder: Path) -> Iterator[tuple[VllmEngine, Any]]:
 
 
 def measure(name: str, work: Path, shares: Sequence[float], repeats: int) -> list[Row]:
-    """One model, one vLLM: every share of changed elements in turn."""
+    """Measures every share of changed elements on one model and one vLLM."""
     source = work / name
     make_model(source, *SIZES[name])
     chain = open_chain((work / f"bucket-{name}").as_uri())
@@ -178,7 +178,7 @@ def _measure_version(
         facts = replica.refresh(version)
         times["pause"].append(facts.pause_seconds)
         times["held"].append(facts.pause_seconds + facts.drain_seconds)
-        # vLLM's own ways lead back to the base, behind the back of the replica, whose next refresh starts from it.
+        # vLLM's own methods return to the base without the replica, whose next refresh starts from the base.
         write_changes(changes_path, [inverse(one) for one in prepared.changes])
         times["helper"].append(llm.collective_rpc("bench_sparse_helper", args=(str(changes_path),))[0])
         drop_from_page_cache(folder)
@@ -194,7 +194,7 @@ def _measure_version(
 
 
 def report(rows: Sequence[Row]) -> list[str]:
-    """The table: milliseconds, then how many times as long as the pause vLLM's own ways take."""
+    """Returns the lines of the table: milliseconds, and the ratios of vLLM's own methods to the pause."""
     lines = [
         "model  elements   changed   pause   held   stage   reload   from disk   helper   reload/pause  disk/  helper/"
     ]

@@ -1,8 +1,8 @@
-"""Any bytes in the place of one object of a chain: verify tells, and a reader reads on or gives a typed error.
+"""Replaces one object of a chain by fuzzed bytes: verify must report, and readers must succeed or raise a typed error.
 
 python -m fuzz.chain -max_total_time=60
 
-The chain is the newest frozen one. An input's first byte chooses the object, the rest takes its place.
+The chain is the newest one of tests/compat. The first byte of an input chooses the object, the rest replaces it.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def one_input(data: bytes) -> None:
 
 
 def seeds() -> list[bytes]:
-    """Every object in its own place."""
+    """Returns inputs that replace each object by itself."""
     return [bytes([number]) + _OBJECTS[key] for number, key in enumerate(_KEYS)]
 
 

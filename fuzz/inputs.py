@@ -1,4 +1,4 @@
-"""What the targets share: where seeds lie, and how a run is bounded."""
+"""Provides seeds and limits for all fuzz targets."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 CASES = ROOT / "tests" / "conformance" / "cases"
-#: A target that needs more memory than this for one input has a bug.
+#: A target that needs more memory for one input has a bug.
 MEMORY_LIMIT_MIB = 2048
 MAX_INPUT_NBYTES = 1 << 14
 
 
 def conformance_payloads() -> list[bytes]:
-    """Payloads of the conformance cases, sound ones and refused ones."""
+    """Returns the payloads of the conformance cases, both valid and refused ones."""
     found = [case["payload"] for topic in ("deltas", "anchors", "refused") for case in load(topic)]
     return [bytes.fromhex(payload) for payload in found]
 
@@ -26,10 +26,10 @@ def load(topic: str) -> list[dict[str, str]]:
 
 
 def fuzz(name: str, target: Callable[[bytes], None], seeds: Iterable[bytes]) -> None:
-    """Run the target until it fails or libFuzzer's limits are reached; arguments are libFuzzer's.
+    """Runs the target until it fails or reaches the limits on the command line, whose options are libFuzzer's.
 
-    Inputs that reach new code are kept in runs/fuzz/<name>/; whatever fails is written beside them. The module under
-    test must have been imported within atheris.instrument_imports().
+    Inputs that reach new code are kept in runs/fuzz/<name>/, and failing inputs are written there as well. The module
+    under test must have been imported within atheris.instrument_imports().
     """
     import atheris
 

@@ -1,4 +1,4 @@
-"""Any bytes as a manifest or shortcut: a typed error, or an object that comes back the same.
+"""Parses fuzzed bytes as a manifest or shortcut: a typed error, or an object that survives a round trip.
 
 python -m fuzz.manifest -max_total_time=60
 """
@@ -28,7 +28,7 @@ def one_input(data: bytes) -> None:
 
 
 def seeds() -> list[bytes]:
-    """Manifests and shortcuts that releases wrote, and some that are none."""
+    """Returns manifests and shortcuts that releases wrote, and some invalid ones."""
     written = [path.read_bytes() for folder in ("commits", "shortcuts") for path in _CHAINS.glob(f"*/{folder}/*.json")]
     return [*written, b"{}", b"[]", b'{"format":"weightline/2"}', b'{"format":"weightline/1","features":["x"]}']
 

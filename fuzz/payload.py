@@ -1,9 +1,9 @@
-"""Any bytes as a payload: a typed error, or changes that keep every promise.
+"""Reads fuzzed bytes as a payload: a typed error, or changes that satisfy every guarantee of the reader.
 
 python -m fuzz.payload -max_total_time=60
 
-Seeds are the payloads of the conformance cases. An input may also be a table and streams for which the target writes
-a sound header, so that the fuzzer does not have to find one.
+Seeds are the payloads of the conformance cases. An input is also read as a table and streams, for which the target
+writes a valid header, so that the fuzzer does not have to find one.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ import numpy as np
 from weightline.dtypes import bits_dtype
 from weightline.types import BitsArray, Segment
 
-#: Of this size and below segments are decoded; opening alone must bound the rest.
+#: Larger segments are opened but not decoded.
 _MAX_ELEMENTS = 1 << 16
 _KINDS = [("delta", coding) for coding in sorted(codings())] + [("anchor", "ordered-pco")]
 
 
 def read_everything(path: Path) -> None:
-    """Read a payload; raise AssertionError when what comes out breaks a promise to the caller."""
+    """Reads a payload. AssertionError if the result breaks a guarantee to the caller."""
     payload = open_payload(path)
     if payload.kind == "anchor":
         for segment, bits_N in payload.read_anchor(is_small):
@@ -61,7 +61,7 @@ def zeros(segment: Segment) -> BitsArray:
 
 
 def with_header(path: Path, data: bytes) -> None:
-    """The first byte chooses kind and coding, the next two cut the rest into chunks and table."""
+    """Writes a payload: the first byte chooses kind and coding, the next two split the rest into chunks and table."""
     kind, coding = _KINDS[data[0] % len(_KINDS)]
     rest = data[3:]
     at = int.from_bytes(data[1:3], "little") % (len(rest) + 1)
@@ -89,7 +89,7 @@ def one_input(data: bytes) -> None:
 
 
 def seeds() -> list[bytes]:
-    """Whole payloads, and what lies behind their headers, in the form that `with_header` takes."""
+    """Returns whole payloads, and their chunks and tables in the form that `with_header` takes."""
     found = conformance_payloads()
     return found + [part for part in map(_behind_header, found) if part]
 

@@ -1,7 +1,7 @@
-"""Confirm on your own bucket what weightline relies on: python infra/check_bucket.py URL [--mib 64].
+"""Checks a bucket of yours for everything that weightline relies on: python infra/check_bucket.py URL [--mib 64].
 
-Works below a prefix of its own, which it empties at the end. One line a point; exit code 1 when any does not hold.
-docs/buckets.md says which points only a real account can confirm.
+Works below a prefix of its own, which it empties at the end. Prints one line per check, and exits with code 1 if any
+check fails. docs/buckets.md lists the checks that need a real account.
 """
 
 from __future__ import annotations
@@ -41,33 +41,33 @@ _LOST_KEY = "lost/reply"
 
 
 class UnmetError(Exception):
-    """A point does not hold."""
+    """Raised by a check that fails."""
 
 
 @dataclass(slots=True)
 class Check:
-    """The bucket under test, and a folder for files."""
+    """Holds the bucket under test, and a folder for files."""
 
     store: Store
     folder: Path
     large_nbytes: int
     written: set[str] = field(default_factory=set)
     lag_seconds: float = 0.0
-    """How late a listing showed an object."""
+    """The longest time until a listing showed an object."""
 
     def create(self, key: str, body: bytes) -> None:
         self.written.add(key)
         self.store.put_if_absent(key, body)
 
 
-def create_only_is_honoured(check: Check) -> str:
-    """Asked twice for one key, the bucket refuses the second."""
+def create_only_is_honored(check: Check) -> str:
+    """Checks that the bucket refuses the second creation of a key."""
     check_writable(check.store)
     return f"mode {check.store.commit_mode}"
 
 
 def one_of_many_wins(check: Check) -> str:
-    """Threads released together create the same key: one succeeds, and the bytes are its own."""
+    """Checks that one of many threads that create the same key succeeds, and that the object has its bytes."""
     for race in range(_NUM_RACES):
         key, barrier = f"races/{race}", threading.Barrier(_NUM_THREADS)
 
@@ -81,25 +81,25 @@ def one_of_many_wins(check: Check) -> str:
 
         with ThreadPoolExecutor(_NUM_THREADS) as racers:
             winners = [racer for racer in racers.map(create, range(_NUM_THREADS)) if racer is not None]
-        _require(len(winners) == 1, f"{len(winners)} of {_NUM_THREADS} writers were told that they created {key}")
+        _require(len(winners) == 1, f"{len(winners)} of {_NUM_THREADS} writers succeeded in creating {key}")
         _require(check.store.get(key) == f"racer {winners[0]}".encode(), f"{key} holds another writer's bytes")
-    _require(not check.store.contests(), "writers may believe different things about a key")
+    _require(not check.store.contests(), "claims of one key contradict each other")
     return f"{_NUM_RACES} races of {_NUM_THREADS} threads"
 
 
 def a_read_sees_the_write(check: Check) -> str:
-    """get and head, right after put returned."""
+    """Checks that get and head see an object right after its put returned."""
     for number in range(_NUM_LISTED):
         key, body = f"reads/{number}", uuid.uuid4().bytes
         check.create(key, body)
         _require(check.store.get(key) == body, f"get of {key} right after its put")
         info = check.store.head(key)
         _require(info is not None and info.nbytes == len(body), f"head of {key} right after its put")
-    return f"{_NUM_LISTED} objects, no read too early"
+    return f"{_NUM_LISTED} objects, every read saw them"
 
 
 def a_listing_sees_the_write(check: Check) -> str:
-    """list, right after put returned."""
+    """Checks that list shows an object right after its put returned."""
     longest = 0.0
     for number in range(_NUM_LISTED):
         key = f"listed/{number:03}"
@@ -109,12 +109,12 @@ def a_listing_sees_the_write(check: Check) -> str:
             _listed(check, "listed/", {key})
             longest = max(longest, time.monotonic() - since)
     check.lag_seconds = longest
-    _require(longest == 0, f"listed up to {longest:.1f} s late: a commit so soon after another is refused, readers lag")
-    return f"{_NUM_LISTED} objects, no listing too early"
+    _require(longest == 0, f"listed up to {longest:.1f} s late: readers lag, and a commit right after another fails")
+    return f"{_NUM_LISTED} objects, every listing showed them"
 
 
 def listings_are_in_order(check: Check) -> str:
-    """Key order, by bytes, and a start."""
+    """Checks that listings are in byte order of the keys and start after a given key."""
     created = {"order/b", "order/a/2", "order/a-1", "order/a/10", "order/B"}
     for key in created:
         check.create(key, b"")
@@ -126,7 +126,7 @@ def listings_are_in_order(check: Check) -> str:
 
 
 def large_files_arrive(check: Check) -> str:
-    """Parts up, ranges down."""
+    """Checks that a large file, uploaded in parts and downloaded in ranges, keeps its bytes."""
     source, copy = check.folder / "large", check.folder / "copy"
     with source.open("wb") as file:
         for _ in range(check.large_nbytes // 2**20):
@@ -143,16 +143,16 @@ def large_files_arrive(check: Check) -> str:
 
 
 def a_lost_reply_is_no_conflict(check: Check) -> str:
-    """The put took effect, its reply never came: asked again, the writer finds its own bytes."""
+    """Checks that a writer whose put took effect without a reply recognizes its own bytes when it repeats the put."""
     inner = check.store.inner if isinstance(check.store, RetryingStore) else check.store
     check.written.add(_LOST_KEY)
     RetryingStore(_LosesReply(inner), pause_seconds=0.05).put_if_absent(_LOST_KEY, b"mine")
-    _require(check.store.get(_LOST_KEY) == b"mine", "the object is another")
-    return "read back and recognised"
+    _require(check.store.get(_LOST_KEY) == b"mine", "the object has other bytes")
+    return "read back and recognized"
 
 
 def the_clock_goes_forward(check: Check) -> str:
-    """The bucket's own times, of objects made one after the other: claims are decided by them, and gc's ages."""
+    """Checks that objects created one after the other have rising times: claims and gc depend on the bucket's clock."""
     keys = [f"clock/{number}" for number in range(_NUM_LISTED)]
     for key in keys:
         check.create(key, b"")
@@ -165,7 +165,7 @@ def the_clock_goes_forward(check: Check) -> str:
 
 
 def a_chain_goes_there_and_back(check: Check) -> str:
-    """Two checkpoints committed, pulled and verified."""
+    """Commits, pulls and verifies two checkpoints."""
     chain = Chain(check.store)
     folders = [_checkpoint(check.folder / f"checkpoint-{seed}", seed) for seed in range(2)]
     for folder in folders:
@@ -181,7 +181,10 @@ def a_chain_goes_there_and_back(check: Check) -> str:
 
 
 def all_of_it_can_be_removed(check: Check) -> str:
-    """Deletes, also of what is gone; then nothing is left. What is listed late is deleted late."""
+    """Deletes everything, including keys that are gone, and checks that nothing is left.
+
+    A bucket that lists objects late is given the same time to show deletions.
+    """
     removed: set[str] = set()
     time.sleep(2 * check.lag_seconds)
     begun = time.monotonic()
@@ -202,7 +205,7 @@ def all_of_it_can_be_removed(check: Check) -> str:
 
 
 def _listed(check: Check, prefix: str, wanted: set[str]) -> list[ObjectInfo]:
-    """The listing that first shows all of these; UnmetError when none does."""
+    """Returns the first listing that shows all wanted keys. UnmetError if none does in time."""
     begun = time.monotonic()
     while True:
         infos = list(check.store.list(prefix))
@@ -214,17 +217,17 @@ def _listed(check: Check, prefix: str, wanted: set[str]) -> list[ObjectInfo]:
 
 
 def hub_gateway_shows(check: Check) -> str:
-    """What the Hub's S3 gateway took shows in its API."""
+    """Checks that the Hub's API shows objects that its S3 gateway accepted."""
     return gateway_lag(check.store.url)
 
 
 def hub_lists_pages(check: Check) -> str:
-    """More files than a page of the Hub's listings holds."""
+    """Checks listings of more files than a page of the Hub's listings holds."""
     return pages_of_listings(check.store.url)
 
 
 POINTS: tuple[tuple[str, Callable[[Check], str]], ...] = (
-    ("create-only is honoured", create_only_is_honoured),
+    ("create-only is honored", create_only_is_honored),
     ("one of many writers wins", one_of_many_wins),
     ("a read sees the write before it", a_read_sees_the_write),
     ("a listing sees the write before it", a_listing_sees_the_write),
@@ -234,7 +237,7 @@ POINTS: tuple[tuple[str, Callable[[Check], str]], ...] = (
     ("the bucket's clock goes forward", the_clock_goes_forward),
     ("a chain is committed and pulled", a_chain_goes_there_and_back),
 )
-#: Of a Hub bucket.
+#: Further checks of a Hub bucket.
 HUB_POINTS: tuple[tuple[str, Callable[[Check], str]], ...] = (
     ("the gateway's files show in the API", hub_gateway_shows),
     ("listings of several pages are whole", hub_lists_pages),
@@ -242,7 +245,7 @@ HUB_POINTS: tuple[tuple[str, Callable[[Check], str]], ...] = (
 
 
 class _LosesReply:
-    """The store below, but that the first create of one key takes effect and seems to fail."""
+    """Wraps a store. The first creation of one key takes effect and then raises as if its reply was lost."""
 
     def __init__(self, inner: Store) -> None:
         self._inner = inner
@@ -271,7 +274,7 @@ def _require(holds: bool, otherwise: str) -> None:
 
 
 def run(url: str, large_nbytes: int) -> bool:
-    """Check every point, printing a line for each. Whether all hold. What was written goes, whatever happens."""
+    """Runs every check and prints a line for each. Returns whether all passed. Always removes what it wrote."""
     with tempfile.TemporaryDirectory(prefix="weightline-check-") as name:
         check = Check(open_store(f"{url.rstrip('/')}/check-{uuid.uuid4().hex[:12]}"), Path(name), large_nbytes)
         print(check.store.url)

@@ -1,4 +1,4 @@
-"""What only a Hub bucket is asked, for check_bucket.py: raw requests, past what weightline smooths over."""
+"""Checks that only Hub buckets need, for check_bucket.py, with raw requests that weightline does not retry or sort."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from weightline.errors import StorageError
 from weightline.store.hub.errors import hub_errors
 from weightline.store.hub.store import DEFAULT_ENDPOINT, HubUrl, open_hub, parse_hub_url
 
-#: More than a page, as far as is known.
+#: More files than a page is known to hold.
 _NUM_FILES = 1001
 _NUM_GATEWAY_PUTS = 5
-#: weightline waits for so long until a file that the gateway took shows in the API.
+#: weightline waits at most this long until the API shows a file that the gateway accepted.
 _GATEWAY_SECONDS = 12.0
 _LISTED_SECONDS = 30.0
 
 
 class RawHub:
-    """A prefix of a Hub bucket by the client's own calls."""
+    """Accesses a prefix of a Hub bucket with the client's own calls."""
 
     def __init__(self, url: str) -> None:
         self.url: HubUrl = parse_hub_url(url)
@@ -44,14 +44,14 @@ class RawHub:
             return [entry.path for entry in entries if isinstance(entry, BucketFile)]
 
     def batch(self, *, add: Sequence[str] = (), delete: Sequence[str] = ()) -> None:
-        """One batch call; what is added are files of one byte."""
+        """Adds files of one byte and deletes files, in one batch call."""
         with hub_errors(self.url.text):
             self.api.batch_bucket_files(
                 self.url.bucket_id, add=[(b"x", path) for path in add] or None, delete=list(delete) or None
             )
 
     def first_page(self, folder: str) -> list[str]:
-        """One listing request, whose order and length are the Hub's own."""
+        """Returns the paths of one listing request, in the Hub's order and number."""
         with hub_errors(self.url.text):
             response = get_session().get(
                 f"{self.endpoint}/api/buckets/{self.url.bucket_id}/tree/{quote(folder, safe='')}",
@@ -62,10 +62,10 @@ class RawHub:
 
 
 def gateway_lag(url: str) -> str:
-    """Files that the S3 gateway took, until the API shows them, with nobody waiting in between."""
+    """Measures the time until the API shows files that the S3 gateway accepted."""
     hub, gateway = RawHub(url), open_hub(url)._gateway
     if gateway is None:
-        return "not asked: no keys of the S3 gateway are set"
+        return "not checked: no keys of the S3 gateway are set"
     longest = 0.0
     for _ in range(_NUM_GATEWAY_PUTS):
         key = f"gateway/{uuid.uuid4().hex}"
@@ -81,7 +81,7 @@ def gateway_lag(url: str) -> str:
 
 
 def pages_of_listings(url: str) -> str:
-    """More files than a page holds, in one batch: how long it takes, how they are listed, that none is left out."""
+    """Adds more files than a page holds in one batch, and checks and times the listing of all of them."""
     hub, folder = RawHub(url), f"pages-{uuid.uuid4().hex[:8]}"
     paths = [hub.path(f"{folder}/{number:04}") for number in range(_NUM_FILES)]
     begun = time.monotonic()

@@ -1,10 +1,10 @@
-# Flows, ranks, evaluation, the dashboard and the embedded inference server: one image. From the repository's root:
+# One image for flows, ranks, evaluation, the dashboard and the embedded inference server. From the repository's root:
 #   docker build -f infra/images/weightline.Dockerfile -t weightline .
 # BASE: an image with CUDA for machines with GPUs, as in nvidia/cuda:12.8.1-runtime-ubuntu24.04 with Python added.
 ARG BASE=python:3.12-slim-bookworm
 FROM ${BASE}
 
-# util-linux: setpriv, by which children go when their parent is killed. A compiler: DeepSpeed builds what it needs.
+# util-linux has setpriv, which ends children when their parent is killed. DeepSpeed compiles its extensions at run time.
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends build-essential util-linux \
     && rm -rf /var/lib/apt/lists/*

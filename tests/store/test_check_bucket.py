@@ -61,7 +61,7 @@ def test_a_bucket_that_ignores_create_only_fails(s3_url: str, s3_proxy: Proxy) -
     s3_proxy.dropped_headers = frozenset({"if-none-match"})
     done = _run(s3_url)
     assert done.returncode == 1
-    assert "FAIL  create-only is honoured" in done.stdout
+    assert "FAIL  create-only is honored" in done.stdout
 
 
 def test_a_bucket_that_is_not_there_fails(s3_url: str) -> None:

@@ -11,8 +11,8 @@ export function startTheme(button, onChange) {
     root.dataset.theme = theme;
     const other = theme === "dark" ? "light" : "dark";
     put(button, icon(theme === "dark" ? "sun" : "moon"));
-    button.setAttribute("aria-label", `Switch to ${other} colours`);
-    button.title = `Switch to ${other} colours`;
+    button.setAttribute("aria-label", `Switch to ${other} colors`);
+    button.title = `Switch to ${other} colors`;
     onChange();
   };
   button.addEventListener("click", () => {
