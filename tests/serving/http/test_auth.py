@@ -131,7 +131,7 @@ def test_an_address_that_others_can_reach_needs_a_token_that_somebody_chose(
 ) -> None:
     monkeypatch.delenv("WEIGHTLINE_TOKEN", raising=False)
     settings = ServerSettings("memory://nothing/toy", tmp_path / "state", host=host, port=0)
-    with pytest.raises(InputError, match="other machines can reach .*: choose a token"):
+    with pytest.raises(InputError, match=r"other machines can reach .*: choose a token"):
         serve(settings)
     assert not (tmp_path / "state").exists()
 
