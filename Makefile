@@ -1,10 +1,10 @@
-# `make run` and `make test` do everything, on a machine with Python 3.11+ and nothing else.
+# `make run` and `make test` need Python 3.11 or newer, and install everything else.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 RUN_ARGS ?=
 PYTEST_ARGS ?=
-# One worker a core. Tests that share a server or a training stay in one worker (tests/conftest.py).
+# One worker per core. Tests that share a server or a training stay in one worker (tests/conftest.py).
 PYTEST_WORKERS ?= -n logical --maxprocesses 4 --dist loadgroup --no-loadscope-reorder
 FUZZ_SECONDS ?= 60
 VLLM_VENV := .venv-vllm
@@ -26,7 +26,7 @@ up: $(VENV)/.run-ready  ## Leave the whole stack running: Prefect server with UI
 down: $(VENV)/.run-ready  ## End what `make up` started
 	$(BIN)/weightline down
 
-deploy: $(VENV)/.run-ready  ## Make a Prefect server know every flow: PREFECT_API_URL, or what `make up` started
+deploy: $(VENV)/.run-ready  ## Deploy every flow to the Prefect server at PREFECT_API_URL, or to the one that `make up` started
 	$(BIN)/weightline deploy
 
 test: $(VENV)/.test-ready lint  ## Everything that CI checks
@@ -38,8 +38,8 @@ test-fast: $(VENV)/.test-ready  ## Tests that start no process and no server
 test-nightly: $(VENV)/.test-ready  ## As `test`, with twenty times as many examples and a deeper state machine
 	HYPOTHESIS_PROFILE=nightly $(BIN)/python -m pytest $(PYTEST_WORKERS) --durations=30 -o timeout=7200 $(PYTEST_ARGS)
 
-# The environment lies over the tested one and holds only what differs from it, so that it costs no second installation.
-# Every run looks for new releases.
+# The environment extends the tested one and contains only packages that differ, which saves a second installation. Every run
+# looks for new releases.
 test-unconstrained: $(VENV)/.test-ready  ## The fast tests with what a plain `pip install` brings today, without constraints
 	rm -rf $(LATEST_VENV)
 	$(PYTHON) -m venv --without-pip $(LATEST_VENV)
@@ -71,7 +71,7 @@ fuzz: $(VENV)/.test-ready  ## Hostile payloads, manifests and chains, FUZZ_SECON
 clean:  ## Remove the environment and caches; runs/ stays
 	rm -rf $(VENV) $(VLLM_VENV) $(LATEST_VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
 
-# A new environment is built when what it is built from changed. Constraints make an install repeatable.
+# An environment is rebuilt when the files that define it change. Constraints make an install repeatable.
 $(VENV)/.run-ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[all]'

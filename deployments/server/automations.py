@@ -27,7 +27,7 @@ def zombie_automation(silent_for: timedelta = _SILENT_FOR) -> AutomationCore:
     ended = {f"prefect.flow-run.{state}" for state in ("Completed", "Failed", "Cancelled", "Crashed")}
     return AutomationCore(
         name=ZOMBIES,
-        description="Its heartbeats stopped: worker and process of the run are gone. Retry the run to go on with it.",
+        description="Its heartbeats stopped: worker and process of the run are gone. Retry the run to continue it.",
         trigger=EventTrigger(
             after={"prefect.flow-run.heartbeat"},
             expect={"prefect.flow-run.heartbeat", *ended},
