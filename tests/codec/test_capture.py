@@ -8,7 +8,7 @@ from hypothesis import given
 
 from tests.codec.states import DTYPES, RUNS, Pair, changed, pairs, random_bits, real_pairs, whole
 from weightline.codec import reference
-from weightline.codec.capture import capture, rank_changes
+from weightline.codec.capture import capture
 from weightline.codec.pieces import TILE, RankedChanges, class_field, cut
 from weightline.dtypes import bits_dtype
 from weightline.errors import InputError
@@ -115,18 +115,6 @@ def test_new_bits_lead_to_the_new_state_and_old_bits_back(pair: Pair) -> None:
     assert np.array_equal(baseline_N, new_N)
     baseline_N[changes.positions_K] = changes.old_K
     assert np.array_equal(baseline_N, old_N)
-
-
-@pytest.mark.parametrize("run", RUNS)
-def test_ranks_can_be_made_up_for_later(run: str) -> None:
-    for pair in real_pairs(run):
-        assert_same(rank_changes(capture(*pair), pair[1]), capture(*pair, ranked=True))
-
-
-def test_ranks_are_refused_for_another_base() -> None:
-    segment, old_N, new_N = real_pairs(RUNS[0])[0]
-    with pytest.raises(InputError, match="do not start from these bits"):
-        rank_changes(capture(segment, old_N, new_N), new_N)
 
 
 @pytest.mark.parametrize(

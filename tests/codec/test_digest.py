@@ -10,13 +10,13 @@ from hypothesis import strategies as st
 from tests.codec.states import DTYPES, Pair, pairs, random_bits, whole
 from weightline.codec import reference
 from weightline.codec.capture import capture
+from weightline.codec.changes import inverse
 from weightline.codec.digest import (
     add_digests,
     digest_change,
     digest_to_limbs,
     format_digest,
     limbs_to_digest,
-    negate_digest,
     parse_digest,
     tensor_digest,
 )
@@ -46,7 +46,7 @@ def test_a_change_moves_the_digest_from_old_to_new(pair: Pair) -> None:
     segment, old_N, new_N = pair
     moved = add_digests(tensor_digest(segment, old_N), digest_change(capture(segment, old_N, new_N)))
     assert moved == tensor_digest(segment, new_N)
-    back = add_digests(moved, negate_digest(digest_change(capture(segment, old_N, new_N))))
+    back = add_digests(moved, digest_change(inverse(capture(segment, old_N, new_N))))
     assert back == tensor_digest(segment, old_N)
 
 

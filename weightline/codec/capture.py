@@ -1,4 +1,4 @@
-"""Capture: compare the bits of two states of a segment and keep what differs.
+"""Capture: compares the bits of two states of a segment and returns the elements that differ.
 
 Legend: N elements of the segment, K changed elements, C magnitude classes.
 """
@@ -20,14 +20,14 @@ Array = npt.NDArray[Any]
 
 Kernel = Callable[..., tuple[np.uint64, np.uint64]]
 
-#: Room for changed elements that lets every kernel go on by a step.
+#: Minimum free capacity for changed elements, with which every kernel can make at least one step.
 _MIN_ROOM = 1 << 13
-#: Room reserved at the start: one element in 2**4. Memory that is never written to costs nothing.
+#: Initial capacity: one element in 2**4. Pages that are never written to take no memory.
 _EXPECTED_SHIFT = 4
 
 
 def capture(segment: Segment, old_N: BitsArray, new_N: BitsArray, *, ranked: bool = False) -> Changes:
-    """The elements of `segment` whose bits differ between `old_N` and `new_N`; RankedChanges when `ranked`.
+    """Returns the elements of `segment` whose bits differ between `old_N` and `new_N`; RankedChanges when `ranked`.
 
     Bits are compared, not values: NaN equals itself, -0.0 differs from +0.0. Neither array is written to. Pure, safe to
     repeat, safe in threads. Raises InputError when an array does not have the segment's length and width.
@@ -53,23 +53,8 @@ def capture_tensors(
     return capture_all(((whole(spec), old[spec.name], new[spec.name]) for spec in specs), ranked=ranked)
 
 
-def rank_changes(changes: Changes, base_N: BitsArray) -> RankedChanges:
-    """Changes that were captured without ranks (or composed), ranked within the base that they start from.
-
-    Raises InputError when `base_N` does not have the segment's length and width, or does not hold the old bits.
-    """
-    if not np.array_equal(check_bits(changes.segment, base_N)[changes.positions_K], changes.old_K):
-        raise InputError("the changes do not start from these bits", tensor=changes.segment.tensor.name)
-    new_N = base_N.copy()
-    new_N[changes.positions_K] = changes.new_K
-    ranked = capture(changes.segment, base_N, new_N, ranked=True)
-    if not isinstance(ranked, RankedChanges) or ranked.num_changed != changes.num_changed:
-        raise InputError("some old bits equal the new ones", tensor=changes.segment.tensor.name)
-    return ranked
-
-
 def check_bits(segment: Segment, bits_N: BitsArray) -> BitsArray:
-    """`bits_N` itself, when it is flat and has the segment's length and width; InputError otherwise."""
+    """Returns `bits_N`. InputError unless it is flat and has the segment's length and width."""
     expected = bits_dtype(segment.tensor.dtype)
     if bits_N.ndim != 1 or bits_N.size != segment.length or bits_N.dtype != expected:
         raise InputError(
@@ -81,7 +66,7 @@ def check_bits(segment: Segment, bits_N: BitsArray) -> BitsArray:
 
 
 class _Collector:
-    """Runs the kernels over tiles; they write straight into the result, which grows as needed."""
+    """Runs the kernels over tiles. They write directly into the result, which grows as needed."""
 
     def __init__(self, segment: Segment, old_N: BitsArray, new_N: BitsArray, ranked: bool) -> None:
         self._segment = segment
@@ -93,7 +78,7 @@ class _Collector:
         self._columns: list[Array] = [np.empty(capacity, dtype) for dtype in dtypes[: 4 if ranked else 3]]
 
     def scan_tile(self, start: int, stop: int) -> None:
-        """Collect what differs in the elements [start, stop); `start` is a multiple of TILE."""
+        """Collects the differing elements of [start, stop). `start` is a multiple of TILE."""
         from weightline.codec.kernels import scan
 
         shift, mask = class_field(self._segment.tensor.dtype)
@@ -106,7 +91,7 @@ class _Collector:
             self._rank_single_class(before, start)
 
     def _rank_single_class(self, before: int, start: int) -> None:
-        """Where all elements are of one class, the rank of an element is its position in the tile."""
+        """Sets the ranks of a tile whose elements are of one class: an element's rank is its position in the tile."""
         if self._ranked:
             self._columns[3][before : self._found] = self._columns[0][before : self._found] - start
 
@@ -121,7 +106,7 @@ class _Collector:
                 self._columns = [_grown(column, self._found, capacity) for column in self._columns]
 
     def changes(self) -> Changes:
-        """Everything found so far."""
+        """Returns all changes found so far."""
         columns = [column[: self._found] for column in self._columns]
         if not self._ranked:
             return Changes(self._segment, columns[0], columns[1], columns[2])

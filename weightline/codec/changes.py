@@ -14,7 +14,7 @@ from weightline.types import Changes, whole
 
 
 def join_parts(parts: Sequence[Changes]) -> Changes:
-    """One Changes of the whole tensor from those of its disjoint segments, which all start from the same state."""
+    """Returns the changes of a whole tensor from those of its disjoint segments, all relative to the same state."""
     ordered = sorted(parts, key=lambda part: part.segment.start)
     return Changes(
         whole(ordered[0].segment.tensor),
@@ -25,16 +25,16 @@ def join_parts(parts: Sequence[Changes]) -> Changes:
 
 
 def compose(first: Changes, second: Changes) -> Changes:
-    """The changes from the state before `first` to the state after `second`, both of the same whole tensor.
+    """Returns the changes from the state before `first` to the state after `second`, both of the same whole tensor.
 
-    Elements that come back to where they were drop out.
+    Elements that return to their first bits are left out.
     """
     positions_K = np.union1d(first.positions_K, second.positions_K)
     old_K = np.empty(positions_K.size, first.old_K.dtype)
     new_K = np.empty_like(old_K)
     at_first = np.searchsorted(positions_K, first.positions_K)
     at_second = np.searchsorted(positions_K, second.positions_K)
-    # In this order: where both touch an element, the first knows the old bits and the second the new ones.
+    # The order matters: for an element in both, the old bits are those of `first`, the new bits those of `second`.
     old_K[at_second], old_K[at_first] = second.old_K, first.old_K
     new_K[at_first], new_K[at_second] = first.new_K, second.new_K
     is_changed = old_K != new_K
@@ -42,15 +42,15 @@ def compose(first: Changes, second: Changes) -> Changes:
 
 
 def inverse(changes: Changes) -> Changes:
-    """What leads back: old and new change places."""
+    """Returns the changes in the opposite direction: old and new bits are exchanged."""
     return Changes(changes.segment, changes.positions_K, changes.new_K, changes.old_K)
 
 
 def undo_decoded(forward_from_new: Changes) -> Changes:
-    """The way back, from a delta that was decoded against the state *after* it.
+    """Returns the changes back to the state before a delta that was decoded against the state *after* it.
 
-    Decoding adds each step to the bits at hand; when those are the new ones, the sum means nothing, but the step is
-    right, and subtracting it gives the old bits (steps wrap around, so no bit pattern is lost).
+    Decoding adds each step to the given bits. Added to the new bits, the sum is meaningless, but the step is correct,
+    and subtracting it gives the old bits (steps wrap around, so no bit pattern is lost).
     """
     dtype = forward_from_new.segment.tensor.dtype
     new_K = forward_from_new.old_K

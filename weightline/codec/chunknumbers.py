@@ -1,4 +1,4 @@
-"""The changes of a chunk as the numbers that are coded: gaps, and steps as |step| - 1 with a sign.
+"""Converts the changes of a chunk to the numbers that are coded: gaps, and steps as |step| - 1 with a sign.
 
 Legend: K changed elements of the chunk, P pieces, C classes.
 """
@@ -19,9 +19,9 @@ from weightline.types import Changes
 
 @dataclass(frozen=True, slots=True)
 class CodedNumbers:
-    """What the streams of a chunk are made of.
+    """The numbers from which the streams of a chunk are coded.
 
-    gaps_K: unchanged elements before each changed one. A step s is kept as sizes_K = |s| - 1 and negative_K.
+    gaps_K: unchanged elements before each changed one. A step s is stored as sizes_K = |s| - 1 and negative_K.
     """
 
     gaps_K: Numbers
@@ -30,7 +30,7 @@ class CodedNumbers:
 
 
 def flatten_changes(pieces: Sequence[Changes]) -> CodedNumbers:
-    """Adjacent pieces of one dtype laid end to end: gaps and steps by position. Pure."""
+    """Returns gaps and steps, by position, of adjacent pieces of one dtype laid end to end. Pure."""
     from weightline.codec.kernels import grouping
 
     dtype = pieces[0].segment.tensor.dtype
@@ -51,7 +51,7 @@ def flatten_changes(pieces: Sequence[Changes]) -> CodedNumbers:
 
 
 def group_changes(pieces: Sequence[RankedChanges], field: tuple[int, int]) -> tuple[Counts, CodedNumbers]:
-    """(counts_PC, numbers): pieces of one dtype, class after class, in each piece after piece, by position. Pure.
+    """Returns (counts_PC, numbers) of pieces of one dtype, ordered by class, then piece, then position. Pure.
 
     counts_PC: changed elements of each class in each piece, by the class field (shift, mask) that they are ranked by.
     Gaps are counted among the elements of a class, from the start of each piece.
@@ -90,6 +90,6 @@ def _allocate(num_changed: int, dtype: str) -> CodedNumbers:
 
 
 def _ordering(dtype: str) -> tuple[np.uint64, np.uint64]:
-    """(sign bit of a float, zero for others; bits of 64 that an element does not have): what the kernels need."""
+    """Returns (sign bit of a float, zero for others; 64 less the bits of an element) as the kernels take them."""
     width = 8 * DTYPES[dtype].itemsize
     return np.uint64(1 << (width - 1) if DTYPES[dtype].is_float else 0), np.uint64(64 - width)

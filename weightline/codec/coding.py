@@ -24,33 +24,36 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True, slots=True)
 class ChunkBase:
-    """What a decoder may ask about the state before the delta, by the number of the piece in its chunk."""
+    """Access of a decoder to the state before the delta, by the number of the piece in its chunk."""
 
-    #: Whether the caller wants the changes of this piece.
+    #: True for each piece whose changes the caller wants.
     wanted: Sequence[bool]
-    #: The bits of a piece; asked for wanted pieces only.
+    #: Returns the bits of a piece. Decoders call it for wanted pieces only.
     bits: Callable[[int], BitsArray]
 
 
 class DeltaCoding(Protocol):
-    """Encode and decode one chunk. Pure: same input, same bytes."""
+    """Encodes and decodes one chunk. Pure: the same input gives the same bytes."""
 
     name: str
-    #: Whether `encode` needs RankedChanges (`capture(..., ranked=True)`), and `decode` finds positions by the base:
+    #: True when `encode` needs RankedChanges (`capture(..., ranked=True)`) and `decode` finds positions by the base:
     #: against another state, such as the one after the delta, they cannot be found.
     ranked: bool
 
     def encode(self, pieces: Sequence[Changes]) -> Streams:
-        """(positions, steps) of adjacent pieces of one dtype, none longer than a tile. InputError for missing ranks."""
+        """Returns (positions, steps) of adjacent pieces of one dtype, none longer than a tile.
+
+        InputError for missing ranks.
+        """
 
     def decode(
         self, streams: Streams, pieces: Sequence[Segment], num_changed: int, base: ChunkBase
     ) -> Iterator[Changes]:
-        """The changes of every wanted piece, in order. Raises PayloadError for streams that break a rule."""
+        """Yields the changes of every wanted piece, in order. PayloadError for streams that break a rule."""
 
 
 def codings() -> dict[str, DeltaCoding]:
-    """Every delta coding by its name in payloads and recipes."""
+    """Returns every delta coding by its name in payloads and recipes."""
     from weightline.codec.gap import GapCoding
     from weightline.codec.magnitude import MagnitudeCoding
 
@@ -59,15 +62,17 @@ def codings() -> dict[str, DeltaCoding]:
 
 
 def coding_named(name: str) -> DeltaCoding:
-    """The coding of that name; UnsupportedFeatureError when this release has none."""
+    """Returns the coding of that name. UnsupportedFeatureError when this release has none."""
     known = codings()
     if name not in known:
-        raise UnsupportedFeatureError(f"unknown coding {name!r}; this release knows {sorted(known)}", feature=name)
+        raise UnsupportedFeatureError(
+            f"unknown coding {name!r}; this release supports {', '.join(sorted(known))}", feature=name
+        )
     return known[name]
 
 
 def ordered_map(work: Callable[[Item], Result], items: Iterable[Item], num_threads: int) -> Iterator[Result]:
-    """`map(work, items)` on threads, results in order; no more than two items a thread are held at a time."""
+    """Yields `map(work, items)` in order, computed on threads. At most two items per thread are held at a time."""
     if num_threads <= 1:
         yield from map(work, items)
         return

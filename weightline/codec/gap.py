@@ -1,11 +1,11 @@
-"""The coding `gap`: distances between changed elements, blind to the base. The fast one.
+"""The coding `gap`: distances between changed elements, independent of the base. It is the fastest coding.
 
 The pieces of a chunk are laid end to end; a gap is the number of unchanged elements before a changed one.
 
     positions stream = level, then one geometric stream of one run: the gaps
                      | 256 + parameter, then one Rice stream: the gaps
 
-The writer takes the Rice stream, which costs half the time, unless changes are dense.
+The writer chooses the Rice stream, which takes half the time, unless changes are dense.
 
 Legend: K changed elements of the chunk.
 """
@@ -25,7 +25,7 @@ from weightline.codec.varint import NumberReader, put_numbers
 from weightline.errors import PayloadError
 from weightline.types import Changes, Segment
 
-#: What a Rice stream's parameter is told apart from a level by.
+#: Offset of a Rice stream's parameter, by which readers distinguish it from a level.
 _RICE = 256
 
 
@@ -58,7 +58,7 @@ class GapCoding:
 
 
 def _starts(pieces: Sequence[Segment]) -> Counts:
-    """Where each piece starts in the chunk, and where the last one ends."""
+    """Returns the start of each piece in the chunk, and the end of the last one."""
     return np.cumsum([0] + [piece.length for piece in pieces])
 
 
@@ -76,7 +76,7 @@ def _encode_positions(gaps_K: Numbers) -> bytes:
 
 
 def _decode_positions(stream: bytes, num_changed: int, num_elements: int) -> Counts:
-    """Strictly increasing positions below `num_elements`."""
+    """Returns strictly increasing positions below `num_elements`. PayloadError for a broken stream."""
     if not num_changed:
         if stream:
             raise PayloadError("a stream of no positions has bytes", rule="stream-length")

@@ -1,12 +1,12 @@
 """Adaptive geometric coding: a range coder for non-negative integers whose mean drifts. SPEC.md section Codings.
 
 The numbers of unchanged elements between changed ones follow a geometric distribution, whose only parameter is its
-mean. So no table is sent and none is learned: coder and decoder keep a running mean and take the probabilities from it.
+mean. So no table is transmitted: coder and decoder keep a running mean and derive the probabilities from it.
 
 A value v is coded under the mean's level as a token and raw bits: v >> shift falls into a bucket (the token, by range
-coding), what is left is as good as random. Levels are quarter octaves of the mean.
+coding), and the remaining bits are nearly uniform. Levels are quarter octaves of the mean.
 
-Legend: K values, R runs (each with a mean of its own to start from), L levels, T tokens.
+Legend: K values, R runs (each with its own initial mean), L levels, T tokens.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ Counts = npt.NDArray[np.int64]
 FRACTION_BITS = 16
 #: The mean moves by 1 / 2**RATE_BITS of the distance to each value.
 RATE_BITS = 6
-#: Values enter the mean as at most CLIP * (mean + 1), so that one outlier does not spoil the next hundred.
+#: Values enter the mean as at most CLIP * (mean + 1), so that an outlier does not distort the next hundred values.
 CLIP = 8
-#: Values enter the mean as at most this, too.
+#: Values also enter the mean as at most this.
 MAX_MEAN = 1 << 40
 #: Probabilities are multiples of 2**-PROBABILITY_BITS.
 PROBABILITY_BITS = 16
@@ -52,8 +52,8 @@ _NUM_TABLED = 65
 class Tables:
     """Constants of the format, as arrays for the kernels.
 
-    bounds_L: level i holds the means from bounds[i] on (FRACTION_BITS of fraction); one more as a fence.
-    shifts_L, rows_L: by level, how many low bits are raw, and the row of probabilities.
+    bounds_L: level i holds the means from bounds[i] on (FRACTION_BITS of fraction); a last entry bounds the last level.
+    shifts_L, rows_L: by level, the number of raw low bits, and the row of probabilities.
     cumulative: row x (token + 1), in units of 2**-PROBABILITY_BITS.
     """
 
@@ -63,17 +63,16 @@ class Tables:
     cumulative: Numbers
     starts_T: Numbers
     bits_T: Numbers
-    #: Not a constant of the format: row x (probability >> 8), the first token that can be meant. The decoder's search
-    #: starts there.
+    #: Not part of the format: row x (probability >> 8), the first possible token, where the decoder's search starts.
     guesses: Numbers
-    #: Not a constant of the format: row x scaled value, width << 40 | raw bits << 32 | start of its token. The coder
-    #: looks small values up in it.
+    #: Not part of the format: row x scaled value, width << 40 | raw bits << 32 | start of its token. The coder's lookup
+    #: table for small values.
     small: Numbers
 
 
 @cache
 def tables() -> Tables:
-    """The constants. Only IEEE additions, multiplications and divisions: the same on every host."""
+    """Returns the constants. They are computed by IEEE operations only, so they are the same on every host."""
     levels = [divmod(level, 4) for level in range(_NUM_LEVELS)]
     octaves = [octave + _LOWEST_OCTAVE for octave, _ in levels]
     bounds = [
@@ -105,7 +104,7 @@ def _small(cumulative: Numbers) -> Numbers:
 
 
 def _row(mean: float) -> list[int]:
-    """Cumulative widths of the tokens for a geometric distribution of this mean; no width is zero."""
+    """Returns the cumulative widths of the tokens for a geometric distribution of this mean. No width is zero."""
     ratio = mean / (1.0 + mean)
     tails = [1.0]
     for _ in range(16):
@@ -121,19 +120,19 @@ def _row(mean: float) -> list[int]:
 
 
 def level_of(mean: float) -> int:
-    """The level that holds a mean: the writer's choice of where a run starts."""
+    """Returns the level that holds a mean. A writer may start a run from any level."""
     bounds_L = tables().bounds_L
     scaled = min(int(mean * (1 << FRACTION_BITS)), MAX_MEAN << FRACTION_BITS)
     return int(np.searchsorted(bounds_L[:-1], scaled, side="right")) - 1
 
 
 def start_levels(values_K: Numbers, counts_R: Counts) -> Counts:
-    """A good level to start each run from: that of the mean of its first values, outliers clipped."""
+    """Returns a level to start each run from: that of the mean of its first values, with outliers clipped."""
     return np.searchsorted(tables().bounds_L[:-1], _start_means(values_K, counts_R), side="right") - 1
 
 
 def start_mean(values_K: Numbers) -> float:
-    """The mean that `start_levels` goes by, of a single run."""
+    """Returns the mean from which `start_levels` chooses the level, for a single run."""
     return int(_start_means(values_K, np.array([values_K.size]))[0]) / (1 << FRACTION_BITS)
 
 
@@ -146,7 +145,7 @@ def _start_means(values_K: Numbers, counts_R: Counts) -> Counts:
 
 
 def encode_runs(values_K: Numbers, counts_R: Counts, levels_R: Counts, head: bytes | bytearray = b"") -> bytes:
-    """Code `values_K` (each below 2**63), cut into runs of `counts_R` values that start at the means of `levels_R`.
+    """Codes `values_K` (each below 2**63) in runs of `counts_R` values that start at the means of `levels_R`.
 
     After `head`, the stream is the number of token words, these words, then the words of the raw bits; 32-bit,
     little-endian.
@@ -166,7 +165,10 @@ def encode_runs(values_K: Numbers, counts_R: Counts, levels_R: Counts, head: byt
 
 
 def decode_runs(stream: bytes, counts_R: Counts, levels_R: Counts) -> npt.NDArray[np.uint64]:
-    """The values of a stream; PayloadError unless every word is used and none missing. The counts bound the memory."""
+    """Returns the values of a stream. The counts bound the memory.
+
+    PayloadError unless every word is used and none is missing.
+    """
     from weightline.codec.kernels import geometric as kernel
 
     if (levels_R < 0).any() or (levels_R >= _NUM_LEVELS).any():

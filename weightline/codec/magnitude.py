@@ -1,8 +1,9 @@
-"""The coding `gap-by-magnitude`: gaps counted among the elements of the same exponent class of the base. The small one.
+"""The coding `gap-by-magnitude`: gaps counted among the elements of the same exponent class of the base.
 
-The receiver knows the base. Within one class every element is about equally likely to change, so the gaps of a class
-are close to geometric and cost little more than their entropy; that is below what any coding blind to the base can
-reach. The steps go in the same order, class after class: their sizes, too, depend on the exponent.
+It gives the smallest payloads. The receiver has the base. Within one class every element is about equally likely to
+change, so the gaps of a class are close to geometric and cost little more than their entropy, which is lower than that
+of any coding independent of the base. The steps go in the same order, class after class, since their sizes depend on
+the exponent as well.
 
     positions stream = head, then one geometric stream; its runs: for each class that has changes, the deviations of
                        its counts in the pieces; then for each such class its gaps, piece after piece
@@ -67,14 +68,14 @@ class MagnitudeCoding:
 def _require_ranks(piece: Changes) -> RankedChanges:
     if not isinstance(piece, RankedChanges):
         name = piece.segment.tensor.name
-        raise InputError(f"changes of {name!r} have no ranks: capture(..., ranked=True) or rank_changes()", tensor=name)
+        raise InputError(f"changes of {name!r} have no ranks: capture them with ranked=True", tensor=name)
     return piece
 
 
 def _locate(
     base_N: BitsArray, dtype: str, counts: ClassCounts, piece: int, gaps_K: Counts
 ) -> tuple[npt.NDArray[np.int64], Counts]:
-    """(positions of the piece's changes, where each stands in the order of the classes)."""
+    """Returns (positions of the piece's changes, index of each in the order by class)."""
     from weightline.codec.kernels import scan
 
     shift, mask = (np.uint64(number) for number in class_field(dtype))
@@ -87,20 +88,25 @@ def _locate(
     found = scan.locate(base_N, shift, mask, gaps_K, left_C, next_C, next_C + counts_C, positions_K, order_K)
     if int(found) != num_changed:
         missing = num_changed - int(found)
-        raise PayloadError(f"{missing} changes lie beyond their piece; is it another base?", rule="position-range")
+        raise PayloadError(
+            f"{missing} changes lie beyond their piece: the payload may belong to another base", rule="position-range"
+        )
     return positions_K, order_K
 
 
 @dataclass(frozen=True, slots=True)
 class ClassCounts:
-    """counts_PC: changed elements of each class in each piece; starts_PC: where they begin, class after class."""
+    """The numbers of changed elements by piece and class.
+
+    counts_PC: changed elements of each class in each piece; starts_PC: index of their first in the order by class.
+    """
 
     counts_PC: Counts
     starts_PC: Counts
 
 
 def pack_class_counts(counts_PC: Counts, gaps_K: Numbers) -> bytes:
-    """The positions stream of a chunk. `gaps_K` goes class after class, in each piece after piece."""
+    """Returns the positions stream of a chunk. `gaps_K` is ordered by class, then by piece."""
     head = bytearray()
     put_numbers(head, *counts_PC.sum(axis=1).tolist())
     totals_C = counts_PC.sum(axis=0)
@@ -123,7 +129,7 @@ def pack_class_counts(counts_PC: Counts, gaps_K: Numbers) -> bytes:
 
 
 def unpack_class_counts(stream: bytes, num_changed: int, lengths_P: Sequence[int]) -> tuple[ClassCounts, Counts]:
-    """(counts, gaps) of a chunk whose pieces have these lengths. Every rule is checked; raises PayloadError."""
+    """Returns (counts, gaps) of a chunk whose pieces have these lengths. PayloadError for a broken stream."""
     reader = NumberReader(stream, "class-head")
     rows_P = np.array([reader.number() for _ in lengths_P], np.int64)
     if (rows_P > np.array(lengths_P)).any() or int(rows_P.sum()) != num_changed:
@@ -147,7 +153,7 @@ def unpack_class_counts(stream: bytes, num_changed: int, lengths_P: Sequence[int
 
 
 def _read_classes(reader: NumberReader, num_changed: int) -> tuple[Counts, Counts, Counts]:
-    """(classes that have changes, how many, the levels of their gaps)."""
+    """Returns (classes that have changes, their numbers of changes, the levels of their gaps)."""
     first, count = reader.number(), reader.number()
     if first + count > NUM_CLASSES:
         raise PayloadError(f"classes {first} to {first + count}", rule="class-head")
@@ -163,7 +169,7 @@ def _read_classes(reader: NumberReader, num_changed: int) -> tuple[Counts, Count
 
 
 def _runs(num_rows: int, totals_S: Counts, levels_S: Counts) -> tuple[Counts, Counts]:
-    """(lengths, start levels) of the runs of the geometric stream."""
+    """Returns (lengths, start levels) of the runs of the geometric stream."""
     if num_rows < 2:
         return totals_S, levels_S
     first_levels = [level_of(math.isqrt(total // num_rows)) for total in totals_S.tolist()]
@@ -171,13 +177,16 @@ def _runs(num_rows: int, totals_S: Counts, levels_S: Counts) -> tuple[Counts, Co
 
 
 def _expected(rows_Q: Counts, totals_S: Counts) -> Counts:
-    """What each class would have in each row if all rows were alike; a chunk's counts are too small to overflow."""
+    """Returns the count of each class in each row if classes were spread evenly over rows.
+
+    A chunk's counts are too small to overflow.
+    """
     expected: Counts = rows_Q[:, None] * totals_S[None, :] // totals_S.sum()
     return expected
 
 
 def _counts(zigzag: Counts, rows_Q: Counts, totals_S: Counts) -> Counts:
-    """Row x class counts from their deviations."""
+    """Returns row x class counts from their deviations. PayloadError when they are impossible."""
     if rows_Q.size < 2:
         return totals_S[None, :]
     half = zigzag.reshape(totals_S.size, rows_Q.size).T

@@ -1,8 +1,9 @@
-"""Tiles and magnitude classes: segments are cut into tiles, so that everything after capture works on bounded memory.
+"""Tiles and magnitude classes. Segments are cut into tiles, so that all steps after capture work on bounded memory.
 
-The class of an element is its exponent in the base, which tells how far apart the representable values around it are.
-An optimizer moves all weights of a tensor by similar amounts, and a weight changes when the move crosses a rounding
-boundary: twice as often for every exponent further down. A receiver knows the base, hence the class of every element.
+The class of an element is its exponent in the base, which determines the distance between the representable values
+around it. An optimizer moves all weights of a tensor by similar amounts, and a weight changes when the move crosses a
+rounding boundary: twice as often for every exponent further down. A receiver has the base, and so the class of every
+element.
 
 Legend: N elements, K changed elements.
 """
@@ -34,27 +35,27 @@ _EXPONENTS: dict[str, tuple[int, int]] = {
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RankedChanges(Changes):
-    """Changes that `gap-by-magnitude` can encode when the base is gone.
+    """Changes that `gap-by-magnitude` can encode without the base.
 
-    ranks_K: how many elements of the same class, in the base, lie before the changed one in its tile.
+    ranks_K: number of elements of the same class, in the base, before the changed one in its tile.
     """
 
     ranks_K: npt.NDArray[np.uint32]
 
 
 def num_tiles(segment: Segment) -> int:
-    """How many tiles a segment has; none when it is empty."""
+    """Returns the number of a segment's tiles; 0 when it is empty."""
     return -(-segment.length // TILE)
 
 
 def tiles_of(segment: Segment) -> Iterator[Segment]:
-    """The tiles of a segment, in order."""
+    """Yields the tiles of a segment, in order."""
     for at in range(segment.start, segment.stop, TILE):
         yield Segment(segment.tensor, at, min(TILE, segment.stop - at))
 
 
 def cut(changes: Changes) -> Iterator[Changes]:
-    """The changes of every tile of their segment, in order; views, no copies of bits."""
+    """Yields the changes of every tile of their segment, in order. Bits are views, not copies."""
     if changes.segment.length <= TILE:
         if changes.segment.length:
             yield changes
@@ -72,12 +73,12 @@ def cut(changes: Changes) -> Iterator[Changes]:
 
 
 def class_field(dtype: str) -> tuple[int, int]:
-    """(shift, mask) of the class in an element's bits; a mask of 0 puts all elements into class 0."""
+    """Returns (shift, mask) of the class in an element's bits. A mask of 0 puts all elements into class 0."""
     return _EXPONENTS.get(dtype, (0, 0))
 
 
 def classes_of(bits_N: BitsArray, dtype: str) -> npt.NDArray[np.uint8]:
-    """The class of every element."""
+    """Returns the class of every element."""
     shift, mask = class_field(dtype)
     classes: npt.NDArray[Any] = (bits_N >> bits_N.dtype.type(shift)) & bits_N.dtype.type(mask)
     return classes.astype(np.uint8)

@@ -1,6 +1,6 @@
-"""Every compiled loop once more, in plain numpy or Python: the readable meaning, which the tests hold the kernels to.
+"""A readable reference of every compiled loop, in plain numpy or Python, against which the tests check the kernels.
 
-Slow; nothing but tests and readers of SPEC.md use it.
+It is slow, and meant for tests and readers of SPEC.md only.
 
 Legend: N elements, K changed elements, R runs.
 """
@@ -24,7 +24,7 @@ Array = npt.NDArray[Any]
 
 
 def capture(segment: Segment, old_N: BitsArray, new_N: BitsArray) -> RankedChanges:
-    """`weightline.codec.capture.capture(..., ranked=True)`."""
+    """Returns the result of `weightline.codec.capture.capture(..., ranked=True)`."""
     positions_K = np.flatnonzero(old_N != new_N)
     classes_N = classes_of(old_N, segment.tensor.dtype)
     ranks = [np.zeros(0, np.int64)]
@@ -37,7 +37,7 @@ def capture(segment: Segment, old_N: BitsArray, new_N: BitsArray) -> RankedChang
 
 
 def mix_sum(segment: Segment, positions_K: Array, bits_K: BitsArray) -> int:
-    """The part of a tensor's digest that some elements of a segment make up."""
+    """Returns the part of a tensor's digest that comes from some elements of a segment."""
     seed_0, seed_1 = tensor_seeds(segment.tensor)
     index_K = (positions_K + segment.start).astype(np.uint64)
     x = np.uint64(seed_0) + index_K * np.uint64(0x9E3779B97F4A7C15) + bits_K.astype(np.uint64)
@@ -49,7 +49,7 @@ def mix_sum(segment: Segment, positions_K: Array, bits_K: BitsArray) -> int:
 
 
 def encode_runs(values: list[int], counts: list[int], levels: list[int]) -> bytes:
-    """`weightline.codec.geometric.encode_runs` with exact integers instead of words and carries."""
+    """Returns the result of `weightline.codec.geometric.encode_runs`, by exact integers without words and carries."""
     t = tables()
     low, span, num_words, raws, num_raw_bits, k = 0, _MASK, 0, 0, 0, 0
     for count, start_level in zip(counts, levels, strict=True):
@@ -73,13 +73,13 @@ def encode_runs(values: list[int], counts: list[int], levels: list[int]) -> byte
 
 
 def next_mean(mean: int, value: int) -> int:
-    """The running mean, FRACTION_BITS of it fraction, after a value."""
+    """Returns the running mean after a value. FRACTION_BITS of it are the fraction."""
     seen = min(value, CLIP * (mean >> FRACTION_BITS) + CLIP, MAX_MEAN)
     return mean + (((seen << FRACTION_BITS) - mean) >> RATE_BITS)
 
 
 def encode_rice(values: list[int], parameter: int) -> bytes:
-    """`weightline.codec.rice.encode_rice` with one long integer instead of words."""
+    """Returns the result of `weightline.codec.rice.encode_rice`, by one long integer instead of words."""
     mean, bits, num_bits = mean_of_parameter(parameter), 0, 0
     for value in values:
         k = next(k for k, bound in enumerate(bounds()) if mean < bound)
@@ -92,7 +92,7 @@ def encode_rice(values: list[int], parameter: int) -> bytes:
 
 
 def _place(value: int, mean: int) -> tuple[int, int, int, int]:
-    """(start, width) of the value's token under the level of the mean; its raw bits and how many."""
+    """Returns the start and width of the value's token under the level of the mean, its raw bits and their number."""
     t = tables()
     level = int(np.searchsorted(t.bounds_L, mean, side="right")) - 1
     shift, row = int(t.shifts_L[level]), [int(start) for start in t.cumulative[t.rows_L[level]]]

@@ -1,8 +1,8 @@
 """Adaptive Rice coding: non-negative integers below 2**32 whose mean drifts, for speed. SPEC.md section Rice streams.
 
-A value v is written as v >> k in unary and its k low bits. k follows a running mean, the one of geometric coding, so no
-parameter is sent. For geometrically distributed values with a mean of 8 or more this takes one or two percent more than
-range coding, in half the time: nothing waits for the value before but the mean.
+A value v is written as v >> k in unary and its k low bits. k follows the running mean of geometric coding, so no
+parameter is transmitted. For geometrically distributed values with a mean of 8 or more this takes one or two percent
+more bytes than range coding, and half the time, since only the mean depends on the value before.
 
 Legend: K values.
 """
@@ -23,32 +23,32 @@ Numbers = npt.NDArray[np.unsignedinteger[Any]]
 
 #: Parameters k that a stream can hold.
 NUM_PARAMETERS = 32
-#: k serves the means below BOUND << k (16 fraction bits) less one half: where k + 1 begins to take fewer bits.
+#: k serves the means below BOUND << k (16 fraction bits) less one half; from there on, k + 1 takes fewer bits.
 BOUND = 136192
 #: A quotient this large or larger is written as this many zeros, and the value as 32 bits.
 ESCAPE = 24
-#: Below this mean, range coding is worth its time.
+#: Below this mean, range coding is used, since it saves enough bytes for its time.
 LEAST_MEAN = 8.0
 _HALF = 1 << 15
 
 
 def bounds() -> list[int]:
-    """By parameter, the means (16 fraction bits) that it ends at."""
+    """Returns, by parameter, the mean (16 fraction bits) at which its range ends."""
     return [(BOUND << k) - _HALF for k in range(NUM_PARAMETERS - 1)] + [1 << 62]
 
 
 def mean_of_parameter(parameter: int) -> int:
-    """The mean (16 fraction bits) that a stream starts at: the middle of the parameter's."""
+    """Returns the mean (16 fraction bits) at which a stream starts: the middle of the parameter's range."""
     return 3 << (15 + parameter)
 
 
 def parameter_of(mean: float) -> int:
-    """The parameter for a mean: the writer's choice of where a stream starts."""
+    """Returns the parameter for a mean. A writer may start a stream from any parameter."""
     return bisect_right(bounds(), int(mean * (1 << 16)))
 
 
 def encode_rice(values_K: Numbers, parameter: int, head: bytes | bytearray = b"") -> bytes:
-    """`head`, then the 64-bit words, little-endian, of `values_K` (each below 2**32), started at `parameter`."""
+    """Returns `head` and the 64-bit words, little-endian, of `values_K` (each below 2**32), from `parameter` on."""
     from weightline.codec.kernels import rice as kernel
 
     words = np.empty(values_K.size + 2, np.uint64)
@@ -59,7 +59,7 @@ def encode_rice(values_K: Numbers, parameter: int, head: bytes | bytearray = b""
 
 
 def decode_rice(stream: bytes, num_values: int, parameter: int) -> npt.NDArray[np.uint32]:
-    """The values of a stream; PayloadError unless every word is used and none missing."""
+    """Returns the values of a stream. PayloadError unless every word is used and none is missing."""
     from weightline.codec.kernels import rice as kernel
 
     if not 0 <= parameter < NUM_PARAMETERS:

@@ -1,8 +1,9 @@
 """Steps: differences of bit patterns read as ordered integers, and the stream that holds those of a chunk. Lossless.
 
-Reading a float's bits as sign and magnitude and laying them out in the order of their values makes neighbors differ by
-one: nearly every change of a trained bf16 weight is then +1 or -1. Arithmetic wraps modulo 2**width, so NaN payloads,
-infinities and -0.0 need no case of their own. Steps over the same elements add (compaction) and negate (going back).
+A float's bits are read as sign and magnitude and mapped to integers in the order of their values, so that neighbors
+differ by one: nearly every change of a trained bf16 weight is then +1 or -1. Arithmetic wraps modulo 2**width, so NaN
+payloads, infinities and -0.0 need no special case. Steps over the same elements can be added (compaction) and negated
+(backward application).
 
     stream = sign bits (one a step, lowest bit first, set for negative; padded to a byte)
              number of large steps, and when there are any: two levels, then one geometric stream of two runs:
@@ -28,7 +29,7 @@ StepArray = npt.NDArray[np.signedinteger[Any]]
 
 
 def to_ordered(bits_N: BitsArray, dtype: str) -> BitsArray:
-    """Unsigned integers in the order of the values that the bits stand for (for integer dtypes: the bits themselves).
+    """Returns unsigned integers in the order of the elements' values. For integer dtypes these are the bits themselves.
 
     -NaN < -inf < ... < -0.0 < +0.0 < ... < +inf < +NaN; -0.0 and +0.0 are one apart. Signed integers need no map:
     differences of two's complement are differences of values already.
@@ -40,7 +41,7 @@ def to_ordered(bits_N: BitsArray, dtype: str) -> BitsArray:
 
 
 def from_ordered(ordered_N: BitsArray, dtype: str) -> BitsArray:
-    """Inverse of `to_ordered`."""
+    """Inverts `to_ordered`."""
     if not DTYPES[dtype].is_float:
         return ordered_N
     sign = bits_dtype(dtype).type(1 << (8 * DTYPES[dtype].itemsize - 1))
@@ -48,18 +49,18 @@ def from_ordered(ordered_N: BitsArray, dtype: str) -> BitsArray:
 
 
 def steps(old_K: BitsArray, new_K: BitsArray, dtype: str) -> StepArray:
-    """Signed steps that lead from `old_K` to `new_K`, modulo 2**width."""
+    """Returns the signed steps from `old_K` to `new_K`, modulo 2**width."""
     return (to_ordered(new_K, dtype) - to_ordered(old_K, dtype)).view(signed_dtype(dtype))
 
 
 def apply_steps(old_K: BitsArray, steps_K: StepArray, dtype: str) -> BitsArray:
-    """The bits that `steps_K` lead to from `old_K`. Inverse of `steps`; negated steps lead back."""
+    """Returns the bits after adding `steps_K` to `old_K`. Inverts `steps`; negated steps undo the addition."""
     ordered_K = to_ordered(old_K, dtype) + steps_K.astype(signed_dtype(dtype), copy=False).view(bits_dtype(dtype))
     return from_ordered(ordered_K, dtype)
 
 
 def encode_steps(sizes_K: Numbers, negative_K: npt.NDArray[np.bool_]) -> bytes:
-    """The stream of steps given as |s| - 1 and whether they are negative. No steps, no bytes."""
+    """Returns the stream of steps, given as |s| - 1 and a mask of negative ones; no bytes for no steps."""
     from weightline.codec.kernels import grouping
 
     if not sizes_K.size:
@@ -78,7 +79,7 @@ def encode_steps(sizes_K: Numbers, negative_K: npt.NDArray[np.bool_]) -> bytes:
 
 
 def decode_steps(stream: bytes, num_changed: int, dtype: str) -> StepArray:
-    """The steps of a stream. Memory is bounded by `num_changed`. Raises PayloadError."""
+    """Returns the steps of a stream. Memory is bounded by `num_changed`. PayloadError for a broken stream."""
     width = signed_dtype(dtype)
     if not num_changed:
         if stream:
@@ -103,7 +104,7 @@ def decode_steps(stream: bytes, num_changed: int, dtype: str) -> StepArray:
 
 
 def _decode_large(reader: NumberReader, num_large: int, num_changed: int) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
-    """(places among the steps, |s| - 1) of the large steps."""
+    """Returns (indices among the steps, |s| - 1) of the large steps."""
     levels_R = np.array([reader.number(), reader.number()], np.int64)
     values = decode_runs(reader.rest(), np.array([num_large, num_large], np.int64), levels_R)
     runs_J = values[:num_large]

@@ -1,6 +1,6 @@
-"""The codec on torch tensors: the only file of this room that imports torch.
+"""The codec on torch tensors. This is the only module of the package `codec` that imports torch.
 
-Comparison and ranking run where the tensors are; only what changed moves to the host.
+Comparison and ranking run on the tensors' device; only the changed elements move to the host.
 
 Legend: N elements of a segment, K changed elements, C classes.
 """
@@ -48,36 +48,36 @@ def signed_tensor(bits: BitsArray) -> torch.Tensor:
 
 
 def dtype_code(dtype: torch.dtype) -> str:
-    """The safetensors code of a torch dtype. Raises InputError for a dtype that cannot be coded."""
+    """Returns the safetensors code of a torch dtype. InputError for a dtype that cannot be coded."""
     if dtype not in _DTYPE_CODES:
         raise InputError(
-            f"tensors of {dtype} cannot be coded; known: {sorted(_DTYPE_CODES.values())}", dtype=str(dtype)
+            f"tensors of {dtype} cannot be coded; known: {', '.join(sorted(_DTYPE_CODES.values()))}", dtype=str(dtype)
         )
     return _DTYPE_CODES[dtype]
 
 
 def bits_of(tensor: torch.Tensor) -> BitsArray:
-    """The bits of a contiguous CPU tensor, flat, without a copy: writing to the array writes to the tensor.
+    """Returns the bits of a contiguous CPU tensor, flat and without a copy: writing to the array writes to the tensor.
 
     Raises InputError for a tensor that is not on the CPU, not contiguous, or of a dtype that cannot be coded.
     """
     if tensor.device.type != "cpu" or not tensor.is_contiguous():
         raise InputError(
-            "bits_of needs a contiguous tensor on the CPU: .cpu().contiguous() first", device=str(tensor.device)
+            "bits_of needs a contiguous tensor on the CPU: call .cpu().contiguous() first", device=str(tensor.device)
         )
     array: BitsArray = signed_view(tensor).numpy().view(bits_dtype(dtype_code(tensor.dtype)))
     return array
 
 
 def capture_tensor(segment: Segment, old: torch.Tensor, new: torch.Tensor, *, ranked: bool = False) -> Changes:
-    """`weightline.codec.capture.capture` on tensors, on their device.
+    """Returns the result of `weightline.codec.capture.capture` for tensors, computed on their device.
 
-    On the CPU the kernels of `capture` do it, on the tensors' own memory; on other devices torch does, tile by tile, so
+    On the CPU the kernels of `capture` run on the tensors' own memory. On other devices torch runs tile by tile, so
     that scratch memory is bounded, and only the changed elements move to the host. Pure, safe to repeat.
-    Raises InputError when a tensor does not have the segment's number of elements and dtype, or when they lie apart.
+    InputError when a tensor lacks the segment's number of elements or dtype, or when the tensors are on two devices.
     """
     if old.device != new.device:
-        raise InputError(f"states must lie on one device, not on {old.device} and {new.device}", device=str(new.device))
+        raise InputError(f"states must be on one device, not on {old.device} and {new.device}", device=str(new.device))
     old_N, new_N = flat_bits(segment, old), flat_bits(segment, new)
     if old_N.device.type == "cpu":
         return capture(segment, _as_array(segment, old_N), _as_array(segment, new_N), ranked=ranked)
@@ -85,7 +85,7 @@ def capture_tensor(segment: Segment, old: torch.Tensor, new: torch.Tensor, *, ra
 
 
 def capture_on_device(segment: Segment, old_N: torch.Tensor, new_N: torch.Tensor, *, ranked: bool) -> Changes:
-    """`capture_tensor` by torch alone, for tensors that `flat_bits` gave."""
+    """Returns the result of `capture_tensor`, computed by torch alone, for results of `flat_bits`."""
     field = class_field(segment.tensor.dtype) if ranked else None
     tiles = [_capture_tile(old_N, new_N, start, field) for start in range(0, segment.length, TILE)]
     width = bits_dtype(segment.tensor.dtype)
@@ -98,7 +98,7 @@ def capture_on_device(segment: Segment, old_N: torch.Tensor, new_N: torch.Tensor
 
 
 def flat_bits(segment: Segment, tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor's bits as a flat tensor of signed integers, without a copy where it is contiguous. InputError."""
+    """Returns the tensor's bits as a flat tensor of signed integers, without a copy if it is contiguous. InputError."""
     if tensor.numel() != segment.length or dtype_code(tensor.dtype) != segment.tensor.dtype:
         raise InputError(
             f"segment of {segment.tensor.name!r} needs {segment.length} elements of {segment.tensor.dtype}, "
@@ -115,7 +115,7 @@ def _as_array(segment: Segment, bits_N: torch.Tensor) -> BitsArray:
 def _capture_tile(
     old_N: torch.Tensor, new_N: torch.Tensor, start: int, field: tuple[int, int] | None
 ) -> tuple[npt.NDArray[Any], ...]:
-    """Positions, old and new bits (signed) of the tile at `start`; with a class field also ranks."""
+    """Returns positions, old and new bits (signed) of the tile at `start`; with a class field also ranks."""
     old, new = old_N[start : start + TILE], new_N[start : start + TILE]
     at_K = torch.nonzero(old != new).flatten()
     found = [at_K + start, old[at_K], new[at_K]]
@@ -125,9 +125,9 @@ def _capture_tile(
 
 
 def _rank(old: torch.Tensor, at_K: torch.Tensor, field: tuple[int, int]) -> torch.Tensor:
-    """Ranks of the elements `at_K` within their classes: one stable sort by class."""
+    """Returns the ranks of the elements `at_K` within their classes, by one stable sort."""
     shift, mask = field
-    # Shifting a signed integer drags its sign along; the mask cuts that off: every class field lies below the sign.
+    # Shifting a signed integer extends its sign. The mask removes that, since every class field is below the sign.
     kinds = ((old >> shift) & mask).to(torch.uint8)
     counts_C = torch.bincount(kinds.int(), minlength=NUM_CLASSES)
     order = torch.sort(kinds, stable=True).indices

@@ -1,4 +1,4 @@
-"""Unsigned LEB128 numbers: seven bits a byte, low bits first, the top bit says that more follow."""
+"""Unsigned LEB128 numbers: seven bits per byte, low bits first; the top bit is set when more bytes follow."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from weightline.errors import PayloadError
 
 
 def put_numbers(out: bytearray, *values: int) -> None:
-    """Append each value (not negative)."""
+    """Appends each value, which must not be negative."""
     for value in values:
         rest = value
         while rest >= 128:
@@ -16,7 +16,7 @@ def put_numbers(out: bytearray, *values: int) -> None:
 
 
 class NumberReader:
-    """A cursor over bytes that nobody vouches for: every read is checked, PayloadError(rule) when it fails."""
+    """A cursor over untrusted bytes. Every read is checked; PayloadError(rule) when it fails."""
 
     def __init__(self, raw: bytes, rule: str) -> None:
         self._raw = raw
@@ -24,7 +24,7 @@ class NumberReader:
         self._rule = rule
 
     def number(self) -> int:
-        """The next number, below 2**63."""
+        """Returns the next number, below 2**63."""
         value = 0
         for shift in range(0, 63, 7):
             byte = self.take(1)[0]
@@ -34,19 +34,19 @@ class NumberReader:
         raise PayloadError("a number has more than 63 bits", rule=self._rule)
 
     def take(self, count: int) -> bytes:
-        """The next `count` bytes."""
+        """Returns the next `count` bytes."""
         if count > len(self._raw) - self._at:
-            raise PayloadError(f"cut off: {count} bytes wanted at {self._at} of {len(self._raw)}", rule=self._rule)
+            raise PayloadError(f"truncated: {count} bytes needed at {self._at} of {len(self._raw)}", rule=self._rule)
         self._at += count
         return self._raw[self._at - count : self._at]
 
     def rest(self) -> bytes:
-        """All bytes that are left."""
+        """Returns all remaining bytes."""
         return self.take(len(self._raw) - self._at)
 
     def rest_of_words(self, word_nbytes: int = 4) -> bytes:
-        """All bytes that are left, a whole number of words."""
+        """Returns all remaining bytes. PayloadError unless they are a whole number of words."""
         rest = self.rest()
         if len(rest) % word_nbytes:
-            raise PayloadError(f"{len(rest)} bytes are no whole number of words", rule=self._rule)
+            raise PayloadError(f"{len(rest)} bytes are not a whole number of words", rule=self._rule)
         return rest

@@ -1,7 +1,7 @@
-"""Vector operations that numba has no name for: 64 elements compared at once, the answers as the bits of one word.
+"""Vector operations that numba lacks: they compare 64 elements at once and return the results as the bits of one word.
 
-They are written in LLVM's terms, for vectors of 64 lanes of any width, which LLVM cuts into what the processor has. Bit
-i of a word stands for lane i. An operation reads 64 elements from where it is told to, without a check.
+They are LLVM operations on vectors of 64 lanes of any width, which LLVM splits into the processor's registers. Bit i of
+a word belongs to lane i. An operation reads 64 elements from a given index, without a bounds check.
 
 Legend: N elements, B elements of a block.
 """
@@ -24,24 +24,24 @@ _BYTES = ir.VectorType(ir.IntType(8), GROUP)
 
 
 def operation(describe: Callable[..., Any]) -> Operation:
-    """Callable from kernels, without `typing`: `describe` gives a signature for the types, and what writes the code."""
+    """Returns an operation that kernels can call. `describe` returns its signature and the function that emits code."""
     return cast("Operation", intrinsic(describe))
 
 
 def pointer(context: Any, builder: Any, array_type: Any, array: Any, at: Any, vector: Any) -> Any:
-    """A pointer to an array's elements from `at` on, seen as this vector."""
+    """Returns a pointer to an array's elements from `at` on, as this type of vector."""
     start = builder.gep(context.make_array(array_type)(context, builder, array).data, [at])
     return builder.bitcast(start, vector.as_pointer())
 
 
 def _lanes_at(context: Any, builder: Any, array_type: Any, array: Any, at: Any) -> Any:
-    """A pointer to the 64 elements of an array from `at` on."""
+    """Returns a pointer to the 64 elements of an array from `at` on."""
     vector = ir.VectorType(ir.IntType(array_type.dtype.bitwidth), GROUP)
     return pointer(context, builder, array_type, array, at, vector)
 
 
 def in_every(vector: Any, number: int) -> Any:
-    """A vector of one number."""
+    """Returns a constant vector whose lanes all hold one number."""
     return ir.Constant(vector, [number] * vector.count)
 
 
@@ -57,7 +57,7 @@ def _in_every_lane(builder: Any, value: Any) -> Any:
 
 @operation
 def differing(typing: Any, old_N: Any, new_N: Any, at: Any) -> Any:
-    """Which of the 64 elements from `at` on differ."""
+    """Returns a mask of those of the 64 elements from `at` on that differ."""
 
     def write(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         old, new = (_load(context, builder, kind, array, arguments[2]) for kind, array in zip(
@@ -70,7 +70,7 @@ def differing(typing: Any, old_N: Any, new_N: Any, at: Any) -> Any:
 
 @operation
 def above_zero(typing: Any, numbers_N: Any, at: Any) -> Any:
-    """Which of the 64 unsigned numbers from `at` on are not zero."""
+    """Returns a mask of those of the 64 unsigned numbers from `at` on that are not zero."""
 
     def write(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         lanes = _load(context, builder, signature.args[0], *arguments)
@@ -81,7 +81,7 @@ def above_zero(typing: Any, numbers_N: Any, at: Any) -> Any:
 
 @operation
 def equal(typing: Any, bytes_B: Any, at: Any, byte: Any) -> Any:
-    """Which of the 64 bytes from `at` on equal this one."""
+    """Returns a mask of those of the 64 bytes from `at` on that equal `byte`."""
 
     def write(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         lanes = _load(context, builder, signature.args[0], arguments[0], arguments[1])
@@ -92,7 +92,7 @@ def equal(typing: Any, bytes_B: Any, at: Any, byte: Any) -> Any:
 
 @operation
 def put_classes(typing: Any, bits_N: Any, at: Any, shift: Any, mask: Any, classes_B: Any, place: Any) -> Any:
-    """Write the classes, bits >> shift & mask, of the 64 elements from `at` on as bytes from `place` on."""
+    """Writes the classes, bits >> shift & mask, of the 64 elements from `at` on as bytes from `place` on."""
 
     def write(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         bits_N, at, shift, mask, classes_B, place = arguments
@@ -113,7 +113,7 @@ def put_classes(typing: Any, bits_N: Any, at: Any, shift: Any, mask: Any, classe
 
 @operation
 def put_steps_16(typing: Any, old_K: Any, new_K: Any, at: Any, float_mask: Any, sizes_K: Any, negative_K: Any) -> Any:
-    """Write the steps s of the 64 elements of 16 bits from `at` on, as |s| - 1 and whether they are negative.
+    """Writes the steps s of the 64 elements of 16 bits from `at` on, as |s| - 1 and a flag for negative ones.
 
     float_mask: the bits below a float's sign; zero for integers.
     """
@@ -137,13 +137,13 @@ def put_steps_16(typing: Any, old_K: Any, new_K: Any, at: Any, float_mask: Any, 
 
 @operation
 def count_ones(typing: Any, bits: Any) -> Any:
-    """How many bits are set."""
+    """Returns the number of bits that are set."""
     return types.uint64(types.uint64), lambda _context, builder, _signature, arguments: builder.ctpop(arguments[0])
 
 
 @operation
 def lowest_one(typing: Any, bits: Any) -> Any:
-    """The number of the lowest bit that is set; 64 when none is."""
+    """Returns the index of the lowest bit that is set; 64 when none is."""
 
     def write(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
         return builder.cttz(arguments[0], ir.Constant(ir.IntType(1), 0))

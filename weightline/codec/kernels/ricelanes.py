@@ -1,4 +1,4 @@
-"""Eight Rice codes at once, in LLVM's terms (see lanes.py): numba computes in 64 bits what fits into 32."""
+"""Computes eight Rice codes at once with LLVM vectors (see lanes.py), since numba computes 32-bit values in 64 bits."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ _PLACES = ir.VectorType(ir.IntType(32), LANES // 4)
 
 
 def _parameters(builder: Any, means: Any, least: Any, limits: list[Any]) -> tuple[Any, Any]:
-    """(the parameter of each mean, which of them have none): limits are least, next, next but one, the one after."""
+    """Returns (the parameter of each mean, mask of the means without one).
+
+    The limits are those of the least parameter, the next two, and the one after.
+    """
     first, second, third, fourth = limits
     parameters = least
     for limit in (second, third):
@@ -27,7 +30,7 @@ def _parameters(builder: Any, means: Any, least: Any, limits: list[Any]) -> tupl
 
 
 def _join_words(builder: Any, codes: Any, lengths: Any) -> tuple[Any, Any]:
-    """Every two neighbours of 32 bits as one of 64: the bits of the first, then those of the second."""
+    """Joins every two adjacent 32-bit codes to one of 64 bits: the bits of the first, then those of the second."""
     low, half = in_every(_LANES_64, (1 << 32) - 1), in_every(_LANES_64, 32)
     codes, lengths = builder.bitcast(codes, _LANES_64), builder.bitcast(lengths, _LANES_64)
     first_lengths = builder.and_(lengths, low)
@@ -36,7 +39,7 @@ def _join_words(builder: Any, codes: Any, lengths: Any) -> tuple[Any, Any]:
 
 
 def _join_pairs(builder: Any, codes: Any, lengths: Any) -> tuple[Any, Any]:
-    """Every two neighbours of 64 bits as one. Cut off where they have more."""
+    """Joins every two adjacent codes to one of 64 bits. Bits beyond 64 are lost."""
     undefined = ir.Constant(_LANES_64, ir.Undefined)
     even, odd = ir.Constant(_PLACES, [0, 2]), ir.Constant(_PLACES, [1, 3])
     (first, second), (first_length, second_length) = (
@@ -49,12 +52,12 @@ def _join_pairs(builder: Any, codes: Any, lengths: Any) -> tuple[Any, Any]:
 def put_codes(
     typing: Any, values_K: Any, at: Any, means: Any, place: Any, limits: Any, codes_2: Any, lengths_2: Any
 ) -> Any:
-    """Write the codes of eight values (32 bits) from `at` on, four in a word, and how many bits they have.
+    """Writes the codes of eight values (32 bits) from `at` on, four in a word, and their numbers of bits.
 
     means: from `place` on, of each value, below 2**31. limits: six rows of eight equal numbers: a parameter, the least
     mean that it serves, the largest means that it and the next two serve, and the largest quotient, such that a code
-    has at most 32 bits. Returns which values have no code here: what was written is then of no use, and so are words of
-    more than 64 bits.
+    has at most 32 bits. Returns a mask of the values that have no code here. If it is not zero, or a word has more than
+    64 bits, the caller must discard the codes.
     """
 
     def write(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
