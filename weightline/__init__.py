@@ -1,7 +1,7 @@
 """Post-training in which every weight update is a commit.
 
-The names below are the public interface (docs/stability.md). Each is imported at its first use: `import weightline`
-alone imports nothing but the standard library.
+The names below are the public interface (docs/stability.md). Each is imported at its first use, so `import weightline`
+itself imports only the standard library.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`python -m weightline`: the command line by way of this interpreter, whatever is on the path."""
+"""Runs the command line as `python -m weightline`, with this interpreter."""
 
 from weightline.cli.main import main
 

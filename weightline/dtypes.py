@@ -1,4 +1,4 @@
-"""The one table of dtypes: what a chain can hold, and how numpy, torch and safetensors call it. Imports no torch."""
+"""The table of the dtypes that a chain can hold, with their names in numpy, torch and safetensors. Imports no torch."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ class Dtype:
     bits: np.dtype[np.unsignedinteger[Any]]
     """The unsigned integers that hold an element's bits."""
     signed: np.dtype[np.signedinteger[Any]]
-    """Signed integers of the same width: what steps are, and what torch can scatter on every device."""
+    """Signed integers of the same width. Steps have this dtype, and torch can scatter it on every device."""
 
     @property
     def is_float(self) -> bool:
-        """Whether the top bit is a sign with a magnitude below it (IEEE-like floats)."""
+        """Returns whether the top bit is a sign with a magnitude below it (IEEE-like floats)."""
         return "float" in self.torch_name
 
 

@@ -1,27 +1,27 @@
-"""Every error that weightline raises, grouped by what a handler would do about it.
+"""All errors that weightline raises, grouped by the way to handle them.
 
 WeightlineError
-|-- InputError                 change what you passed
-|   |-- RecipeError            ... a field of the recipe
-|   `-- MissingExtraError      ... or install what is missing: pip install 'weightline[EXTRA]'
-|-- NotFoundError              ask for something that exists
-|   |-- ChainEmptyError        ... commit a first version
+|-- InputError                 an argument is invalid: change it
+|   |-- RecipeError            a field of the recipe is invalid
+|   `-- MissingExtraError      an optional dependency is missing: pip install 'weightline[EXTRA]'
+|-- NotFoundError              the requested object does not exist
+|   |-- ChainEmptyError        the chain has no version: commit a first one
 |   `-- VersionNotFoundError
-|-- ConflictError              somebody else won: read the tip and decide
+|-- ConflictError              another writer won: read the tip and decide
 |   |-- CommitConflictError
-|   `-- BaseMismatchError      ... the weights at hand are not those of the base version
-|-- CorruptError               bytes are wrong: fetch again, or rebuild from an anchor
+|   `-- BaseMismatchError      the given weights are not those of the base version
+|-- CorruptError               stored bytes are wrong: fetch again, or rebuild from an anchor
 |   |-- ManifestError
 |   |-- PayloadError
 |   |-- DigestMismatchError
-|   `-- SignatureError         ... or written by somebody whom you do not trust
+|   `-- SignatureError         no trusted key signed the object
 |-- UnsupportedFeatureError    upgrade weightline
-|-- StorageError               the bucket did not do what it was asked
-|   |-- TransientStorageError  ... ask again
-|   `-- ObjectExistsError      ... a create-only put met an object
-|-- PublishError               a version could not be committed by the trainer
-|-- ApplyError                 an engine could not move: it stays, or goes back
-`-- LaunchError                a process of ours ended badly
+|-- StorageError               the bucket refused or failed
+|   |-- TransientStorageError  the failure may pass: retry
+|   `-- ObjectExistsError      a create-only put found an existing object
+|-- PublishError               the trainer could not commit a version
+|-- ApplyError                 an engine could not move to a version
+`-- LaunchError                a process started by weightline failed
 
 `kind` is a stable, append-only code for programs. Facts are keyword arguments, checked by mypy against `Facts`; those
 that a class declares are attributes of its errors, and all of them are in `error.facts`.
@@ -61,9 +61,9 @@ class ErrorKind(StrEnum):
 
 
 class Facts(TypedDict, total=False):
-    """What errors say besides their message, as values that JSON can hold."""
+    """The facts of an error besides its message, as values that JSON can hold."""
 
-    # What the caller passed.
+    # Arguments of the caller.
     field: str
     remedy: str
     name: str
@@ -125,11 +125,11 @@ class Facts(TypedDict, total=False):
 
 
 class WeightlineError(Exception):
-    """Root of the tree."""
+    """Base class of all errors of weightline."""
 
     kind: ErrorKind = ErrorKind.INPUT
     facts: Facts
-    """What was wrong, by name."""
+    """The facts of this error, by name."""
 
     def __init__(self, message: str, **facts: Unpack[Facts]) -> None:
         super().__init__(message)
@@ -140,7 +140,7 @@ class WeightlineError(Exception):
 
 
 class InputError(WeightlineError):
-    """The caller passed something that cannot be used."""
+    """An argument of the caller is invalid."""
 
     kind = ErrorKind.INPUT
     field: str | None = None
@@ -184,7 +184,7 @@ class VersionNotFoundError(NotFoundError):
 
 
 class ConflictError(WeightlineError):
-    """Another writer was there first."""
+    """Another writer was first."""
 
     kind = ErrorKind.CONFLICT
 
@@ -199,7 +199,7 @@ class CommitConflictError(ConflictError):
 
 
 class BaseMismatchError(ConflictError):
-    """The weights at hand are not those of the base version."""
+    """The given weights are not those of the base version."""
 
     kind = ErrorKind.BASE_MISMATCH
     tensor: str | None = None
@@ -209,7 +209,7 @@ class BaseMismatchError(ConflictError):
 
 
 class CorruptError(WeightlineError):
-    """Stored bytes are not what was written."""
+    """Stored bytes differ from the bytes that were written."""
 
     kind = ErrorKind.CORRUPT
 
@@ -239,21 +239,21 @@ class DigestMismatchError(CorruptError):
 
 
 class SignatureError(CorruptError):
-    """No trusted key signed an object as it is."""
+    """No trusted key signed an object's present bytes."""
 
     kind = ErrorKind.SIGNATURE
     key: str | None = None
 
 
 class UnsupportedFeatureError(WeightlineError):
-    """The bytes use a feature that this release does not know."""
+    """The bytes use a feature that this release does not support."""
 
     kind = ErrorKind.UNSUPPORTED_FEATURE
     feature: str | None = None
 
 
 class StorageError(WeightlineError):
-    """The bucket refused or failed for good."""
+    """The bucket refused an operation, or failed permanently."""
 
     kind = ErrorKind.STORAGE
     url: str | None = None
@@ -261,13 +261,13 @@ class StorageError(WeightlineError):
 
 
 class TransientStorageError(StorageError):
-    """The bucket failed in a way that may pass: ask again."""
+    """The bucket failed in a way that may pass: retry later."""
 
     kind = ErrorKind.STORAGE_TRANSIENT
 
 
 class ObjectExistsError(StorageError):
-    """A create-only put met an object."""
+    """A create-only put found an existing object."""
 
     kind = ErrorKind.OBJECT_EXISTS
 
@@ -291,7 +291,7 @@ class ApplyError(WeightlineError):
 
 
 class LaunchError(WeightlineError):
-    """A process that we started ended badly."""
+    """A process that weightline started failed."""
 
     kind = ErrorKind.LAUNCH
     argv: Sequence[str] = ()
@@ -313,5 +313,5 @@ _HTTP_STATUS: tuple[tuple[type[WeightlineError], int], ...] = (
 
 
 def http_status(error: WeightlineError) -> int:
-    """Returns the HTTP status with which every server of weightline answers an error: 500 if no class above fits."""
+    """Returns the HTTP status with which weightline's servers answer an error; 500 for all other classes."""
     return next((status for cls, status in _HTTP_STATUS if isinstance(error, cls)), 500)

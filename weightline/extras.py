@@ -1,7 +1,7 @@
-"""Optional dependencies: which modules each extra of the package brings, and the error that says what to install.
+"""Optional dependencies: the modules of each extra of the package, and the error that names the extra to install.
 
-`pip install weightline` reads, commits, pulls and verifies chains. A room that needs more calls `check_installed`
-before it begins, or wraps its imports in `requires` where a user may have installed only a part of an extra.
+`pip install weightline` reads, commits, pulls and verifies chains. A subpackage that needs more calls `check_installed`
+before it begins, or wraps its imports in `requires` if a user may have installed only a part of an extra.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def requires(extra: str) -> Iterator[None]:
 def _is_installed(module: str) -> bool:
     try:
         return find_spec(module) is not None
-    # A module that an earlier import has left half-made, or that a finder refuses, cannot be imported either.
+    # A module that an earlier import has left partly initialized, or that a finder refuses, cannot be imported either.
     except (ModuleNotFoundError, ValueError):
         return False
 

@@ -1,6 +1,6 @@
-"""Files on this host: one atomic write, one hash and the locks that processes exclude each other with.
+"""Files on this host: an atomic write, a hash, and locks between processes.
 
-All locks are flock(2) locks of the kernel, so a lock goes with its holder, however that ends.
+All locks are flock(2) locks, so the kernel releases a lock when its holder ends in any way.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import filelock
 def write_atomically(path: Path, text: str, *, is_durable: bool = True) -> None:
     """Writes a file through a temporary name: a crash leaves the old file or the new one, never a part of one.
 
-    Makes the folder if it is missing. `is_durable` also lets the file survive a power cut, which costs an fsync.
+    Creates a missing folder. With `is_durable` the file also survives a power cut, which costs an fsync.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}")
@@ -42,11 +42,11 @@ def sha256_of(path: Path) -> str:
 
 @contextmanager
 def exclusive_lock(path: Path, *, waits: bool = False) -> Iterator[None]:
-    """Holds the lock of a file for the length of the block.
+    """Holds the lock of a file during the block.
 
-    When another process has it: BlockingIOError at once, or with `waits` no end to waiting. The file is made if it is
-    missing, and stays. OSError where the file system has no flock(2): a lock that is a mere file would outlive its
-    holder.
+    If another process has it, this raises BlockingIOError at once, or with `waits` waits without a limit. A missing
+    file is created; it stays. OSError when the file system lacks flock(2), since a lock by the file's existence alone
+    would outlive its holder.
     """
     lock = filelock.UnixFileLock(path, timeout=-1 if waits else 0, fallback_to_soft=False)
     try:
@@ -60,10 +60,10 @@ def exclusive_lock(path: Path, *, waits: bool = False) -> Iterator[None]:
 
 
 class SharedLock:
-    """A lock that several readers share, or one writer has. Two instances exclude each other within a process, too.
+    """A lock that several readers share, or that one writer holds. It also works between instances in one process.
 
-    It uses flock(2) itself, since the native locks of filelock are exclusive only, and since a writer must become a
-    reader without a moment in between in which a third process could take the lock. One thread uses an instance.
+    It uses flock(2) itself, since the native locks of filelock are exclusive only, and since a writer must be able to
+    become a reader atomically. An instance is for one thread.
     """
 
     def __init__(self, path: Path) -> None:
@@ -71,7 +71,10 @@ class SharedLock:
         self._descriptor: int | None = None
 
     def take(self, *, exclusive: bool) -> bool:
-        """Tries to hold the lock, without waiting. A lock that is held already changes its kind, or stays as it was."""
+        """Tries to take the lock without waiting, or to change the kind of a held one. Returns whether it is held.
+
+        After a failure the lock is not held, even if it was held before.
+        """
         if self._descriptor is None:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
@@ -86,18 +89,21 @@ class SharedLock:
         return True
 
     def remove(self) -> None:
-        """Removes the lock file, which the caller holds exclusively. A process that waits for it notices that."""
+        """Removes the lock file and releases the lock, which the caller holds exclusively.
+
+        A process that then locks the removed file notices that and does not get the lock.
+        """
         self._path.unlink(missing_ok=True)
         self.release()
 
     def release(self) -> None:
-        """Gives the lock up. Safe to repeat."""
+        """Releases the lock. Safe to repeat."""
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None
 
     def _is_current(self, descriptor: int) -> bool:
-        """Whether the file that was locked is still the one at the path."""
+        """Returns whether the locked file is still the one at the path."""
         try:
             return os.path.samestat(os.fstat(descriptor), self._path.stat())
         except FileNotFoundError:

@@ -1,9 +1,9 @@
-"""What a checkpoint calls the tensors that a model in memory holds, and how it cuts them.
+"""Maps the tensors that a model holds in memory to the names and shapes of its checkpoint.
 
-Shared by who writes a chain and who follows one. transformers holds a mixture's experts as one tensor and writes one
-tensor an expert and projection; other models are merely renamed. The chain has the checkpoint's names and shapes, so
-that a version is what `save_pretrained` writes, whatever engine reads it. Nothing is copied for that: each tensor of
-the checkpoint is a range of one that is held.
+Writers and followers of a chain share this module. transformers holds a mixture's experts as one tensor and writes one
+tensor per expert and projection; other models are only renamed. The chain has the checkpoint's names and shapes, so
+that a version equals the output of `save_pretrained` for every engine that reads it. No data are copied: each tensor of
+the checkpoint is a range of a held tensor.
 """
 
 from __future__ import annotations
@@ -24,24 +24,27 @@ from weightline.types import TensorSpec
 
 @dataclass(frozen=True, slots=True, eq=False)
 class CheckpointTensor:
-    """A tensor of the checkpoint: `spec.num_elements` elements from `offset` on of one that is held in memory."""
+    """A tensor of the checkpoint: `spec.num_elements` elements, from `offset` on, of a tensor held in memory."""
 
     spec: TensorSpec
     held: torch.Tensor
-    """Whole, a ZeRO-3 parameter, or a DTensor."""
+    """The held tensor: a whole one, a ZeRO-3 parameter, or a DTensor."""
     offset: int = 0
 
 
 def checkpoint_tensors(model: torch.nn.Module) -> tuple[CheckpointTensor, ...]:
-    """Every parameter and persistent buffer as the model's checkpoint has it, in the model's order. Tied ones once.
+    """Returns every parameter and persistent buffer as in the model's checkpoint, in the model's order. Tied ones once.
 
-    InputError for a model whose `save_pretrained` computes what it writes. Reads no weights; the same on all ranks.
+    InputError for a model whose `save_pretrained` computes tensors. Reads no weights. Equal on all ranks.
     """
     return as_saved(model, dict(_named_tensors(model)))
 
 
 def as_saved(model: torch.nn.Module, held: Mapping[str, torch.Tensor]) -> tuple[CheckpointTensor, ...]:
-    """The tensors of a model, by the names that it has for them, as its `save_pretrained` would write them."""
+    """Returns the tensors that the model's `save_pretrained` would write, from those that it holds, by its own names.
+
+    InputError when `save_pretrained` computes tensors instead of cutting them from the held ones.
+    """
     if not isinstance(model, PreTrainedModel):
         return tuple(CheckpointTensor(spec_of(name, tensor), tensor) for name, tensor in held.items())
     stand_ins = {name: _stand_in(spec_of(name, tensor)) for name, tensor in held.items()}
@@ -53,8 +56,8 @@ def as_saved(model: torch.nn.Module, held: Mapping[str, torch.Tensor]) -> tuple[
         rank, source = order.get(_storage(part), (-1, ""))
         if rank < 0 or not part.is_contiguous():
             raise InputError(
-                f"save_pretrained of {type(model).__name__} computes {name} from what training holds: weightline "
-                "publishes models whose checkpoint is cut from the held tensors, not rearranged",
+                f"save_pretrained of {type(model).__name__} computes {name} from the held tensors: weightline only "
+                "publishes models whose checkpoint consists of parts of the held tensors",
                 tensor=name,
             )
         spec = TensorSpec(name, dtype_code(part.dtype), tuple(part.shape))
@@ -64,7 +67,7 @@ def as_saved(model: torch.nn.Module, held: Mapping[str, torch.Tensor]) -> tuple[
 
 
 def spec_of(name: str, tensor: Any) -> TensorSpec:
-    """The full tensor's spec, however it is partitioned."""
+    """Returns the spec of the full tensor, partitioned or not. InputError for a dtype that cannot be coded."""
     is_zero3 = hasattr(tensor, "ds_tensor")
     dtype = tensor.ds_tensor.dtype if is_zero3 else tensor.dtype
     shape = tensor.ds_shape if is_zero3 else tensor.shape
@@ -72,7 +75,7 @@ def spec_of(name: str, tensor: Any) -> TensorSpec:
 
 
 def without_wrappers(name: str) -> str:
-    """The checkpoint's name: without what activation checkpointing and compilation put in between."""
+    """Returns a tensor's name without the parts that activation checkpointing and compilation insert."""
     return name.replace("_checkpoint_wrapped_module.", "").replace("_orig_mod.", "")
 
 
@@ -86,17 +89,17 @@ def _named_tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]
 
 
 def _stand_in(spec: TensorSpec) -> torch.Tensor:
-    """A tensor of that shape and dtype without memory: views of it show where they begin."""
+    """Returns a tensor of that shape and dtype without memory. Views of it still have offsets."""
     return torch.empty(spec.shape, dtype=torch_dtype(spec.dtype), device="meta")
 
 
 def _storage(tensor: torch.Tensor) -> int:
-    """Tells storages apart, also those without memory."""
+    """Returns an id of the tensor's storage, which storages without memory have as well."""
     return int(tensor.untyped_storage()._cdata)
 
 
 class _WithoutCopies(TorchFunctionMode):
-    """transformers' conversions, with `contiguous` and `clone` left out: what they cut stays a view."""
+    """Disables `contiguous` and `clone` in transformers' conversions, so that the parts they cut stay views."""
 
     def __torch_function__(
         self,

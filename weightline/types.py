@@ -1,4 +1,4 @@
-"""The types that every room shares: tensors, segments and changes.
+"""The types that all subpackages share: tensors, segments and changes.
 
 Legend: N elements of a segment, K changed elements. Arrays of bits are unsigned integers as wide as the dtype.
 """
@@ -17,7 +17,7 @@ from weightline.dtypes import DTYPES
 BitsArray = npt.NDArray[np.unsignedinteger[Any]]
 PositionArray = npt.NDArray[np.int64]
 
-#: What a tensor may have at most: more is a broken or hostile claim.
+#: Bounds of a tensor's shape. A file that exceeds them is broken or hostile.
 MAX_NDIM = 32
 MAX_ELEMENTS = 1 << 56
 
@@ -45,7 +45,7 @@ class TensorSpec:
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """The half-open range [start, start + length) of a tensor flattened row-major: what one rank holds of it."""
+    """The half-open range [start, start + length) of a tensor flattened row-major, such as the part of one rank."""
 
     tensor: TensorSpec
     start: int

@@ -262,7 +262,7 @@ def test_a_key_is_checked_before_it_is_used(key: Path, tmp_path: Path, monkeypat
     copy = tmp_path / "copy"
     copy.write_bytes(key.read_bytes())
     copy.chmod(0o644)
-    with pytest.raises(InputError, match="open to others"):
+    with pytest.raises(InputError, match="other users can access"):
         load_signer(copy)
     with pytest.raises(InputError, match="holds no private key"):
         load_signer(_private(tmp_path / "text", b"no key"))

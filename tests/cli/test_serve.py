@@ -76,7 +76,7 @@ def test_a_replica_can_be_told_to_move_only_when_told(told: list[ServerSettings]
     _serve("--state-dir", str(tmp_path), "--every", "0")
     assert told == [replace(ServerSettings(CHAIN, tmp_path), follow_seconds=None)]
     assert told[0].following is None
-    with pytest.raises(InputError, match="never looks at 'serving'"):
+    with pytest.raises(InputError, match="never reads the ref 'serving'"):
         _serve("--state-dir", str(tmp_path), "--every", "0", "--ref", "serving")
 
 

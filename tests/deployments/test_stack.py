@@ -158,7 +158,7 @@ def test_a_run_that_is_interrupted_leaves_no_process(tmp_path: Path, flows: Star
     _, err = run.communicate(timeout=PATIENCE_SECONDS)
     assert run.returncode == (130 if how is signal.SIGINT else -how)
     if how is signal.SIGINT:
-        assert err.strip().splitlines()[-1] == "interrupted: everything was ended"
+        assert err.strip().splitlines()[-1] == "interrupted: all processes were ended"
     wait_until(
         lambda: not any(p.is_alive() for p in record.processes.values()) and not any(m.is_running() for m in members)
     )

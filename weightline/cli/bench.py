@@ -1,4 +1,4 @@
-"""weightline bench codec | peers A B, and plan-cluster: what your own checkpoints, or a cluster, would cost."""
+"""weightline bench codec | peers A B, and plan-cluster: measure or estimate the costs of checkpoints and clusters."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from weightline.cli.output import DEFAULT_CODING, Coding, Json, emit, percent, size, table
+from weightline.cli.output import DEFAULT_CODING, Coding, Json, emit, percent, table
 from weightline.errors import InputError
+from weightline.lineage.text import format_nbytes
 
 if TYPE_CHECKING:
     from weightline.chain.files.source import FolderSource
@@ -23,13 +24,14 @@ State = Annotated[Path, typer.Argument(help="A .safetensors file, or a checkpoin
 
 @app.command()
 def codec(a: State, b: State, as_json: Json = False) -> None:
-    """Every coding on the step from state A to state B: bytes and seconds, one thread."""
+    """Measure every coding on the step from state A to state B: bytes and seconds, on one thread."""
     from weightline.bench.codings import bench_codings
 
     results = bench_codings(_pairs(a, b))
     header = ("coding", "changed", "bytes", "B/changed", "capture", "encode", "decode", "apply", "memcmp", "exact")
     rows = [
-        (r.coding, percent(r.num_changed, r.num_elements), size(r.payload_nbytes), f"{r.bytes_per_changed:.3f}",
+        (r.coding, percent(r.num_changed, r.num_elements), format_nbytes(r.payload_nbytes),
+         f"{r.bytes_per_changed:.3f}",
          *(f"{1000 * s:.1f} ms" for s in (r.capture_seconds, r.encode_seconds, r.decode_seconds, r.apply_seconds,
                                           r.memcmp_seconds)), r.exact)
         for r in results
@@ -41,7 +43,7 @@ def codec(a: State, b: State, as_json: Json = False) -> None:
 
 @app.command()
 def peers(a: State, b: State, as_json: Json = False) -> None:
-    """The same step in the published layouts of other systems, beside ours. Each is decoded again."""
+    """Measure the same step in the published layouts of other systems and in ours. Each result is decoded again."""
     from weightline.bench.codings import bench_codings
     from weightline.bench.peers import bench_peers
 
@@ -49,7 +51,8 @@ def peers(a: State, b: State, as_json: Json = False) -> None:
     theirs, ours = bench_peers(pairs), bench_codings(pairs, repeats=1)
     named = [(r.system, r.layout, r) for r in theirs] + [("weightline", r.coding, r) for r in ours]
     rows = [
-        (system, layout, size(r.payload_nbytes), f"{r.bytes_per_changed:.3f}", r.exact) for system, layout, r in named
+        (system, layout, format_nbytes(r.payload_nbytes), f"{r.bytes_per_changed:.3f}", r.exact)
+        for system, layout, r in named
     ]
     emit(
         {"peers": [asdict(r) for r in theirs], "codings": [asdict(r) for r in ours]},
@@ -61,16 +64,14 @@ def peers(a: State, b: State, as_json: Json = False) -> None:
 
 
 def _pairs(a: Path, b: Path) -> list[tuple[TensorSpec, BitsArray, BitsArray]]:
-    """The tensors of both states, paired. InputError when they are not states of one model."""
+    """Returns (spec, bits in A, bits in B) of every tensor. InputError when they are not states of one model."""
     from weightline.chain.files.source import FolderSource
 
     old, new = FolderSource(a), FolderSource(b)
     differing = set(old.specs.items()) ^ set(new.specs.items())
     if differing:
         name = min(name for name, _ in differing)
-        raise InputError(
-            f"{a} and {b} are no two states of one model: tensor {name} differs or is missing", tensor=name
-        )
+        raise InputError(f"{a} and {b} are not states of one model: tensor {name} differs or is missing", tensor=name)
     return list(_read_pairs(old, new))
 
 
@@ -99,7 +100,7 @@ def plan_cluster(
     commit_seconds: Annotated[float, typer.Option(help="Gathering the ranks' facts and the create-only put.")] = 0.3,
     as_json: Json = False,
 ) -> None:
-    """Compute what a sync would cost; docs/performance.md says how the model was checked, and where rates come from."""
+    """Estimate the cost of a sync. docs/performance.md describes the sources of the rates and their checks."""
     from weightline.bench.cluster import Cluster, plan_cluster
 
     cluster = Cluster(
@@ -117,7 +118,7 @@ def plan_cluster(
 
 def _readable(name: str, value: float) -> str:
     if "nbytes" in name:
-        return size(value)
+        return format_nbytes(value)
     if name.endswith("_seconds"):
         return f"{value:.3f} s"
     return f"{value:.4f}"

@@ -1,4 +1,4 @@
-"""The `weightline` command. Verbs import the engine when they run, so that every help text takes a moment only."""
+"""The `weightline` command. Subcommands import their modules when they run, so that help texts are fast."""
 
 from __future__ import annotations
 
@@ -51,9 +51,9 @@ def _options(
 
 
 def main() -> None:
-    """Runs the command line. A WeightlineError or OSError is one line on stderr and exit code 1; wrong usage is 2.
+    """Runs the command line. A WeightlineError or OSError gives one line on stderr and exit code 1; wrong usage 2.
 
-    SIGTERM leaves through the `finally`s too, which remove temporary files: exit code 143.
+    SIGTERM runs the `finally` blocks, which remove temporary files, and gives exit code 143.
     """
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:

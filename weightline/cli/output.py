@@ -1,4 +1,4 @@
-"""What verbs share: options of one meaning, text for people or one JSON document for programs, a bar, an error line."""
+"""Shared parts of all commands: common options, output as text or as one JSON document, progress bars, error lines."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ Bucket = Annotated[
     str, typer.Argument(metavar="BUCKET", help="URL that names a chain, as in file:///data/bucket/model.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document instead of text.")]
-Coding = Annotated[str, typer.Option(help="How payloads are coded: gap or gap-by-magnitude.")]
-#: That of weightline.chain.write.standalone, which is not imported for a help text.
+Coding = Annotated[str, typer.Option(help="Coding of payloads: gap or gap-by-magnitude.")]
+#: Equals that of weightline.chain.write.standalone, which a help text shall not import.
 DEFAULT_CODING = "gap-by-magnitude"
 
 
 def emit(document: dict[str, Any], text: Iterable[str], *, as_json: bool) -> None:
-    """Prints the document, or the lines."""
+    """Prints the document as JSON, or the lines of text."""
     if as_json:
         typer.echo(json.dumps(document, indent=1, default=str))
     else:
@@ -31,7 +31,7 @@ def emit(document: dict[str, Any], text: Iterable[str], *, as_json: bool) -> Non
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:
-    """Returns lines with aligned columns, numbers to the right."""
+    """Returns lines with aligned columns. Columns of numbers are aligned to the right."""
     cells = [[str(cell) for cell in row] for row in rows]
     widths = [max(len(row[i]) for row in [list(header), *cells]) for i in range(len(header))]
     right = [bool(cells) and all(row[i][:1].isdigit() or row[i] == "-" for row in cells) for i in range(len(header))]
@@ -43,24 +43,15 @@ def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:
     return [line(header), *(line(row) for row in cells)]
 
 
-def size(nbytes: float) -> str:
-    """Formats a number of bytes with a unit, as in 1.2 MB."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if nbytes < 1000:
-            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
-        nbytes /= 1000
-    return f"{nbytes:.1f} TB"
-
-
 def percent(part: int, whole: int) -> str:
     """Formats a share as in 1.234 %."""
     return f"{100 * part / whole:.3f} %" if whole else "-"
 
 
 def fail(error: WeightlineError | OSError) -> NoReturn:
-    """Prints what was wrong to stderr, with its stable kind, and ends with exit code 1.
+    """Prints the error with its stable kind to stderr, and exits with code 1.
 
-    An OSError is what a local folder answered: a full disk, a missing permission. Its kind is `os`.
+    An OSError comes from a local folder: a full disk, a missing permission. Its kind is `os`.
     """
     kind, facts = ("os", {}) if isinstance(error, OSError) else (error.kind, error.facts)
     if "--json" in sys.argv:
@@ -73,9 +64,9 @@ def fail(error: WeightlineError | OSError) -> NoReturn:
 
 @contextmanager
 def transferring(what: str, total_nbytes: Callable[[], int] | None = None) -> Iterator[None]:
-    """Shows a bar of the bytes that move to or from any bucket until the block ends.
+    """Shows a progress bar of all bytes transferred to or from buckets during the block.
 
-    Shows nothing where standard error is no terminal. `total_nbytes` is called only when the bar is shown.
+    Shows nothing when standard error is not a terminal. `total_nbytes` is called only when the bar is shown.
     """
     if not sys.stderr.isatty():
         yield

@@ -1,4 +1,4 @@
-"""weightline log | show | diff | plan | pull: what a chain holds, and a version as a checkpoint folder."""
+"""weightline log | show | diff | plan | pull: inspect a chain, and write a version as a checkpoint folder."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from weightline.cli.output import Bucket, Json, emit, percent, size, table, transferring
+from weightline.cli.output import Bucket, Json, emit, percent, table, transferring
+from weightline.lineage.text import format_nbytes
 
 if TYPE_CHECKING:
     from weightline.format.manifest import Manifest
@@ -26,8 +27,8 @@ def log(
     versions = chain.versions()[-limit:]
     manifests = [chain.manifest(version) for version in reversed(versions)]
     rows = [
-        (m.version, m.kind, m.stage, m.global_step, percent(m.num_changed, m.num_elements), size(m.payload_nbytes),
-         percent(m.payload_nbytes, m.full_nbytes), m.created_at)
+        (m.version, m.kind, m.stage, m.global_step, percent(m.num_changed, m.num_elements),
+         format_nbytes(m.payload_nbytes), percent(m.payload_nbytes, m.full_nbytes), m.created_at)
         for m in manifests
     ]  # fmt: skip
     header = ("version", "kind", "stage", "step", "changed", "bytes", "of full", "committed")
@@ -62,7 +63,10 @@ def show(
         f"{'changed':<15} {percent(manifest.num_changed, manifest.num_elements)}",
         f"{'refs':<15} {', '.join(refs)}",
     ]
-    lines += ["", *table(("payload", "rank", "bytes"), [(p.key, p.rank, size(p.nbytes)) for p in manifest.payloads])]
+    lines += [
+        "",
+        *table(("payload", "rank", "bytes"), [(p.key, p.rank, format_nbytes(p.nbytes)) for p in manifest.payloads]),
+    ]
     tensors = [(n, t.dtype, "x".join(map(str, t.shape)) or "scalar", t.digest) for n, t in manifest.tensors.items()]
     lines += ["", *table(("tensor", "dtype", "shape", "digest"), tensors)]
     lines += [f"{kind}: {record}" for kind, found in records.items() for record in found]
@@ -95,11 +99,11 @@ def diff(
 
 def plan(
     bucket: Bucket,
-    start: Annotated[str, typer.Option("--from", help="The version at hand; 'nothing' for a late joiner.")] = "nothing",
-    to: Annotated[str, typer.Option("--to", help="The version that is wanted.")] = "tip",
+    start: Annotated[str, typer.Option("--from", help="The reader's version; 'nothing' for a new reader.")] = "nothing",
+    to: Annotated[str, typer.Option("--to", help="The wanted version.")] = "tip",
     as_json: Json = False,
 ) -> None:
-    """Print the cheapest way from one version to another, backwards too. Fetches no payload."""
+    """Print the cheapest path from one version to another, forward or backward. Fetches no payload."""
     from weightline.chain import open_chain
     from weightline.chain.read.refs import resolve
     from weightline.chain.replay.plan import plan_between
@@ -123,12 +127,12 @@ def plan(
             "nothing" if hop.start is None else hop.start,
             hop.target,
             len(hop.payloads),
-            size(hop.payload_nbytes),
+            format_nbytes(hop.payload_nbytes),
             "backward" if hop.is_backward else "shortcut" if hop.is_shortcut else "",
         )
         for hop in found.hops
     ]
-    total = f"{len(hops)} hops, {found.num_objects} objects, {size(found.payload_nbytes)}"
+    total = f"{len(hops)} hops, {found.num_objects} objects, {format_nbytes(found.payload_nbytes)}"
     emit(document, [*table(("from", "to", "objects", "bytes", ""), rows), total], as_json=as_json)
 
 

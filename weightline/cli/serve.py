@@ -1,4 +1,4 @@
-"""weightline serve vllm | transformers | sglang --follow BUCKET, and dashboard BUCKET...: a chain for others to ask."""
+"""weightline serve vllm | transformers | sglang --follow BUCKET, and dashboard BUCKET...: servers for chains."""
 
 from __future__ import annotations
 
@@ -16,35 +16,36 @@ from weightline.extras import check_installed, requires
 app = typer.Typer(help="Serve a chain: move to each version in place, and back.", no_args_is_help=True)
 
 Follow = Annotated[str, typer.Option(metavar="BUCKET", help="URL of the chain to serve.")]
-StateDir = Annotated[
-    Path | None, typer.Option(help="Folder for the mark and the token; ./.weightline/NAME unless named.")
-]
+StateDir = Annotated[Path | None, typer.Option(help="Folder for the mark and the token. Default: ./.weightline/NAME.")]
 Name = Annotated[str, typer.Option(help="Name of this replica in leases and records.")]
-Host = Annotated[str, typer.Option(help="Another than a loopback address needs a token that you chose.")]
+Host = Annotated[str, typer.Option(help="Address to listen on. Any but a loopback address needs a chosen token.")]
 Port = Annotated[
-    int, typer.Option(min=0, max=65535, help="0 takes a free one, told by address.json in the state folder.")
+    int, typer.Option(min=0, max=65535, help="0 takes a free port; address.json in the state folder names it.")
 ]
 Every = Annotated[
-    float, typer.Option(min=0, metavar="SECONDS", help="Look for new versions that often; 0: move when told.")
+    float, typer.Option(min=0, metavar="SECONDS", help="Interval of looking for new versions; 0: move on request only.")
 ]
 Ref = Annotated[
     str | None,
-    typer.Option(metavar="NAME", help="Follow only what this ref stands for; serving: what passed its gate."),
+    typer.Option(
+        metavar="NAME", help="Follow this ref. The ref serving names the newest version that passed its gate."
+    ),
 ]
-Drain = Annotated[float, typer.Option(min=0, metavar="SECONDS", help="Longest wait for requests under way.")]
-Lease = Annotated[float, typer.Option(metavar="SECONDS", help="How long others take this replica for alive.")]
-Advertise = Annotated[str | None, typer.Option(metavar="URL", help="Where others reach this replica.")]
+Drain = Annotated[float, typer.Option(min=0, metavar="SECONDS", help="Longest wait of a refresh for running requests.")]
+Lease = Annotated[float, typer.Option(metavar="SECONDS", help="Time for which the replica's lease is valid.")]
+Advertise = Annotated[str | None, typer.Option(metavar="URL", help="URL at which others reach this replica.")]
 Keys = Annotated[
     Path | None, typer.Option(metavar="KEYFILE", help="Serve only versions that one of these keys signed.")
 ]
-Device = Annotated[str | None, typer.Option(help="torch device; cuda where there is one, else cpu.")]
+Device = Annotated[str | None, typer.Option(help="torch device. Default: cuda if available, else cpu.")]
 
 
 @app.command(name="vllm", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def vllm(
     context: typer.Context,
     model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="Name in requests; a folder also gives what the chain lacks.")
+        str,
+        typer.Argument(metavar="MODEL", help="Name in requests. A folder also provides files that the chain lacks."),
     ],
     follow: Follow,
     state_dir: StateDir = None,
@@ -91,7 +92,7 @@ def transformers(
     from weightline.serving.http.server import ServerSettings, serve
 
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    # uvicorn raises the signal that ended it again: leave by way of the `finally`s, and in order.
+    # uvicorn raises the signal that ended it again. These handlers make it run the `finally` blocks and exit with 0.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: sys.exit(0))
     settings = ServerSettings(
@@ -111,7 +112,7 @@ def sglang(
     full: Annotated[bool, typer.Option("--full", help="Publish every version as a plain checkpoint.")] = False,
     require_signature: Keys = None,
 ) -> None:
-    """Publish each version as the folder that SGLang's /pull_weights reads; with --every 0, up to the tip, then end."""
+    """Publish each version as a folder for SGLang's /pull_weights. With --every 0, publish up to the tip and exit."""
     from weightline.chain import open_chain
     from weightline.format.signature import load_trusted_keys
     from weightline.serving.replica.following import Following
@@ -136,7 +137,7 @@ def dashboard(
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 4300,
     prefect_ui: Annotated[str | None, typer.Option(help="URL of a Prefect UI: runs link to it.")] = None,
 ) -> None:
-    """Show chains as a graph with curves, versions and comparisons. Reads the buckets and nothing else."""
+    """Show chains as a graph with curves, versions and comparisons. Reads only the buckets."""
     from weightline.dashboard.buckets import find_chains
 
     check_installed("dashboard")
@@ -149,10 +150,10 @@ def dashboard(
 
 
 def _follow_seconds(every: float, ref: str | None) -> float | None:
-    """None: move when told. InputError for a ref that nothing would look at."""
+    """Returns the interval; None to move on request only. InputError for a ref without an interval."""
     if not every and ref is not None:
         raise InputError(
-            f"--every 0 moves when told and never looks at {ref!r}: leave out --ref or --every", field="ref"
+            f"--every 0 moves on request only and never reads the ref {ref!r}: leave out --ref or --every", field="ref"
         )
     return every or None
 

@@ -1,4 +1,4 @@
-"""weightline run | up | down | deploy: whole pipelines under Prefect, on one machine or for a server that is there."""
+"""weightline run | up | down | deploy: pipelines under Prefect, on one machine or on an existing server."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def run(
 ) -> None:
     """Train a recipe's stages, evaluate and serve every version, and print a summary.
 
-    Exit code 0 when all of it succeeded, 1 when it failed, 2 for wrong usage, 130 when it was interrupted.
+    Exit code 0 when all of it succeeded, 1 after a failure, 2 for wrong usage, 130 after an interrupt.
     """
     if recipe is not None and recipe_option is not None:
         raise typer.BadParameter("name the recipe once: as the argument or with --recipe", param_hint="RECIPE")
@@ -91,21 +91,21 @@ def deploy(runs_dir: RunsDir = Path("runs")) -> None:
 
 @contextmanager
 def _stack_errors() -> Iterator[None]:
-    """Treats SIGTERM as Ctrl-C, which ends with exit code 130, and a refusal of the Prefect server as a LaunchError."""
+    """Treats SIGTERM as Ctrl-C, which gives exit code 130, and an error of the Prefect server as a LaunchError."""
     import httpx
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
     except KeyboardInterrupt:
-        typer.echo("interrupted: everything was ended", err=True)
+        typer.echo("interrupted: all processes were ended", err=True)
         raise typer.Exit(INTERRUPTED) from None
     except httpx.HTTPError as error:
-        raise LaunchError(f"the Prefect server did not do what was asked: {error}") from error
+        raise LaunchError(f"a request to the Prefect server failed: {error}") from error
 
 
 def _console() -> Console:
-    """The terminal. Where standard output is a file or a pipe, lines may be longer than a terminal is wide."""
+    """Returns the terminal's console. For a file or a pipe, lines may have up to 160 characters."""
     from rich.console import Console
 
     return Console(width=None if sys.stdout.isatty() else 160)

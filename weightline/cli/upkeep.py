@@ -1,4 +1,4 @@
-"""weightline compact | expire | gc | verify: short ways into a chain, its history and garbage, and its proof."""
+"""weightline compact | expire | gc | verify: maintain a chain and check it."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from typing import Annotated
 
 import typer
 
-from weightline.cli.output import DEFAULT_CODING, Bucket, Coding, Json, emit, size, table
+from weightline.cli.output import DEFAULT_CODING, Bucket, Coding, Json, emit, table
 from weightline.errors import ChainEmptyError
+from weightline.lineage.text import format_nbytes
 
 
 def compact(
@@ -19,7 +20,7 @@ def compact(
     coding: Coding = DEFAULT_CODING,
     as_json: Json = False,
 ) -> None:
-    """Write shortcuts to the tip, and an anchor, where readers would otherwise pay more."""
+    """Write shortcuts to the tip, and an anchor, when they save readers enough bytes or time."""
     from weightline.chain import open_chain
     from weightline.chain.upkeep.compact import plan_compaction, write_compaction
 
@@ -31,7 +32,8 @@ def compact(
         "shortcuts": [s.model_dump(exclude={"payloads"}) for s in written],
     }  # fmt: skip
     rows = [
-        ("nothing" if s.base_version is None else s.base_version, s.version, size(s.payload_nbytes)) for s in written
+        ("nothing" if s.base_version is None else s.base_version, s.version, format_nbytes(s.payload_nbytes))
+        for s in written
     ]
     anchor = " and an anchor" if plan.writes_anchor else ""
     summary = f"{len(plan.bases)} shortcuts{anchor} to version {plan.tip} {'would be ' if dry_run else ''}written"
@@ -43,7 +45,7 @@ def expire(
     before: Annotated[str, typer.Option(help="Keep this version and later ones: a number or a ref.")],
     as_json: Json = False,
 ) -> None:
-    """Move the horizon: versions before it may be collected by gc. Refs and replicas keep what they stand for."""
+    """Move the horizon: gc may delete the versions before it, except those that refs or live replicas name."""
     from weightline.chain import open_chain
     from weightline.chain.read.refs import oldest_kept, resolve
     from weightline.chain.upkeep.retention import expire_before
@@ -57,8 +59,8 @@ def expire(
 
 def gc(
     bucket: Bucket,
-    delete: Annotated[bool, typer.Option("--delete", help="Delete; without it, only say what would go.")] = False,
-    grace_hours: Annotated[float, typer.Option(min=0.0, help="Leave objects younger than this alone.")] = 24.0,
+    delete: Annotated[bool, typer.Option("--delete", help="Delete. Without it, only list the objects.")] = False,
+    grace_hours: Annotated[float, typer.Option(min=0.0, help="Keep objects younger than this.")] = 24.0,
     as_json: Json = False,
 ) -> None:
     """Delete objects that no kept version, ref or live replica can reach."""
@@ -75,19 +77,21 @@ def gc(
         "keys": [info.key for info in plan.objects],
     }  # fmt: skip
     verb = "deleted" if delete else "would be deleted (add --delete)"
-    lines = [f"{info.key}  {size(info.nbytes)}" for info in plan.objects]
-    emit(document, [*lines, f"{len(plan.objects)} objects, {size(plan.nbytes)} {verb}"], as_json=as_json)
+    lines = [f"{info.key}  {format_nbytes(info.nbytes)}" for info in plan.objects]
+    emit(document, [*lines, f"{len(plan.objects)} objects, {format_nbytes(plan.nbytes)} {verb}"], as_json=as_json)
 
 
 def verify(
     bucket: Bucket,
-    quick: Annotated[bool, typer.Option("--quick", help="Look at manifests and object sizes; replay nothing.")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Check manifests and object sizes only; replay nothing.")
+    ] = False,
     require_signature: Annotated[
         Path | None, typer.Option(metavar="KEYFILE", help="Every manifest and shortcut must be signed by one of these.")
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Check manifests, objects, digests and every way into every version; signatures when a key is given."""
+    """Check manifests, objects and digests, and replay every version. Checks signatures when a key is given."""
     from weightline.chain import open_chain
     from weightline.chain.upkeep.verify import verify_chain
     from weightline.format.signature import load_trusted_keys
@@ -95,11 +99,11 @@ def verify(
     chain = open_chain(bucket, None if require_signature is None else load_trusted_keys(require_signature))
     report = verify_chain(chain, is_deep=not quick)
     if report.num_versions == 0 and report.holds:
-        raise ChainEmptyError(f"{chain.url} holds no version: is the URL right?", chain=chain.url)
+        raise ChainEmptyError(f"{chain.url} holds no version: check the URL", chain=chain.url)
     verdict = "all holds" if report.holds else f"{len(report.findings)} findings"
     counts = f"{report.num_versions} versions, {report.num_shortcuts} shortcuts, {report.num_objects} objects"
-    looked = f"{counts}, commit mode {report.commit_mode}"
+    extent = f"{counts}, commit mode {report.commit_mode}"
     lines = [f"{f.rule}: {f.subject}: {f.message}" for f in report.findings]
-    emit(asdict(report) | {"holds": report.holds}, [*lines, f"{looked}: {verdict}"], as_json=as_json)
+    emit(asdict(report) | {"holds": report.holds}, [*lines, f"{extent}: {verdict}"], as_json=as_json)
     if not report.holds:
         raise typer.Exit(1)

@@ -1,4 +1,4 @@
-"""weightline commit | revert | fork | tag | keygen | sign: new versions, names for them, and signatures."""
+"""weightline commit | revert | fork | tag | keygen | sign: create versions, name them and sign them."""
 
 from __future__ import annotations
 
@@ -7,16 +7,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from weightline.cli.output import DEFAULT_CODING, Bucket, Coding, Json, emit, percent, size, table, transferring
+from weightline.cli.output import DEFAULT_CODING, Bucket, Coding, Json, emit, percent, table, transferring
 from weightline.cli.read import summary
 from weightline.errors import ChainEmptyError, CorruptError
+from weightline.lineage.text import format_nbytes
 
 if TYPE_CHECKING:
     from weightline.format.manifest import Manifest
 
 _UNTIED = (
-    "warning: the adapter's base model is not here, so the version is tied to none, and nothing can tell whether the "
-    "adapter is put on the right one. Name it with --base FOLDER"
+    "warning: the adapter's base model is not on this host, so the version records none, and readers cannot check that "
+    "they use the right one. Name it with --base FOLDER"
 )
 
 
@@ -30,8 +31,8 @@ def commit(
 ) -> None:
     """Commit a checkpoint folder as the chain's next version (the first becomes an anchor).
 
-    Its weights are what its index names, else model.safetensors (an adapter's: adapter_model.safetensors). A folder
-    that lacks a part, or that loaders would read in two ways, is refused.
+    Its weights are the files that its index names, else model.safetensors (for an adapter: adapter_model.safetensors).
+    A folder that lacks a file, or whose files are ambiguous, is refused.
     """
     from weightline.chain import open_chain
     from weightline.chain.files.assets import is_adapter
@@ -45,9 +46,9 @@ def commit(
 
 
 def _report(manifest: Manifest, as_json: bool) -> None:
-    """Prints what was committed."""
+    """Prints the committed version."""
     changed = percent(manifest.num_changed, manifest.num_elements)
-    nbytes = f"{size(manifest.payload_nbytes)} of {size(manifest.full_nbytes)}"
+    nbytes = f"{format_nbytes(manifest.payload_nbytes)} of {format_nbytes(manifest.full_nbytes)}"
     line = f"version {manifest.version} ({manifest.kind}): {changed} changed, {nbytes}"
     emit(summary(manifest), [line], as_json=as_json)
 
@@ -57,7 +58,7 @@ def revert(
     version: Annotated[str, typer.Argument(help="The version to go back to: a number or a ref.")],
     as_json: Json = False,
 ) -> None:
-    """Commit a version whose bits equal those of an earlier one, made from the chain alone."""
+    """Commit a new version whose bits equal those of an earlier one."""
     from weightline.chain import open_chain
     from weightline.chain.read.refs import resolve
     from weightline.chain.write.standalone import commit_revert
@@ -83,12 +84,14 @@ def fork(
 
 def tag(
     bucket: Bucket,
-    name: Annotated[str | None, typer.Argument(help="The name; without it, names are listed.")] = None,
+    name: Annotated[str | None, typer.Argument(help="The name. Without it, names are listed.")] = None,
     version: Annotated[str, typer.Option(help="A number, 'tip', or another name.")] = "tip",
-    move: Annotated[bool, typer.Option("--move", help="A ref that may be moved later, instead of a tag.")] = False,
+    move: Annotated[
+        bool, typer.Option("--move", help="Make a ref, which may be moved later, instead of a tag.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
-    """Name a version, or list the names. A tag never moves; one made with --move may, until it is named without."""
+    """Name a version, or list the names. A tag never moves. A ref (--move) may, until it is named without --move."""
     from weightline.chain import open_chain
     from weightline.chain.read.refs import current_refs, move_ref, resolve
 
@@ -103,10 +106,12 @@ def tag(
 
 
 def keygen(
-    key: Annotated[Path, typer.Argument(metavar="FILE", help="New file for the private key; FILE.pub is the other.")],
+    key: Annotated[
+        Path, typer.Argument(metavar="FILE", help="New file for the private key. The public key goes to FILE.pub.")
+    ],
     as_json: Json = False,
 ) -> None:
-    """Make an ed25519 key pair for signing manifests and shortcuts."""
+    """Create an Ed25519 key pair for signing manifests and shortcuts."""
     from weightline.format.signature import SIGNING_KEY_VARIABLE, TRUSTED_KEYS_VARIABLE, generate_key
 
     key_id = generate_key(key)
@@ -128,7 +133,7 @@ def sign(
     quick: Annotated[bool, typer.Option("--quick", help="Verify manifests and object sizes only.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Verify a chain, then sign every manifest and shortcut in it. Later ones are signed as they are written."""
+    """Verify a chain, then sign every manifest and shortcut in it. Writers sign later ones when they write them."""
     from weightline.chain import Chain
     from weightline.chain.upkeep.verify import verify_chain
     from weightline.chain.write.commit import sign_existing
@@ -138,7 +143,7 @@ def sign(
     signer, store = load_signer(key), open_store(bucket)
     found = verify_chain(Chain(store), is_deep=not quick)
     if found.num_versions == 0:
-        raise ChainEmptyError(f"{store.url} holds no version: is the URL right?", chain=store.url)
+        raise ChainEmptyError(f"{store.url} holds no version: check the URL", chain=store.url)
     if not found.holds:
         first = found.findings[0]
         raise CorruptError(f"{store.url} does not verify, so it is not signed: {first.subject} {first.message}")

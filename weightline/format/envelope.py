@@ -1,7 +1,7 @@
-"""The outside of a payload: a safetensors file of two byte tensors, `chunks` and `table`, written in one pass.
+"""The container of a payload: a safetensors file of two byte tensors, `chunks` and `table`, written in one pass.
 
-The header has a fixed length and is written twice: blank at the start, then, when the sizes are known, for good. A file
-whose writing was cut off therefore starts with spaces and is refused.
+The header has a fixed length and is written twice: blank at the start, and with its content when the sizes are known.
+An incomplete file therefore starts with spaces, and readers refuse it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import BinaryIO
 from weightline.errors import InputError, PayloadError
 from weightline.files import sha256_of
 
-#: With the eight bytes of its length, 256: room for payloads of any size.
+#: With the eight bytes of its length, the header has 256 bytes, which suffices for payloads of up to 10**14 bytes.
 _HEADER_NBYTES = 248
 _MAX_HEADER_NBYTES = 1 << 16
 #: A file of at most this many bytes after its header is hashed from memory.
@@ -25,7 +25,7 @@ ECHO_NBYTES = 1 << 23
 
 @dataclass(frozen=True, slots=True)
 class Envelope:
-    """Where things lie in a payload file: offsets from the start of the file, and the header's metadata."""
+    """The layout of a payload file: offsets from the start of the file, and the header's metadata."""
 
     metadata: Mapping[str, str]
     chunks_start: int
@@ -34,12 +34,12 @@ class Envelope:
 
 
 def reserve_header(file: BinaryIO) -> None:
-    """Leave room for the header at the start of an empty file."""
+    """Reserves space for the header at the start of an empty file."""
     file.write(b" " * (8 + _HEADER_NBYTES))
 
 
 def write_header(file: BinaryIO, metadata: Mapping[str, str], chunks_nbytes: int, table_nbytes: int) -> bytes:
-    """Fill the reserved room; return what fills it. Raises InputError when sizes beyond 10**14 bytes do not fit."""
+    """Writes the header into the reserved space and returns its bytes. InputError for more than about 10**14 bytes."""
     end = chunks_nbytes + table_nbytes
     entries = {
         "__metadata__": dict(metadata),
@@ -48,7 +48,7 @@ def write_header(file: BinaryIO, metadata: Mapping[str, str], chunks_nbytes: int
     }
     header = json.dumps(entries, separators=(",", ":")).encode().ljust(_HEADER_NBYTES)
     if len(header) > _HEADER_NBYTES:
-        raise InputError(f"a payload of {end} bytes is larger than its header can say", nbytes=end)
+        raise InputError(f"a payload of {end} bytes is too large for its header", nbytes=end)
     header = len(header).to_bytes(8, "little") + header
     file.seek(0)
     file.write(header)
@@ -56,7 +56,7 @@ def write_header(file: BinaryIO, metadata: Mapping[str, str], chunks_nbytes: int
 
 
 def read_envelope(file: BinaryIO, nbytes: int) -> Envelope:
-    """Parse and check the header of a payload of `nbytes`. Raises PayloadError naming the broken rule."""
+    """Parses and checks the header of a payload of `nbytes`. PayloadError names the broken rule."""
     header_nbytes = int.from_bytes(file.read(8), "little")
     if nbytes < 8 or header_nbytes > min(_MAX_HEADER_NBYTES, nbytes - 8):
         raise PayloadError(f"header of {header_nbytes} bytes in a file of {nbytes}", rule="header-length")
@@ -80,14 +80,17 @@ def read_envelope(file: BinaryIO, nbytes: int) -> Envelope:
 
 @dataclass(slots=True)
 class Echo:
-    """What was written after the header, kept while it is little: the hash begins with the header, which comes last."""
+    """Keeps the bytes written after the header, up to a bound.
+
+    The hash of the file begins with the header, which is written last, so small files are hashed from these bytes.
+    """
 
     max_nbytes: int = ECHO_NBYTES
     nbytes: int = 0
     _parts: list[bytes] = field(default_factory=list)
 
     def add(self, *parts: bytes) -> None:
-        """Take note of the next bytes of the file."""
+        """Adds the next bytes of the file."""
         self.nbytes += sum(map(len, parts))
         if self.nbytes <= self.max_nbytes:
             self._parts += parts
@@ -95,7 +98,7 @@ class Echo:
             self._parts.clear()
 
     def sha256_after(self, header: bytes, path: Path) -> str:
-        """Hex sha256 of the header and all that was added, which `path` holds: read again when it is too much."""
+        """Returns the sha256 in hex of the header and all added bytes. Reads `path` when they exceed the bound."""
         if self.nbytes > self.max_nbytes:
             return sha256_of(path)
         digest = hashlib.sha256(header)
@@ -106,7 +109,7 @@ class Echo:
 
 def _without_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
     if len(dict(pairs)) != len(pairs):
-        raise ValueError("a key stands twice")
+        raise ValueError("a key occurs twice")
     return dict(pairs)
 
 

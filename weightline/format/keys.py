@@ -24,73 +24,76 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
 def padded(version: int) -> str:
-    """The version as it stands in keys: 20 digits, so that text order is number order."""
+    """Returns a version as text with 20 digits, so that text order is number order."""
     return f"{version:0{_VERSION_DIGITS}d}"
 
 
 def commit(version: int) -> str:
-    """The manifest of a version. The version exists exactly when this object does."""
+    """Returns the key of a version's manifest. The version exists exactly when this object does."""
     return f"{COMMITS}{padded(version)}.json"
 
 
 def version_of_commit(key: str) -> int | None:
-    """The version that a key announces, or None for a key that is not a commit."""
+    """Returns the version of a manifest's key; None for any other key."""
     digits = key.removeprefix(COMMITS).removesuffix(".json")
     is_commit = key == f"{COMMITS}{digits}.json" and len(digits) == _VERSION_DIGITS and digits.isdigit()
     return int(digits) if is_commit else None
 
 
 def shortcut(base_version: int | None, version: int) -> str:
-    """A second way to reach a version: from another base, or from nothing (an anchor)."""
+    """Returns the key of a shortcut to a version, from another base or from nothing (an anchor)."""
     return f"{SHORTCUTS}{padded(version)}-{'anchor' if base_version is None else padded(base_version)}.json"
 
 
 def ends_of_shortcut(key: str) -> tuple[int | None, int] | None:
-    """(base_version, version) of a shortcut's key, or None for another key."""
+    """Returns (base_version, version) of a shortcut's key; None for any other key."""
     found = _SHORTCUT.fullmatch(key)
     return found and (None if found["base"] == "anchor" else int(found["base"]), int(found["version"]))
 
 
 def payload(version: int, commit_id: str, rank: int) -> str:
-    """One rank's bytes of one attempt to commit a version. The commit_id makes it unique: never overwritten."""
+    """Returns the key of one rank's payload. The commit_id makes it unique to one attempt to commit."""
     return f"{PAYLOADS}{padded(version)}/{commit_id}/rank-{rank:05d}.safetensors"
 
 
 def asset(sha256: str) -> str:
-    """A small file that belongs to the model (config.json, tokenizer), by its content."""
+    """Returns the key of a small file of the model (config.json, tokenizer), by its content."""
     return f"{ASSETS}{sha256}"
 
 
 def record(kind: str, version: int, name: str) -> str:
-    """What happened to a version after its commit: an evaluation, a refresh, an announcement."""
+    """Returns the key of a record about a version after its commit: an evaluation, a refresh, an announcement."""
     return f"{RECORDS}{checked_name(kind)}/{padded(version)}/{checked_name(name)}.json"
 
 
 def lease(replica: str) -> str:
-    """What a replica says of itself, renewed in place for as long as it lives."""
+    """Returns the key of a replica's lease, which is replaced at every renewal."""
     return f"{LEASES}{checked_name(replica)}/lease.json"
 
 
 def signature(subject: str, sha256: str, key_id: str) -> str:
-    """A key's signature of the object `subject`. Keyed by content, so that racing writers do not share a signature."""
+    """Returns the key of a signature of the object `subject`.
+
+    It contains the sha256 of the object, so that racing writers do not share a signature.
+    """
     return f"{SIGNATURES}{subject}/{sha256}-{key_id}.json"
 
 
 def subject_of_signature(key: str) -> str:
-    """The key of the object that a signature is about."""
+    """Returns the key of the object that a signature signs."""
     return key.removeprefix(SIGNATURES).rpartition("/")[0]
 
 
 def ref(name: str, number: int) -> str:
-    """The number-th move of a ref. Refs are append-only, so their history is free."""
+    """Returns the key of a ref's move. Each move is an object of its own, so that the history of a ref is kept."""
     return f"{REFS}{checked_name(name)}/{padded(number)}.json"
 
 
 def checked_name(name: str) -> str:
-    """The name itself, when it may stand in a key; InputError otherwise."""
+    """Returns the name. InputError for a name that is not allowed in a key."""
     if not _NAME.fullmatch(name):
         raise InputError(
-            f"{name!r} cannot stand in an object key: use 1 to 128 letters, digits, '.', '_' or '-', "
+            f"{name!r} cannot be part of an object key: use 1 to 128 letters, digits, '.', '_' or '-', "
             "starting with a letter or digit",
             name=name,
         )

@@ -1,4 +1,4 @@
-"""Where a payload's chunks lie and what they cover. Pure; a table's claims are checked here, before any allocation.
+"""Computes the offsets of a payload's chunks and the elements that they cover. Pure. Checks before any allocation.
 
 Each dtype of a payload has a line: the tiles of all its segments, in the table's order, laid end to end. A chunk is the
 next run of tiles of its dtype's line; its streams are the next bytes of the file.
@@ -15,10 +15,10 @@ from weightline.errors import PayloadError
 from weightline.format.table import MAX_NAME_NBYTES, MAX_SEGMENTS, ChunkEntry
 from weightline.types import Segment, TensorSpec
 
-#: A writer closes a chunk at the first piece that brings it to CHUNK_ELEMENTS elements of which CHUNK_CHANGED changed.
+#: A writer closes a chunk at the first piece with which it has CHUNK_ELEMENTS elements, of which CHUNK_CHANGED changed.
 CHUNK_ELEMENTS = 1 << 23
 CHUNK_CHANGED = 1 << 14
-#: It closes a chunk at this many elements or pieces, too, however few changed.
+#: A writer also closes a chunk at this many elements or pieces, regardless of the number of changes.
 MAX_CHUNK_ELEMENTS = 1 << 28
 MAX_CHUNK_PIECES = 1 << 10
 #: A reader accepts the most changed elements that a writer can put into one chunk.
@@ -29,7 +29,7 @@ MAX_TILES = 1 << 18
 
 @dataclass(frozen=True, slots=True)
 class PlacedChunk:
-    """A chunk: where its streams start in the file, and its pieces with the number of the segment of each."""
+    """A chunk with the offset of its streams in the file, and its pieces with the number of the segment of each."""
 
     entry: ChunkEntry
     offset: int
@@ -38,7 +38,7 @@ class PlacedChunk:
 
 
 def check_segments(segments: Sequence[Segment]) -> None:
-    """PayloadError when there are too many, when two overlap, or when one name stands for two tensors."""
+    """Raises PayloadError for too many segments, for overlapping ones, and for two tensors of one name."""
     if len(segments) > MAX_SEGMENTS or sum(num_tiles(segment) for segment in segments) > MAX_TILES:
         raise PayloadError(f"{len(segments)} segments are more than a payload may have", rule="segment-count")
     tensors: dict[str, TensorSpec] = {}
@@ -46,7 +46,7 @@ def check_segments(segments: Sequence[Segment]) -> None:
         if len(segment.tensor.name.encode(errors="replace")) > MAX_NAME_NBYTES:
             raise PayloadError(f"the name {segment.tensor.name[:50]!r}... is too long", rule="table-name")
         if tensors.setdefault(segment.tensor.name, segment.tensor) != segment.tensor:
-            raise PayloadError(f"{segment.tensor.name!r} stands for two tensors", rule="segment-tensor")
+            raise PayloadError(f"{segment.tensor.name!r} names two tensors", rule="segment-tensor")
     held = sorted((s.tensor.name, s.start, s.stop) for s in segments if s.length)
     for (name, _, stop), (next_name, start, _) in pairwise(held):
         if name == next_name and start < stop:
@@ -56,7 +56,7 @@ def check_segments(segments: Sequence[Segment]) -> None:
 def place_chunks(
     segments: Sequence[Segment], entries: Sequence[ChunkEntry], start: int, end: int
 ) -> dict[str, tuple[PlacedChunk, ...]]:
-    """The chunks of every dtype's line; their streams fill the bytes [start, end). Raises PayloadError."""
+    """Returns the chunks of every dtype's line, whose streams fill the bytes [start, end). PayloadError."""
     check_segments(segments)
     tiles = {dtype: _line(segments, dtype) for dtype in sorted({segment.tensor.dtype for segment in segments})}
     lines: dict[str, list[PlacedChunk]] = {dtype: [] for dtype in tiles}

@@ -1,6 +1,6 @@
-"""The manifest: the immutable JSON object whose existence is a version. SPEC "Manifest".
+"""The manifest: the immutable JSON object that defines a version. SPEC "Manifest".
 
-Bytes become a frozen, validated `Manifest` here and nowhere else; every other room trusts it.
+Only this module parses bytes into a frozen, validated `Manifest`; all other code relies on the validation.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from weightline.types import MAX_ELEMENTS, MAX_NDIM, TensorSpec
 
 FORMAT = "weightline/1"
 
-#: Features of the format that this release reads. A manifest that names another one is refused, never guessed at.
+#: Features of the format that this release reads. A manifest that names any other feature is refused.
 KNOWN_FEATURES = frozenset[str]()
 
 MAX_MANIFEST_NBYTES = 256 * 1024 * 1024
@@ -65,7 +65,7 @@ Key = Annotated[str, Field(min_length=1, max_length=1024), AfterValidator(_key_i
 
 
 class Frozen(BaseModel):
-    """Base of every wire object: unknown fields are refused, types are exact."""
+    """Base class of stored objects: unknown fields are refused, and types are checked strictly."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
@@ -74,7 +74,7 @@ Wire = TypeVar("Wire", bound=Frozen)
 
 
 class StoredObject(Frozen):
-    """An object that a manifest refers to, with what a reader needs to check it."""
+    """An object that a manifest refers to, with the size and hash by which a reader checks it."""
 
     key: Key
     nbytes: Count
@@ -110,17 +110,17 @@ class Origin(Frozen):
 
 
 class AdapterBase(Frozen):
-    """The frozen model that an adapter's versions belong to. Told by its bits, not by its name."""
+    """The frozen model that an adapter's versions belong to. It is identified by its bits, not by its name."""
 
     name_or_path: str
-    """What the writer called it: for people."""
+    """The name or path that the writer used. Informative only."""
     digest: Sha256
     """One hash over the state digests of its tensors; SPEC "Adapters"."""
     num_elements: Count
 
     @classmethod
     def of(cls, name_or_path: str, digests: Mapping[str, str], num_elements: int) -> AdapterBase:
-        """From the state digest of each of the base's tensors, by the names of its own checkpoint."""
+        """Builds it from the state digest of each of the base's tensors, by the names of its own checkpoint."""
         text = json.dumps(sorted(digests.items()), separators=(",", ":"))
         digest = hashlib.sha256(text.encode()).hexdigest()
         return cls(name_or_path=name_or_path, digest=digest, num_elements=num_elements)
@@ -141,14 +141,14 @@ class Manifest(Frozen):
     base_model: AdapterBase | None = None
     """Set when the tensors are an adapter's: the model that they belong to. The same in all later versions."""
     commit_id: Hex128
-    """Random; tells a lost reply from a lost race."""
+    """Random id of the attempt to commit. It distinguishes a lost reply from a lost race."""
     created_at: str
-    """UTC, ISO 8601, the writer's clock: for people, never for ordering."""
+    """UTC time by the writer's clock, ISO 8601. Informative only, never used for ordering."""
     run_id: str
     stage: str
     global_step: Count
     is_milestone: bool = False
-    """The first version, or the last of a stage: always evaluated, never skipped."""
+    """True for the first version and the last of a stage, which are always evaluated."""
     coding: str
     world_size: Annotated[int, Field(ge=1)]
     num_changed: Count
@@ -158,10 +158,10 @@ class Manifest(Frozen):
     """Bytes of the whole state, uncoded."""
     payloads: Annotated[tuple[PayloadRef, ...], Field(strict=False)]
     assets: Annotated[tuple[AssetRef, ...], Field(strict=False)] = ()
-    """Empty: those of the version before."""
+    """The small files of the model. Empty means those of the version before."""
     tensors: dict[str, TensorState]
     metrics: Annotated[dict[str, float], AfterValidator(_finite_only)] = Field(default_factory=dict)
-    """What the trainer logged at this step: loss, reward, ... JSON has no NaN: what is not finite is left out."""
+    """Numbers that the trainer logged at this step: loss, reward, ... Numbers that are not finite are left out."""
     provenance: dict[str, str] = Field(default_factory=dict)
     """Links for people: flow_run_id, host, library versions."""
 
@@ -192,12 +192,12 @@ class Manifest(Frozen):
 
     @property
     def specs(self) -> dict[str, TensorSpec]:
-        """The tensors' specs, by name."""
+        """Returns the tensors' specs, by name."""
         return {name: TensorSpec(name, t.dtype, t.shape) for name, t in self.tensors.items()}
 
     @property
     def digests(self) -> dict[str, str]:
-        """The state digest of every tensor after this version, by name."""
+        """Returns the state digest of every tensor after this version, by name."""
         return {name: tensor.digest for name, tensor in self.tensors.items()}
 
     @property
@@ -205,17 +205,17 @@ class Manifest(Frozen):
         return keys.commit(self.version)
 
     def to_bytes(self) -> bytes:
-        """Deterministic UTF-8 JSON."""
+        """Returns deterministic UTF-8 JSON."""
         return self.model_dump_json(indent=1).encode()
 
     @classmethod
     def from_bytes(cls, raw: bytes) -> Manifest:
-        """Parse and validate. ManifestError names the broken rule; UnsupportedFeatureError says to upgrade."""
+        """Parses and validates. ManifestError names the broken rule; UnsupportedFeatureError asks for an upgrade."""
         return parse_wire(cls, raw, "manifest")
 
 
 def parse_wire(cls: type[Wire], raw: bytes, noun: str) -> Wire:
-    """Bytes to a wire object. ManifestError names the broken rule; UnsupportedFeatureError says to upgrade."""
+    """Parses a stored object. ManifestError names the broken rule; UnsupportedFeatureError asks for an upgrade."""
     if len(raw) > MAX_MANIFEST_NBYTES:
         raise ManifestError(f"a {noun} of {len(raw)} bytes exceeds {MAX_MANIFEST_NBYTES}", rule="size")
     try:
@@ -232,7 +232,7 @@ def parse_wire(cls: type[Wire], raw: bytes, noun: str) -> Wire:
 
 
 def _refuse_unknown_features(document: object) -> None:
-    """Tell 'written by a newer release' from 'broken' before the schema is applied."""
+    """Raises UnsupportedFeatureError for objects of newer releases, before the schema would call them broken."""
     if not isinstance(document, Mapping):
         raise ManifestError("a manifest is not a JSON object", rule="json")
     written_as = document.get("format")
@@ -241,17 +241,17 @@ def _refuse_unknown_features(document: object) -> None:
             raise UnsupportedFeatureError(
                 f"this release reads {FORMAT}, not {written_as}: upgrade weightline", feature=written_as
             )
-        raise ManifestError(f"the object is no weightline manifest (format {written_as!r})", rule="format")
+        raise ManifestError(f"the object is not a weightline manifest (format {written_as!r})", rule="format")
     features = document.get("features", [])
     names = [name for name in features if isinstance(name, str)] if isinstance(features, list) else []
     unknown = [name for name in names if name not in KNOWN_FEATURES]
     if unknown:
         raise UnsupportedFeatureError(
-            f"the manifest needs {unknown[0]!r}, which this release does not know: upgrade weightline",
+            f"the manifest needs {unknown[0]!r}, which this release does not support: upgrade weightline",
             feature=unknown[0],
         )
 
 
 def utc_now() -> str:
-    """This host's clock, UTC, ISO 8601 to the millisecond."""
+    """Returns the UTC time of this host's clock, in ISO 8601 to the millisecond."""
     return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")

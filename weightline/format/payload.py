@@ -40,7 +40,7 @@ PAYLOAD_FORMAT = "1"
 
 @dataclass(frozen=True, slots=True)
 class Payload:
-    """An opened payload: header and table are checked; streams are read when asked for."""
+    """An opened payload. Header and table are checked; streams are read on demand."""
 
     path: Path
     kind: str
@@ -50,11 +50,11 @@ class Payload:
     _lines: Mapping[str, tuple[PlacedChunk, ...]]
 
     def read_changes(self, select: Select | None, base: Base, *, num_threads: int = 1) -> Iterator[Changes]:
-        """The changes of every selected segment (None: all of them), one Changes a segment, in the table's order.
+        """Yields the changes of every selected segment (None: all), one Changes per segment, in the table's order.
 
-        `base` gives a segment's bits before this delta; only selected segments that are not empty are asked for (on
-        worker threads, ahead of what is yielded, when there are several). Whoever applies changes while iterating may
-        write to segments that were yielded. Raises PayloadError; what was yielded before is sound.
+        `base` returns a segment's bits before this delta. It is called for selected segments that are not empty, with
+        several threads on worker threads and ahead of the yielded segments. A caller that applies changes while
+        iterating may write to segments that were yielded. After PayloadError, changes yielded before are valid.
         """
         self._require("delta")
         coding = coding_named(self.coding)
@@ -69,7 +69,7 @@ class Payload:
                     yield _join_changes(segment, list(islice(pieces, num_tiles(segment))))
 
     def read_anchor(self, select: Select | None, *, num_threads: int = 1) -> Iterator[tuple[Segment, BitsArray]]:
-        """The bits of every selected segment (None: all of them), in the table's order. Raises PayloadError."""
+        """Yields the bits of every selected segment (None: all), in the table's order. PayloadError."""
         self._require("anchor")
         with self.path.open("rb") as file:
             lines = {dtype: iter(chunks) for dtype, chunks in self._lines.items()}
@@ -84,7 +84,7 @@ class Payload:
 
 
 def open_payload(path: Path) -> Payload:
-    """Open a payload and check its header and table. Reads no stream. Raises PayloadError, UnsupportedFeatureError."""
+    """Opens a payload and checks its header and table. Reads no stream. PayloadError, UnsupportedFeatureError."""
     with path.open("rb") as file:
         envelope = read_envelope(file, path.stat().st_size)
         kind, coding = _read_metadata(envelope.metadata)
@@ -115,7 +115,10 @@ def _read_metadata(metadata: Mapping[str, str]) -> tuple[str, str]:
 
 
 def _check_tile(chunk: PlacedChunk) -> None:
-    """One stream, with something in it: a tile of nothing would let a few bytes claim any number of elements."""
+    """Raises PayloadError unless an anchor's chunk is one tile in one stream that is not empty.
+
+    With empty streams, a few bytes could claim any number of elements.
+    """
     entry = chunk.entry
     first_nbytes, second_nbytes = entry.stream_nbytes
     if len(chunk.pieces) > 1 or entry.num_changed != entry.num_elements or second_nbytes or not first_nbytes:
@@ -123,7 +126,7 @@ def _check_tile(chunk: PlacedChunk) -> None:
 
 
 class _Bases:
-    """Base bits by segment; remembers the last segment asked for, since a large segment has many pieces."""
+    """The base bits of segments. It keeps the last segment's bits, since a large segment has many pieces."""
 
     def __init__(self, segments: Sequence[Segment], select: Select, base: Base) -> None:
         self._segments = segments

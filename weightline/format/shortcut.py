@@ -1,7 +1,7 @@
-"""A shortcut: a second way to a version, written after its commit. SPEC "Shortcuts".
+"""A shortcut: an additional delta or anchor of a version, written after its commit. SPEC "Shortcuts".
 
-From another base it is a compacted delta; from nothing it is an anchor. It announces no version: a reader that ignores
-shortcuts reaches every version all the same, only by more bytes.
+From another base it is a compacted delta; from nothing it is an anchor. Shortcuts are optional: a reader that ignores
+them reaches every version, with more bytes.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class Shortcut(Frozen):
     version: Count
     base_version: Count | None
     commit_id: Hex128
-    """Of the version's manifest: a shortcut never outlives the state that it leads to."""
+    """The commit_id of the version's manifest. A shortcut to any other commit of the version is invalid."""
     base_commit_id: Hex128 | None
     created_at: str
     coding: str
@@ -45,10 +45,10 @@ class Shortcut(Frozen):
         return keys.shortcut(self.base_version, self.version)
 
     def to_bytes(self) -> bytes:
-        """Deterministic UTF-8 JSON."""
+        """Returns deterministic UTF-8 JSON."""
         return self.model_dump_json(indent=1).encode()
 
     @classmethod
     def from_bytes(cls, raw: bytes) -> Shortcut:
-        """Parse and validate. ManifestError names the broken rule; UnsupportedFeatureError says to upgrade."""
+        """Parses and validates. ManifestError names the broken rule; UnsupportedFeatureError asks for an upgrade."""
         return parse_wire(cls, raw, "shortcut")

@@ -1,6 +1,6 @@
-"""Signatures of manifests and shortcuts: ed25519 over an object's key and exact bytes. SPEC "Signatures".
+"""Signatures of manifests and shortcuts: Ed25519 over an object's key and exact bytes. SPEC "Signatures".
 
-Needs `cryptography` (the extra `sign`), which is imported only when there is something to sign or to check.
+They need `cryptography` (the extra `sign`), which is imported on the first signature or check.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ SIGNATURE_FORMAT = "weightline-signature/1"
 
 _PUBLIC_BLOCK = "-----END PUBLIC KEY-----"
 
-#: Writers: the file of a private key. Every manifest and shortcut that this process writes is signed with it.
+#: Environment variable of writers: the file of a private key that signs every manifest and shortcut of this process.
 SIGNING_KEY_VARIABLE = "WEIGHTLINE_SIGNING_KEY"
 
-#: Readers: a file of public keys. Every chain that this process opens must be signed by one of them.
+#: Environment variable of readers: a file of public keys, one of which must have signed every chain that is opened.
 TRUSTED_KEYS_VARIABLE = "WEIGHTLINE_TRUSTED_KEYS"
 
 
@@ -41,7 +41,7 @@ class Signature(Frozen):
     subject: str
     """The key of the signed object."""
     sha256: Sha256
-    """Of the signed object's bytes."""
+    """The sha256 of the signed object's bytes."""
     key_id: Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
     signature: Annotated[str, Field(pattern=r"^[0-9a-f]{128}$")]
 
@@ -50,24 +50,24 @@ class Signature(Frozen):
         return keys.signature(self.subject, self.sha256, self.key_id)
 
     def to_bytes(self) -> bytes:
-        """Deterministic UTF-8 JSON."""
+        """Returns deterministic UTF-8 JSON."""
         return self.model_dump_json(indent=1).encode()
 
     @classmethod
     def from_bytes(cls, raw: bytes) -> Signature:
-        """Parse and validate. ManifestError names the broken rule."""
+        """Parses and validates. ManifestError names the broken rule."""
         return parse_wire(cls, raw, "signature")
 
 
 @dataclass(frozen=True, slots=True)
 class Signer:
-    """A private key at work."""
+    """Signs objects with a private key."""
 
     key_id: str
     _private: Ed25519PrivateKey
 
     def sign(self, subject: str, body: bytes) -> Signature:
-        """The same for the same key and bytes: ed25519 draws no random numbers."""
+        """Returns the signature of an object. It is deterministic: the same key and bytes give the same signature."""
         signature = self._private.sign(_message(subject, body)).hex()
         digest = hashlib.sha256(body).hexdigest()
         return Signature(subject=subject, sha256=digest, key_id=self.key_id, signature=signature)
@@ -75,7 +75,7 @@ class Signer:
 
 @dataclass(frozen=True, slots=True)
 class TrustedKeys:
-    """Public keys, any of which vouches for an object."""
+    """Public keys. The signature of any one of them suffices."""
 
     _public: tuple[tuple[str, Ed25519PublicKey], ...]
 
@@ -84,7 +84,7 @@ class TrustedKeys:
         return tuple(key_id for key_id, _ in self._public)
 
     def check(self, signature: Signature, subject: str, body: bytes) -> None:
-        """SignatureError unless one of the keys made the signature over exactly this key and these bytes."""
+        """Raises SignatureError unless one of the keys made the signature over exactly this key and these bytes."""
         from cryptography.exceptions import InvalidSignature
 
         public = dict(self._public).get(signature.key_id)
@@ -100,9 +100,9 @@ class TrustedKeys:
 
 
 def generate_key(path: Path) -> str:
-    """Write a new private key (mode 0600) and beside it the public one (`.pub`); return its id.
+    """Writes a new private key (mode 0600) and the public key beside it (`.pub`). Returns the key's id.
 
-    InputError where one of the files is there already: a key is never overwritten.
+    InputError when one of the files exists: a key is never overwritten.
     """
     serialization, ed25519 = _cryptography()
     private = ed25519.Ed25519PrivateKey.generate()
@@ -124,31 +124,31 @@ def generate_key(path: Path) -> str:
 
 
 def load_signer(path: Path) -> Signer:
-    """The private key in a PEM file. InputError where there is none, or where others may read it."""
+    """Returns the signer of a PEM file. InputError when it has no private key, or when other users may read it."""
     serialization, ed25519 = _cryptography()
     pem = _read(path)
     if path.stat().st_mode & 0o077:
-        raise InputError(f"the signing key {path} is open to others: chmod 600 it", path=str(path))
+        raise InputError(f"other users can access the signing key {path}: run chmod 600 on it", path=str(path))
     try:
         private = serialization.load_pem_private_key(pem, password=None)
     except (ValueError, TypeError) as error:
         raise InputError(f"{path} holds no private key without a passphrase: {error}", path=str(path)) from error
     if not isinstance(private, ed25519.Ed25519PrivateKey):
-        raise InputError(f"the key in {path} is not an ed25519 key: make one with weightline keygen", path=str(path))
+        raise InputError(f"the key in {path} is not an Ed25519 key: make one with weightline keygen", path=str(path))
     return Signer(key_id_of(private.public_key()), private)
 
 
 def load_trusted_keys(path: Path) -> TrustedKeys:
-    """The public keys in a PEM file: one, or several one after the other. InputError for a file without any."""
+    """Returns the public keys in a PEM file, one or several. InputError for a file without any."""
     serialization, ed25519 = _cryptography()
     found = []
     for block in _blocks(_read(path)):
         try:
             public = serialization.load_pem_public_key(block)
         except ValueError as error:
-            raise InputError(f"{path} holds something that is no public key: {error}", path=str(path)) from error
+            raise InputError(f"{path} holds text that is not a public key: {error}", path=str(path)) from error
         if not isinstance(public, ed25519.Ed25519PublicKey):
-            raise InputError(f"a key in {path} is not an ed25519 key", path=str(path))
+            raise InputError(f"a key in {path} is not an Ed25519 key: remove it", path=str(path))
         found.append((key_id_of(public), public))
     if not found:
         raise InputError(f"{path} holds no public key (PEM): give the .pub file of weightline keygen", path=str(path))
@@ -156,12 +156,12 @@ def load_trusted_keys(path: Path) -> TrustedKeys:
 
 
 def key_id_of(public: Ed25519PublicKey) -> str:
-    """16 hex digits of the sha256 of the raw public key."""
+    """Returns 16 hex digits of the sha256 of the raw public key."""
     return hashlib.sha256(public.public_bytes_raw()).hexdigest()[:16]
 
 
 def _message(subject: str, body: bytes) -> bytes:
-    """What is signed: the bytes, bound to their place, and of no use as a signature of anything else."""
+    """Returns the signed message: the bytes with the object's key, in a format that no other message has."""
     return f"{SIGNATURE_FORMAT}\n{subject}\n".encode() + body
 
 
@@ -187,12 +187,12 @@ def _cryptography() -> tuple[Any, Any]:
 
 
 def signer_from_environment() -> Signer | None:
-    """The key that this process signs with, if any. InputError when the file that is named cannot be used."""
+    """Returns the signer of this process; None without one. InputError when the named file cannot be used."""
     path = os.environ.get(SIGNING_KEY_VARIABLE)
     return load_signer(Path(path)) if path else None
 
 
 def trusted_from_environment() -> TrustedKeys | None:
-    """The keys that this process demands, if any. InputError when the file that is named cannot be used."""
+    """Returns the trusted keys of this process; None without any. InputError when the named file cannot be used."""
     path = os.environ.get(TRUSTED_KEYS_VARIABLE)
     return load_trusted_keys(Path(path)) if path else None

@@ -1,4 +1,4 @@
-"""The table of a payload: which segments it covers and which chunks hold them. Varints, then raw deflate.
+"""The table of a payload: the segments that it covers and the chunks that hold them, as varints in raw deflate.
 
     table   = deflate( num_segments segment* num_chunks chunk* )
     segment = shared suffix_nbytes suffix dtype ndim dim* is_whole [start length]
@@ -20,7 +20,7 @@ from weightline.dtypes import DTYPES
 from weightline.errors import PayloadError
 from weightline.types import MAX_ELEMENTS, MAX_NDIM, Segment, TensorSpec
 
-#: What a reader accepts: bytes of an inflated table, segments, chunks.
+#: Bounds that a reader accepts: bytes of an inflated table, segments, chunks, bytes of a name.
 MAX_TABLE_NBYTES = 1 << 23
 MAX_SEGMENTS = 1 << 18
 MAX_CHUNKS = 1 << 18
@@ -39,7 +39,7 @@ class ChunkEntry:
 
 
 def pack_table(segments: Sequence[Segment], chunks: Sequence[ChunkEntry]) -> bytes:
-    """The table's bytes."""
+    """Returns the table's bytes."""
     out = bytearray()
     put_numbers(out, len(segments))
     previous = b""
@@ -61,14 +61,14 @@ def pack_table(segments: Sequence[Segment], chunks: Sequence[ChunkEntry]) -> byt
 
 
 def unpack_table(stream: bytes) -> tuple[tuple[Segment, ...], tuple[ChunkEntry, ...]]:
-    """Segments and chunks of a table. Inflates at most MAX_TABLE_NBYTES. Raises PayloadError."""
+    """Returns the segments and chunks of a table. Inflates at most MAX_TABLE_NBYTES. PayloadError for a broken one."""
     inflate = zlib.decompressobj(-15)
     try:
         raw = inflate.decompress(stream, MAX_TABLE_NBYTES)
     except zlib.error as error:
         raise PayloadError(f"the table does not inflate: {error}", rule="table-deflate") from error
     if not inflate.eof or inflate.unused_data:
-        raise PayloadError("the table is cut off, too large, or followed by more", rule="table-deflate")
+        raise PayloadError("the table is truncated, too large, or followed by more bytes", rule="table-deflate")
     reader = NumberReader(raw, "table-number")
     segments: list[Segment] = []
     name = b""
@@ -116,7 +116,7 @@ def _read_chunk(reader: NumberReader) -> ChunkEntry:
 def _name(reader: NumberReader, previous: bytes) -> bytes:
     shared, count = reader.number(), reader.number()
     if shared > len(previous) or count > MAX_NAME_NBYTES:
-        raise PayloadError("a name shares more than there is, or is too long", rule="table-name")
+        raise PayloadError("a name shares more bytes than the previous one has, or is too long", rule="table-name")
     return previous[:shared] + reader.take(count)
 
 

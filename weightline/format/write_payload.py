@@ -33,7 +33,7 @@ from weightline.types import BitsArray, Changes, Segment
 
 @dataclass(frozen=True, slots=True)
 class PayloadInfo:
-    """What was written: facts for the manifest."""
+    """The facts of a written payload, for the manifest."""
 
     nbytes: int
     sha256: str
@@ -45,11 +45,11 @@ class PayloadInfo:
 
 
 def write_delta(path: Path, changes: Iterable[Changes], coding: str = "gap", *, num_threads: int = 1) -> PayloadInfo:
-    """Write a delta's payload, one segment after the other; every segment given is listed, changed or not.
+    """Writes a delta's payload, one segment after the other. Every given segment is listed, changed or not.
 
-    Overwrites `path`; a crash leaves a file that no reader accepts. Safe to repeat: same input, same bytes, whatever
-    the number of threads. Raises UnsupportedFeatureError for an unknown coding, InputError for changes that
-    lack ranks and for segments that overlap.
+    Overwrites `path`; a crash leaves a file that no reader accepts. Safe to repeat: the same input gives the same bytes
+    for any number of threads. UnsupportedFeatureError for an unknown coding; InputError for changes without ranks and
+    for segments that overlap.
     """
     encoder = coding_named(coding)
     with path.open("wb") as file:
@@ -63,7 +63,7 @@ def write_delta(path: Path, changes: Iterable[Changes], coding: str = "gap", *, 
 def write_anchor(
     path: Path, segments: Iterable[tuple[Segment, BitsArray]], *, num_threads: int = 1, echo_nbytes: int = ECHO_NBYTES
 ) -> PayloadInfo:
-    """Write an anchor's payload. Overwrites `path`; a crash leaves a file that no reader accepts. Safe to repeat.
+    """Writes an anchor's payload. Overwrites `path`; a crash leaves a file that no reader accepts. Safe to repeat.
 
     A payload of at most `echo_nbytes` is hashed from memory, a larger one from the file. InputError when an array does
     not have its segment's length and width.
@@ -77,7 +77,7 @@ def write_anchor(
 
 
 def _gather(changes: Iterable[Changes]) -> Iterator[_OpenChunk]:
-    """Pieces gathered into chunks; each dtype has a line of its own."""
+    """Yields the pieces gathered into chunks. Each dtype has a line of its own."""
     open_chunks: dict[str, _OpenChunk] = {}
     for change in changes:
         for piece in cut(change):
@@ -137,7 +137,7 @@ def _encode_tile(tile_bits: tuple[Segment, BitsArray]) -> tuple[bytes, ChunkEntr
 
 @dataclass(slots=True)
 class _Writer:
-    """The file being written, and what its table will say."""
+    """Writes a payload's file, and collects the entries of its table."""
 
     file: BinaryIO
     kind: str
@@ -150,7 +150,7 @@ class _Writer:
         reserve_header(self.file)
 
     def listed(self, changes: Iterable[Changes]) -> Iterator[Changes]:
-        """Enter every segment that passes."""
+        """Adds the segment of every change that passes to the table."""
         for change in changes:
             self.segments.append(change.segment)
             yield change
@@ -178,7 +178,7 @@ class _Writer:
 
 
 def _require_valid(segments: Sequence[Segment]) -> None:
-    """What a reader would refuse, a writer refuses."""
+    """Raises InputError for segments that a reader would refuse."""
     try:
         check_segments(segments)
     except PayloadError as error:

@@ -1,6 +1,6 @@
-"""Numbers for people, and text from manifests made harmless for Markdown and mermaid. Pure.
+"""Formats numbers, and escapes text from manifests for Markdown and mermaid. Pure.
 
-Stage and run names are whatever a writer put into a manifest: they must neither break a table nor become markup.
+Writers of manifests choose stage and run names freely, so names must neither break a table nor become markup.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ _MAX_NAME_LENGTH = 60
 
 
 def escape_mermaid(text: str) -> str:
-    """The text as it may stand inside a quoted mermaid label: every unusual character as a numeric entity."""
+    """Returns the text for use inside a quoted mermaid label: special characters become numeric entities."""
     return "".join(c if _MERMAID_PLAIN.fullmatch(c) else f"#{ord(c)};" for c in shorten(text))
 
 
 def escape_markdown(text: str) -> str:
-    """The text as it may stand in a cell of a Markdown table: no markup, no HTML, no end of cell or line."""
+    """Returns the text for use in a cell of a Markdown table: without markup, HTML, or the end of a cell or line."""
     plain = shorten(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     return _MARKDOWN_SPECIAL.sub(r"\\\1", plain)
 
@@ -34,26 +34,25 @@ def slug(text: str) -> str:
 
 
 def shorten(text: str) -> str:
-    """One line of at most 60 characters."""
+    """Returns the text as one line of at most 60 characters."""
     line = " ".join(text.split())
     return line if len(line) <= _MAX_NAME_LENGTH else line[: _MAX_NAME_LENGTH - 3] + "..."
 
 
-def format_nbytes(nbytes: int) -> str:
-    """51234 -> "51.2 kB". Powers of 1000."""
-    amount = float(nbytes)
+def format_nbytes(nbytes: float) -> str:
+    """Returns a number of bytes with a unit, a power of 1000: 51234 -> "51.2 kB"."""
     for unit in ("B", "kB", "MB", "GB"):
-        if amount < 1000:
-            return f"{amount:.0f} {unit}" if unit == "B" else f"{amount:.1f} {unit}"
-        amount /= 1000
-    return f"{amount:.1f} TB"
+        if nbytes < 1000:
+            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
+        nbytes /= 1000
+    return f"{nbytes:.1f} TB"
 
 
 def format_percent(fraction: float) -> str:
-    """0.00671 -> "0.67 %"."""
+    """Returns a fraction in percent: 0.00671 -> "0.67 %"."""
     return f"{100 * fraction:.2f} %"
 
 
 def format_time(stamp: str | None) -> str:
-    """ "2026-11-24T06:49:36.123Z" -> "06:49:36"."""
+    """Returns the time of day of an ISO 8601 stamp: "2026-11-24T06:49:36.123Z" -> "06:49:36"; "-" without one."""
     return stamp[11:19] if stamp and len(stamp) >= 19 else "-"

@@ -12,11 +12,9 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from weightline.errors import RecipeError
+from weightline.evaluation.task import ARITHMETIC
 
 StageKind = Literal["sft", "dpo", "grpo"]
-
-#: The dataset path that means the built-in data of `weightline.stages.arithmetic`.
-ARITHMETIC = "arithmetic"
 
 
 class FrozenModel(BaseModel):
