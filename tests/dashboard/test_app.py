@@ -137,7 +137,7 @@ def test_an_address_that_cannot_be_had_is_one_clear_error(host: str, tmp_path: P
         port = str(taken.getsockname()[1])
         result = CliRunner().invoke(app, ["dashboard", str(tmp_path), "--host", host, "--port", port])
     assert isinstance(result.exception, InputError)
-    assert f"port: nothing can listen on {host}:{port}" in str(result.exception)
+    assert f"port: cannot listen on {host}:{port}" in str(result.exception)
     assert "http://" not in result.output
 
 

@@ -181,7 +181,7 @@ def test_a_task_of_the_users_own_folder(grown: ModelChain, problems: Path, tmp_p
     assert record["metrics"].keys() == {"acc,none", "perplexity,none"}
     assert record["score"] == record["metrics"]["acc,none"]
     unknown = EvaluationTask("no_such_task", include_path=folder)
-    with pytest.raises(InputError, match="knows no task 'no_such_task'"):
+    with pytest.raises(InputError, match="has no task 'no_such_task'"):
         measure_version(grown.chain, 0, unknown, tmp_path / "work")
 
 

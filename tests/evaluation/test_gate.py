@@ -40,7 +40,7 @@ def test_the_verdict(gate: ScoreGate, score: float, baseline: float | None, says
 def test_what_was_not_measured_does_not_pass_a_gate_that_is_not_open() -> None:
     skipped = {"version": 7, "status": "skipped", "newer_version": 9}
     verdict = judge(ScoreGate(min_score=0.1), skipped, None)
-    assert verdict.reason == "it was not measured: version 9 took its place"
+    assert verdict.reason == "it was not measured, since version 9 replaced it"
     assert judge(ScoreGate(), skipped, None).passed
     assert not judge(ScoreGate(min_score=0.1), {"status": "failed", "score": 1.0}, None).passed
 

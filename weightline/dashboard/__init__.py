@@ -1,1 +1,1 @@
-"""A read-only web app that draws chains from their buckets alone. `weightline dashboard BUCKET...` serves it."""
+"""A read-only web app that shows chains from their buckets alone. `weightline dashboard BUCKET...` serves it."""

@@ -41,7 +41,7 @@ Version = Annotated[int, Query(ge=0)]
 
 
 class HardenMiddleware:
-    """Adds to every answer what keeps a browser from trusting more than our own files."""
+    """Adds security headers to every response, so that browsers load only this app's own files."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -58,7 +58,10 @@ class HardenMiddleware:
 
 
 def make_app(board: Board, *, prefect_ui: str | None = None, hosts: Sequence[str] = ("*",)) -> FastAPI:
-    """The app of a board. prefect_ui: URL of a Prefect UI, to link runs to. hosts: names that it answers to."""
+    """Returns the app of a board.
+
+    `prefect_ui`: URL of a Prefect UI, to which runs link. `hosts`: host names for which requests are answered.
+    """
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -147,16 +150,16 @@ def _add_events(app: FastAPI, board: Board) -> None:
     async def events() -> StreamingResponse:
         """Server-sent events: the generation of every chain, now and after every change."""
 
-        async def told() -> AsyncIterator[str]:
+        async def stream() -> AsyncIterator[str]:
             yield "retry: 2000\n\n"
             async for generations in board.changes():
                 yield f"data: {json.dumps(generations)}\n\n"
 
-        return StreamingResponse(told(), media_type="text/event-stream")
+        return StreamingResponse(stream(), media_type="text/event-stream")
 
 
 def _base_of(index: ChainIndex, manifest: Manifest) -> Manifest | None:
-    """The base version's manifest, where it can still be read."""
+    """Returns the base version's manifest; None when there is none, or it cannot be read any more."""
     if manifest.base_version is None:
         return None
     try:
@@ -166,7 +169,7 @@ def _base_of(index: ChainIndex, manifest: Manifest) -> Manifest | None:
 
 
 def _forks_of(board: Board, origin: ChainIndex) -> dict[int, list[str]]:
-    """By version of `origin`: ids of the chains that start from it."""
+    """Returns, by version of `origin`, the ids of the chains that start from it."""
     found: dict[int, list[str]] = {}
     for identifier, index in list(board.indexes.items()):
         first = index.snapshot.row(0)
@@ -181,7 +184,7 @@ def _error_response(_: Request, error: Exception) -> JSONResponse:
 
 
 def _validation_response(request: Request, error: Exception) -> JSONResponse:
-    """Answers a parameter that FastAPI refuses as any other bad input, with the parameter's name and what is wrong."""
+    """Returns the response to an invalid parameter, in the form of an InputError that names the parameter."""
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
     field = str(first["loc"][-1])

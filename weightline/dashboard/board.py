@@ -1,4 +1,4 @@
-"""All chains of the page, followed in the background, and the word that something changed."""
+"""Follows all chains of the page in the background, and notifies the pages of changes."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ from weightline.errors import NotFoundError, StorageError
 from weightline.store.open import is_remote
 
 POLL_SECONDS = 2.0
-#: How long a bucket that cannot be reached is left alone.
+#: Pause between attempts to read a bucket that cannot be reached.
 _AWAY_SECONDS = 10.0
-#: A look that takes longer, the first or a later one, is told on the page while it goes on.
+#: When the first refresh of a chain takes longer than this, the page reports it meanwhile.
 _SILENT_AT_FIRST_SECONDS = 8.0
+#: The same for later refreshes.
 _SILENT_SECONDS = 30.0
 _DISCOVER_SECONDS = 5.0
 _NUM_FETCHES = 8
@@ -28,7 +29,7 @@ Result = TypeVar("Result")
 
 
 class Board:
-    """Chains by id. `follow` runs for as long as the server does; all else is called from its event loop's thread."""
+    """Chains by id. `follow` runs while the server runs; all other methods are called from its event loop's thread."""
 
     def __init__(self, urls: Sequence[str], poll_seconds: float = POLL_SECONDS) -> None:
         self.urls = tuple(urls)
@@ -38,20 +39,20 @@ class Board:
         self._poll_seconds = poll_seconds
         self._local_fetches = ThreadPoolExecutor(_NUM_FETCHES, "weightline-fetch")
         self._remote_fetches: dict[str, ThreadPoolExecutor] = {}
-        # A thread a chain, and one that looks for chains: a bucket that hangs keeps no other waiting.
+        # One thread per chain, and one that looks for chains, so that a bucket that hangs does not block the others.
         self._refreshes = ThreadPoolExecutor(MAX_CHAINS + 1, "weightline-refresh")
         self._changed = asyncio.Event()
         self._is_ending = False
         self.take(find_chains(self.urls))
 
     def index(self, identifier: str) -> ChainIndex:
-        """NotFoundError for a chain that is not on this page."""
+        """Returns the index of a chain. NotFoundError for a chain that is not on this page."""
         if identifier not in self.indexes:
             raise NotFoundError(f"no chain {identifier!r} on this page", key=identifier)
         return self.indexes[identifier]
 
     def take(self, found: FoundChains) -> None:
-        """Follow these chains from now on, and no others."""
+        """Replaces the followed chains by these."""
         self.num_left_out = found.num_left_out
         wanted = {chain_id(chain): chain for chain in found.chains}
         for identifier, chain in wanted.items():
@@ -64,11 +65,11 @@ class Board:
 
     @property
     def generations(self) -> dict[str, int]:
-        """By chain: what to compare with what a page was drawn from."""
+        """Returns the generation of every chain's snapshot, by which a page sees whether it is outdated."""
         return {identifier: index.snapshot.generation for identifier, index in self.indexes.items()}
 
     async def follow(self) -> None:
-        """Refresh every chain now and then, until cancelled."""
+        """Refreshes every chain regularly until it is canceled."""
         tasks: dict[str, asyncio.Task[None]] = {}
         try:
             while True:
@@ -85,7 +86,7 @@ class Board:
                 task.cancel()
 
     async def changes(self, idle_seconds: float = 15.0) -> AsyncIterator[dict[str, int]]:
-        """`generations` now and after every change; also when nothing has changed for `idle_seconds`. Ends with us."""
+        """Yields `generations` now, after every change, and after `idle_seconds` without one. `end_streams` ends it."""
         while not self._is_ending:
             changed = self._changed
             yield self.generations
@@ -93,18 +94,18 @@ class Board:
                 await asyncio.wait_for(changed.wait(), idle_seconds)
 
     def end_streams(self) -> None:
-        """Let everybody go who waits for changes: a server waits for them before it ends."""
+        """Ends all iterations of `changes`, since a server waits for open streams before it ends."""
         self._is_ending = True
-        self._tell()
+        self._notify()
 
     def close(self) -> None:
-        """Let the threads go."""
+        """Ends the threads, without waiting for them."""
         self._refreshes.shutdown(wait=False, cancel_futures=True)
         for pool in (self._local_fetches, *self._remote_fetches.values()):
             pool.shutdown(wait=False, cancel_futures=True)
 
     def _fetches_of(self, identifier: str, chain: Chain) -> ThreadPoolExecutor:
-        """Threads for the chain's objects: its own where they come over a network, which may hang."""
+        """Returns the threads that fetch a chain's objects. A remote chain has its own, since its bucket may hang."""
         if not is_remote(chain.store):
             return self._local_fetches
         return self._remote_fetches.setdefault(identifier, ThreadPoolExecutor(_NUM_FETCHES, "weightline-fetch"))
@@ -114,25 +115,25 @@ class Board:
             before = index.snapshot.generation
             has_more = await self._look(index)
             if index.snapshot.generation != before:
-                self._tell()
+                self._notify()
             if not has_more:
                 is_away = index.snapshot.state == "unreachable"
                 await asyncio.sleep(_AWAY_SECONDS if is_away else self._poll_seconds)
 
     async def _look(self, index: ChainIndex) -> bool:
-        """One refresh. When the bucket keeps it waiting, the page says so meanwhile."""
+        """Refreshes an index once. Reports on the page when this takes long. Returns whether there is more to read."""
         looking = asyncio.ensure_future(self._in_thread(index.refresh))
         seconds = _SILENT_AT_FIRST_SECONDS if index.snapshot.state == "loading" else _SILENT_SECONDS
         done, _ = await asyncio.wait({looking}, timeout=seconds)
         if not done:
-            index.tell_waiting(seconds)
-            self._tell()
+            index.report_waiting(seconds)
+            self._notify()
         return await looking
 
     async def _in_thread(self, work: Callable[[], Result]) -> Result:
         return await asyncio.get_running_loop().run_in_executor(self._refreshes, work)
 
-    def _tell(self) -> None:
-        """Wake everybody who waits, and let them wait for the next."""
+    def _notify(self) -> None:
+        """Wakes all iterations of `changes`, which then wait for the next event."""
         self._changed.set()
         self._changed = asyncio.Event()

@@ -1,4 +1,4 @@
-"""Which chains to show: each URL names one, and a local folder that holds chains names all of them. Reads only."""
+"""Finds the chains to show: each URL names one, and a local folder of chains names all of them. Reads only."""
 
 from __future__ import annotations
 
@@ -16,26 +16,27 @@ from weightline.format import keys
 from weightline.store import open_store
 from weightline.store.local import LocalStore
 
-#: `runs/<run>/bucket/<chain>`: how far below a folder chains are looked for, and how many are shown.
+#: Depth below a folder to which chains are searched, as in `runs/<run>/bucket/<chain>`.
 _MAX_DEPTH = 3
+#: Number of chains that are shown at most.
 MAX_CHAINS = 200
-#: A page says soon that a bucket is away, and asks again by itself.
+#: Retry deadline of the stores. It is short, since the page reports an unavailable bucket and retries by itself.
 _PATIENCE_SECONDS = 5.0
 
 
 @dataclass(frozen=True, slots=True)
 class FoundChains:
-    """Chains to show, and how many more there are: the oldest of those below folders."""
+    """The chains to show, and the number of further ones: the oldest of those below folders."""
 
     chains: tuple[Chain, ...]
     num_left_out: int = 0
 
 
 def find_chains(urls: Iterable[str]) -> FoundChains:
-    """The chains that the URLs name now, the given order kept; those below a folder newest first.
+    """Returns the chains that the URLs name now, in the given order; those below a folder newest first.
 
-    InputError for a URL that no store has. Where nothing is yet, an empty chain will be; not so for a URL that ends in
-    a slash: it names a folder of chains and nothing else.
+    A URL without any chain counts as an empty chain, except for a local URL that ends in a slash, which always names a
+    folder of chains. InputError for a URL that no store supports.
     """
     named: dict[str, Chain] = {}
     below: dict[str, Chain] = {}
@@ -51,7 +52,7 @@ def find_chains(urls: Iterable[str]) -> FoundChains:
 
 
 def _newest_first(folders: Iterable[Path]) -> list[Path]:
-    """By when something of a new kind was first written there, which is about when the chain began."""
+    """Sorts by the time at which the folder got its newest entry, which is about when the chain began."""
     dated = []
     for folder in folders:
         with contextlib.suppress(FileNotFoundError):
@@ -60,13 +61,13 @@ def _newest_first(folders: Iterable[Path]) -> list[Path]:
 
 
 def chain_id(chain: Chain) -> str:
-    """Short, stable and safe in a URL: the chain's name, and enough of a hash of its URL to tell it from others."""
+    """Returns a short, stable id that is safe in a URL: the chain's name and a part of a hash of its URL."""
     name = re.sub(r"[^a-z0-9]+", "-", chain.name.lower()).strip("-")[:40] or "chain"
     return f"{name}-{hashlib.sha256(chain.url.encode()).hexdigest()[:6]}"
 
 
 def _chains_below(root: Path) -> Iterator[Path]:
-    """Folders below `root`, and not `root` itself, that hold commits."""
+    """Yields the folders below `root` that hold commits; none if `root` itself does."""
     if not (root / keys.COMMITS).is_dir():
         yield from _search(root, _MAX_DEPTH)
 

@@ -1,4 +1,4 @@
-"""One version, and two versions side by side. Pure: from manifests and a snapshot to documents."""
+"""The documents of one version, and of two versions side by side, from manifests and a snapshot. Pure."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _MAX_TENSORS = 2_000
 def version_page(
     snapshot: Snapshot, manifest: Manifest, base: Manifest | None, prefect_ui: str | None
 ) -> dict[str, Any]:
-    """A version with everything that is known of it. base: the manifest of its base version, where it stands."""
+    """Returns a version with its records, replicas and refs. `base`: the manifest of its base version, if it exists."""
     version = manifest.version
     evaluations, refreshes = snapshot.evaluations.get(version, ()), snapshot.refreshes.get(version, ())
     row = with_records(row_of(manifest), evaluations, refreshes)
@@ -57,7 +57,7 @@ def version_page(
 
 
 def comparison_page(snapshot: Snapshot, a: Manifest, b: Manifest) -> dict[str, Any]:
-    """What became of the numbers between two versions, and which tensors have other bits."""
+    """Returns the scores and metrics of two versions side by side, and the tensors whose bits differ."""
     tensors = compare_digests(a, b)
     scores = [{e["name"]: e["score"] for e in snapshot.evaluations.get(m.version, ()) if "score" in e} for m in (a, b)]
     return {
@@ -75,17 +75,17 @@ def comparison_page(snapshot: Snapshot, a: Manifest, b: Manifest) -> dict[str, A
 
 
 def counts_unasked(snapshot: Snapshot, manifest: Manifest) -> bool:
-    """Whether elements are counted at once: replaying is cheap, and nothing is known to stand in its way."""
+    """Returns whether a page counts elements without a request: the replay is cheap and no version is missing."""
     return manifest.full_nbytes <= COUNT_UNASKED_NBYTES and not snapshot.missing and not snapshot.broken
 
 
 def state_digest(manifest: Manifest) -> str:
-    """One sha256 over the digests of all tensors: equal for equal states. The one that evaluations record."""
+    """Returns one sha256 over the digests of all tensors, equal for equal states, as in records of evaluations."""
     return f"sha256:{AdapterBase.of('', manifest.digests, 0).digest}"
 
 
 def run_url(manifest: Manifest, prefect_ui: str | None) -> str | None:
-    """Where the run can be seen: a link of the provenance, or the flow run in the Prefect UI. Never another scheme."""
+    """Returns a link to the run: from the provenance, or to the Prefect UI. Only http and https links are returned."""
     link = manifest.provenance.get("flow_run_url", "")
     if _HTTP.fullmatch(link):
         return link
@@ -96,6 +96,6 @@ def run_url(manifest: Manifest, prefect_ui: str | None) -> str | None:
 
 
 def _pairs(a: dict[str, Any], b: dict[str, Any]) -> list[dict[str, Any]]:
-    """Numbers by name, those that both have first."""
+    """Returns both versions' numbers by name. Names that both have come first."""
     names = [name for name in b if name in a] + [name for name in b if name not in a] + [n for n in a if n not in b]
     return [{"name": name, "a": a.get(name), "b": b.get(name)} for name in names]

@@ -1,6 +1,6 @@
-"""Where two versions' weights differ: by digests at once, counted element by element on request.
+"""Compares the weights of two versions: by digests immediately, and element by element on request.
 
-Counting replays both versions, so one count runs at a time and its result is kept.
+Counting elements replays both versions, so one count runs at a time and its result is kept.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from weightline.dashboard.layers import TensorChange
 from weightline.errors import InputError
 from weightline.format.manifest import Manifest
 
-#: Counted without being asked up to this size of the whole state; at most on request.
+#: Largest size of a whole state whose elements a page counts without a request.
 COUNT_UNASKED_NBYTES = 64 * 1024**2
+#: Largest size of a whole state whose elements are counted on request.
 MAX_COUNT_NBYTES = 16 * 1024**3
 _MAX_KEPT = 256
 
@@ -28,7 +29,7 @@ class DifferingCounts:
         self._kept: OrderedDict[tuple[str, str], list[TensorChange]] = OrderedDict()
 
     def count(self, chain: Chain, a: Manifest, b: Manifest) -> list[TensorChange]:
-        """Every tensor with its number of differing elements. InputError when the state is too large for a page."""
+        """Returns every tensor with its number of differing elements. InputError when the state is too large."""
         if b.full_nbytes > MAX_COUNT_NBYTES:
             raise InputError(
                 f"counting would replay {b.full_nbytes / 1e9:.0f} GB twice: "
@@ -38,7 +39,7 @@ class DifferingCounts:
         pair = (a.commit_id, b.commit_id)
         with self._lock:
             if pair not in self._kept:
-                # A chain of its own: the manifests that a replay reads are not kept in this process.
+                # A temporary Chain, so that the manifests that the replay reads are not kept in memory.
                 differing = diff_versions(Chain(chain.store), a.version, b.version)
                 self._kept[pair] = [
                     TensorChange(d.name, d.num_elements, d.num_changed > 0, d.num_changed) for d in differing
@@ -49,7 +50,7 @@ class DifferingCounts:
 
 
 def compare_digests(a: Manifest, b: Manifest) -> list[TensorChange]:
-    """Every tensor of `b`, and whether `a` has it with the same bits. From manifests alone."""
+    """Returns every tensor of `b`, and whether `a` has it with other bits. Uses the manifests only."""
     return [
         TensorChange(name, spec.num_elements, is_different, None if is_different else 0)
         for name, spec in b.specs.items()

@@ -1,6 +1,6 @@
-"""An index of one chain, kept in the server process: rows without tensors, refreshed by listing what is new.
+"""An index of one chain, kept in the server process: rows without tensors, refreshed by listing new objects.
 
-A long chain is read newest first, a batch at a time, so that there is something true to show at once.
+A long chain is read newest first, a batch at a time, so that a page can show its newest versions at once.
 """
 
 from __future__ import annotations
@@ -29,18 +29,20 @@ from weightline.lineage.rows import LineageRow, row_of, with_records
 
 logger = logging.getLogger(__name__)
 
-#: Manifests read by one refresh, few at first so that something shows soon.
+#: Manifests that one refresh reads.
 BATCH = 200
+#: Manifests that the first refresh reads. They are few, so that a page shows something soon.
 _FIRST_BATCH = 50
-#: How far below the tip a quick look for new records goes.
+#: A quick refresh looks for new records in this many versions below the tip.
 _RECENT = 256
-#: Every so many refreshes look at names and shortcuts, and at everything: expired versions, late records.
+#: One in this many refreshes also reads refs, horizon and shortcuts.
 _NAMES_EVERY = 5
+#: One in this many refreshes is complete: it also finds expired versions and late records.
 _FULL_EVERY = 30
 
 
 class ChainIndex:
-    """Follows one chain. `refresh` from one thread at a time; `snapshot` from any."""
+    """Follows one chain. Call `refresh` from one thread at a time; read `snapshot` from any."""
 
     def __init__(self, chain: Chain, pool: Executor) -> None:
         self.chain = chain
@@ -60,34 +62,34 @@ class ChainIndex:
         self._history = KeptObjects(store, keys.HISTORY, _parse_plain, pool)
 
     def refresh(self) -> bool:
-        """Look at the bucket once. True when there is more to read: call again at once.
+        """Reads the bucket once. Returns whether there is more to read: then call it again at once.
 
-        A bucket that cannot be reached is told by the snapshot, beside what was known before; never raised. So is
-        whatever else goes wrong: it must not end who follows the chain.
+        It never raises. Any error, such as an unreachable bucket, is set in the snapshot, which keeps its other
+        content, so that the chain is still followed.
         """
         try:
             has_more = self._look(self._num_refreshes)
         except WeightlineError as error:
-            self._tell_unreachable(str(error))
+            self._report_unreachable(str(error))
             return False
         except Exception as error:
             logger.exception("%s cannot be read", self.chain.url)
-            self._tell_unreachable(f"{self.chain.url} cannot be read: {error!r}")
+            self._report_unreachable(f"{self.chain.url} cannot be read: {error!r}")
             return False
         self._is_caught_up = not has_more
         self._num_refreshes = 0 if has_more else self._num_refreshes + 1
         return has_more
 
-    def tell_waiting(self, seconds: float) -> None:
-        """Say on the page that a look is taking so long: the chain is large, or its bucket says nothing."""
-        problem = f"{self.chain.url} has not been read for {seconds:.0f} s: it is far away, or does not answer."
+    def report_waiting(self, seconds: float) -> None:
+        """Sets in the snapshot that a refresh takes long, since the chain is large or its bucket does not answer."""
+        problem = f"{self.chain.url} has not been read for {seconds:.0f} s: its bucket is slow, or does not answer."
         self._publish(replace(self.snapshot, problem=problem))
 
-    def _tell_unreachable(self, problem: str) -> None:
+    def _report_unreachable(self, problem: str) -> None:
         self._publish(replace(self.snapshot, state="unreachable", problem=problem))
 
     def manifest(self, version: int) -> Manifest:
-        """The whole manifest, read anew: the index keeps none. ManifestError, VersionNotFoundError."""
+        """Reads a manifest from the bucket, since the index keeps none. ManifestError, VersionNotFoundError."""
         return Chain(self.chain.store).manifest(version)
 
     def _look(self, number: int) -> bool:
@@ -95,7 +97,7 @@ class ChainIndex:
         changed = self._list_versions(is_first or (is_full and self._is_caught_up))
         read_any, has_more = self._read_manifests()
         changed |= read_any or self._broken != self.snapshot.broken
-        # While manifests are being read, the records of the newest versions will do.
+        # While manifests are still being read, only the records of the newest versions are read.
         looks_back = not has_more and (is_full or not self._is_caught_up)
         recent = max(0, (self._versions or (0,))[-1] - _RECENT)
         for kept in (self._evaluations, self._refreshes):
@@ -110,7 +112,7 @@ class ChainIndex:
         return has_more
 
     def _read_names(self) -> bool:
-        """Refs, the horizon and shortcuts. Whether any changed."""
+        """Reads refs, the horizon and shortcuts. Returns whether any changed."""
         before, self._shortcuts = self._shortcuts, read_shortcuts(self.chain)
         return self._refs.refresh()[0] | self._history.refresh()[0] | (before != self._shortcuts)
 
@@ -124,7 +126,7 @@ class ChainIndex:
                 with_records(row, evaluations.get(row.version, ()), refreshes.get(row.version, ())) for row in rows
             ),
             broken=dict(self._broken),
-            oldest_kept=max((_whole(told, "oldest_kept") for told in self._history.values()), default=0),
+            oldest_kept=max((_whole(record, "oldest_kept") for record in self._history.values()), default=0),
             shortcuts=self._shortcuts,
             refs=_current(self._refs.values()),
             evaluations=evaluations,
@@ -137,14 +139,14 @@ class ChainIndex:
         if is_full:
             self._versions = self.chain.versions()
             self._broken.clear()
-            standing = set(self._versions)
-            self._rows = {version: row for version, row in self._rows.items() if version in standing}
+            present = set(self._versions)
+            self._rows = {version: row for version, row in self._rows.items() if version in present}
         else:
             self._versions += self.chain.versions(first=before[-1] + 1)
         return before != self._versions
 
     def _read_manifests(self) -> tuple[bool, bool]:
-        """Read a batch, newest first. Whether any was read, and whether more are left."""
+        """Reads a batch of manifests, newest first. Returns (whether any was read, whether more are left)."""
         unread = [v for v in reversed(self._versions) if v not in self._rows and v not in self._broken]
         size = BATCH if self._rows else min(BATCH, _FIRST_BATCH)
         wanted = {keys.commit(version): version for version in unread[:size]}
@@ -162,7 +164,7 @@ class ChainIndex:
         return any(version in self._rows for version in wanted.values()), len(unread) > size
 
     def _read_leases(self) -> list[Document]:
-        """Leases are renewed in place: read anew each time. There are few."""
+        """Reads all leases, since they are renewed in place. There are few."""
         now = datetime.now(UTC)
         return [lease_document(held, now) for held in read_leases(self.chain)]
 
@@ -183,7 +185,7 @@ def _by_version(records: Iterable[Document]) -> Mapping[int, list[Document]]:
 
 
 def _current(moves: Iterable[Document]) -> dict[str, int]:
-    """Where every name stands after its moves, which come in order."""
+    """Returns the version of every ref after its moves, which come in order."""
     return {str(move["name"]): _whole(move, "version") for move in moves if "name" in move}
 
 

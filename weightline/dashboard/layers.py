@@ -1,6 +1,6 @@
-"""Tensors arranged as a picture of the model: a row a layer, a column a kind of module. Pure.
+"""Arranges tensors as a table of the model: one row per layer, one column per kind of module. Pure.
 
-Works on names as checkpoints use them: `model.layers.3.mlp.up_proj.weight`. Experts of one layer share a cell.
+It parses the names of checkpoints, as in `model.layers.3.mlp.up_proj.weight`. Experts of one layer share a cell.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ _SUFFIX = re.compile(r"\.(weight|default\.weight)$")
 
 @dataclass(frozen=True, slots=True)
 class TensorChange:
-    """What two states have of one tensor."""
+    """The difference of one tensor between two states."""
 
     name: str
     num_elements: int
     is_different: bool
     num_changed: int | None
-    """None where elements were not counted."""
+    """Number of changed elements; None when they were not counted."""
 
 
 def place_of(name: str) -> tuple[int | None, str]:
-    """(layer, module) of a tensor; no layer for embeddings, the last norm and the head."""
+    """Returns (layer, module) of a tensor. Embeddings, the last norm and the head have no layer."""
     found = _LAYER.match(name)
     if found is None:
         return None, _SUFFIX.sub("", name)
@@ -35,7 +35,7 @@ def place_of(name: str) -> tuple[int | None, str]:
 
 
 def layer_picture(tensors: Iterable[TensorChange]) -> dict[str, Any]:
-    """Columns in order of appearance, and every cell's counts: of its tensors, of its elements."""
+    """Returns the columns in order of appearance, and each cell's numbers of tensors and elements."""
     cells: dict[tuple[int | None, str], list[TensorChange]] = {}
     for tensor in tensors:
         cells.setdefault(place_of(tensor.name), []).append(tensor)
@@ -46,15 +46,15 @@ def layer_picture(tensors: Iterable[TensorChange]) -> dict[str, Any]:
         "layers": [
             {"layer": layer, "cells": [_cell(cells.get((layer, column), [])) for column in columns]} for layer in layers
         ],
-        "outside": [{"name": name, **_told(found)} for (layer, name), found in cells.items() if layer is None],
+        "outside": [{"name": name, **_counts(found)} for (layer, name), found in cells.items() if layer is None],
     }
 
 
 def _cell(tensors: list[TensorChange]) -> dict[str, Any] | None:
-    return _told(tensors) if tensors else None
+    return _counts(tensors) if tensors else None
 
 
-def _told(tensors: list[TensorChange]) -> dict[str, Any]:
+def _counts(tensors: list[TensorChange]) -> dict[str, Any]:
     counts = [tensor.num_changed for tensor in tensors if tensor.num_changed is not None]
     return {
         "num_tensors": len(tensors),

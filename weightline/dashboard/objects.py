@@ -1,4 +1,4 @@
-"""Small immutable objects below a prefix of a bucket, each fetched once and kept parsed."""
+"""Keeps the small immutable objects below a prefix of a bucket. Each is fetched and parsed once."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Parsed = TypeVar("Parsed")
 
 
 class KeptObjects(Generic[Parsed]):
-    """What stands below `prefix`, as of the last `refresh`. One thread at a time."""
+    """The objects below `prefix`, as of the last `refresh`. For one thread at a time."""
 
     def __init__(self, store: Store, prefix: str, parse: Callable[[str, bytes], Parsed | None], pool: Executor) -> None:
         self._store = store
@@ -21,12 +21,12 @@ class KeptObjects(Generic[Parsed]):
         self._parse = parse
         self._pool = pool
         self.found: dict[str, Parsed | None] = {}
-        """By key; None for an object that could not be parsed."""
+        """The parsed objects by key; None for an object that could not be parsed."""
 
     def refresh(self, start_after: str = "", limit: int = 2_000) -> tuple[bool, bool]:
-        """List, forget what is gone, fetch at most `limit` new objects, newest keys first.
+        """Lists the prefix, drops objects that are gone, and fetches at most `limit` new ones, newest keys first.
 
-        Returns (whether anything changed, whether more is to be fetched). StorageError leaves what was known.
+        Returns (whether anything changed, whether more objects are to be fetched). A StorageError keeps known objects.
         """
         listed = {info.key for info in self._store.list(self.prefix, start_after)}
         gone = [key for key in self.found if key > start_after and key not in listed]
@@ -38,12 +38,12 @@ class KeptObjects(Generic[Parsed]):
         return bool(gone or fresh), len(fresh) > limit
 
     def values(self) -> Iterator[Parsed]:
-        """What could be parsed, by key."""
+        """Yields the objects that could be parsed, in key order."""
         return (value for _, value in sorted(self.found.items()) if value is not None)
 
 
 def fetch_all(store: Store, keys: Iterable[str], pool: Executor) -> Iterator[tuple[str, bytes]]:
-    """(key, bytes) of every object, several at a time. One that vanished since it was listed is left out."""
+    """Yields (key, bytes) of every object, fetched several at a time. Objects that no longer exist are left out."""
 
     def fetch(key: str) -> tuple[str, bytes | None]:
         try:

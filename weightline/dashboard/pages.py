@@ -1,4 +1,4 @@
-"""What the browser gets of a chain: a card, the whole at a glance, and a window of versions. Pure."""
+"""The documents of a chain for the browser: a card, an overview of the whole chain, and a window of versions. Pure."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _SPARK_POINTS = 60
 
 
 def card(identifier: str, name: str, url: str, snapshot: Snapshot) -> dict[str, Any]:
-    """A chain among chains: where it stands and how it is doing."""
+    """Returns the summary of a chain for the list of chains: its tip, state and best score."""
     newest = snapshot.rows[-1] if snapshot.rows else None
     first = snapshot.row(0)
     origin = first.forked_from if first else None
@@ -48,7 +48,7 @@ def card(identifier: str, name: str, url: str, snapshot: Snapshot) -> dict[str, 
 
 
 def glance(snapshot: Snapshot, max_bins: int) -> dict[str, Any]:
-    """The whole chain in at most `max_bins` bins of consecutive versions, with what each holds."""
+    """Returns the whole chain in at most `max_bins` bins of consecutive versions, with a summary of each."""
     if not snapshot.versions:
         return {"first": None, "last": None, "bin_size": 1, "bins": []}
     first, last = snapshot.versions[0], snapshot.versions[-1]
@@ -62,9 +62,9 @@ def glance(snapshot: Snapshot, max_bins: int) -> dict[str, Any]:
 
 
 def window(snapshot: Snapshot, first: int, last: int, forks: Mapping[int, Sequence[str]]) -> dict[str, Any]:
-    """Versions first..last as a graph: nodes, the edges that end at them, and what hangs on them.
+    """Returns versions first..last as a graph: nodes with refs, forks and replicas, and the edges that end at them.
 
-    forks: ids of the chains that start from a version of this one.
+    `forks`: ids of the chains that start from a version of this one, by version.
     """
     rows = snapshot.window(first, last)
     anchored = anchored_versions(snapshot.shortcuts)
@@ -91,7 +91,7 @@ def window(snapshot: Snapshot, first: int, last: int, forks: Mapping[int, Sequen
 
 
 def node(row: LineageRow) -> dict[str, Any]:
-    """A version in a list of versions."""
+    """Returns the fields of a version that lists of versions show."""
     return {
         "version": row.version,
         "stage": row.stage,

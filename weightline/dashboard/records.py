@@ -1,6 +1,6 @@
-"""Records as the dashboard shows them: whatever a writer left in the bucket becomes a plain, bounded document. Pure.
+"""Parses records for display: any content of the bucket becomes a plain document of bounded size. Pure.
 
-A record that nobody can make sense of is passed over: it must not hide the others.
+A record that cannot be parsed is skipped, so that it does not hide the others.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ _NUMBERS = (
 
 
 def parse_record(key: str, raw: bytes) -> Document | None:
-    """The record with the fields that are shown, each of its type or absent; None when it is none.
+    """Returns the fields of a record that are shown, each of its type or absent; None when it is not a record.
 
-    Version and name are the key's: they are what makes the record unique.
+    Version and name are taken from the key, which makes the record unique.
     """
     found = _RECORD.fullmatch(key)
     document = parse_object(raw)
@@ -35,15 +35,17 @@ def parse_record(key: str, raw: bytes) -> Document | None:
         return None
     texts = {name: document[name][:_MAX_TEXT] for name in _TEXTS if isinstance(document.get(name), str)}
     numbers = {name: value for name in _NUMBERS if (value := finite(document.get(name))) is not None}
-    told = {"version": int(found["version"]), "name": found["name"], "status": "unknown", **texts, **numbers}
+    record = {"version": int(found["version"]), "name": found["name"], "status": "unknown", **texts, **numbers}
     metrics = document.get("metrics")
     if isinstance(metrics, Mapping):
-        told["metrics"] = {str(k)[:_MAX_TEXT]: number for k, v in metrics.items() if (number := finite(v)) is not None}
-    return told
+        record["metrics"] = {
+            str(k)[:_MAX_TEXT]: number for k, v in metrics.items() if (number := finite(v)) is not None
+        }
+    return record
 
 
 def parse_object(raw: bytes) -> Document | None:
-    """A JSON object, or None for anything else."""
+    """Returns a JSON object; None for any other bytes."""
     try:
         document = json.loads(raw)
     except (ValueError, RecursionError):
@@ -52,7 +54,7 @@ def parse_object(raw: bytes) -> Document | None:
 
 
 def finite(value: object) -> float | int | None:
-    """The number, or None for what is no finite number."""
+    """Returns a finite number unchanged; None for any other value."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         return None
     return value

@@ -1,4 +1,4 @@
-"""Which replicas follow a chain: by their leases, or, where there are none, by the records that they left. Pure."""
+"""Determines the replicas of a chain from their leases, or without any leases from the records of refreshes. Pure."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _MAX_TEXT = 200
 
 
 def lease_document(held: HeldLease, now: datetime) -> Document:
-    """What is shown of a lease: nothing that changes with every renewal."""
+    """Returns the fields of a lease that are shown. Fields that change with every renewal are left out."""
     lease = held.lease
     texts = {"engine": lease.engine, "state": lease.state, "host": lease.host, "follows": lease.follows}
     return {
@@ -27,9 +27,9 @@ def lease_document(held: HeldLease, now: datetime) -> Document:
 
 
 def known_replicas(leases: Iterable[Document], refreshes: Mapping[int, Sequence[Document]]) -> tuple[Document, ...]:
-    """Every replica, by name: its lease, and what its newest record adds.
+    """Returns every replica, ordered by name: its lease, completed by its newest record.
 
-    Where some replica holds a lease, one that left nothing but records counts as gone.
+    If any replica has a lease, replicas with records only are marked as expired.
     """
     held = {lease["name"]: lease for lease in leases}
     found: dict[str, Document] = {}

@@ -1,4 +1,4 @@
-"""Numbers by version as curves. Long chains are binned: mean, least and most of every bin. Pure."""
+"""Curves of numbers by version. Long chains are binned: mean, minimum and maximum of every bin. Pure."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from weightline.lineage.rows import LineageRow
 
 Value = Callable[[LineageRow], float | None]
 
-#: What every chain has, under names that no trainer's metric has.
+#: The series that every chain has. Their names cannot clash with those of a trainer's metrics.
 OWN_SERIES: dict[str, Value] = {
     "weightline:score": lambda row: row.score,
     "weightline:changed": lambda row: None if row.kind == "anchor" else row.changed_fraction,
@@ -21,17 +21,17 @@ MAX_NAMES = 200
 
 
 def metric_names(rows: Sequence[LineageRow]) -> list[str]:
-    """Every metric that some row has, in order of appearance."""
+    """Returns the names of all metrics in the rows, in order of appearance, at most MAX_NAMES."""
     return list(dict.fromkeys(name for row in rows for name in row.metrics))[:MAX_NAMES]
 
 
 def value_of(name: str) -> Value:
-    """How the series is read off a row."""
+    """Returns the function that reads the series' value from a row."""
     return OWN_SERIES.get(name) or (lambda row: row.metrics.get(name))
 
 
 def series(rows: Sequence[LineageRow], names: Sequence[str], max_points: int) -> dict[str, Any]:
-    """At most `max_points` points of every named series, oldest first. A point's version is its bin's last."""
+    """Returns at most `max_points` points of every named series, oldest first. A point's version is its bin's last."""
     size = max(1, -(-len(rows) // max_points))
     bins = [rows[at : at + size] for at in range(0, len(rows), size)]
     return {
@@ -44,8 +44,8 @@ def series(rows: Sequence[LineageRow], names: Sequence[str], max_points: int) ->
 
 def _binned(bins: Sequence[Sequence[LineageRow]], value: Value, *, with_range: bool) -> dict[str, Any]:
     held = [[number for row in part if (number := value(row)) is not None] for part in bins]
-    told: dict[str, Any] = {"mean": [sum(part) / len(part) if part else None for part in held]}
+    binned: dict[str, Any] = {"mean": [sum(part) / len(part) if part else None for part in held]}
     if with_range:
-        told["min"] = [min(part, default=None) for part in held]
-        told["max"] = [max(part, default=None) for part in held]
-    return told
+        binned["min"] = [min(part, default=None) for part in held]
+        binned["max"] = [max(part, default=None) for part in held]
+    return binned

@@ -1,4 +1,4 @@
-"""Running the app under uvicorn."""
+"""Runs the app under uvicorn."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ _LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket that listens there, before anybody is told the address. InputError when it is taken, or no address."""
+    """Returns a listening socket, so that the address works when it is printed. InputError when it cannot be used."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         return socket.create_server((host, port), family=family)
     except OSError as error:
-        message = f"port: nothing can listen on {host}:{port}: {error.strerror}. Name another --port or --host"
+        message = f"port: cannot listen on {host}:{port}: {error.strerror}. Name another --port or --host"
         raise InputError(message, field="port", host=host, port=port) from error
 
 
 def serve(urls: Sequence[str], listener: socket.socket, *, host: str, prefect_ui: str | None = None) -> None:
-    """Serve until interrupted. InputError for a URL that no store has. Writes nothing; safe to repeat.
+    """Serves until interrupted. Writes nothing; safe to repeat. InputError for a URL that no store supports.
 
-    `host`: what the listener was opened for, which says the names that are answered to.
+    `host`: the address of the listener, which determines the host names for which requests are answered.
     """
     board = Board(urls)
     app = make_app(board, prefect_ui=prefect_ui, hosts=allowed_hosts(host))
@@ -49,7 +49,11 @@ class BoardServer(uvicorn.Server):
 
 
 def allowed_hosts(host: str) -> tuple[str, ...]:
-    """On a loopback address only its own names: a page elsewhere cannot reach it through a name of its own."""
+    """Returns the host names for which requests are answered.
+
+    On a loopback address these are loopback names only, so that a foreign web page cannot reach the server through a
+    name that resolves to it (DNS rebinding).
+    """
     if host == "localhost" or _is_loopback(host):
         return (*_LOOPBACK, host)
     return ("*",)

@@ -1,4 +1,4 @@
-"""What the dashboard knows of a chain at one moment. Immutable; pages are made from it by pure functions."""
+"""The dashboard's immutable snapshot of a chain, from which pure functions make the pages."""
 
 from __future__ import annotations
 
@@ -17,28 +17,28 @@ ChainState = Literal["loading", "ready", "unreachable"]
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """A chain as its bucket showed it."""
+    """The state of a chain at one moment."""
 
     generation: int = 0
-    """Grows with every change."""
+    """Number that grows with every change."""
     state: ChainState = "loading"
-    """`loading` until the first look at the bucket; `unreachable`: what is told here is older than the bucket."""
+    """`loading` until the first refresh; `unreachable` when the last one failed, so that the snapshot may be outdated."""
     problem: str | None = None
-    """Why it is unreachable, or that a look at it takes long."""
+    """The reason why the bucket is unreachable, or a note that a refresh takes long."""
     versions: tuple[int, ...] = ()
-    """Committed, ascending."""
+    """The committed versions, ascending."""
     rows: tuple[LineageRow, ...] = ()
-    """Of the versions that were read so far, ascending. The newest are read first."""
+    """Rows of the versions that were read so far, ascending. The newest are read first."""
     broken: Mapping[int, str] = field(default_factory=dict)
     """Versions whose manifest cannot be read, with the reason."""
     oldest_kept: int = 0
     shortcuts: tuple[Shortcut, ...] = ()
     refs: Mapping[str, int] = field(default_factory=dict)
-    """Version of every name."""
+    """The version of every ref."""
     evaluations: Mapping[int, Sequence[Document]] = field(default_factory=dict)
     refreshes: Mapping[int, Sequence[Document]] = field(default_factory=dict)
     replicas: tuple[Document, ...] = ()
-    """The replicas that hold a lease, or, where none does, that have left a record: name, version, since, state."""
+    """The replicas that have a lease, or without any lease those with a record: name, version, since, state."""
 
     @property
     def tip(self) -> int | None:
@@ -46,12 +46,12 @@ class Snapshot:
 
     @property
     def num_pending(self) -> int:
-        """Versions that are still to be read."""
+        """Returns the number of versions that are still to be read."""
         return len(self.versions) - len(self.rows) - len(self.broken)
 
     @property
     def missing(self) -> tuple[tuple[int, int], ...]:
-        """Gaps (first, last) among the versions that history keeps: a chain that cannot be whole."""
+        """Returns the gaps (first, last) among the versions from the horizon on. A complete chain has none."""
         kept = self.versions[bisect_left(self.versions, self.oldest_kept) :]
         gaps = [(a + 1, b - 1) for a, b in pairwise(kept) if b > a + 1]
         if kept and kept[0] > self.oldest_kept:
@@ -60,11 +60,11 @@ class Snapshot:
 
     @property
     def stages(self) -> tuple[str, ...]:
-        """In order of appearance: a stage's place gives its colour."""
+        """Returns the stages in order of appearance, which determines their colors."""
         return tuple(dict.fromkeys(row.stage for row in self.rows))
 
     def window(self, first: int, last: int) -> tuple[LineageRow, ...]:
-        """The rows of versions first..last."""
+        """Returns the rows of versions first..last."""
         low = bisect_left(self.rows, first, key=lambda row: row.version)
         high = bisect_right(self.rows, last, key=lambda row: row.version)
         return self.rows[low:high]

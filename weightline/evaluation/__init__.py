@@ -1,1 +1,1 @@
-"""Scores of versions, measured by lm-evaluation-harness and recorded beside the chain. Planning them needs no torch."""
+"""Measures scores of versions by lm-evaluation-harness and records them in the bucket. Planning needs no torch."""

@@ -1,4 +1,4 @@
-"""Proof that a checkpoint folder holds exactly one version's bits, and one digest that says which."""
+"""Proves that a checkpoint folder holds exactly the bits of a version, and computes the digest of its state."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from weightline.types import BitsArray, Segment
 
 
 def prove_checkpoint(folder: Path, manifest: Manifest) -> str:
-    """Read the folder's tensors and compare every digest with the manifest's; return the state digest that they make.
+    """Compares the digests of the folder's tensors with the manifest's. Returns the digest of the whole state.
 
-    DigestMismatchError names the first tensor that differs, is missing, or is not the version's. Reads only.
+    DigestMismatchError names the first tensor that differs, is missing, or is not in the version. Reads only.
     """
     specs = manifest.specs
     found = {}
@@ -38,7 +38,7 @@ def prove_checkpoint(folder: Path, manifest: Manifest) -> str:
 
 
 def state_digest(digests: dict[str, str]) -> str:
-    """One sha256 over the tensors' names and digests: equal for equal states, wherever they are."""
+    """Returns one sha256 over the tensors' names and digests. It is equal for equal states of all chains."""
     canonical = json.dumps(sorted(digests.items()), separators=(",", ":"))
     return f"sha256:{hashlib.sha256(canonical.encode()).hexdigest()}"
 

@@ -1,4 +1,4 @@
-"""Measure a version and write down what came out. Importing this is cheap; measuring imports the harness once."""
+"""Measures versions and records the scores. Importing this module is cheap; the first measurement imports the harness."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from weightline.extras import check_installed
 def evaluate_or_skip(
     chain: Chain, version: int, task: EvaluationTask, work_dir: Path, device: str | None = None
 ) -> Record:
-    """What an announcement of `version` asks for: measure it, or record that a newer version took its place.
+    """Measures an announced version, or records that it was skipped for a newer one.
 
-    Returns the record that stands. Safe to repeat; a crash leaves no record, and repeating it makes up for that.
+    Returns the record of the version. Safe to repeat; a crash leaves no record, so repeat the call then.
     """
-    # All that the plan asks of a chain, however long: the version, the tip, and the version's record.
+    # The plan only needs the version, the tip, and the version's record, for a chain of any length.
     manifests = [chain.manifest(number) for number in {version, chain.tip_version() or version}]
     record = read_record(chain, EVALUATIONS, version, task.name)
     match plan_evaluation(manifests, [] if record is None else [record], version):
@@ -36,7 +36,7 @@ def evaluate_or_skip(
 def wait_or_measure(
     chain: Chain, version: int, task: EvaluationTask, work_dir: Path, wait_seconds: float, poll_seconds: float = 1.0
 ) -> Record:
-    """Waits for the record of an evaluation that runs elsewhere. Measures the version here when it does not come."""
+    """Waits for the record of an evaluation in another process. Measures the version here after `wait_seconds`."""
     deadline = time.monotonic() + wait_seconds
     while time.monotonic() < deadline:
         record = read_record(chain, EVALUATIONS, version, task.name)
@@ -49,11 +49,11 @@ def wait_or_measure(
 def measure_version(
     chain: Chain, version: int, task: EvaluationTask, work_dir: Path, device: str | None = None
 ) -> Record:
-    """Measure exactly that version and write the record: score, metrics, num_problems, seconds, and of which bits.
+    """Measures a version and writes the record: score, metrics, num_problems, seconds, commit_id and state_digest.
 
-    Returns the earlier record where there is one, without measuring. Safe to repeat. Temporary files and the data
-    cache go below `work_dir`; a crash leaves folders `evaluating-*` there. VersionNotFoundError, InputError for a task
-    that cannot be run or a harness that is not installed, DigestMismatchError when the checkpoint is not the version's.
+    If there is a record already, it is returned and nothing is measured. Safe to repeat. Temporary files and the data
+    cache go below `work_dir`; a crash leaves folders `evaluating-*` there. VersionNotFoundError; InputError for a task
+    that cannot be run or a harness that is not installed; DigestMismatchError when the checkpoint is not the version's.
     """
     check_installed("eval")
     check_task(task)
@@ -61,7 +61,7 @@ def measure_version(
     earlier = read_record(chain, EVALUATIONS, version, task.name)
     if earlier is not None:
         return earlier
-    # Here, not above: planning and skipping must not wait seconds for torch.
+    # Imported here, since planning and skipping need no torch, whose import takes seconds.
     from weightline.evaluation.checkpoint import prove_checkpoint
     from weightline.evaluation.harness import run_harness
 

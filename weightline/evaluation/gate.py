@@ -1,4 +1,4 @@
-"""Whether a version is good enough to be served: its score, and how far it fell below the one before it. Pure."""
+"""Judges whether a version may be served, by its score and by the drop of the score from the version before. Pure."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from math import isfinite
 from weightline.chain.read.records import Record
 from weightline.errors import InputError
 
-#: 0.80 to 0.76 is a drop of 0.05000000000000004.
+#: Tolerance for rounding: the drop from 0.80 to 0.76 is computed as 0.05000000000000004.
 _ROUNDING = 1e-9
 
 
 @dataclass(frozen=True, slots=True)
 class ScoreGate:
-    """What a version must reach. Scores are those where more is better. Both None: everything passes."""
+    """The requirements of a version. Higher scores are better. With both limits None every version passes."""
 
     min_score: float | None = None
     max_drop: float | None = None
-    """Largest relative drop against the version that was served before: 0.05 lets 0.80 fall to 0.76."""
+    """Largest relative drop from the version that was served before: 0.05 allows a drop from 0.80 to 0.76."""
 
     def __post_init__(self) -> None:
         if self.min_score is not None and not isfinite(self.min_score):
@@ -34,7 +34,7 @@ class ScoreGate:
 
 @dataclass(frozen=True, slots=True)
 class ReferenceScore:
-    """The score to compare with, and the version that had it."""
+    """A score to compare with, and its version."""
 
     version: int
     score: float
@@ -42,7 +42,7 @@ class ReferenceScore:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """`reason` is None when the version passed."""
+    """The result of a gate. `reason` is None when the version passed."""
 
     score: float | None
     baseline: ReferenceScore | None
@@ -54,35 +54,35 @@ class Verdict:
 
 
 def measured_score(record: Record) -> float | None:
-    """The score of a finished evaluation. What is not a number compares as neither better nor worse: it is none."""
+    """Returns the score of a finished evaluation; None for other records and for scores that are not finite."""
     score = record.get("score")
     return score if record.get("status") == "done" and isinstance(score, int | float) and isfinite(score) else None
 
 
 def baseline_of(records: Iterable[Record], served: int | None) -> ReferenceScore | None:
-    """The score of the version that was served before; where it has none, that of the newest before it which has."""
+    """Returns the score of the newest version up to `served` that has one; None when there is none."""
     scored = [(r["version"], score) for r in records if (score := measured_score(r)) is not None]
     before = [one for one in scored if served is not None and one[0] <= served]
     return ReferenceScore(*max(before)) if before else None
 
 
 def judge(gate: ScoreGate, record: Record, baseline: ReferenceScore | None) -> Verdict:
-    """The verdict on an evaluation's record. A version that was not measured does not pass a gate that is not open.
+    """Returns the verdict on the record of an evaluation.
 
-    Without a baseline there is nothing to fall below.
+    A version without a score passes only a gate without limits. Without a baseline, `max_drop` is not applied.
     """
     score = measured_score(record)
     if gate.is_open:
         return Verdict(score, baseline, None)
     if score is None:
         newer = record.get("newer_version")
-        why = f": version {newer} took its place" if newer is not None else ""
+        why = f", since version {newer} replaced it" if newer is not None else ""
         return Verdict(None, baseline, f"it was not measured{why}")
     if gate.min_score is not None and score < gate.min_score:
         return Verdict(score, baseline, f"its score {score:g} is below {gate.min_score:g}")
     if gate.max_drop is not None and baseline is not None and score < baseline.score:
         drop = (baseline.score - score) / abs(baseline.score) if baseline.score else 1.0
         if drop > gate.max_drop + _ROUNDING:
-            told = f"its score fell by {100 * drop:.1f} %, from {baseline.score:g} at version {baseline.version} to"
-            return Verdict(score, baseline, f"{told} {score:g}: at most {100 * gate.max_drop:g} % are allowed")
+            fall = f"its score fell by {100 * drop:.1f} %, from {baseline.score:g} at version {baseline.version} to"
+            return Verdict(score, baseline, f"{fall} {score:g}: at most {100 * gate.max_drop:g} % are allowed")
     return Verdict(score, baseline, None)

@@ -1,7 +1,7 @@
-"""lm-evaluation-harness on a checkpoint folder, in this process. Importing this module imports torch and the harness.
+"""Runs lm-evaluation-harness on a checkpoint folder, in this process. Importing this imports torch and the harness.
 
-`lm_eval.evaluate`, not `simple_evaluate`: the latter also starts several processes to describe the machine, which takes
-longer than a small evaluation.
+It calls `lm_eval.evaluate` instead of `simple_evaluate`, which also starts several processes to describe the machine,
+and so takes longer than a small evaluation.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _SEED = 1234
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """What the harness measured. `metrics` by its own names (`exact_match,none`); `score` is the task's first one."""
+    """The results of the harness. `metrics` have its own names (`exact_match,none`); `score` is the task's first one."""
 
     score: float
     metrics: dict[str, float]
@@ -39,9 +39,9 @@ class Scores:
 
 
 def run_harness(folder: Path, task: EvaluationTask, cache_dir: Path, device: str | None = None) -> Scores:
-    """Evaluate the model in `folder`. The same model and task give the same scores. Writes below `cache_dir` only.
+    """Evaluates the model in `folder`. The same model and task give the same scores. Writes below `cache_dir` only.
 
-    InputError for a task that the harness does not know. A built-in task touches no network.
+    InputError for a task that the harness does not have. The built-in task uses no network.
     """
     with _quiet():
         manager = _manager_of(task)
@@ -58,7 +58,7 @@ def run_harness(folder: Path, task: EvaluationTask, cache_dir: Path, device: str
 
 
 class _QuietModel(HFLM):
-    """Without a progress bar for every call: several evaluations a minute share a log with the pipeline."""
+    """A model without progress bars, since several evaluations per minute share a log with the pipeline."""
 
     def generate_until(self, requests: Any, disable_tqdm: bool = True) -> list[str]:
         return super().generate_until(requests, disable_tqdm=True)
@@ -78,13 +78,16 @@ def _load(folder: Path, task: EvaluationTask, device: str | None) -> HFLM:
 
 
 def _manager_of(task: EvaluationTask) -> TaskManager:
-    """One that knows the task. The index of the harness's own thousands of tasks takes seconds: only where needed."""
+    """Returns a manager that has the task. InputError when none has.
+
+    The index of the harness's own thousands of tasks takes seconds, so it is made only when needed.
+    """
     own = _task_manager(task.include_path, False)
     if task.problems is not None or task.name in own.all_tasks:
         return own
     everything = _task_manager(task.include_path, True)
     if task.name not in everything.all_tasks:
-        raise InputError(f"lm-evaluation-harness knows no task {task.name!r}: see `lm-eval ls tasks`", field="task")
+        raise InputError(f"lm-evaluation-harness has no task {task.name!r}: see `lm-eval ls tasks`", field="task")
     return everything
 
 
@@ -94,16 +97,16 @@ def _task_manager(include_path: Path | None, include_defaults: bool) -> TaskMana
 
 
 def _fix_fewshot(task: Any) -> None:
-    """What `simple_evaluate` does: no few-shot examples unless the task asks for some, and always the same."""
+    """Sets few-shot examples as `simple_evaluate` does: none by default, and the same ones in every run."""
     if task.get_config("num_fewshot") is None:
         task.set_config(key="num_fewshot", value=0)
     task.set_fewshot_seed(seed=_SEED)
 
 
 def _scores(results: Any, name: str, task: Any) -> Scores:
-    """The score is the metric that the task's file lists first; that of a group, which has no file, its only one."""
-    told = results["results"][name]
-    metrics = {key: float(value) for key, value in told.items() if "," in key and isinstance(value, int | float)}
+    """Returns the scores. The main one is the metric that the task's file lists first, or the only one of a group."""
+    values = results["results"][name]
+    metrics = {key: float(value) for key, value in values.items() if "," in key and isinstance(value, int | float)}
     listed = (task.get_config("metric_list") or []) if task is not None else []
     first = listed[0]["metric"] if listed else None
     scores = [key for key in metrics if (key.split(",")[0] == first if first else "_stderr," not in key)]
@@ -115,7 +118,7 @@ def _scores(results: Any, name: str, task: Any) -> Scores:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Errors only, and no progress bars, from the harness and what it uses; afterwards as it was."""
+    """Limits the log of the harness to errors and turns off progress bars, for the block only."""
     logger = logging.getLogger("lm_eval")
     level, had_bars = logger.level, transformers_logging.is_progress_bar_enabled()
     had_datasets_bars = not datasets.are_progress_bars_disabled()

@@ -1,4 +1,4 @@
-"""Which versions are evaluated: the newest wins, milestones always, and none is forgotten. Pure."""
+"""Plans which versions are evaluated: the newest and all milestones. Every other version is recorded as skipped. Pure."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Evaluate:
 
 @dataclass(frozen=True, slots=True)
 class Skip:
-    """Record that the version was passed over: by the time its turn came, a newer one was committed."""
+    """Record that the version was skipped, since a newer one was committed before its evaluation began."""
 
     version: int
     newer_version: int
@@ -27,7 +27,7 @@ class Skip:
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """A record stands; there is nothing to do."""
+    """The version has a record; there is nothing to do."""
 
     version: int
     record: Record
@@ -37,11 +37,11 @@ EvaluationPlan = Evaluate | Skip | Done
 
 
 def plan_evaluation(manifests: Sequence[Manifest], records: Iterable[Record], requested: int) -> EvaluationPlan:
-    """What to do about a request to evaluate `requested`, given the chain and the records of one task.
+    """Returns the action for a request to evaluate `requested`, given the chain and the records of one task.
 
-    A recorded version is done, whatever the record says. A milestone is evaluated however late it is. Any other is
-    skipped when the chain has a newer version, which is announced, and planned, by itself. VersionNotFoundError for a
-    version that is not among the manifests.
+    A version with any record is done. A milestone is always evaluated. Any other version is skipped when the chain has
+    a newer one, which is announced and planned by its own request. VersionNotFoundError for a version that is not among
+    the manifests.
     """
     by_version = {manifest.version: manifest for manifest in manifests}
     if requested not in by_version:

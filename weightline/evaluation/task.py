@@ -1,4 +1,4 @@
-"""What is measured: a task of lm-evaluation-harness, by name or by our own YAML with a local file of problems."""
+"""Evaluation tasks of lm-evaluation-harness: by name, or the built-in one on a local file of problems."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import yaml
 from weightline.errors import InputError
 from weightline.format.keys import checked_name
 
-#: Name of the built-in task, in records and results.
+#: Name of the built-in task in records and results, and dataset path of its training data in recipes.
 ARITHMETIC = "arithmetic"
 
 
@@ -31,19 +31,19 @@ class EvaluationTask:
     problems: Path | None = None
     include_path: Path | None = None
     limit: int | None = None
-    """Problems to measure on, the first so many. None: all."""
+    """Number of problems to measure on, from the first. None: all."""
     batch_size: int = 64
     max_new_tokens: int | None = None
-    """Longest answer of the built-in task; its YAML says when None."""
+    """Longest answer of the built-in task. None: the value in its YAML file."""
 
 
 def arithmetic_task(problems: Path, limit: int | None = None, batch_size: int = 256) -> EvaluationTask:
-    """Exact match of greedy answers on held-out problems, offline."""
+    """Returns the built-in task: exact match of greedy answers on held-out problems, offline."""
     return EvaluationTask(ARITHMETIC, problems=problems, limit=limit, batch_size=batch_size)
 
 
 def check_task(task: EvaluationTask) -> None:
-    """InputError for a missing or empty file of problems, a missing folder, or a number below 1. Reads little."""
+    """Raises InputError for a missing or empty file of problems, a missing folder, or a number below 1."""
     checked_name(task.name)
     if task.problems is not None and (not task.problems.is_file() or not task.problems.stat().st_size):
         raise InputError(
@@ -58,9 +58,9 @@ def check_task(task: EvaluationTask) -> None:
 
 
 def check_name(task: EvaluationTask) -> None:
-    """InputError for a name that stands in no task file of the harness: told at once, before its index is made.
+    """Raises InputError for a name that is in no task file of the harness, without making the harness's index.
 
-    Reads every file of the collection until one has it, a second or two. Imports neither the harness nor torch.
+    Reads the files of the collection until one has the name: a second or two. Imports neither the harness nor torch.
     """
     if task.problems is not None:
         return
@@ -70,7 +70,7 @@ def check_name(task: EvaluationTask) -> None:
         places.insert(0, task.include_path)
     wanted = task.name.encode()
     if not any(wanted in path.read_bytes() for path in _task_files(places)):
-        raise InputError(f"lm-evaluation-harness knows no task {task.name!r}: see `lm-eval ls tasks`", field="task")
+        raise InputError(f"lm-evaluation-harness has no task {task.name!r}: see `lm-eval ls tasks`", field="task")
 
 
 def _task_files(places: Iterable[Path]) -> Iterator[Path]:
@@ -80,7 +80,7 @@ def _task_files(places: Iterable[Path]) -> Iterator[Path]:
 
 
 def harness_config(task: EvaluationTask, cache_dir: Path) -> dict[str, Any]:
-    """The built-in task's configuration as the harness takes it, reading `task.problems` by way of `cache_dir`."""
+    """Returns the built-in task's configuration for the harness, which reads `task.problems` through `cache_dir`."""
     config: dict[str, Any] = yaml.safe_load(
         files("weightline.evaluation").joinpath("tasks/arithmetic.yaml").read_text()
     )

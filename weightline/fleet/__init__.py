@@ -1,1 +1,1 @@
-"""The replicas of a chain as a group: finding them, and moving them to a version in waves. Free of Prefect."""
+"""Finds the replicas of a chain and moves them to a version in waves. Imports no Prefect."""

@@ -1,7 +1,7 @@
 """The inference server of a local stack: one process, for the chain that was trained last.
 
-The first refresh that needs it starts it (`weightline serve transformers`). It writes where it listens to its state
-folder, where later refreshes, which are processes of their own, find it. It ends with the worker of those refreshes.
+The first refresh that needs it starts it (`weightline serve transformers`). It writes its address to its state folder,
+where later refreshes in other processes find it. It ends with the worker of those refreshes.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from weightline.lineage.text import slug
 from weightline.serving.http import client
 from weightline.serving.http.auth import load_token
 
-#: Set by a local stack: where its replicas keep their state.
+#: Environment variable that a local stack sets: the folder of its replicas' state.
 REPLICAS_DIR_VARIABLE = "WEIGHTLINE_REPLICAS_DIR"
 _START_SECONDS = 180.0
 _LOG = "replica.log"
@@ -46,9 +46,9 @@ def replicas_dir() -> Path | None:
 
 
 def ensure_replica(chain_url: str, folder: Path) -> ReplicaAddress:
-    """Returns the chain's replica, started when it does not run; that of another chain is ended, to bound memory.
+    """Returns the chain's replica, and starts it when it does not run. Replicas of other chains end, to bound memory.
 
-    LaunchError with the server's last lines when it does not come up. Safe to repeat.
+    LaunchError with the server's last lines when it does not start. Safe to repeat.
     """
     state_dir = folder / slug(open_chain(chain_url).name)
     state_dir.mkdir(parents=True, exist_ok=True)
@@ -109,7 +109,7 @@ def _wait_for_url(process: subprocess.Popen[bytes], state_dir: Path) -> str:
         if url is not None and _answers(url, timeout_seconds=2.0):
             return url
         time.sleep(0.1)
-    raise LaunchError(f"the inference server did not come up in {_START_SECONDS:.0f} s: see {state_dir / _LOG}")
+    raise LaunchError(f"the inference server did not start within {_START_SECONDS:.0f} s: see {state_dir / _LOG}")
 
 
 def _answers(url: str, timeout_seconds: float) -> bool:

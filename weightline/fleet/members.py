@@ -48,8 +48,9 @@ class ReachableReplica:
 
 @dataclass(frozen=True, slots=True)
 class Fleet:
-    """`reached` can be moved. `others` names live replicas that follow by themselves or may not receive the token.
+    """The replicas of a chain.
 
+    `reached` can be moved. `others` names live replicas that follow by themselves or may not receive the token.
     `ungated` names those of the others that follow the chain's tip, and so serve every version before it is judged.
     """
 
@@ -61,9 +62,9 @@ class Fleet:
 def find_fleet(chain: Chain) -> Fleet:
     """Returns the replicas of the chain: those of WEIGHTLINE_SERVING_URL, the local stack's, and those with a lease.
 
-    Starts the local stack's replica where it is not running. A replica that follows by itself is not moved, however it
-    is known: it would go back to what it follows. InputError when no replica is known; ApplyError when none answers, or
-    when a replica that was named follows another chain.
+    Starts the local stack's replica if it is not running. A replica that follows by itself is never moved, since it
+    would return to the version that it follows. InputError when there is no replica; ApplyError when none answers, or
+    when a named replica follows another chain.
     """
     leases = live_leases(chain)
     addresses = dict(_named(chain))
@@ -78,7 +79,7 @@ def find_fleet(chain: Chain) -> Fleet:
     followers |= {lease.replica: lease.follows for lease in leases if lease.replica not in names}
     if not is_any_known:
         raise InputError(
-            f"no replica is known: set {SERVING_URL_VARIABLE} and {TOKEN_VARIABLE}, or start a stack (weightline up)",
+            f"there is no replica: set {SERVING_URL_VARIABLE} and {TOKEN_VARIABLE}, or start a stack (weightline up)",
             field=SERVING_URL_VARIABLE,
         )
     if errors and not reached and not followers:
@@ -108,7 +109,10 @@ def _named(chain: Chain) -> Iterator[tuple[str, str]]:
 def _ask_all(
     chain: Chain, addresses: dict[str, str]
 ) -> tuple[list[tuple[ReachableReplica, str | None]], list[ApplyError]]:
-    """Asks all at the same time; returns those that answered, with what they follow. A name is one replica."""
+    """Requests the status of all replicas at the same time.
+
+    Returns (those that answered, each with the ref that it follows, errors of the others). Names are unique.
+    """
     found: dict[str, tuple[ReachableReplica, str | None]] = {}
     errors: list[ApplyError] = []
     with ThreadPoolExecutor(max_workers=_MAX_REQUESTS_AT_ONCE) as pool:

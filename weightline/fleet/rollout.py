@@ -1,8 +1,8 @@
-"""A rollout: the plan of which replicas move when and from where, and its outcome, as records in the bucket.
+"""A rollout: its plan, with the order of moves and the previous version of every replica, and its outcome.
 
-`records/rollouts/<version>/plan.json` is written before the first replica moves, so that a run that is started again
-after a crash knows where every replica came from; `outcome.json` is written at the end. A rollout that goes back on
-purpose has record names of its own.
+`records/rollouts/<version>/plan.json` is written before the first replica moves, so that a run that is restarted after
+a crash has the previous version of every replica; `outcome.json` is written at the end. A rollout to an earlier version
+has other record names.
 """
 
 from __future__ import annotations
@@ -55,17 +55,17 @@ class Rollout:
 
     @property
     def has_begun(self) -> bool:
-        """Whether an earlier run of this rollout moved a replica before it ended."""
+        """Returns whether an earlier run of this rollout moved a replica before it ended."""
         return any(one.version == self.version != self.came_from[one.name] for one in self.fleet.reached)
 
     @property
     def can_go_back(self) -> bool:
-        """Whether the canary has a version to return to. One that has none does not move before the verdict."""
+        """Returns whether the canary has a version to return to. Without one it does not move before the verdict."""
         return self.served_before is not None
 
     @property
     def served_before(self) -> int | None:
-        """The version to compare with: the canary's, or what it replaces."""
+        """Returns the version that the canary served before the rollout; None without one."""
         return None if self.plan.canary is None else self.came_from.get(self.plan.canary)
 
 
@@ -79,7 +79,7 @@ class Move:
 
     @property
     def is_away(self) -> bool:
-        """Whether the replica gave no answer: it catches up by itself, or with the next version."""
+        """Returns whether the replica did not answer. It catches up by itself, or with the next version."""
         return self.error is not None and bool(self.error.facts.get("is_unreachable"))
 
     @property
@@ -88,10 +88,10 @@ class Move:
 
 
 def open_rollout(chain: Chain, version: int, settings: RolloutSettings, fleet: Fleet) -> Rollout:
-    """Plans the rollout and writes the plan. Safe to repeat: the plan of an earlier run stands.
+    """Plans the rollout and writes the plan. Safe to repeat: the plan of an earlier run is kept.
 
-    A version that was rolled back stays so, and its outcome is returned. One that is done is offered again to replicas
-    that were away.
+    The outcome of a version that was rolled back is final and is returned. A version that is done is rolled out again
+    to replicas that did not answer before.
     """
     chain.manifest(version)
     attempt = f"back-{datetime.now(UTC):%Y%m%dT%H%M%S%f}-" if settings.allow_backward else ""
@@ -114,7 +114,11 @@ def open_rollout(chain: Chain, version: int, settings: RolloutSettings, fleet: F
 
 
 def problem_of(moves: Sequence[Move], max_failed: int) -> str | None:
-    """Returns why the rollout cannot go on: the canary did not move, or too many others failed (not: were away)."""
+    """Returns why the rollout cannot continue; None when it can.
+
+    It stops when the canary did not move, or when more than `max_failed` others failed. Replicas that did not answer
+    do not count as failed.
+    """
     if not moves:
         return None
     canary, *others = moves
@@ -127,14 +131,14 @@ def problem_of(moves: Sequence[Move], max_failed: int) -> str | None:
 
 
 def is_for_good(error: WeightlineError | None) -> bool:
-    """Returns whether a retry cannot help: the bucket's content is wrong, unsigned, or not supported."""
+    """Returns whether a retry cannot succeed: the bucket's content is wrong, unsigned, or not supported."""
     return isinstance(error, CorruptError | UnsupportedFeatureError)
 
 
 def write_outcome(
     chain: Chain, rollout: Rollout, status: str, moves: Sequence[Move], verdict: Verdict | None, reason: str | None
 ) -> Record:
-    """Writes the outcome: `done`, `rolled_back`, `skipped` or `failed`. The first outcome of a rollout stands."""
+    """Writes the outcome: `done`, `rolled_back`, `skipped` or `failed`. The first outcome of a rollout is kept."""
     outcome: Record = {
         "status": status,
         "reason": reason,
@@ -151,9 +155,9 @@ def write_outcome(
 
 
 def advance_serving_ref(chain: Chain, rollout: Rollout) -> None:
-    """Moves the ref `serving` to the version, which replicas that follow that ref wait for.
+    """Moves the ref `serving` to the version, so that replicas that follow the ref move.
 
-    A version that comes late does not pull the ref back, unless the rollout goes back on purpose.
+    The ref does not move to an earlier version unless the rollout has `allow_backward`.
     """
     newest = newest_move(chain, SERVING_REF)
     if newest is None or newest.version < rollout.version or rollout.settings.allow_backward:

@@ -1,6 +1,6 @@
 """The steps of a rollout: move replicas wave by wave, judge the version, then conclude or move everything back.
 
-Nothing here knows Prefect: `weightline.tasks.serving` runs each step as a task. Every step is safe to repeat.
+This module does not import Prefect: `weightline.tasks.serving` runs each step as a task. Every step is safe to repeat.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ JudgeVersion = Callable[[bool], Verdict | None]
 
 @dataclass(frozen=True, slots=True)
 class Advance:
-    """How far a rollout came. `problem` says why it cannot go on; None when every wave has moved."""
+    """The progress of a rollout. `problem` is the reason why it stopped; None when every wave has moved."""
 
     moves: tuple[Move, ...]
     verdict: Verdict | None
@@ -47,12 +47,12 @@ class Advance:
 
 
 def advance(rollout: Rollout, move_wave: MoveWave, judge_version: JudgeVersion) -> Advance:
-    """Moves one wave after the other, until a wave fails or the version is judged too bad.
+    """Moves one wave after the other, until a wave fails or the version does not pass the gate.
 
-    A version that has a score is judged before the canary moves. One that has none is judged when the canary serves
-    it; but before, if the canary has no version to go back to or no replica can be moved. If an earlier run of the same
-    rollout ended half-way, the first wave moves before the judgement, so that its replicas go on, or back, with the
-    others.
+    A version that has a score is judged before the canary moves. One without a score is judged when the canary serves
+    it, or before if the canary has no version to return to or no replica can be moved. If an earlier run of the same
+    rollout ended before its end, the first wave moves before the judgment, so that its replicas move on, or back, with
+    the others.
     """
     moves: list[Move] = []
     verdict = None if rollout.has_begun else judge_version(not rollout.can_go_back)
@@ -80,7 +80,7 @@ def move_replica(rollout: Rollout, name: str) -> RefreshFacts:
 
 
 def move_of(name: str, result: RefreshFacts | BaseException) -> Move:
-    """Returns what came of moving one replica. Raises an error that is not weightline's own."""
+    """Returns the result of moving one replica as a Move. Raises errors that are not weightline's own."""
     if isinstance(result, RefreshFacts):
         return Move(name, result)
     if isinstance(result, WeightlineError):
@@ -93,8 +93,8 @@ def judge_rollout(
 ) -> Verdict | None:
     """Returns the gate's verdict on the version, by the record of its evaluation.
 
-    Without a record: None; or, if it may measure, waits for the evaluation that the commit has started, and measures
-    the version here if that does not come in time.
+    Without a record it returns None; with `may_measure` it waits for the evaluation that the commit has started, and
+    measures the version here after `wait_seconds`.
     """
     record = read_record(chain, EVALUATIONS, rollout.version, task.name)
     if record is None and not may_measure:
@@ -108,7 +108,7 @@ def judge_rollout(
 
 
 def conclude_rollout(chain: Chain, rollout: Rollout, reached: Advance) -> Record:
-    """Records which replicas serve the version, and lets those move that follow the ref `serving`."""
+    """Records which replicas serve the version, and moves the ref `serving`, so that its followers move."""
     for move in reached.moves:
         if move.facts is not None:
             record_refresh(chain, rollout.version, move.name, move.facts)
@@ -117,11 +117,11 @@ def conclude_rollout(chain: Chain, rollout: Rollout, reached: Advance) -> Record
 
 
 def take_back_rollout(chain: Chain, rollout: Rollout, reached: Advance) -> Record:
-    """Moves every replica that was asked to move back to where it came from, and records why.
+    """Moves every replica of the attempted waves back to its previous version, and records the reason.
 
-    A replica that cannot go back (it is away, or had no version before) stays, and its record names it; replicas that
-    were not asked get a record `skipped`. Raises the canary's error when it was temporary: nothing is written then, and
-    the version is offered again.
+    A replica that cannot go back (it does not answer, or had no version before) stays; its record says so. Replicas of
+    later waves get a record `skipped`. Raises the canary's error when it was temporary: then nothing is written, and
+    the version can be rolled out again.
     """
     moves, reason = reached.moves, reached.problem
     if len(moves) == 1 and moves[0].error is not None and not is_for_good(moves[0].error):
@@ -135,15 +135,15 @@ def take_back_rollout(chain: Chain, rollout: Rollout, reached: Advance) -> Recor
         elif move.error is not None and move.is_failed:
             failed: Record = {"status": "failed", "reason": str(move.error), "kind": move.error.kind}
             write_record(chain, REFRESHES, rollout.version, move.name, failed | back)
-    asked = {move.name for move in moves}
-    for name in (name for wave in rollout.plan.waves for name in wave if name not in asked):
+    attempted = {move.name for move in moves}
+    for name in (name for wave in rollout.plan.waves for name in wave if name not in attempted):
         write_record(chain, REFRESHES, rollout.version, name, {"status": "skipped", "reason": reason})
     status = "rolled_back" if any(move.facts for move in moves) else "failed" if moves else "skipped"
     return write_outcome(chain, rollout, status, moves, reached.verdict, reason)
 
 
 def _go_back(chain: Chain, rollout: Rollout, name: str) -> Record:
-    """Moves one replica back, whatever it answered: one that failed or seemed to be away may have moved."""
+    """Moves one replica back, also after an error, since a replica that failed or did not answer may have moved."""
     came_from = rollout.came_from.get(name)
     target = serving_version(chain) if came_from is None else came_from
     if target is None or target == rollout.version:

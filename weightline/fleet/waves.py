@@ -1,4 +1,4 @@
-"""Plans the waves in which many replicas move: one first, whose version is judged before the others move. Pure."""
+"""Plans the waves in which replicas move: first a canary, on which the version is judged, then the others. Pure."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Member:
 
 @dataclass(frozen=True, slots=True)
 class WavePlan:
-    """Names in the order of moving. `settled` replicas serve the version, or a later one, already."""
+    """The names of replicas in the order of moving. `settled` replicas serve the version, or a later one, already."""
 
     waves: tuple[tuple[str, ...], ...]
     settled: tuple[str, ...]
@@ -36,14 +36,14 @@ def plan_waves(
     canary: str | None = None,
     allow_backward: bool = False,
 ) -> WavePlan:
-    """Plans the canary alone, then waves of at most `wave_size`, by name. Two or more never move all at once.
+    """Plans the canary alone, then waves of at most `wave_size`, by name.
 
-    `canary` names the first replica; without it the one that is furthest behind moves first, which sees most of what is
-    new. A replica that serves a later version stays there unless `allow_backward`. InputError for a canary that cannot
-    be moved from here.
+    `canary` names the first replica; without it the one that is furthest behind moves first, since it gets most of the
+    changes. A replica that serves a later version stays there unless `allow_backward`. InputError for a canary that
+    cannot be moved from here.
     """
     if wave_size < 1:
-        raise InputError(f"a wave of {wave_size} replicas moves nothing: name 1 or more", field="wave_size")
+        raise InputError(f"wave_size is {wave_size}: name 1 or more", field="wave_size")
     all_members = sorted(members)
     to_move = [member for member in all_members if _is_to_move(member, version, allow_backward)]
     settled = tuple(member.name for member in all_members if member not in to_move)

@@ -1,4 +1,4 @@
-"""The command line and environment that start one stage under accelerate. Pure: nothing is started here.
+"""Builds the command line and environment that start one stage under accelerate. Pure: it starts nothing.
 
 The accelerate and DeepSpeed configurations are the files of infra/accelerate, which the package holds beside this
 module.
@@ -30,12 +30,12 @@ def accelerate_config(name: str) -> Path:
 
 @dataclass(frozen=True, slots=True)
 class Rendezvous:
-    """Where several machines meet to train one stage, and which of them this one is."""
+    """The address at which several machines meet to train one stage, and the number of this machine."""
 
     num_machines: int
     machine_rank: int
     main_address: str
-    """Address of machine 0, as the others reach it."""
+    """Address of machine 0 at which the others reach it."""
     main_port: int
 
 
@@ -59,7 +59,7 @@ def launch_argv(
             "--num_machines": str(rendezvous.num_machines),
             "--machine_rank": str(rendezvous.machine_rank),
             "--main_process_ip": rendezvous.main_address,
-            # torchrun on every machine; DeepSpeed's own launchers would go there by ssh.
+            # This runs torchrun on every machine. DeepSpeed's own launchers would start the others by ssh.
             "--deepspeed_multinode_launcher": "standard",
         }
     flags = [text for option in options.items() for text in option]
@@ -68,7 +68,7 @@ def launch_argv(
 
 
 def launch_environment(job: StageJob, base: Mapping[str, str]) -> dict[str, str]:
-    """Returns `base` (usually os.environ) with what the ranks need. A setting that `base` has already wins."""
+    """Returns `base` (usually os.environ) with the variables that ranks need. Values in `base` take precedence."""
     needed = {"TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
     if job.device == "cpu":
         needed |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}

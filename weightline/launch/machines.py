@@ -1,8 +1,8 @@
-"""Several machines that train one stage: the first one writes a call, the others answer it.
+"""Lets several machines train one stage: the first one writes a call, the others answer it.
 
-They share a disk and nothing else. The machine whose process runs the flow writes a call into `<runs>/.calls/`; on
-every other machine `python -m weightline.launch.peer RUNS_DIR --machine-rank N` waits there, starts its own ranks for
-the call, and ends them when the call is withdrawn. torchrun brings the ranks together.
+They only share a disk. The machine whose process runs the flow writes a call into `<runs>/.calls/`; on every other
+machine `python -m weightline.launch.peer RUNS_DIR --machine-rank N` waits for it, starts its own ranks for the call,
+and ends them when the call is withdrawn. torchrun connects the ranks.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from weightline.stages.recipe import FrozenModel
 
 #: The folder of all runs, for the processes that a stack or an indexed Job starts.
 RUNS_DIR_VARIABLE = "WEIGHTLINE_RUNS_DIR"
-#: Address of the machine that runs the flow, as the others reach it; its host name when unset.
+#: Address at which the others reach the machine that runs the flow. Default: its host name.
 MAIN_ADDRESS_VARIABLE = "WEIGHTLINE_MAIN_ADDRESS"
 MAIN_PORT_VARIABLE = "WEIGHTLINE_MAIN_PORT"
 #: Machines with the same value belong together: several jobs may share a disk.
@@ -44,7 +44,7 @@ class Call(FrozenModel):
     main_address: str
     main_port: int
     environment: dict[str, str]
-    """What ranks need beside the environment of their own machine."""
+    """Variables that ranks need in addition to the environment of their own machine."""
 
     def argv(self, machine_rank: int) -> list[str]:
         """Returns the launch command of one of the machines."""
@@ -62,7 +62,7 @@ def launching(
     num_machines: int,
     environment: Mapping[str, str],
 ) -> Iterator[list[str]]:
-    """Yields the launch command of this machine. The other machines, if any, are called for the length of the block."""
+    """Yields the launch command of this machine. The other machines, if any, are called during the block."""
     if num_machines == 1:
         yield launch_argv(job_path, num_processes, device)
         return
@@ -89,7 +89,7 @@ def new_call(
 
 @contextmanager
 def calling(runs_dir: Path, call: Call) -> Iterator[None]:
-    """Keeps the call written for the length of the block. A crash leaves it; the job's next call replaces it."""
+    """Writes the call and removes it at the end of the block. A crash leaves it; the job's next call replaces it."""
     folder = calls_dir(runs_dir)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{call.call_id}.json"

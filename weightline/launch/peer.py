@@ -1,7 +1,7 @@
 """Lends this machine's ranks to flows that run elsewhere, as a machine of its own or as a pod of an indexed Job.
 
 python -m weightline.launch.peer RUNS_DIR --machine-rank N     waits for calls and answers them
-python -m weightline.launch.peer --indexed-job COMMAND...      in every pod of an indexed Kubernetes Job: pod 0 becomes
+python -m weightline.launch.peer --indexed-job COMMAND...      in every pod of an indexed Kubernetes Job: pod 0 runs
                                                                the command, which is the flow run; the others wait
 
 The Job's success policy ends the other pods when pod 0 has succeeded, and the Job's failure when it has failed.
@@ -36,7 +36,7 @@ _POLL_SECONDS = 1.0
 
 
 class _WithdrawnError(Exception):
-    """The call that the ranks work for was withdrawn."""
+    """The call of the running ranks was withdrawn."""
 
 
 def main(argv: list[str]) -> None:
@@ -59,12 +59,12 @@ def main(argv: list[str]) -> None:
 
 
 def _enter_job(command: list[str]) -> list[str]:
-    """Becomes the command in pod 0. Returns the arguments of a peer in every other pod."""
+    """Replaces this process by the command in pod 0. Returns the arguments of a peer in every other pod."""
     index = int(os.environ.get(INDEX_VARIABLE, "0"))
     # The pods of an indexed Job are called JOB-INDEX.
     os.environ.setdefault(GROUP_VARIABLE, socket.gethostname().removesuffix(f"-{index}"))
     if index == 0:
-        os.execvp(command[0], command)  # noqa: S606 - it takes this process's place: signals reach it as they are
+        os.execvp(command[0], command)  # noqa: S606 - it replaces this process, so that it receives the pod's signals
     return [os.environ.get(RUNS_DIR_VARIABLE, "runs"), "--machine-rank", str(index)]
 
 
@@ -79,7 +79,7 @@ def _answer_calls(runs_dir: Path, machine_rank: int) -> None:
 
 
 def answer(call: Call, runs_dir: Path, machine_rank: int) -> None:
-    """Runs this machine's ranks to their end, or until the call is withdrawn. No process is left.
+    """Runs this machine's ranks to their end, or until the call is withdrawn. Leaves no process.
 
     A call that this machine cannot answer, such as one whose job it cannot read, is reported on stderr: the flow's
     ranks lack their peers and fail by themselves.
@@ -102,7 +102,7 @@ def _run_own_ranks(call: Call, runs_dir: Path, machine_rank: int) -> None:
         if read_call(path) is None:
             raise _WithdrawnError
 
-    # Here, not above: it needs psutil, which `main` has looked for.
+    # Imported here, since it needs psutil, for which `main` checks first.
     from weightline.launch.ranks import run_ranks, with_rank_logs
 
     log_path = job.output_dir / f"ranks-{machine_rank}.log"

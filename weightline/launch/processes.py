@@ -1,7 +1,7 @@
 """Starts processes so that none outlives its parent, and ends whole trees of them.
 
 torchrun starts ranks in sessions of their own, so ending a process group is not enough. A tree is observed while it
-lives, and every process that was ever seen in it is ended, also one whose parent has gone since.
+lives, and every process that was ever observed in it is ended, also one whose parent has ended since.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ from typing import IO, Any
 import psutil
 
 MARK_VARIABLE = "WEIGHTLINE_LAUNCH"
-#: Set for flow runs by their worker: its pid. What outlives a run ends with that process.
+#: Environment variable that a worker sets for its flow runs: its pid. Processes that outlive a run end with the worker.
 WORKER_PID_VARIABLE = "WEIGHTLINE_WORKER_PID"
 _PR_SET_PDEATHSIG = 1
 
 
 def with_parent(argv: Sequence[str]) -> list[str]:
-    """Returns the command wrapped so that the kernel sends it SIGTERM when the thread that starts it ends, however.
+    """Returns the command wrapped so that the kernel sends it SIGTERM when the thread that starts it ends in any way.
 
-    Needs Linux with util-linux; elsewhere it returns the command itself.
+    Needs Linux with util-linux; on other systems it returns the command itself.
     """
     setpriv = shutil.which("setpriv")
     return [setpriv, "--pdeathsig", "TERM", "--", *argv] if setpriv else list(argv)
 
 
 def die_with_parent() -> None:
-    """Asks the kernel to send this process SIGTERM when the thread that started it ends. Does nothing but on Linux."""
+    """Makes the kernel send this process SIGTERM when the thread that started it ends. Has an effect on Linux only."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
 
@@ -53,7 +53,7 @@ def start_process(
 ) -> subprocess.Popen[bytes]:
     """Starts a command in a session of its own, so that a Ctrl-C in the terminal reaches only this process.
 
-    `dies_with_parent=False` is for a process that stays when this one ends.
+    `dies_with_parent=False` is for a process that shall outlive this one.
     """
     return subprocess.Popen(
         with_parent(argv) if dies_with_parent else list(argv),
@@ -68,11 +68,11 @@ def start_process(
 
 @dataclass(frozen=True, slots=True)
 class ProcessId:
-    """Names one process for good. A pid alone is given to another process later."""
+    """Identifies one process permanently. A pid alone may be reused by another process later."""
 
     pid: int
     created_at: float
-    """Seconds since the epoch, as the kernel counts them."""
+    """Start of the process in seconds since the epoch, from the kernel."""
 
     @classmethod
     def of(cls, pid: int) -> ProcessId:
@@ -88,11 +88,11 @@ class ProcessId:
             return None
 
     def is_alive(self) -> bool:
-        """Whether that very process still runs."""
+        """Returns whether this process still runs."""
         return self.find() is not None
 
     def end(self) -> None:
-        """Ends it and all that descends from it. Safe to repeat."""
+        """Ends the process and its descendants. Safe to repeat."""
         if self.is_alive():
             ProcessTree(self.pid).end()
 
@@ -125,7 +125,7 @@ class ProcessTree:
                 self._add(member.children(recursive=True))
 
     def alive(self) -> list[psutil.Process]:
-        """Returns the members that still run. A pid that belongs to another process since is not a member."""
+        """Returns the members that still run. A process that reuses the pid of an ended member is not a member."""
         return [member for member in self._members.values() if _is_alive(member)]
 
     def end(self, grace_seconds: float = 5.0) -> None:

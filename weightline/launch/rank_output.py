@@ -1,6 +1,6 @@
-"""Parses what ranks print: which rank printed a line, which lines a log shows, and why a stage failed. Pure.
+"""Parses the output of ranks: finds the rank of a line, the lines that a log shows, and the cause of a failure. Pure.
 
-torchrun, asked to tee, begins each line of rank N with "[defaultN]:".
+With --tee, torchrun begins each line of rank N with "[defaultN]:".
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def parse_line(raw: str) -> RankLine:
 
 @dataclass(slots=True)
 class LineGate:
-    """Limits the rate of lines: `burst` at once, then `lines_per_second`. Repeats and progress bars never pass."""
+    """Limits the rate of lines: `burst` at once, then `lines_per_second`. Repeated lines and progress bars never pass."""
 
     lines_per_second: float = 5.0
     burst: float = 50.0
@@ -69,7 +69,7 @@ class LineGate:
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """Why the ranks ended. `tail` holds the last lines of the rank that failed first, or else of all ranks."""
+    """The cause of a failure. `tail` holds the last lines of the rank that failed first, or else of all ranks."""
 
     rank: int | None
     cause: str

@@ -1,4 +1,4 @@
-"""Runs a stage's ranks to their end: passes on their lines, explains their failure, and leaves no process behind."""
+"""Runs a stage's ranks to their end: forwards their output, explains their failure, and leaves no process behind."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ def with_rank_logs(argv: Sequence[str], log_dir: Path) -> list[str]:
 def run_ranks(argv: Sequence[str], env: Mapping[str, str], log_path: Path, show: Show, tick: Tick) -> None:
     """Runs the launcher to its end. Lines go to `log_path` and, at a limited rate, to `show`; `tick` is called often.
 
-    Raises LaunchError with the last lines of the rank that failed first. However this ends, also by an exception or a
-    signal, no process of the launcher's tree is left. If this process is killed, the kernel sends the launcher SIGTERM.
+    Raises LaunchError with the last lines of the rank that failed first. No process of the launcher's tree is left,
+    also after an exception or a signal. If this process is killed, the kernel sends the launcher SIGTERM.
     """
     marked, mark = marked_environment(env)
     process = start_process(argv, env=marked, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
@@ -45,7 +45,7 @@ def run_ranks(argv: Sequence[str], env: Mapping[str, str], log_path: Path, show:
     gate = LineGate()
     ended_at = math.inf
     try:
-        # Ranks hold the output open. If they outlive their launcher, they are ended with the rest of the tree.
+        # Ranks keep the output open. If they outlive their launcher, they are ended with the rest of the tree.
         while not reader.is_done and time.monotonic() < ended_at + _LINGER_SECONDS:
             for line in reader.take(_TURN_SECONDS):
                 if gate.passes(line, time.monotonic()):
@@ -70,7 +70,7 @@ def run_ranks(argv: Sequence[str], env: Mapping[str, str], log_path: Path, show:
 
 
 def _exit_code(process: subprocess.Popen[bytes]) -> int:
-    """Returns the exit code of a launcher that has closed its output. One that does not end then counts as killed."""
+    """Returns the exit code of a launcher that has closed its output. If it does not end soon, it counts as killed."""
     try:
         return process.wait(_LINGER_SECONDS)
     except subprocess.TimeoutExpired:
@@ -78,7 +78,7 @@ def _exit_code(process: subprocess.Popen[bytes]) -> int:
 
 
 class LineReader:
-    """Reads a process's output in a thread, so that the process never waits for the reader of its lines."""
+    """Reads a process's output in a thread, so that the process never blocks on its output."""
 
     def __init__(self, stream: IO[bytes], log_path: Path) -> None:
         self.newest: deque[RankLine] = deque(maxlen=_KEPT_LINES)
@@ -90,7 +90,7 @@ class LineReader:
 
     @property
     def is_done(self) -> bool:
-        """Whether the output has ended and every line was taken."""
+        """Returns whether the output has ended and every line was taken."""
         return not self._thread.is_alive() and self._queue.empty()
 
     def take(self, wait_seconds: float) -> list[RankLine]:

@@ -2,8 +2,8 @@
 
 python -m weightline.launch.tether PID COMMAND [ARGUMENT...]
 
-For what must outlive the process that starts it, but not a third one: the kernel tells a process only of the end of its
-parent (`start_process`).
+Use it for a command that must outlive the process that starts it, but not a third process. The kernel can signal a
+process only when its parent ends (`start_process`).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _LOOK_SECONDS = 0.5
 
 
 def main(argv: list[str]) -> int:
-    """Returns the exit code of the command. 0 when it was ended because the process of the pid has ended."""
+    """Runs the command and returns its exit code; 0 when it was ended because the process of the pid ended."""
     signal.signal(signal.SIGTERM, _exit)
     try:
         owner = ProcessId.of(int(argv[0]))
