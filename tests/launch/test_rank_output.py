@@ -23,8 +23,8 @@ def test_labels_of_torchrun_and_torch_are_taken_off() -> None:
     assert parse_line("[default12]:{'loss': '0.1'}\r\n") == RankLine(12, "{'loss': '0.1'}")
     assert parse_line("[default0]:    indented") == RankLine(0, "    indented")
     assert parse_line("W1124 launcher") == RankLine(None, "W1124 launcher")
-    assert RankLine(None, "x").labelled == "x"
-    assert RankLine(3, "x").labelled == "[rank 3] x"
+    assert RankLine(None, "x").labeled == "x"
+    assert RankLine(3, "x").labeled == "[rank 3] x"
 
 
 def test_a_killed_rank_is_named_with_its_signal_and_its_own_last_lines() -> None:

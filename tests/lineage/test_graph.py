@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from tests.lineage.rows import row
-from weightline.lineage.graph import STAGE_COLOURS, mermaid_graph
+from weightline.lineage.graph import STAGE_COLORS, mermaid_graph
 
 
 def _nodes(graph: str) -> dict[str, str]:
@@ -18,7 +18,7 @@ def test_stages_have_colours_of_their_own() -> None:
     assert graph.startswith("graph TD\n")
     assert _nodes(graph) == {"v0": "stage0", "v1": "stage0", "v2": "stage1", "v3": "stage2"}
     for index in range(3):
-        assert f"classDef stage{index} fill:{STAGE_COLOURS[index][0]}" in graph
+        assert f"classDef stage{index} fill:{STAGE_COLORS[index][0]}" in graph
 
 
 def test_edges_follow_the_base_versions_and_reverts() -> None:
@@ -54,5 +54,5 @@ def test_a_hostile_stage_name_stays_inside_its_label() -> None:
 
 
 def test_more_stages_than_colours_start_over() -> None:
-    graph = mermaid_graph([row(version, stage=f"stage-{version}") for version in range(len(STAGE_COLOURS) + 1)])
-    assert f"classDef stage{len(STAGE_COLOURS)} fill:{STAGE_COLOURS[0][0]}" in graph
+    graph = mermaid_graph([row(version, stage=f"stage-{version}") for version in range(len(STAGE_COLORS) + 1)])
+    assert f"classDef stage{len(STAGE_COLORS)} fill:{STAGE_COLORS[0][0]}" in graph

@@ -84,7 +84,7 @@ def test_a_run_id_cannot_leave_the_runs_folder(tmp_path: Path) -> None:
 
 
 def test_a_folder_of_something_else_is_no_run(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="no folder of a run"):
+    with pytest.raises(InputError, match="not the folder of a run"):
         open_run(tmp_path)
 
 

@@ -152,7 +152,7 @@ def test_what_counts_as_local(tmp_path: Path) -> None:
         ("codecarbon", "codecarbon needs the package codecarbon", "pip install codecarbon"),
         ("kubeflow", "its own trainer", "KUBEFLOW_TRAINER_SERVER_URL"),
         ("tensorbord", "no reporter 'tensorbord'", "did you mean `tensorboard`?"),
-        ([3], "is no name of a reporter", "trackio"),
+        ([3], "does not name a reporter", "trackio"),
     ],
 )
 def test_a_reporter_that_would_fail_in_a_rank(report_to: Any, problem: str, remedy: str) -> None:

@@ -1,1 +1,1 @@
-"""What checkpoints, chains and clusters cost: measured on data at hand, or computed for those that are not."""
+"""Benchmarks of codings on given checkpoints, and estimates of the costs of a cluster."""

@@ -1,7 +1,7 @@
-"""What publishing and following would cost for a model and a cluster that are not at hand. A model, not a measurement.
+"""Estimates the costs of publishing and following for any model and cluster. A model, not a measurement.
 
-Bytes: positions of a random set of density d cost H(d)/d bits a changed element, a step about 1.3 bits (measured: 87 to
-91 % of steps are +1 or -1); each coding gets to a factor of that sum. Time: what a rank does divided by a rate.
+Bytes: positions of a random set of density d cost H(d)/d bits per changed element, a step about 1.3 bits (measured: 87
+to 91 % of steps are +1 or -1); each coding reaches a factor of that sum. Time: the work of a rank divided by a rate.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from weightline.errors import InputError
 
 #: Bits of a step (sign and size), from the change statistics of real SFT and GRPO runs.
 STEP_BITS = 1.3
-#: Measured bytes over the blind bound, by coding, on consecutive bf16 states of trained models.
+#: Measured bytes over that sum, by coding, on consecutive bf16 states of trained models.
 CODING_FACTORS = {"gap": 1.08, "gap-by-magnitude": 0.76}
-#: Numbers that mean something, whatever they count: beyond it a product may leave the floats.
+#: Range of valid numbers. Beyond it a product may exceed the range of floats.
 _SMALLEST, _LARGEST = 1e-9, 1e18
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cluster:
-    """A training cluster and its readers. Rates are of one rank or one reader."""
+    """A training cluster and its readers. Rates are those of one rank or one reader."""
 
     num_params: float
     num_ranks: int
@@ -30,24 +30,24 @@ class Cluster:
     itemsize: int = 2
     coding: str = "gap-by-magnitude"
     uplink_gbps: float = 25.0
-    """Network from one rank to the bucket, in gigabits a second."""
+    """Network from one rank to the bucket, in gigabits per second."""
     downlink_gbps: float = 25.0
-    """Network from the bucket to one reader."""
+    """Network from the bucket to one reader, in gigabits per second."""
     num_reader_ranks: int = 8
     """Tensor-parallel ranks of one replica, each fetching and applying its part."""
     capture_elements_per_second: float = 1.5e9
-    """Compared elements a second and rank (one CPU core; a GPU is far above)."""
+    """Compared elements per second and rank (one CPU core; a GPU is much faster)."""
     encode_elements_per_second: float = 40e6
-    """Coded changed elements a second and rank."""
+    """Coded changed elements per second and rank."""
     decode_elements_per_second: float = 10e6
-    """Decoded changed elements a second and reader rank."""
+    """Decoded changed elements per second and reader rank."""
     apply_elements_per_second: float = 50e6
-    """Scattered changed elements a second and reader rank: the pause."""
+    """Scattered changed elements per second and reader rank, which determine the pause."""
     commit_seconds: float = 0.3
-    """Gathering the ranks' facts, and the one create-only put."""
+    """Time for gathering the ranks' facts, and for the create-only put."""
 
     def __post_init__(self) -> None:
-        """InputError names the field that cannot be."""
+        """Raises InputError, which names the field, for an invalid value."""
         if self.coding not in CODING_FACTORS:
             raise InputError(f"coding is {self.coding!r}: give one of {', '.join(CODING_FACTORS)}", field="coding")
         for name, value in ((one.name, getattr(self, one.name)) for one in fields(self) if one.name != "coding"):
@@ -59,7 +59,7 @@ class Cluster:
 
 @dataclass(frozen=True, slots=True)
 class ClusterCost:
-    """Per sync, unless named otherwise."""
+    """The costs of a cluster, per sync unless the name says otherwise."""
 
     full_nbytes: float
     baseline_nbytes_per_rank: float
@@ -68,27 +68,27 @@ class ClusterCost:
     delta_nbytes_per_rank: float
     ratio_to_full: float
     capture_seconds: float
-    """Taken from training."""
+    """Time by which training is delayed."""
     encode_seconds: float
     upload_seconds: float
     publish_seconds: float
-    """From capture to committed version."""
+    """Time from capture to the committed version."""
     full_upload_seconds: float
     download_seconds: float
     decode_seconds: float
     pause_seconds: float
     refresh_seconds: float
-    """From committed version to serving it."""
+    """Time from the committed version to serving it."""
 
 
 def bytes_per_changed(density: float, coding: str) -> float:
-    """Expected payload bytes of one changed element."""
+    """Returns the expected payload bytes of one changed element."""
     entropy_bits = -density * math.log2(density) - (1 - density) * math.log2(1 - density) if density < 1 else 0.0
     return CODING_FACTORS[coding] * (entropy_bits / density + STEP_BITS) / 8
 
 
 def plan_cluster(cluster: Cluster) -> ClusterCost:
-    """Compute the costs. Pure."""
+    """Returns the costs. Pure."""
     changed = cluster.num_params * cluster.density
     changed_per_rank = changed / cluster.num_ranks
     full_nbytes = cluster.num_params * cluster.itemsize

@@ -1,4 +1,4 @@
-"""Measure the codings on two states of one model: what would these checkpoints cost?
+"""Measures the codings on two states of one model.
 
 Legend: N elements of a tensor, K changed elements.
 """
@@ -25,9 +25,10 @@ Pair = tuple[TensorSpec, BitsArray, BitsArray]
 
 @dataclass(frozen=True, slots=True)
 class CodingResult:
-    """One coding on one pair of states. All bytes of the payload count; times are the best of the repeats, one thread.
+    """The results of one coding on one pair of states. Times are the best of the repeats, on one thread.
 
-    memcmp_seconds is what the C library takes to compare one state with an equal copy: the floor for any capture.
+    payload_nbytes counts all bytes of the payload. memcmp_seconds is the time in which the C library compares one state
+    with an equal copy: a lower bound for any capture.
     """
 
     coding: str
@@ -44,7 +45,7 @@ class CodingResult:
 
 
 def bench_codings(pairs: Iterable[Pair], repeats: int = 7) -> list[CodingResult]:
-    """Every coding on (tensor, old bits, new bits) of all tensors. Needs a second copy of the states in memory.
+    """Measures every coding on (tensor, old bits, new bits) of all tensors. Holds two copies of the states in memory.
 
     Encoding writes a payload into a temporary folder; decoding reads it back; applying scatters into a copy of the old
     state, which is then compared with the new one, bit by bit.
@@ -63,7 +64,8 @@ def _bench(name: str, pairs: Sequence[Pair], memcmp_seconds: float, repeats: int
         capture_seconds, changes = best_of(
             repeats, lambda: [capture(segments[t.name], old_N, new_N, ranked=ranked) for t, old_N, new_N in pairs]
         )
-        # A writer's payload is a new file: to empty an old one first takes the file system as long as a small encoding.
+        # A writer's payload is a new file. Truncating an old one takes the file system as long as a small encoding, so
+        # the file is deleted before each run.
         encode_seconds, info = best_of(repeats, lambda: write_delta(path, changes, name), path.unlink)
         decode_seconds, decoded = best_of(
             repeats, lambda: list(open_payload(path).read_changes(None, lambda segment: base[segment.tensor.name]))

@@ -1,10 +1,10 @@
-"""The published layouts of other systems, written here from their descriptions, to compare sizes with.
+"""The published layouts of other systems, implemented from their descriptions, for comparisons of sizes.
 
-Everything that a system codes is decoded again, so that the bytes are known to be enough.
+Each coded stream is decoded again, which proves that its bytes suffice.
 
-- TRL: positions as int32, new values as they are; not compressed (TRL #5417).
-- slime: every byte of a tensor XOR its old byte, zstd level 1 a tensor (slime #1806; SkyRL #1935, stitch).
-- NeMo-RL: gaps of 16 bits (32 where one does not fit), new bits XOR old ones, zstd level 1 a bucket (NeMo-RL #2444).
+- TRL: positions as int32, new values unchanged; not compressed (TRL #5417).
+- slime: every byte of a tensor XOR its old byte, zstd level 1 per tensor (slime #1806; SkyRL #1935, stitch).
+- NeMo-RL: gaps of 16 bits (32 if one does not fit), new bits XOR old ones, zstd level 1 per bucket (NeMo-RL #2444).
 - PULSE: gaps of 32 bits, differences of the bit patterns, zstd level 1 over all tensors (arXiv 2602.03839).
 
 Legend: N elements of a tensor, K changed elements of all tensors of one width.
@@ -29,9 +29,9 @@ _ZSTD_LEVEL = 1
 
 @dataclass(frozen=True, slots=True)
 class PeerLayout:
-    """How one system codes the tensors of one width, given as one flat array or tensor by tensor.
+    """One system's coding of the tensors of one width, given as one flat array or tensor by tensor.
 
-    `encode(old, new)` compares as well; `decode(stream, old)` gives the new bits.
+    `encode(old, new)` also compares the states; `decode(stream, old)` returns the new bits.
     """
 
     system: str
@@ -43,7 +43,7 @@ class PeerLayout:
 
 @dataclass(frozen=True, slots=True)
 class PeerResult:
-    """One layout on one pair of states. Times include the comparison; one thread, the best of the repeats."""
+    """The results of one layout on one pair of states. Times include the comparison; best of repeats, one thread."""
 
     system: str
     layout: str
@@ -57,13 +57,13 @@ class PeerResult:
 
 
 def bench_peers(pairs: Iterable[Pair], repeats: int = 1) -> list[PeerResult]:
-    """Every layout on (tensor, old bits, new bits) of all tensors. Needs the package `zstandard`."""
+    """Measures every layout on (tensor, old bits, new bits) of all tensors. Needs the package `zstandard`."""
     held = list(pairs)
     return [_bench(layout, held, repeats) for layout in peer_layouts()]
 
 
 def peer_layouts() -> tuple[PeerLayout, ...]:
-    """The layouts, in the order of the module's list."""
+    """Returns the layouts, in the order of the module's list."""
     return (
         PeerLayout("TRL", "int32 + values", _encode_trl, _decode_trl, joins_tensors=False),
         PeerLayout("slime", "dense XOR, zstd-1", _encode_slime, _decode_slime, joins_tensors=False),
@@ -87,7 +87,7 @@ def _bench(layout: PeerLayout, pairs: Sequence[Pair], repeats: int) -> PeerResul
 
 
 def _joined(pairs: Sequence[Pair]) -> list[tuple[BitsArray, BitsArray]]:
-    """One (old, new) a width: all tensors of it laid end to end."""
+    """Returns one (old, new) per width: all tensors of that width laid end to end."""
     widths = sorted({old_N.itemsize for _, old_N, _ in pairs})
     groups = [[pair for pair in pairs if pair[1].itemsize == width] for width in widths]
     return [(np.concatenate([p[1] for p in group]), np.concatenate([p[2] for p in group])) for group in groups]
@@ -141,7 +141,7 @@ def _decode_pulse(stream: bytes, old_N: BitsArray) -> BitsArray:
 
 
 def _gaps(old_N: BitsArray, new_N: BitsArray) -> tuple[Array, Array]:
-    """(positions, distance of each from the one before)."""
+    """Returns (positions of changes, distance of each from the one before)."""
     positions_K = np.flatnonzero(old_N != new_N)
     return positions_K, np.diff(positions_K, prepend=0)
 

@@ -1,4 +1,4 @@
-"""Wall-clock time of a piece of work."""
+"""Measures the wall-clock time of a function."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ Result = TypeVar("Result")
 def best_of(
     repeats: int, work: Callable[[], Result], before: Callable[[], object] = lambda: None
 ) -> tuple[float, Result]:
-    """(seconds of the fastest run, result of the last). A first run that does not count warms up.
+    """Returns (seconds of the fastest run, result of the last). A first run, which is not counted, warms up.
 
-    `before` runs untimed before each run: what makes the next one start from where the first did.
+    `before` runs untimed before each run, to restore the initial state.
     """
     result = work()
     best_seconds = float("inf")

@@ -22,7 +22,7 @@ class Snapshot:
     generation: int = 0
     """Number that grows with every change."""
     state: ChainState = "loading"
-    """`loading` until the first refresh; `unreachable` when the last one failed, so that the snapshot may be outdated."""
+    """`loading` until the first refresh; `unreachable` after one that failed: the snapshot may be outdated."""
     problem: str | None = None
     """The reason why the bucket is unreachable, or a note that a refresh takes long."""
     versions: tuple[int, ...] = ()

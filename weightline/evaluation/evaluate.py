@@ -1,4 +1,4 @@
-"""Measures versions and records the scores. Importing this module is cheap; the first measurement imports the harness."""
+"""Measures versions and records the scores. Importing this is cheap; the first measurement imports the harness."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ _SEED = 1234
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """The results of the harness. `metrics` have its own names (`exact_match,none`); `score` is the task's first one."""
+    """Results of the harness. `metrics` have its own names (`exact_match,none`); `score` is the task's first one."""
 
     score: float
     metrics: dict[str, float]

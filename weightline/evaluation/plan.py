@@ -1,4 +1,4 @@
-"""Plans which versions are evaluated: the newest and all milestones. Every other version is recorded as skipped. Pure."""
+"""Plans which versions are evaluated: the newest and all milestones. All others are recorded as skipped. Pure."""
 
 from __future__ import annotations
 

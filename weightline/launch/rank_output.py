@@ -27,7 +27,7 @@ class RankLine:
     text: str
 
     @property
-    def labelled(self) -> str:
+    def labeled(self) -> str:
         return self.text if self.rank is None else f"[rank {self.rank}] {self.text}"
 
 
@@ -40,7 +40,7 @@ def parse_line(raw: str) -> RankLine:
 
 @dataclass(slots=True)
 class LineGate:
-    """Limits the rate of lines: `burst` at once, then `lines_per_second`. Repeated lines and progress bars never pass."""
+    """Limits the rate of lines: `burst` at once, then `lines_per_second`. Repetitions and progress bars never pass."""
 
     lines_per_second: float = 5.0
     burst: float = 50.0
@@ -83,14 +83,14 @@ def explain_failure(lines: Sequence[RankLine], returncode: int) -> Failure:
     """Finds the rank that failed first and its last lines. `lines`: the newest lines, oldest first."""
     found = _ROOT_CAUSE.search("\n".join(line.text for line in lines if line.rank is None))
     if found is None:
-        return Failure(None, f"the launcher ended with exit code {returncode}", _last(lines, is_labelled=True))
+        return Failure(None, f"the launcher ended with exit code {returncode}", _last(lines, is_labeled=True))
     rank, exitcode = int(found[1]), int(found[2])
     signal = _SIGNAL.search(found[3])
     how = f"was ended by {signal[1]}" if signal else f"ended with exit code {exitcode}"
     return Failure(rank, f"rank {rank} {how}", _last(line for line in lines if line.rank == rank))
 
 
-def _last(lines: Iterable[RankLine], *, is_labelled: bool = False) -> tuple[str, ...]:
+def _last(lines: Iterable[RankLine], *, is_labeled: bool = False) -> tuple[str, ...]:
     shown = [line for line in lines if line.text.strip() and not _PROGRESS_BAR.search(line.text)]
-    texts = (line.labelled if is_labelled else line.text for line in shown[-MAX_TAIL_LINES:])
+    texts = (line.labeled if is_labeled else line.text for line in shown[-MAX_TAIL_LINES:])
     return tuple(texts) or ("(it printed nothing)",)

@@ -49,7 +49,7 @@ def run_ranks(argv: Sequence[str], env: Mapping[str, str], log_path: Path, show:
         while not reader.is_done and time.monotonic() < ended_at + _LINGER_SECONDS:
             for line in reader.take(_TURN_SECONDS):
                 if gate.passes(line, time.monotonic()):
-                    show(line.labelled)
+                    show(line.labeled)
             tree.observe()
             tick()
             if process.poll() is not None:

@@ -1,1 +1,1 @@
-"""What became of every version: manifests and records, drawn as a graph and told as a table. Pure; reads only."""
+"""The lineage of versions, from manifests and records, as a graph and as a table. Pure; reads only."""

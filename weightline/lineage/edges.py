@@ -1,6 +1,6 @@
-"""How versions hang together: deltas, reverts, and the shortcuts that compaction wrote. Pure.
+"""The edges between versions: deltas, reverts, and the shortcuts that compaction wrote. Pure.
 
-The one source of every drawing of a chain: the mermaid graph of the artifact and the dashboard's.
+The mermaid graph of the Prefect artifact and the graph of the dashboard are both drawn from them.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from typing import Literal
 from weightline.lineage.rows import LineageRow
 
 Shortcut = tuple[int | None, int]
-"""(base_version, version); from None it is an anchor."""
+"""(base_version, version). An anchor has the base_version None."""
 
 
 @dataclass(frozen=True, slots=True)
 class Edge:
-    """A way from the state of `source` to that of `target`.
+    """A relation between the states of `source` and `target`.
 
-    `delta`: the version's own payloads. `equals`: a revert, whose state is the source's again. `shortcut`: a compacted
+    `delta`: the version's own payloads. `equals`: a revert, whose state equals the source's. `shortcut`: a compacted
     delta that skips the versions between.
     """
 
@@ -29,7 +29,7 @@ class Edge:
 
 
 def lineage_edges(rows: Sequence[LineageRow], shortcuts: Iterable[Shortcut] = ()) -> tuple[Edge, ...]:
-    """Every edge that ends at one of the rows, by target; its source may be an older version that is not among them."""
+    """Returns every edge that ends at one of the rows, ordered by target. Its source may be missing in the rows."""
     of_target: dict[int, list[Edge]] = {row.version: [] for row in rows}
     for row in rows:
         if row.base_version is not None:
@@ -43,5 +43,5 @@ def lineage_edges(rows: Sequence[LineageRow], shortcuts: Iterable[Shortcut] = ()
 
 
 def anchored_versions(shortcuts: Iterable[Shortcut]) -> frozenset[int]:
-    """Versions that got an anchor after their commit."""
+    """Returns the versions that got an anchor after their commit."""
     return frozenset(version for base_version, version in shortcuts if base_version is None)

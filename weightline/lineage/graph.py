@@ -1,4 +1,4 @@
-"""The chain as a mermaid flowchart: top to bottom, a colour a stage, anchors and milestones by their shape. Pure."""
+"""Draws a chain as a mermaid flowchart, top to bottom. Stages have colors; anchors and milestones have shapes. Pure."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from weightline.lineage.edges import Shortcut, lineage_edges
 from weightline.lineage.rows import LineageRow
 from weightline.lineage.text import escape_mermaid, format_nbytes, format_percent
 
-#: Fill, border and text colour of the stages, in order of appearance. They read on light and on dark pages.
-STAGE_COLOURS = (
+#: Fill, border and text color of the stages, in order of appearance. They are legible on light and on dark pages.
+STAGE_COLORS = (
     ("#dbeafe", "#1d4ed8", "#172554"),
     ("#fef3c7", "#b45309", "#451a03"),
     ("#dcfce7", "#15803d", "#052e16"),
@@ -17,14 +17,14 @@ STAGE_COLOURS = (
     ("#fee2e2", "#b91c1c", "#450a0a"),
     ("#cffafe", "#0e7490", "#083344"),
 )
-#: More nodes than this and a person scrolls instead of looking.
+#: Number of nodes that can be viewed without scrolling.
 MAX_NODES = 40
 
 _ARROWS = {"delta": "-->", "equals": "-. equals .->", "shortcut": "-. shortcut .->"}
 
 
 def mermaid_graph(rows: Sequence[LineageRow], max_nodes: int = MAX_NODES, shortcuts: Iterable[Shortcut] = ()) -> str:
-    """The newest `max_nodes` (1 or more) of `rows`, oldest first; all versions before them are one node."""
+    """Returns the graph of the newest `max_nodes` (1 or more) rows, oldest first. All earlier versions are one node."""
     shown = rows[-max_nodes:]
     stages = list(dict.fromkeys(row.stage for row in shown))
     class_of = {stage: f"stage{index}" for index, stage in enumerate(stages)}
@@ -63,5 +63,5 @@ def _edges(shown: Sequence[LineageRow], shortcuts: Iterable[Shortcut]) -> Iterat
 
 
 def _class_definition(name: str, index: int) -> str:
-    fill, border, text = STAGE_COLOURS[index % len(STAGE_COLOURS)]
+    fill, border, text = STAGE_COLORS[index % len(STAGE_COLORS)]
     return f"    classDef {name} fill:{fill},stroke:{border},color:{text}"

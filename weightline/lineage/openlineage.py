@@ -1,9 +1,11 @@
-"""Commits and evaluations as OpenLineage run events, for a company's own lineage tool. Off unless the environment says
-where to: OPENLINEAGE_URL, OPENLINEAGE_CONFIG or OPENLINEAGE__TRANSPORT__TYPE, as openlineage-python documents them.
+"""Exports commits and evaluations as OpenLineage run events.
+
+It is off unless the environment configures a receiver, by OPENLINEAGE_URL, OPENLINEAGE_CONFIG or
+OPENLINEAGE__TRANSPORT__TYPE, as openlineage-python documents them.
 
 A version is a dataset (the chain) in a dataset version; a commit is a run that makes it from its base version, an
-evaluation a run that reads it. Run ids are derived from commit ids, so telling something twice tells nothing new.
-Spec: https://openlineage.io/docs/spec/object-model
+evaluation a run that reads it. Run ids are derived from commit ids, so events that are sent twice describe the same
+runs. Spec: https://openlineage.io/docs/spec/object-model
 """
 
 from __future__ import annotations
@@ -30,15 +32,15 @@ _SWITCHES = ("OPENLINEAGE_URL", "OPENLINEAGE_CONFIG", "OPENLINEAGE__TRANSPORT__T
 
 
 def is_enabled(env: Mapping[str, str] = os.environ) -> bool:
-    """Whether the environment names a place for events."""
+    """Returns whether the environment configures a receiver of events."""
     is_off = env.get("OPENLINEAGE_DISABLED", "false").lower() in ("true", "1")
     return not is_off and any(env.get(name) for name in _SWITCHES)
 
 
 def export_version(chain: Chain, version: int) -> int:
-    """Tell of the version's commit and of its evaluations so far; how many events that were. 0 when not enabled.
+    """Sends the events of the version's commit and its evaluations so far. Returns their number; 0 when not enabled.
 
-    Safe to repeat. Raises VersionNotFoundError, MissingExtraError, and whatever the transport does.
+    Safe to repeat. Raises VersionNotFoundError, MissingExtraError, and any error of the transport.
     """
     if not is_enabled():
         return 0
@@ -57,17 +59,17 @@ def export_version(chain: Chain, version: int) -> int:
 def try_export(chain: Chain, version: int, logger: logging.Logger | logging.LoggerAdapter[Any]) -> None:
     """Exports the version's events if the environment names a server. A failure is logged as a warning, never raised.
 
-    The version was measured and served whatever a lineage server does.
+    So a lineage server cannot make an evaluation or a refresh fail.
     """
     try:
         export_version(chain, version)
-    # The transport is a third party's and raises anything.
+    # The transport is third-party code, which may raise any error.
     except Exception as error:  # noqa: BLE001
         logger.warning("no OpenLineage events of version %d: %r", version, error)
 
 
 def version_events(chain: Chain, version: int) -> Iterator[RunEvent]:
-    """The commit, then every evaluation. Reads the bucket; tells nobody."""
+    """Yields the event of the commit, then those of the evaluations. Reads the bucket; sends nothing."""
     manifest = chain.manifest(version)
     yield commit_event(chain.url, chain.name, manifest)
     for record in read_records(chain, EVALUATIONS, version):
@@ -76,7 +78,7 @@ def version_events(chain: Chain, version: int) -> Iterator[RunEvent]:
 
 
 def commit_event(url: str, name: str, manifest: Manifest) -> RunEvent:
-    """A finished run that made the version from its base, or a fork's first version from its origin. Pure."""
+    """Returns a finished run that made the version from its base, or a fork's first version from its origin. Pure."""
     from openlineage.client.event_v2 import Job, OutputDataset, Run, RunEvent, RunState
     from openlineage.client.facet_v2 import output_statistics_output_dataset
 
@@ -101,12 +103,12 @@ def commit_event(url: str, name: str, manifest: Manifest) -> RunEvent:
 
 
 def evaluation_event(url: str, name: str, manifest: Manifest, record: Mapping[str, Any]) -> RunEvent:
-    """A run that read the version: finished with its score, aborted when a newer version took its place. Pure."""
+    """Returns a run that read the version: complete with its score, or aborted when the version was skipped. Pure."""
     from openlineage.client.event_v2 import Job, Run, RunEvent, RunState
 
     states = {"done": RunState.COMPLETE, "skipped": RunState.ABORT}
-    told = ("status", "score", "metrics", "num_problems", "newer_version")
-    facts = {key: record[key] for key in told if key in record}
+    exported = ("status", "score", "metrics", "num_problems", "newer_version")
+    facts = {key: record[key] for key in exported if key in record}
     return RunEvent(
         eventType=states.get(record["status"], RunState.FAIL),
         eventTime=record["recorded_at"],
@@ -119,7 +121,7 @@ def evaluation_event(url: str, name: str, manifest: Manifest, record: Mapping[st
 
 
 def dataset_name(url: str) -> tuple[str, str]:
-    """(namespace, name) by OpenLineage's naming: `s3://bucket` and a key, `file` and an absolute path."""
+    """Returns (namespace, name) by OpenLineage's naming: `s3://bucket` and a key, `file` and an absolute path."""
     parts = urlsplit(url)
     if parts.netloc:
         return f"{parts.scheme}://{parts.netloc}", unquote(parts.path).strip("/") or "/"
@@ -142,7 +144,7 @@ def _versioned(url: str, version: int) -> dict[str, Any]:
 
 
 def _facet(facts: Mapping[str, Any]) -> Any:
-    """A facet of our own: fields beside those that the spec asks for."""
+    """Returns a custom facet with these fields."""
     from openlineage.client.facet_v2 import RunFacet
 
     return RunFacet(producer=PRODUCER).with_additional_properties(**facts)

@@ -1,11 +1,12 @@
-"""Decides which versions lack an evaluation or refresh record, and what is done about each. Pure but for one reader.
+"""Finds the versions that lack an evaluation or refresh record, and plans the runs that make them.
 
-Every commit starts two consumers by an event, and each leaves a record of its kind. An event or a run can be lost, so
-`reconcile` compares the bucket (which records stand) with the Prefect server (which runs wait, go on or have ended):
+All functions but `read_manifests` are pure. Every commit starts two consumers by an event, and each writes a record of
+its kind. An event or a run can be lost, so `reconcile` compares the records in the bucket with the runs on the Prefect
+server, which are waiting, running or ended:
 
 - a version whose event the server does not have is announced again, under the event's own id;
-- a record that no run is making gets a new run: after 5, 10, 20, ... minutes, and at most `MAX_ATTEMPTS` times;
-- a record that all these runs failed to make is exhausted: a record `failed` is written in its place.
+- a missing record without a run gets a new run: after 5, 10, 20, ... minutes, and at most `MAX_ATTEMPTS` times;
+- a missing record whose runs have all failed is exhausted: a record `failed` is written in its place.
 """
 
 from __future__ import annotations
@@ -27,14 +28,14 @@ from weightline.lineage.rows import parse_time
 MAX_ATTEMPTS = 6
 #: Pause after the first run that left no record. It doubles with every further one.
 RETRY_SECONDS = 300.0
-#: Runs of one kind that may wait or go on at once, for all chains together; versions of a chain announced at once.
+#: Bound of the runs of one kind that wait or run, over all chains, and of a chain's versions announced at once.
 MAX_STARTED = 50
 _LONG_AGO = datetime.min.replace(tzinfo=UTC)
 
 
 @dataclass(frozen=True, slots=True)
 class MissingRecord:
-    """A record that a consumer owes a version. `kind` is EVALUATIONS or REFRESHES."""
+    """A record that a version lacks. `kind` is EVALUATIONS or REFRESHES."""
 
     chain: str
     version: int
@@ -45,7 +46,7 @@ class MissingRecord:
 
 
 class ConsumerRun(NamedTuple):
-    """A run of a consumer that waits or goes on: which record it will make."""
+    """A consumer's run that is waiting or running, identified by the record that it will write."""
 
     kind: str
     chain: str
@@ -54,7 +55,7 @@ class ConsumerRun(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Attempt:
-    """A run that was started for a missing record. `ended_at` is None while it waits or goes on."""
+    """A run that was started for a missing record. `ended_at` is None while it is waiting or running."""
 
     ended_at: datetime | None
     message: str
@@ -70,7 +71,7 @@ class ExhaustedRecord:
 
 @dataclass(frozen=True, slots=True)
 class Owed:
-    """What one chain's versions lack, and what is done about it in this run of `reconcile`."""
+    """The actions of one run of `reconcile` for the missing records of one chain."""
 
     unannounced: tuple[Manifest, ...]
     """Versions whose event is sent again."""
@@ -79,7 +80,7 @@ class Owed:
     exhausted: tuple[ExhaustedRecord, ...]
     """Records that are given up."""
     unreadable: tuple[WeightlineError, ...]
-    """Errors of manifests that cannot be read. They do not keep the other versions from what they are owed."""
+    """Errors of manifests that cannot be read. The other versions are processed nevertheless."""
 
 
 def lacking_versions(
@@ -103,7 +104,8 @@ def plan_missing(
 ) -> tuple[MissingRecord, ...]:
     """Returns the missing records, oldest version first.
 
-    Versions committed after `committed_before` are left to their events, and records that a run is making to that run.
+    Versions committed after `committed_before` are left out, since their events may still arrive, and so are records
+    for which a run is under way.
     """
     return tuple(
         MissingRecord(chain, manifest.version, manifest.commit_id, kind)
@@ -129,7 +131,7 @@ def plan_announcements(
 def next_step(
     ends: Sequence[datetime | None], now: datetime, retry_seconds: float = RETRY_SECONDS
 ) -> Literal["start", "wait", "give up"]:
-    """Decides about one missing record by when its runs ended, oldest first; None stands for a run that goes on."""
+    """Returns the next step for one missing record. `ends`: when its runs ended, oldest first; None: still running."""
     if not ends:
         return "start"
     last = ends[-1]
@@ -160,7 +162,10 @@ def plan_runs(
 def take_turns(
     chains: Sequence[Sequence[MissingRecord]], under_way: Collection[ConsumerRun]
 ) -> tuple[MissingRecord, ...]:
-    """Chooses what to start of what all chains lack: one chain after the other, at most `MAX_STARTED` of each kind."""
+    """Returns the records for which runs are started, taken in turn from each chain.
+
+    With the runs of `under_way`, which wait or run already, there are at most `MAX_STARTED` runs of each kind.
+    """
     turns = [record for record in joined.from_iterable(zip_longest(*chains)) if record is not None]
     started: list[MissingRecord] = []
     for kind in (EVALUATIONS, REFRESHES):

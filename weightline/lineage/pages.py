@@ -1,4 +1,4 @@
-"""Markdown pages that the Prefect UI shows of a chain: its lineage, and what upkeep did. Pure."""
+"""Markdown pages of a chain for the Prefect UI: its lineage, and the results of upkeep. Pure."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def lineage_markdown(
 ) -> str:
     """Returns the page of a chain: graph and table of its newest versions. `rows` may leave out older versions.
 
-    `max_versions` bounds its size, whatever the length of the chain.
+    `max_versions` bounds its size for chains of any length.
     """
     name = f"Chain {escape_markdown_url(chain_url)}"
     if not rows:
@@ -35,7 +35,7 @@ def lineage_markdown(
 
 @dataclass(frozen=True, slots=True)
 class UpkeepResult:
-    """One verb of upkeep, and what it did in one sentence."""
+    """One step of upkeep, and its result in one sentence."""
 
     verb: str
     text: str
@@ -48,7 +48,7 @@ def upkeep_markdown(chain: str, results: Sequence[UpkeepResult]) -> str:
 
 
 def findings_text(report: VerifyReport) -> str:
-    """Returns the first 20 findings of a check, one on each line, and how many more there are."""
+    """Returns the first 20 findings of a check, one on each line, and the number of further ones."""
     lines = [f"{found.rule}: {found.subject}: {found.message}" for found in report.findings[:_MAX_FINDINGS]]
     others = len(report.findings) - len(lines)
     return "\n".join([*lines, *([f"and {others} more: weightline verify lists them"] if others else [])])

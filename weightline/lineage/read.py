@@ -1,4 +1,4 @@
-"""The rows of a chain as its bucket shows them now. Reads only."""
+"""Reads the rows of a chain from its bucket. Reads only."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from weightline.lineage.rows import LineageRow, lineage_rows
 
 
 def read_lineage(chain: Chain, max_versions: int | None = None) -> tuple[LineageRow, ...]:
-    """Rows of the chain's newest versions (all for None), oldest first. Manifests are read once."""
+    """Returns the rows of the chain's newest versions (all for None), oldest first. Manifests are read once."""
     tip = chain.tip_version()
     if tip is None:
         return ()
@@ -20,6 +20,6 @@ def read_lineage(chain: Chain, max_versions: int | None = None) -> tuple[Lineage
 
 
 def read_shortcuts(chain: Chain) -> tuple[Shortcut, ...]:
-    """What compaction has written, from the keys alone."""
+    """Returns the shortcuts of the chain. Lists their keys and reads no object."""
     found = (keys.ends_of_shortcut(info.key) for info in chain.store.list(keys.SHORTCUTS))
     return tuple(ends for ends in found if ends is not None)

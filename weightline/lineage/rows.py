@@ -1,4 +1,4 @@
-"""One row a version: what it is, how well it scored, since when it is served. Pure."""
+"""The rows of the lineage: one per version, with its facts, its score, and the time since which it is served. Pure."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Record = Mapping[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class LineageRow:
-    """A version with what happened to it since its commit."""
+    """A version with the results of its evaluation and its refreshes."""
 
     version: int
     stage: str
@@ -30,33 +30,36 @@ class LineageRow:
     payload_nbytes: int
     full_nbytes: int
     evaluation: str
-    """`done`, `skipped`, `failed`, or `waiting` where no record says otherwise."""
+    """`done`, `skipped` or `failed`; `waiting` without a record."""
     score: float | None
     serving: str
     """`done`, `skipped`, `failed` or `waiting`."""
     served_at: str | None
-    """UTC, when the first replica began to answer with this version."""
+    """UTC time at which the first replica began to answer with this version."""
     pause_seconds: float | None
     created_at: str = ""
-    """UTC, the writer's clock."""
+    """UTC time by the writer's clock."""
     commit_id: str = ""
     forked_from: Origin | None = None
     metrics: Mapping[str, float] = field(default_factory=dict)
-    """What the trainer logged at this step."""
+    """Numbers that the trainer logged at this step."""
 
     @property
     def changed_fraction(self) -> float:
-        """Changed elements of all elements, 0..1. 1 for an anchor: it brings every element."""
+        """Returns the share of changed elements, 0 to 1. It is 1 for an anchor, which contains every element."""
         return self.num_changed / self.num_elements if self.num_elements else 0.0
 
     @property
     def ratio_to_full(self) -> float:
-        """Payload bytes of the bytes of the whole state."""
+        """Returns the payload bytes as a share of the bytes of the whole state."""
         return self.payload_nbytes / self.full_nbytes if self.full_nbytes else 0.0
 
     @property
     def lag_seconds(self) -> float | None:
-        """From the commit to the first answer with this version, across two clocks; None while it is not served."""
+        """Returns the time from the commit to the first answer with this version; None while it is not served.
+
+        The two times come from two clocks.
+        """
         committed, served = parse_time(self.created_at), parse_time(self.served_at)
         return None if committed is None or served is None else (served - committed).total_seconds()
 
@@ -64,13 +67,13 @@ class LineageRow:
 def lineage_rows(
     manifests: Iterable[Manifest], evaluations: Iterable[Record], refreshes: Iterable[Record]
 ) -> tuple[LineageRow, ...]:
-    """Rows in the manifests' order. Records of versions that are not among the manifests are left out."""
+    """Returns rows in the manifests' order. Records of versions that are not among the manifests are left out."""
     evaluations_of, refreshes_of = _by_version(evaluations), _by_version(refreshes)
     return tuple(with_records(row_of(m), evaluations_of[m.version], refreshes_of[m.version]) for m in manifests)
 
 
 def row_of(manifest: Manifest) -> LineageRow:
-    """The row of a version that nothing has happened to yet."""
+    """Returns the row of a version without any record."""
     return LineageRow(
         version=manifest.version,
         stage=manifest.stage,
@@ -97,8 +100,8 @@ def row_of(manifest: Manifest) -> LineageRow:
 
 
 def with_records(row: LineageRow, evaluations: Iterable[Record], refreshes: Iterable[Record]) -> LineageRow:
-    """The row with what its version's own records tell."""
-    evaluation, refresh = _telling(evaluations), _telling(refreshes)
+    """Returns the row completed by its version's records."""
+    evaluation, refresh = _decisive(evaluations), _decisive(refreshes)
     return replace(
         row,
         evaluation=evaluation.get("status", "waiting"),
@@ -110,12 +113,12 @@ def with_records(row: LineageRow, evaluations: Iterable[Record], refreshes: Iter
 
 
 def is_settled(row: LineageRow) -> bool:
-    """Whether nothing more will happen to the version by itself: evaluated or skipped, and offered to serving."""
+    """Returns whether the version has records of an evaluation and a refresh, of any status."""
     return row.evaluation != "waiting" and row.serving != "waiting"
 
 
 def parse_time(stamp: str | None) -> datetime | None:
-    """An ISO 8601 time as a moment, UTC where it names no zone; None for what is none."""
+    """Returns an ISO 8601 time as a datetime, in UTC if it names no zone; None for any other text."""
     try:
         moment = datetime.fromisoformat(stamp or "")
     except ValueError:
@@ -130,6 +133,6 @@ def _by_version(records: Iterable[Record]) -> defaultdict[int, list[Record]]:
     return found
 
 
-def _telling(records: Iterable[Record]) -> Record:
-    """The record that says most: one that is done before one that is not; among equals the one recorded first."""
+def _decisive(records: Iterable[Record]) -> Record:
+    """Returns the record that determines the row: `done` before any other status, then the one recorded first."""
     return min(records, key=lambda record: (record.get("status") != "done", record.get("recorded_at", "")), default={})

@@ -1,4 +1,4 @@
-"""The rows as a table: for a Markdown page, and for a terminal. Pure."""
+"""Formats the rows as a table for a Markdown page or a terminal. Pure."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ COLUMNS = ("version", "stage", "step", "kind", "changed", "bytes", "to full", "s
 
 
 def cells(row: LineageRow) -> tuple[str, ...]:
-    """The row as text, one a column of COLUMNS. Unescaped."""
+    """Returns the row as text, one cell per column of COLUMNS, not escaped."""
     score = row.evaluation if row.score is None else f"{row.score:.3f}"
     served = format_time(row.served_at) if row.served_at else row.serving
     return (
@@ -28,7 +28,7 @@ def cells(row: LineageRow) -> tuple[str, ...]:
 
 
 def markdown_table(rows: Sequence[LineageRow]) -> str:
-    """A Markdown table, newest version first. Names from manifests are escaped."""
+    """Returns a Markdown table, newest version first. Names from manifests are escaped."""
     lines = ["| " + " | ".join(COLUMNS) + " |", "|" + " --- |" * len(COLUMNS)]
     lines += ["| " + " | ".join(escape_markdown(cell) for cell in cells(row)) + " |" for row in reversed(rows)]
     return "\n".join(lines)

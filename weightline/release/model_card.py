@@ -1,6 +1,7 @@
-"""The model card of a version: where it comes from, in words, and as the Hub's metadata.
+"""The model card of a version: its origin as text, and as metadata of the Hub.
 
-The words are in model_card_template.md; `ModelCard` of huggingface_hub fills it in and writes the YAML header.
+The text is in model_card_template.md. `ModelCard` of huggingface_hub fills it in, by jinja2, and writes the YAML
+header.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ class Score:
 
 @dataclass(frozen=True, slots=True)
 class CardFacts:
-    """What a card is made from. `manifests` are those up to the version, oldest first; the last one is its own."""
+    """The facts of a card. `manifests` are those up to the version, oldest first; the last one is the version's own."""
 
     chain_url: str
     chain_name: str
@@ -61,7 +62,7 @@ class CardFacts:
 
     @property
     def base_model(self) -> str | None:
-        """The Hub id of the model that training started from, or of the one that an adapter belongs to."""
+        """Returns the Hub id of the model that training started from, or of an adapter's base model; else None."""
         if self.manifest.base_model is not None:
             path: str | None = self.manifest.base_model.name_or_path
         else:
@@ -74,7 +75,7 @@ class CardFacts:
 
 
 def card_facts(chain: Chain, version: int, start: ModelConfig | None, license_id: str | None = None) -> CardFacts:
-    """Reads what a card states: every manifest up to the version, and the version's evaluations."""
+    """Reads the facts of a card: every manifest up to the version, and the version's evaluations."""
     records = (record for record in read_records(chain, EVALUATIONS, version) if record["version"] == version)
     scores = tuple(_score(record) for record in records if record.get("status") == "done")
     return CardFacts(chain.url, chain.name, chain.manifests(last=version), scores, start, license_id)

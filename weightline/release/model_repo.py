@@ -1,4 +1,4 @@
-"""A version as a model: its checkpoint folder with a model card, and that folder as a repository on the Hub."""
+"""Publishes a version as a model: writes its checkpoint folder with a model card, and uploads the folder to the Hub."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from weightline.stages.recipe import ModelConfig
 
 @dataclass(frozen=True, slots=True)
 class Release:
-    """A version that was published, and where."""
+    """A published version, with its folder and its repository."""
 
     chain: str
     version: int
@@ -25,7 +25,7 @@ class Release:
 
 
 def write_model(chain: Chain, version: int, folder: Path, start: ModelConfig | None, license_id: str | None) -> str:
-    """Writes the version's checkpoint, every digest checked, and its model card. Returns the card. Safe to repeat."""
+    """Writes the version's checkpoint, with digests checked, and its model card. Returns the card. Safe to repeat."""
     write_checkpoint(chain, version, folder)
     card = model_card(card_facts(chain, version, start, license_id))
     write_atomically(folder / CARD, card)
@@ -33,11 +33,11 @@ def write_model(chain: Chain, version: int, folder: Path, start: ModelConfig | N
 
 
 def upload_model(folder: Path, repo_id: str, *, is_private: bool, message: str) -> str:
-    """Makes the repository if it is not there, and commits the folder's files to it. Returns its URL.
+    """Creates the repository if it does not exist, and commits the folder's files to it. Returns its URL.
 
-    Takes the token from HF_TOKEN or the stored login, and the server from HF_ENDPOINT. Safe to repeat: files that are
-    there already are not uploaded again. Raises InputError for a name that the Hub refuses, StorageError with a remedy
-    when it refuses the write, TransientStorageError when it did not answer.
+    Takes the token from HF_TOKEN or the stored login, and the server from HF_ENDPOINT. Safe to repeat: files that the
+    repository has already are not uploaded again. InputError for a name that the Hub refuses; StorageError with a
+    remedy when it refuses the write; TransientStorageError when it does not answer.
     """
     import httpx
     from huggingface_hub import HfApi
@@ -52,7 +52,7 @@ def upload_model(folder: Path, repo_id: str, *, is_private: bool, message: str) 
     except HfHubHTTPError as error:
         raise _explained(error, repo_id) from error
     except httpx.TransportError as error:
-        raise TransientStorageError(f"the Hub gave no answer for {repo_id}: {error}", url=repo_id) from error
+        raise TransientStorageError(f"the Hub did not answer for {repo_id}: {error}", url=repo_id) from error
     return str(url)
 
 
@@ -62,6 +62,6 @@ def _explained(error: Exception, repo_id: str) -> StorageError:
     if status is None or status == 429 or status >= 500:
         return TransientStorageError(f"the Hub failed for {repo_id}: {error}", url=repo_id)
     if status in (401, 403):
-        remedy = "set HF_TOKEN to a token that may write there"
+        remedy = "set HF_TOKEN to a token with write permission for it"
         return StorageError(f"the Hub refuses {repo_id} ({status}): {remedy}", url=repo_id)
     return StorageError(f"the Hub refuses {repo_id}: {error}", url=repo_id)

@@ -1,1 +1,1 @@
-"""A run of a recipe: preparing it, its folder, its stages, its progress and its summary."""
+"""Runs of recipes: prepares them, and manages their folders, stages, progress and summaries."""

@@ -11,7 +11,7 @@ from weightline.chain.files.checkpoint import MARKER
 from weightline.chain.read.refs import resolve
 from weightline.errors import ChainEmptyError, Facts, InputError, WeightlineError
 
-#: How long a bucket that a person has just named is asked before it counts as absent: a wrong address is reported soon.
+#: Retry deadline for a bucket that a person has just named. It is short, so that a wrong address is reported soon.
 PATIENCE_SECONDS = 8.0
 
 
@@ -37,12 +37,12 @@ def check_chain(url: str, patience_seconds: float | None = None) -> Chain:
     with check_form("chain"):
         chain = open_chain(url, patience_seconds=patience_seconds)
         if chain.tip_version() is None:
-            raise ChainEmptyError(f"{url} holds no version: is the URL right?", chain=chain.url)
+            raise ChainEmptyError(f"{url} holds no version: check the URL", chain=chain.url)
     return chain
 
 
 def check_version(url: str, version: int) -> Chain:
-    """Opens a chain that holds this version. Events start this as well, so it waits for a bucket like any reader."""
+    """Opens a chain that holds this version. Events lead here as well, so it has readers' usual retry deadline."""
     chain = check_chain(url)
     with check_form("version"):
         chain.manifest(version)
@@ -50,7 +50,7 @@ def check_version(url: str, version: int) -> Chain:
 
 
 def check_release(url: str, version: str, folder: str | None, repo_id: str | None) -> None:
-    """Checks that there is a place to publish to, and that the version exists. Nothing is published yet."""
+    """Checks that a folder or a repository is named, and that the version exists. Publishes nothing."""
     if folder is None and repo_id is None:
         raise InputError("folder, repo_id: name a folder, a Hub repository, or both", field="folder")
     chain = check_chain(url, PATIENCE_SECONDS)
@@ -60,7 +60,7 @@ def check_release(url: str, version: str, folder: str | None, repo_id: str | Non
 
 
 def check_folder(folder: str | None) -> None:
-    """Raises InputError where no new checkpoint can be written. Makes the folders above it; safe to repeat."""
+    """Raises InputError when no new checkpoint can be written there. Creates its parent folders; safe to repeat."""
     if folder is None:
         return
     target = Path(folder).expanduser().absolute()

@@ -1,6 +1,6 @@
-"""A run of a recipe: its id, its folder, its chain. A flow finds everything again from the folder alone.
+"""A run of a recipe: its id, its folder, its chain. A flow reads all of a run's state from the folder alone.
 
-runs/<id>/run.json              id, chain, and the recipe as it was resolved; a resumed run reads it, never another one
+runs/<id>/run.json              id, chain, and the resolved recipe, which a resumed run uses
 runs/<id>/model/                the model that the first stage starts from
 runs/<id>/stages/<kind>/        checkpoints, metrics.jsonl, model/, done.json (weightline.stages.job), rank logs
 runs/<id>/bucket/<chain>/       the chain, unless another bucket was named
@@ -26,7 +26,7 @@ from weightline.stages.preflight import Placement, check_recipe
 from weightline.stages.recipe import FrozenModel, Recipe, StageConfig
 from weightline.store import open_store
 
-#: URLs of chains that `reconcile` looks after beside those of the runs folder, separated by spaces.
+#: Environment variable: URLs of further chains for `reconcile`, besides those of the runs folder, separated by spaces.
 CHAINS_VARIABLE = "WEIGHTLINE_CHAINS"
 _RUN_FILE = "run.json"
 
@@ -41,7 +41,7 @@ class _RunFile(FrozenModel):
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """A run that passed every check. `folder` is absolute; `chain_url` is spelled as the store spells it."""
+    """A run that passed every check. `folder` is absolute; `chain_url` has the store's spelling."""
 
     run_id: str
     folder: Path
@@ -73,7 +73,7 @@ class Run:
         raise InputError(f"run {self.run_id} has no stage {kind!r}", field="kind")
 
     def job(self, kind: str) -> StageJob:
-        """Returns what the ranks of a stage read. It starts from the stage before, or from the start model."""
+        """Returns the job of a stage's ranks. It starts from the result of the stage before, or the start model."""
         stage = self.stage(kind)
         index = self.recipe.stages.index(stage)
         before = self.stage_dir(self.recipe.stages[index - 1].kind) / "model" if index else self.start_model_dir
@@ -92,18 +92,18 @@ class Run:
         return open_chain(self.chain_url)
 
     def save(self) -> None:
-        """Writes run.json, which makes the folder a run. Safe to repeat; a crash leaves the file whole or absent."""
+        """Writes run.json, which makes the folder a run. Safe to repeat. A crash leaves a complete file or none."""
         written = _RunFile(run_id=self.run_id, chain=self.chain_url, recipe=self.recipe)
         write_atomically(self.folder / _RUN_FILE, written.model_dump_json(indent=1))
 
 
 def new_run_id(recipe_name: str, at: datetime | None = None) -> str:
-    """Returns an id that sorts by time and may stand in keys and URLs: "arithmetic" -> "arithmetic-20261124-065012"."""
+    """Returns an id that sorts by time and is valid in keys and URLs: "arithmetic" -> "arithmetic-20261124-065012"."""
     return f"{recipe_name}-{(at or datetime.now(UTC)):%Y%m%d-%H%M%S}"
 
 
 def is_run(folder: Path) -> bool:
-    """Returns whether the folder holds a run, whole or not."""
+    """Returns whether the folder holds a run, finished or not."""
     return (folder / _RUN_FILE).exists()
 
 
@@ -115,7 +115,7 @@ def open_run(folder: str | Path) -> Run:
 
 
 def chain_of_run(folder: str | Path) -> str:
-    """Returns the chain of a run, whether this machine could run it or not. Raises InputError for no run."""
+    """Returns the chain of a run, even if this machine cannot run it. InputError when the folder holds no run."""
     return _read(Path(folder).absolute()).chain
 
 
@@ -136,7 +136,7 @@ def configured_chains(runs_dir: str | Path) -> list[str]:
 
 
 def canonical_url(chain: str) -> str:
-    """Returns the one spelling of a chain's URL. A text that names no store is returned as it is."""
+    """Returns the canonical spelling of a chain's URL. A text that names no store is returned unchanged."""
     try:
         return open_store(chain).url
     except (WeightlineError, ValueError):
@@ -144,7 +144,7 @@ def canonical_url(chain: str) -> str:
 
 
 def _chains_of_runs(runs_dir: str | Path) -> Iterator[str]:
-    """Yields the chains of all runs, newest run first. Folders that are no runs are passed over."""
+    """Yields the chains of all runs, newest run first. Other folders are skipped."""
     runs = sorted(runs_dir_of(runs_dir).glob(f"*/{_RUN_FILE}"), key=lambda path: path.stat().st_mtime)
     for path in reversed(runs):
         try:
@@ -157,4 +157,4 @@ def _read(folder: Path) -> _RunFile:
     try:
         return _RunFile.model_validate_json((folder / _RUN_FILE).read_bytes())
     except (OSError, ValidationError) as error:
-        raise InputError(f"{folder} is no folder of a run: {error}", path=str(folder)) from error
+        raise InputError(f"{folder} is not the folder of a run: {error}", path=str(folder)) from error

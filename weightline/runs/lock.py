@@ -1,8 +1,8 @@
 """A lock of this host that lets one training at a time write to a chain.
 
-The lock is the kernel's: it ends with the process that holds it, however that ends. It needs no server, and no server
-can take it from a training that goes on. It belongs to the bucket, not to one spelling of its URL. Between hosts, the
-work queue `training` lets one run go on at a time, and in the bucket the second writer of a version loses.
+The kernel releases the lock when its holder ends in any way. It needs no server, so no server can take it from a
+training that runs. It belongs to the bucket, not to one spelling of its URL. Between hosts, the work queue `training`
+admits one run at a time, and in the bucket the second writer of a version loses.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from weightline.store import open_store
 
 @contextmanager
 def exclusive_training_lock(chain_url: str, run_id: str) -> Iterator[None]:
-    """Holds the chain's lock for the block. If it is taken, raises InputError at once, naming the run that holds it."""
+    """Holds the chain's lock during the block. If it is taken, raises InputError at once, naming the holder."""
     path = lock_path(chain_url)
     path.parent.mkdir(parents=True, exist_ok=True)
     holder_path = path.with_suffix(".holder")
@@ -39,7 +39,7 @@ def exclusive_training_lock(chain_url: str, run_id: str) -> Iterator[None]:
 
 
 def lock_path(chain_url: str) -> Path:
-    """Returns this host's lock file for the chain: the same one for every URL that leads to the chain."""
+    """Returns this host's lock file for the chain, the same one for every spelling of its URL."""
     digest = hashlib.sha256(open_store(chain_url).url.rstrip("/").encode()).hexdigest()[:24]
     return Path(tempfile.gettempdir()) / f"weightline-locks-{os.getuid()}" / f"{digest}.lock"
 

@@ -31,12 +31,12 @@ def prepare_run(
     start_from: str | None = None,
     patience_seconds: float = PATIENCE_SECONDS,
 ) -> Run:
-    """Checks everything that can be checked before training, then writes the run's folder and record.
+    """Makes all checks that need no training, then writes the run's folder and record.
 
-    `kinds` takes some of the recipe's stages, `start_from` another start model (weightline.stages.recipe.parse_start).
-    A `run_id` that has a folder is resumed with its own recipe; naming another recipe is refused. Safe to repeat.
-    Raises RecipeError with the field and the remedy, or InputError or StorageError for a bucket that cannot be written;
-    a bucket that does not answer is asked for `patience_seconds`.
+    `kinds` selects some of the recipe's stages, `start_from` a start model (weightline.stages.recipe.parse_start).
+    A `run_id` that has a folder is resumed with its own recipe; InputError for any other recipe. Safe to repeat. Raises
+    RecipeError with the field and the remedy, or InputError or StorageError for a bucket that cannot be written.
+    `patience_seconds` is the retry deadline of the bucket.
     """
     with check_form("start_from"):
         start = parse_start(start_from) if start_from is not None else None
@@ -65,7 +65,7 @@ def prepare_run(
 def _refuse_without_recipe(run_id: str | None, runs_dir: str | Path) -> NoReturn:
     if run_id is None:
         raise InputError("recipe: name one, or the run to resume", field="recipe")
-    message = f"run_id: there is no run {run_id} in {runs_dir}: name one that is there, or a recipe"
+    message = f"run_id: there is no run {run_id} in {runs_dir}: name an existing one, or a recipe"
     raise NotFoundError(message, key=run_id, field="run_id")
 
 
@@ -82,7 +82,7 @@ def _reported_as_start_from(start: ModelConfig | None) -> Iterator[None]:
 
 
 def _pinned(recipe: Recipe) -> Recipe:
-    """Returns the recipe with the number of the version that it starts from: `tip` is another version tomorrow."""
+    """Returns the recipe with the number of the version that it starts from, since refs such as `tip` move."""
     if recipe.model.chain is None:
         return recipe
     number = resolve(open_chain(recipe.model.chain), recipe.model.version)

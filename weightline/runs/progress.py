@@ -1,4 +1,4 @@
-"""The progress of a run, read from its folder and its bucket: what the progress bars of a terminal show."""
+"""Reads the progress of a run from its folder and its bucket, for the progress bars of a terminal."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _MAX_HISTORY = 20_000
 
 
 class MetricsFollower:
-    """Follows a stage's metrics.jsonl. Each refresh reads only what was added; a half-written last line is left."""
+    """Follows a stage's metrics.jsonl. Each refresh reads only new lines, and leaves an incomplete last line."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -24,15 +24,15 @@ class MetricsFollower:
         self.numbers: dict[str, float] = {}
         """The newest value of each metric."""
         self.history: list[dict[str, float]] = []
-        """The newest 20,000 logged lines, oldest first. The list is replaced, never changed: any thread may read it."""
+        """The newest 20,000 logged lines, oldest first. The list is replaced, never changed, for readers in threads."""
 
     @property
     def step(self) -> int:
-        """The newest optimizer step that was logged."""
+        """Returns the newest optimizer step that was logged."""
         return int(self.numbers.get("step", 0))
 
     def refresh(self) -> None:
-        """Reads the lines added since the last call. A missing file has none; one that shrank is read anew."""
+        """Reads the lines added since the last call. A missing file has none; one that shrank is read again."""
         try:
             with self._path.open("rb") as file:
                 size = file.seek(0, 2)
@@ -63,7 +63,7 @@ class StageProgress:
 
     @property
     def headline(self) -> str:
-        """The reward if the trainer logs one, else the loss, as in "loss 1.500"."""
+        """Returns the reward if the trainer logs one, else the loss, as in "loss 1.500"."""
         for name in ("reward", "loss"):
             if name in self.numbers:
                 return f"{name} {self.numbers[name]:.3f}"
@@ -83,17 +83,17 @@ class RunProgress:
 
     @property
     def num_evaluated(self) -> int:
-        """Versions that have an evaluation record, of any status."""
+        """Returns the number of versions that have an evaluation record, of any status."""
         return sum(row.evaluation != "waiting" for row in self.rows)
 
     @property
     def num_served(self) -> int:
-        """Versions that have a refresh record, of any status."""
+        """Returns the number of versions that have a refresh record, of any status."""
         return sum(row.serving != "waiting" for row in self.rows)
 
     @property
     def unsettled(self) -> tuple[int, ...]:
-        """Versions that lack an evaluation record or a refresh record."""
+        """Returns the versions that lack an evaluation record or a refresh record."""
         return tuple(row.version for row in self.rows if not is_settled(row))
 
     @property
@@ -102,7 +102,7 @@ class RunProgress:
 
 
 class RunWatch:
-    """Reads a run again and again; each look reads only what may have changed."""
+    """Reads the state of a run repeatedly. Each call of `look` reads only new lines of metrics."""
 
     def __init__(self, run: Run) -> None:
         self._run = run
@@ -110,7 +110,7 @@ class RunWatch:
         self._metrics = {stage.kind: MetricsFollower(run.job(stage.kind).metrics_path) for stage in run.recipe.stages}
 
     def look(self) -> RunProgress:
-        """Returns the run's progress as it is now."""
+        """Returns the run's present progress."""
         stages = []
         for stage in self._run.recipe.stages:
             metrics = self._metrics[stage.kind]

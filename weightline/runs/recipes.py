@@ -1,7 +1,7 @@
-"""Recipes of runs as recorded beside their chain, and the evaluation that a version's recipe asks for.
+"""Records the recipes of runs in the bucket of their chain, and reads the evaluation task of a version from them.
 
-A consumer of a version knows only its chain. The record `runs/.../<run id>.json` tells it which task to measure the
-version on, and what its model card says about the start of training.
+A consumer of a version gets only the chain's URL. From the record `runs/.../<run id>.json` it reads the task on which
+the version is measured, and the start model for its model card.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ RUNS = "runs"
 
 
 def record_recipe(chain: Chain, run_id: str, recipe: Recipe) -> None:
-    """Writes the record of a run, at the version that it commits first. Safe to repeat: the first record stands."""
+    """Writes the record of a run, at the version that it commits first. Safe to repeat: the first record is kept."""
     tip = chain.tip_version()
     record = {"status": "done", "recipe": recipe.model_dump(mode="json")}
     write_record(chain, RUNS, 0 if tip is None else tip + 1, run_id, record)
@@ -37,7 +37,7 @@ def recorded_recipe(chain: Chain, version: int) -> Recipe | None:
 
 
 def evaluation_dir() -> Path:
-    """Returns this host's folder for evaluations. Versions share it: the harness keeps its copy of the data there."""
+    """Returns this host's folder for evaluations. Versions share it, since the harness caches its data there."""
     return Path(tempfile.gettempdir()) / "weightline-evaluation"
 
 

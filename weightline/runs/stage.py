@@ -1,4 +1,4 @@
-"""One stage of a run: launches its ranks, finds the version that it ended with, and proves that version's bits."""
+"""Runs one stage of a run: launches its ranks, finds the last version of the stage, and proves that version's bits."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ from weightline.stages.recipe import FrozenModel
 def run_stage(
     run: Run, job: StageJob, environment: Mapping[str, str], show: Callable[[str], None], tick: Callable[[], None]
 ) -> None:
-    """Writes the job file and runs `accelerate launch` to its end, on every machine that the recipe asks for.
+    """Writes the job file and runs `accelerate launch` to its end, on every machine of the recipe.
 
-    Ranks get `environment` beside that of their machine. Their lines go to `ranks.log` and, at a bearable rate, to
-    `show`; `tick` is called about twice a second. Repeating it resumes from the stage's last checkpoint. Raises
+    Ranks get `environment` in addition to that of their machine. Their lines go to `ranks.log` and, at a limited rate,
+    to `show`; `tick` is called about twice per second. A repeated call resumes from the stage's last checkpoint. Raises
     LaunchError with the failing rank's last lines.
     """
     job_path = job.output_dir / "job.json"
     job.save(job_path)
-    # FutureWarnings of libraries say nothing about this run.
+    # FutureWarnings of libraries do not concern the run.
     env = launch_environment(job, {"PYTHONWARNINGS": "ignore::FutureWarning", **os.environ, **environment})
     with launching(
         job_path, run.folder.parent, num_processes=run.placement.num_processes, device=run.placement.device,
@@ -44,7 +44,7 @@ def run_stage(
 
 
 def newest_first(chain: Chain) -> Iterator[Manifest]:
-    """Yields the chain's manifests, each read when it is asked for: what a run looks for is near the tip."""
+    """Yields the chain's manifests, newest first. Each is read on demand, since callers search near the tip."""
     return (chain.manifest(version) for version in reversed(chain.versions()))
 
 
@@ -63,7 +63,7 @@ def finished_version(job: StageJob, chain: Chain) -> Manifest | None:
 
 
 class StageProof(FrozenModel):
-    """The contents of equality.json: which version was compared, bit for bit, with what the trainer saved."""
+    """The contents of equality.json: the version that was compared, bit for bit, with the trainer's saved files."""
 
     version: int
     commit_id: str
@@ -84,7 +84,7 @@ def prove_stage(run: Run, job: StageJob) -> StageProof:
     different = differing_tensors(chain, manifest.version, job.final_model_dir)
     if different:
         raise DigestMismatchError(
-            f"version {manifest.version} of {chain.url} is not what the trainer saved in {job.final_model_dir}: "
+            f"version {manifest.version} of {chain.url} differs from the trainer's files in {job.final_model_dir}, in "
             f"{', '.join(different)}",
             what=different[0], expected=str(job.final_model_dir), actual=f"version {manifest.version}",
         )  # fmt: skip
@@ -107,7 +107,7 @@ def read_proof(run: Run, kind: str) -> StageProof | None:
 def differing_tensors(chain: Chain, version: int, model_dir: Path) -> list[str]:
     """Returns the names of tensors whose dtype, shape or any bit differs, or that only one side has. Reads only.
 
-    Replays the version from the bucket and compares bytes, not digests. Raises what a replay raises.
+    Replays the version from the bucket and compares bytes, not digests. Raises the errors of a replay.
     """
     state = read_state(chain, version)
     saved: set[str] = set()

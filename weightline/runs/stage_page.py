@@ -62,7 +62,7 @@ class Pace:
     _seen: list[tuple[float, int]] = field(default_factory=list)
 
     def observe(self, now_seconds: float, step: int) -> None:
-        """Notes the step. `now_seconds` never decreases. A step that went back, after a resume, starts over."""
+        """Adds the step. `now_seconds` must never decrease. A lower step, after a resume, starts the window again."""
         if self._seen and step < self._seen[-1][1]:
             self._seen.clear()
         if not self._seen or step > self._seen[-1][1]:
@@ -72,7 +72,7 @@ class Pace:
 
     @property
     def steps_per_second(self) -> float | None:
-        """None until two different steps were observed."""
+        """Returns the optimizer steps per second; None until two different steps were observed."""
         if len(self._seen) < 2:
             return None
         (start, first), (end, last) = self._seen[0], self._seen[-1]

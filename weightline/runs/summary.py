@@ -1,4 +1,4 @@
-"""The results of a run, from its bucket and folder: summary.json, and the same as a table for the terminal."""
+"""The results of a run, from its bucket and folder, as summary.json and as a table for the terminal."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class StageSummary(FrozenModel):
 
     last_version: int | None
     is_bit_equal: bool
-    """Whether that version was proved bit-equal to what the trainer saved."""
+    """True when that version was proved bit-equal to the trainer's saved files."""
     score: float | None
     global_step: int | None
     train_seconds: float | None
@@ -31,7 +31,7 @@ class StageSummary(FrozenModel):
 
 
 class VersionSummary(FrozenModel):
-    """One version: a LineageRow without what only drawings need."""
+    """One version: the fields of its LineageRow, except those that only graphs need."""
 
     version: int
     stage: str
@@ -71,7 +71,7 @@ class RunSummary(FrozenModel):
 
 
 def write_summary(run: Run, rows: Sequence[LineageRow], ui_url: str, seconds: float) -> RunSummary:
-    """Writes summary.json in one rename and returns its contents. Safe to repeat."""
+    """Writes summary.json by one rename and returns its contents. Safe to repeat."""
     summary = RunSummary(
         run_id=run.run_id,
         chain=run.chain_url,
@@ -112,7 +112,7 @@ def versions_table(rows: Sequence[LineageRow], title: str) -> Table:
 
 
 def stage_lines(summary: RunSummary) -> Iterator[str]:
-    """Yields one line for the start and for each stage: its score, and that its bits are the chain's."""
+    """Yields one line for the start and for each stage: its score, and whether its bits are the chain's."""
     yield f"start: score {_score(summary.start_score)}"
     for kind, stage in summary.stages.items():
         equal = "bit-equal" if stage.is_bit_equal else "NOT proved equal"

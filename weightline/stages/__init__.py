@@ -1,1 +1,1 @@
-"""The rank programs that accelerate launches (sft, dpo, grpo), and what describes them: recipe, job, launch."""
+"""The rank program of the stages (sft, dpo, grpo) that accelerate launches, and its inputs: recipe and job."""

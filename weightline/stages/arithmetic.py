@@ -1,12 +1,11 @@
-"""The built-in task: addition, as bytes. Deterministic data for SFT, DPO, GRPO and the evaluation. Free of torch.
+"""The built-in task: addition, as bytes. Deterministic data for SFT, DPO, GRPO and the evaluation. Imports no torch.
 
-The supervised data are made by a teacher who sometimes forgets to carry the ten. A model that learns from them adds,
-but with the teacher's mistake; the preference pairs and the verifiable reward teach it to carry. So each stage has
-something of its own to show, whatever the seed.
+A share of the supervised data omits the carry of ten. A model that learns from them adds with that mistake; the
+preference pairs and the verifiable reward correct it. So the score improves in each stage, with any seed.
 
 A problem is an ordered pair of operands. The split is made before any data: `num_heldout` problems are drawn, and
-every training example of every stage comes from pairs that are not held out in either order (12+34 held out keeps
-34+12 out of training too).
+every training example of every stage comes from pairs that are not held out in either order (if 12+34 is held out,
+34+12 is not used in training either).
 """
 
 from __future__ import annotations
@@ -27,17 +26,17 @@ Example = dict[str, str]
 
 
 def question(problem: Problem) -> str:
-    """(12, 34) -> "12+34="."""
+    """Returns the question of a problem: (12, 34) -> "12+34="."""
     return f"{problem[0]}+{problem[1]}="
 
 
 def answer(problem: Problem) -> str:
-    """(12, 34) -> "46"."""
+    """Returns the answer of a problem: (12, 34) -> "46"."""
     return str(sum(problem))
 
 
 def heldout_problems(config: ArithmeticConfig) -> list[Problem]:
-    """The problems of the evaluation, in a fixed order. Raises RecipeError when they leave too little to train on."""
+    """Returns the problems of the evaluation, in a fixed order. RecipeError when too few remain for training."""
     num_operands = config.max_operand + 1
     if config.num_heldout > num_operands**2 // 4:
         remedy = f"at most {num_operands**2 // 4} with max_operand {config.max_operand}"
@@ -52,7 +51,7 @@ def heldout_problems(config: ArithmeticConfig) -> list[Problem]:
 
 
 def training_problems(config: ArithmeticConfig, purpose: str, seed: int) -> Iterator[Problem]:
-    """An endless stream of problems that are not held out. One (config, purpose, seed), one stream."""
+    """Yields problems that are not held out, without end. (config, purpose, seed) determine the sequence."""
     excluded = {tuple(sorted(problem)) for problem in heldout_problems(config)}
     draw = random.Random(f"{purpose}/{seed}")
     while True:
@@ -62,7 +61,7 @@ def training_problems(config: ArithmeticConfig, purpose: str, seed: int) -> Iter
 
 
 def supervised_examples(config: ArithmeticConfig, num_examples: int, seed: int) -> list[Example]:
-    """SFT: prompt and completion, by a teacher who forgets the carry in `lost_carry_rate` of the sums that have one."""
+    """Returns the examples of SFT: prompt and completion, without the carry in `lost_carry_rate` of sums with one."""
     problems = training_problems(config, "sft", seed)
     draw = random.Random(f"teacher/{seed}")
     return [
@@ -72,7 +71,7 @@ def supervised_examples(config: ArithmeticConfig, num_examples: int, seed: int) 
 
 
 def preference_examples(config: ArithmeticConfig, num_examples: int, seed: int) -> list[Example]:
-    """DPO: the right answer is chosen over the one with the carry lost or, where there is none, invented."""
+    """Returns the examples of DPO: the right answer is chosen over one without its carry, or with an invented one."""
     problems = training_problems(config, "dpo", seed)
     return [
         {"prompt": question(problem), "chosen": answer(problem), "rejected": str(wrong_answer(problem))}
@@ -81,7 +80,7 @@ def preference_examples(config: ArithmeticConfig, num_examples: int, seed: int) 
 
 
 def prompt_examples(config: ArithmeticConfig, num_examples: int, seed: int) -> list[Example]:
-    """GRPO: the prompt, and the answer for the reward to verify against."""
+    """Returns the examples of GRPO: the prompt, and the answer against which the reward compares."""
     problems = training_problems(config, "grpo", seed)
     return [
         {"prompt": question(problem), "answer": answer(problem)} for problem in itertools.islice(problems, num_examples)
@@ -89,31 +88,31 @@ def prompt_examples(config: ArithmeticConfig, num_examples: int, seed: int) -> l
 
 
 def has_carry(problem: Problem) -> bool:
-    """Whether the units of the operands add up to ten or more."""
+    """Returns whether the units of the operands add up to ten or more."""
     return problem[0] % 10 + problem[1] % 10 >= 10
 
 
 def taught_answer(problem: Problem, lost_carry_rate: float, draw: random.Random) -> int:
-    """The sum, or ten less where there is a carry and the teacher forgets it."""
+    """Returns the sum, or with probability `lost_carry_rate` ten less, if there is a carry."""
     forgets = has_carry(problem) and draw.random() < lost_carry_rate
     return sum(problem) - 10 * forgets
 
 
 def wrong_answer(problem: Problem) -> int:
-    """The mistake to prefer against: the lost carry where there is one, else an invented one.
+    """Returns the rejected answer: without the carry if there is one, else with an invented one.
 
-    Both directions are needed: against lost carries alone a model soon carries everywhere.
+    Both kinds are needed: with lost carries alone, a model soon carries everywhere.
     """
     return sum(problem) + (-10 if has_carry(problem) else 10)
 
 
 def exact_match_reward(completions: list[str], answer: list[str], **_: Any) -> list[float]:
-    """TRL reward function: 1.0 where the completion is the answer, else 0.0."""
+    """Returns the rewards for TRL: 1.0 for each completion that equals the answer, else 0.0."""
     return [float(completion.strip() == right) for completion, right in zip(completions, answer, strict=True)]
 
 
 def write_heldout(config: ArithmeticConfig, path: Path) -> int:
-    """Write the evaluation problems as JSON lines {question, answer}; return how many. Atomic, safe to repeat."""
+    """Writes the evaluation problems as JSON lines {question, answer}. Returns their number. Atomic, safe to repeat."""
     problems = heldout_problems(config)
     lines = [json.dumps({"question": question(problem), "answer": answer(problem)}) for problem in problems]
     write_atomically(path, "\n".join(lines) + "\n")

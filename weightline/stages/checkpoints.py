@@ -1,9 +1,8 @@
-"""What a stage writes while it trains, and which checkpoint it resumes from.
+"""Writes the metrics of a stage, marks its checkpoints, and chooses the checkpoint to resume from.
 
-A checkpoint counts only when every rank has said that its part is whole.
-
-The trainer writes checkpoint-N/ in place, rank by rank. A rank that is killed meanwhile leaves a folder that looks
-like a checkpoint. So each rank marks the folder last, and a folder without all the marks is as good as none.
+The trainer writes checkpoint-N/ in place, rank by rank. A rank that is killed meanwhile leaves an incomplete folder
+that looks like a checkpoint. So each rank writes a mark after its part, and a folder without the marks of all ranks is
+ignored.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ _MARK = re.compile(r"rank-(\d+)-of-(\d+)\.whole")
 
 @dataclass(frozen=True, slots=True)
 class ResumePlan:
-    """What a stage starts from, and which leftovers of an earlier process must go first."""
+    """The checkpoint that a stage starts from, and the remains of earlier processes to delete first."""
 
     checkpoint: Path | None
     global_step: int
@@ -33,20 +32,22 @@ class ResumePlan:
 
 
 def checkpoint_step(folder: Path) -> int:
-    """checkpoint-120 -> 120."""
+    """Returns the step of a checkpoint's folder: checkpoint-120 -> 120."""
     return int(folder.name.rpartition("-")[2])
 
 
 def mark_whole(folder: Path, rank: int, world_size: int) -> None:
-    """Say that this rank's part of the checkpoint is written. Called last. Safe to repeat."""
+    """Marks this rank's part of the checkpoint as complete. Call it last. Safe to repeat."""
     (folder / f"rank-{rank}-of-{world_size}.whole").touch()
 
 
 def plan_resume(job: StageJob, world_size: int) -> ResumePlan:
-    """Take the newest whole checkpoint. Every rank comes to the same plan: the stale folders are never chosen.
+    """Plans to resume from the newest complete checkpoint.
 
-    Raises InputError when the newest whole checkpoint was written by another number of ranks: ZeRO-3 partitions the
-    optimizer state over exactly as many ranks as wrote it.
+    All ranks make the same plan, even while rank 0 deletes stale folders, which are never chosen.
+
+    InputError when the newest complete checkpoint was written by another number of ranks, since ZeRO-3 partitions the
+    optimizer state over the ranks that wrote it.
     """
     folders = sorted(job.output_dir.glob("checkpoint-*"), key=checkpoint_step)
     if not job.resume:
@@ -59,7 +60,7 @@ def plan_resume(job: StageJob, world_size: int) -> ResumePlan:
     if _world_size_of(newest) != world_size:
         num_ranks = _world_size_of(newest)
         message = f"{newest} was written by {num_ranks} ranks and {world_size} are running: run with num_processes"
-        raise InputError(f"{message} {num_ranks}, or start the stage afresh", checkpoint=str(newest), ranks=num_ranks)
+        raise InputError(f"{message} {num_ranks}, or restart the stage", checkpoint=str(newest), ranks=num_ranks)
     stale = tuple(folder for folder in folders if folder not in whole)
     return ResumePlan(newest, checkpoint_step(newest), stale)
 
@@ -73,13 +74,13 @@ def _world_size_of(folder: Path) -> int | None:
 
 
 class MetricsCallback(TrainerCallback):
-    """Rank 0 appends every logged step to a JSON-lines file: step, and what TRL logs (loss, reward, ...)."""
+    """Appends every logged step to a JSON-lines file, on rank 0: the step, and TRL's metrics (loss, reward, ...)."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Drop what a killed process logged after the checkpoint that this one starts from."""
+        """Drops the lines that a killed process logged after the checkpoint from which this one resumes."""
         if not state.is_world_process_zero:
             return
         lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
@@ -101,7 +102,7 @@ class MetricsCallback(TrainerCallback):
 
 
 class WholeCheckpointCallback(TrainerCallback):
-    """Each rank marks a checkpoint when its part is written."""
+    """Marks a checkpoint, on each rank, when the rank's part is written."""
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"

@@ -1,8 +1,8 @@
-"""Training on a CPU: one core a rank, no compiler, and weights that stay bf16 while layers compute in fp32.
+"""Prepares training on a CPU: one core per rank, no compiler, and bf16 weights with which layers compute in fp32.
 
 A CPU without bf16 instructions multiplies bf16 matrices 30 to 100 times slower than fp32 ones (measured on AVX2:
-0.8-3 against 70-87 Gflop/s). Every bf16 value is an fp32 value, so reading the weights as fp32 loses nothing: ZeRO-3
-still partitions, reduces and updates bf16, and only activations become more precise.
+0.8-3 against 70-87 Gflop/s). Every bf16 value is an fp32 value, so reading the weights as fp32 is exact: ZeRO-3 still
+partitions, reduces and updates bf16, and only activations become more precise.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from torch.nn import functional
 
 
 def use_one_core_without_compiler() -> None:
-    """Sets this process up for training on the CPU: one thread a rank, and gloo as it is.
+    """Configures this process for training on the CPU: one thread per rank, and gloo without DeepSpeed's extension.
 
     DeepSpeed would compile a shared-memory all-reduce when the process group starts, and fails without a C++ compiler.
-    For every gradient that it reduces it asks how many ranks this machine has, and starts `numactl` each time unless
-    LOCAL_SIZE, which only its own launchers set, says so.
+    For every gradient that it reduces it determines the number of ranks of this machine, for which it starts `numactl`
+    each time unless LOCAL_SIZE is set, which only its own launchers do.
     """
     import deepspeed.ops
 
@@ -36,17 +36,17 @@ class Float32Linear(nn.Linear):
 
 
 class Float32Embedding(nn.Embedding):
-    """An embedding that hands fp32 rows on, so that all activations after it are fp32."""
+    """An embedding that returns fp32 rows, so that all activations after it are fp32."""
 
     def forward(self, input: Tensor) -> Tensor:
         return super().forward(input).float()
 
 
 def compute_in_float32(model: nn.Module) -> bool:
-    """Make `model` compute in fp32, in place; parameters, names and hooks stay as they are. Safe to repeat.
+    """Makes `model` compute in fp32, in place. Parameters, names and hooks stay unchanged. Safe to repeat.
 
-    Returns False, and leaves the model alone, when it holds parameters in modules other than linear layers, embeddings
-    and RMS norms: those are the ones known to take fp32 activations with bf16 weights.
+    Returns False, and does not change the model, when it has parameters in modules other than linear layers, embeddings
+    and RMS norms, which are known to accept fp32 activations with bf16 weights.
     """
     owners = [module for module in model.modules() if next(module.parameters(recurse=False), None) is not None]
     if not all(type(owner) in _COUNTERPARTS or _is_rms_norm(owner) for owner in owners):

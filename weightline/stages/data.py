@@ -1,4 +1,4 @@
-"""The dataset of a stage as TRL wants it: the built-in arithmetic, a local file or folder, or a Hub dataset."""
+"""Loads the dataset of a stage for TRL: the built-in arithmetic, a local file or folder, or a Hub dataset."""
 
 from __future__ import annotations
 
@@ -25,7 +25,10 @@ _IGNORED_LABEL = -100
 
 
 def load_stage_dataset(job: StageJob, tokenizer: Any) -> Dataset:
-    """The training examples of a stage. Same job, same examples in the same order. Raises RecipeError when empty."""
+    """Returns the training examples of a stage. The same job gives the same examples in the same order.
+
+    RecipeError for a dataset that is empty or cannot be loaded.
+    """
     config = job.stage.dataset
     if config.is_arithmetic:
         num_examples = config.num_examples or 10_000
@@ -42,9 +45,9 @@ def load_stage_dataset(job: StageJob, tokenizer: Any) -> Dataset:
 
 
 def tokenize_pairs(examples: list[dict[str, str]], tokenizer: Any) -> Dataset:
-    """Prompt and completion as input_ids and labels, the completion alone being learned.
+    """Returns the examples as input_ids and labels, where only completions have labels.
 
-    SFTTrainer would do the same one example at a time, one rank after the other: minutes for tens of thousands.
+    SFTTrainer would tokenize one example at a time, on one rank after the other: minutes for tens of thousands.
     """
     prompts = tokenizer([example["prompt"] for example in examples])["input_ids"]
     completions = tokenizer([example["completion"] + tokenizer.eos_token for example in examples])["input_ids"]
@@ -58,7 +61,7 @@ def tokenize_pairs(examples: list[dict[str, str]], tokenizer: Any) -> Dataset:
 
 
 def load_reward(job: StageJob) -> Callable[..., list[float]]:
-    """The reward function of a GRPO stage. Raises RecipeError when the import path leads nowhere."""
+    """Returns the reward function of a GRPO stage. RecipeError when it cannot be imported."""
     if job.stage.reward is None:
         return arithmetic.exact_match_reward
     module, _, name = job.stage.reward.partition(":")

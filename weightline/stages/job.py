@@ -1,4 +1,4 @@
-"""What one stage process needs to know, as one JSON file: written by the launcher, read by every rank."""
+"""The job file of a stage: JSON that the launcher writes and every rank reads; and the result file of a stage."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class StageJob(FrozenModel):
     """One execution of one stage."""
 
     stage: StageConfig
-    """What to train."""
+    """The stage of the recipe to train."""
     arithmetic: ArithmeticConfig = ArithmeticConfig()
     """The built-in data's split: the same one for all stages and the evaluation."""
     model_dir: Path
@@ -24,57 +24,57 @@ class StageJob(FrozenModel):
     output_dir: Path
     """Folder of this stage: checkpoint-N/, model/, metrics.jsonl, and done.json, written last."""
     run_id: str
-    """Names the run; goes into every version's manifest."""
+    """Name of the run, written to every version's manifest."""
     seed: int = Field(default=0, ge=0)
-    """Data order and sampling."""
+    """Seed of data order and sampling."""
     device: Literal["cpu", "cuda"] = "cpu"
-    """Where the ranks compute."""
+    """Device on which the ranks compute."""
     resume: bool = True
-    """Go on from the last complete checkpoint in `output_dir`, when there is one. False: start at `model_dir`."""
+    """True to resume from the last complete checkpoint in `output_dir`, if any. False: start from `model_dir`."""
     chain_url: str | None = None
     """Bucket and chain to publish versions to. None: train without publishing."""
     step_observer: str | None = None
     """`module:function` that makes an observer of the publish steps, such as one that records them in Prefect."""
     provenance: dict[str, str] = Field(default_factory=dict)
-    """What every version's manifest says of where it came from, such as the flow run that made it."""
+    """Links about the origin of versions, such as their flow run, written to every manifest."""
 
     @property
     def final_model_dir(self) -> Path:
-        """Where the stage saves its last weights."""
+        """Returns the folder of the stage's last weights."""
         return self.output_dir / "model"
 
     @property
     def metrics_path(self) -> Path:
-        """One JSON object a logged step: step, loss, reward, learning_rate and whatever TRL logs."""
+        """Returns the file with one JSON object per logged step: step, loss, reward, ... as TRL logs them."""
         return self.output_dir / "metrics.jsonl"
 
     @property
     def done_path(self) -> Path:
-        """The completion marker: a StageResult. It exists only when `final_model_dir` is complete."""
+        """Returns the file that marks completion: a StageResult. It exists only when `final_model_dir` is complete."""
         return self.output_dir / "done.json"
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
-        """Read a job file. Raises InputError when it is missing or malformed."""
+        """Reads a job file. InputError when it is missing or malformed."""
         try:
             return cls.model_validate_json(Path(path).read_bytes())
         except (OSError, ValidationError) as error:
             raise InputError(f"{path} is not a stage job: {error}", path=str(path)) from error
 
     def save(self, path: str | Path) -> None:
-        """Write the job file in one rename. Safe to repeat."""
+        """Writes the job file by one rename. Safe to repeat."""
         write_atomically(Path(path), self.model_dump_json(indent=1))
 
 
 class StageResult(FrozenModel):
-    """What a finished stage says about itself, in `done.json`."""
+    """The result of a finished stage, in `done.json`."""
 
     kind: str
     """sft, dpo or grpo."""
     run_id: str
-    """Of the job."""
+    """The job's run_id."""
     global_step: int
-    """Optimizer steps that the weights have seen in this stage."""
+    """Number of optimizer steps of this stage."""
     resumed_from_step: int
     """Step of the checkpoint that this process started from; 0 for a fresh start."""
     train_seconds: float
@@ -84,7 +84,7 @@ class StageResult(FrozenModel):
 
     @classmethod
     def load(cls, job: StageJob) -> Self | None:
-        """The result of a finished job, or None when it has not finished."""
+        """Returns the result of a finished job; None when it has not finished."""
         try:
             return cls.model_validate_json(job.done_path.read_bytes())
         except FileNotFoundError:

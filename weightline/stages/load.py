@@ -1,4 +1,4 @@
-"""Recipe files: YAML to a frozen `Recipe`. Every complaint is one `RecipeError` that names the field and the remedy."""
+"""Parses recipe files: YAML to a frozen `Recipe`. Each error is one `RecipeError` that names field and remedy."""
 
 from __future__ import annotations
 
@@ -31,35 +31,35 @@ def load_recipe(recipe: str | Path) -> Recipe:
     except yaml.YAMLError as error:
         raise recipe_error("recipe", f"{path} is not YAML: {error}", "correct the syntax at that place") from error
     if not isinstance(raw, Mapping):
-        raise recipe_error("recipe", f"{path} holds no fields", "start from one that is complete")
+        raise recipe_error("recipe", f"{path} holds no fields", "start from a shipped recipe")
     return parse_recipe(raw)
 
 
 def shipped_recipes() -> dict[str, Traversable]:
-    """Returns the recipe files that are part of the package, by the name that a person gives."""
+    """Returns the recipe files that are part of the package, by their names on the command line."""
     folder = files("weightline") / "deployments" / "recipes"
     found = sorted(folder.iterdir(), key=lambda file: file.name)
     return {file.name.removesuffix(".yaml"): file for file in found if file.name.endswith(".yaml")}
 
 
 def parse_recipe(raw: Mapping[str, Any]) -> Recipe:
-    """Validate a recipe that is already a mapping. Raises RecipeError for the first field that is wrong."""
+    """Validates a recipe that is already a mapping. RecipeError for the first invalid field."""
     try:
         return Recipe.model_validate(dict(raw))
     except ValidationError as error:
-        # A misspelt name makes an unknown field and a missing one: the unknown one, with its suggestion, explains both.
+        # A misspelled name causes an unknown and a missing field. The error of the unknown one suggests the right name.
         found = sorted(error.errors(include_url=False), key=lambda details: details["type"] != "extra_forbidden")
         first, *others = found
         raise _explain(first, len(others)) from error
 
 
 def recipe_error(field: str, problem: str, remedy: str) -> RecipeError:
-    """A RecipeError whose text is `field: problem. remedy.`"""
+    """Returns a RecipeError with the text `field: problem. Remedy: remedy.`"""
     return RecipeError(f"{field}: {problem}. Remedy: {remedy}.", field=field, remedy=remedy)
 
 
 def dotted(location: tuple[int | str, ...]) -> str:
-    """("stages", 0, "max_steps") -> "stages[0].max_steps"."""
+    """Returns a location as text: ("stages", 0, "max_steps") -> "stages[0].max_steps"."""
     text = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location)
     return text.removeprefix(".") or "recipe"
 
@@ -89,7 +89,7 @@ def _suggest(unknown: str, known: list[str]) -> str:
 
 
 def _fields_at(location: tuple[int | str, ...]) -> list[str]:
-    """Names of the fields of the model that `location` leads to, walking the annotations of Recipe."""
+    """Returns the names of the fields at a location, by the annotations of Recipe."""
     model: type[BaseModel] = Recipe
     for part in location:
         if isinstance(part, str):

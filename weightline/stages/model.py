@@ -1,7 +1,7 @@
-"""The folder that the first stage starts from: weights in bf16, config and tokenizer, whatever the recipe names.
+"""Writes the folder that the first stage starts from: weights in bf16, config and tokenizer.
 
-A checkpoint's files are taken one tensor in memory at a time: what is bf16 already as it is, other floating-point
-tensors cast. Ranks then load the folder under ZeRO-3, each keeping its own part, so no machine ever holds the model.
+Files of a checkpoint whose tensors need no cast are linked or copied. Tensors of other float dtypes are cast to bf16,
+one file in memory at a time. Ranks then load the folder under ZeRO-3, each keeping its own part.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from weightline.stages.load import recipe_error
 from weightline.stages.preflight import is_local_path
 from weightline.stages.recipe import ModelConfig, TinyModelConfig
 
-#: What belongs to a model beside its weights: config, tokenizer, chat template, code of its own.
+#: Suffixes of a model's files besides its weights: config, tokenizer, chat template, custom code.
 _SUFFIXES = frozenset({".json", ".jinja", ".model", ".txt", ".tiktoken", ".py"})
 _CONFIG = "config.json"
 HUB_PATTERNS = ["*.safetensors", *(f"*{suffix}" for suffix in sorted(_SUFFIXES))]
@@ -47,10 +47,10 @@ VOCAB_SIZE = 258
 
 
 def materialize_model(config: ModelConfig, folder: str | Path, seed: int) -> Path:
-    """Put the recipe's model into `folder` as a model in bf16 with its tokenizer, ready for `from_pretrained`.
+    """Writes the recipe's model to `folder` in bf16 with its tokenizer, ready for `from_pretrained`. Returns `folder`.
 
     Builds the tiny model, loads `config.path` (from disk or the Hub), or replays a version of `config.chain`, and casts
-    it. Same input, same bits. Safe to repeat; a crash leaves a folder to be written again. RecipeError when there is no
+    it. The same input gives the same bits. Safe to repeat; after a crash, repeat the call. RecipeError when there is no
     such model.
     """
     folder = Path(folder)
@@ -63,13 +63,13 @@ def materialize_model(config: ModelConfig, folder: str | Path, seed: int) -> Pat
     try:
         _materialize_path(config, folder)
     except (OSError, ValueError, SafetensorError) as error:
-        remedy = "give a folder or a Hub id of a causal language model, and log in where it is gated"
+        remedy = "give a folder or a Hub id of a causal language model, and log in if it is gated"
         raise recipe_error("model.path", f"{config.path} cannot be loaded: {error}", remedy) from error
     return folder
 
 
 def _materialize_path(config: ModelConfig, folder: Path) -> None:
-    """File by file where the weights are safetensors; other formats are loaded whole, once."""
+    """Writes a model from disk or the Hub: file by file for safetensors, else by loading the whole model."""
     path = config.path or ""
     source = Path(path).expanduser() if is_local_path(path) else _downloaded(path, config.revision)
     if not has_safetensors(source):
@@ -77,19 +77,19 @@ def _materialize_path(config: ModelConfig, folder: Path) -> None:
         model.save_pretrained(folder)
         AutoTokenizer.from_pretrained(path, revision=config.revision).save_pretrained(folder)
         return
-    with torch.device("meta"):  # raises for what is no causal language model, before anything is copied
+    with torch.device("meta"):  # raises for other than causal language models, before any copy
         AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source))
     AutoTokenizer.from_pretrained(source)
     take_files(source, folder)
 
 
 def _downloaded(repo_id: str, revision: str | None) -> Path:
-    """The Hub model's files in the Hub's own cache."""
+    """Downloads the Hub model's files and returns their folder in the Hub's own cache."""
     return Path(snapshot_download(repo_id, revision=revision, allow_patterns=HUB_PATTERNS))
 
 
 def _materialize_version(chain_url: str, version: str, folder: Path) -> Path:
-    """A version's weights, every digest checked; cast where they are not bf16 already."""
+    """Writes a version's weights, with every digest checked, cast to bf16."""
     chain = open_chain(chain_url)
     with tempfile.TemporaryDirectory(prefix="weightline-start-") as scratch:
         checkpoint = Path(scratch) / "checkpoint"
@@ -98,7 +98,7 @@ def _materialize_version(chain_url: str, version: str, folder: Path) -> Path:
 
 
 def build_tiny_model(config: TinyModelConfig, seed: int) -> Qwen3ForCausalLM:
-    """A Qwen3 with random bf16 weights. One (config, seed), one set of bits."""
+    """Returns a Qwen3 with random bf16 weights. (config, seed) determine its bits."""
     architecture = Qwen3Config(
         vocab_size=VOCAB_SIZE,
         tie_word_embeddings=True,
@@ -115,7 +115,10 @@ def build_tiny_model(config: TinyModelConfig, seed: int) -> Qwen3ForCausalLM:
 
 
 def build_byte_tokenizer(max_length: int) -> PreTrainedTokenizerFast:
-    """One token a byte: the id of a byte is its value, 256 ends a text, 257 pads. Loads with AutoTokenizer."""
+    """Returns a tokenizer with one token per byte: its id is the byte's value, 256 ends a text, 257 pads.
+
+    AutoTokenizer loads it.
+    """
     vocab = {_byte_symbols()[byte]: byte for byte in range(256)}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -131,22 +134,22 @@ def build_byte_tokenizer(max_length: int) -> PreTrainedTokenizerFast:
 
 
 def _byte_symbols() -> list[str]:
-    """The printable character that stands for each byte in a byte-level vocabulary (GPT-2's table)."""
+    """Returns the printable character for each byte in a byte-level vocabulary (GPT-2's table)."""
     printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAC + 1), *range(0xAE, 0xFF + 1)]
     others = iter(range(256, 512))
     return [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]
 
 
 def has_safetensors(source: Path) -> bool:
-    """Whether the folder's weights can be taken file by file."""
+    """Returns whether the folder has a config and weights in safetensors files."""
     return (source / _CONFIG).is_file() and any(source.glob("*.safetensors"))
 
 
 def take_files(source: Path, folder: Path) -> None:
-    """Make `folder` the model of `source`, its weights in bf16. Hard links where nothing changes and disks allow it.
+    """Copies the model of `source` to `folder`, with weights in bf16. Weights in bf16 are hard-linked if possible.
 
-    Safe to repeat; a crash leaves a folder to be written again. OSError when there is no room, ValueError or
-    safetensors' own error for files that are none.
+    Safe to repeat; after a crash, repeat the call. OSError without enough space; ValueError or SafetensorError for
+    broken files.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for path in sorted(source.iterdir()):

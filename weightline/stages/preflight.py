@@ -1,4 +1,4 @@
-"""Cheap checks of a recipe against this machine, before anything is trained or written. Free of torch."""
+"""Cheap checks of a recipe against this machine, before anything is trained or written. Imports no torch."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from weightline.stages.load import recipe_error
 from weightline.stages.recipe import DatasetConfig, ModelConfig, Recipe, StageConfig
 from weightline.stages.trainer_args import check_trainer_args
 
-#: Columns that TRL reads, by kind of stage: one of these sets must be there.
+#: Columns that TRL reads, by kind of stage. A dataset must have one of these sets.
 REQUIRED_COLUMNS: dict[str, tuple[frozenset[str], ...]] = {
     "sft": (frozenset({"prompt", "completion"}), frozenset({"text"}), frozenset({"messages"})),
     "dpo": (frozenset({"chosen", "rejected"}),),
@@ -30,17 +30,17 @@ _DATA_SUFFIXES = frozenset({".jsonl", ".json", ".parquet", ".csv"})
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """Where the ranks of a run compute."""
+    """The device of a run's ranks, and their number."""
 
     device: Literal["cpu", "cuda"]
     num_processes: int
 
 
 def check_recipe(recipe: Recipe, num_cuda_devices: int | None = None) -> Placement:
-    """Raise RecipeError, naming field and remedy, for what this machine cannot run; otherwise say where it runs.
+    """Checks whether this machine can run the recipe, and returns the placement of its ranks.
 
-    Reads a few files and starts nothing, except, where a GPU driver is present, one short process that counts GPUs
-    (unless `num_cuda_devices` says how many there are). Safe to repeat.
+    RecipeError names field and remedy. Reads a few files. Starts no process, except for one short one that counts GPUs
+    if there is a GPU driver and `num_cuda_devices` is None. Safe to repeat.
     """
     _check_model(recipe.model)
     for index, stage in enumerate(recipe.stages):
@@ -56,9 +56,9 @@ def check_recipe(recipe: Recipe, num_cuda_devices: int | None = None) -> Placeme
 
 
 def plan_placement(recipe: Recipe, num_cuda_devices: int, num_cores: int | None = None) -> Placement:
-    """Choose the device and the number of ranks, from what this machine has: the others are taken to be like it.
+    """Chooses the device and the number of ranks. Other machines are assumed to equal this one.
 
-    Raises RecipeError for more ranks than can be started, and for such as do not spread evenly.
+    RecipeError for more ranks than can be started, and for ranks that do not spread evenly over the machines.
     """
     wanted, machines = recipe.num_processes, recipe.num_machines
     if wanted is not None and wanted % machines:
@@ -66,7 +66,7 @@ def plan_placement(recipe: Recipe, num_cuda_devices: int, num_cores: int | None 
         raise recipe_error("num_processes", problem, f"a multiple of {machines}")
     here = None if wanted is None else wanted // machines
     if recipe.device == "cuda" and num_cuda_devices < (here or 1):
-        problem = f"{here or 1} ranks a machine need as many GPUs, {num_cuda_devices} are visible"
+        problem = f"{here or 1} ranks per machine need as many GPUs, {num_cuda_devices} are visible"
         raise recipe_error("num_processes", problem, "lower it, make more GPUs visible, or set `device: cpu`")
     if recipe.device != "cpu" and num_cuda_devices >= (here or 1):
         return Placement("cuda", wanted or num_cuda_devices * machines)
@@ -77,12 +77,12 @@ def plan_placement(recipe: Recipe, num_cuda_devices: int, num_cores: int | None 
 
 
 def max_cpu_ranks(num_cores: int) -> int:
-    """Two ranks a core, never fewer than two: more would only wait for each other in every collective."""
+    """Returns the bound of ranks: two per core, and at least two. More would slow down every collective."""
     return max(2, 2 * num_cores)
 
 
 def count_cuda_devices() -> int:
-    """GPUs that torch can use here. 0 at once where there is no driver; else a short process asks torch."""
+    """Returns the number of GPUs that torch can use, 0 without a driver. Starts a short process that imports torch."""
     if not any(Path(node).exists() for node in ("/dev/nvidiactl", "/dev/dxg", "/proc/driver/nvidia/version")):
         return 0
     argv = [sys.executable, "-c", "import torch; print(torch.cuda.device_count())"]
@@ -94,7 +94,7 @@ def count_cuda_devices() -> int:
 
 
 def is_local_path(path: str) -> bool:
-    """Whether a recipe's `path` means this machine's disk rather than a Hub id."""
+    """Returns whether a recipe's `path` is a path on this machine rather than a Hub id."""
     return path.startswith(("/", ".", "~")) or Path(path).exists() or not _HUB_ID.fullmatch(path)
 
 
@@ -130,7 +130,7 @@ def _check_dataset(dataset: DatasetConfig, kind: str, field: str) -> None:
         return
     path = Path(dataset.path).expanduser()
     if not path.exists():
-        remedy = "give an existing one, a Hub id or `arithmetic`"
+        remedy = "give an existing path, a Hub id or `arithmetic`"
         raise recipe_error(f"{field}.path", f"no file or folder {path}", remedy)
     files = sorted(file for file in path.rglob("*") if file.suffix in _DATA_SUFFIXES) if path.is_dir() else [path]
     if not any(file.stat().st_size for file in files):
@@ -149,7 +149,7 @@ def _check_first_line(file: Path, kind: str, field: str) -> None:
         columns = set(json.loads(first))
     except (ValueError, TypeError) as error:
         problem = f"the first line of {file} is not a JSON object: {error}"
-        raise recipe_error(f"{field}.path", problem, "write one JSON object a line") from error
+        raise recipe_error(f"{field}.path", problem, "write one JSON object per line") from error
     if not any(required <= columns for required in REQUIRED_COLUMNS[kind]):
         wanted = " or ".join("+".join(sorted(required)) for required in REQUIRED_COLUMNS[kind])
         raise recipe_error(f"{field}.path", f"{file} has columns {sorted(columns)}", f"{kind} needs {wanted}")
@@ -160,5 +160,5 @@ def _check_generation_batch(stage: StageConfig, num_processes: int, field: str) 
     steps = stage.trainer_args.get("steps_per_generation", stage.trainer_args.get("gradient_accumulation_steps", 1))
     batch_size = stage.per_device_batch_size * num_processes * steps
     if stage.kind == "grpo" and batch_size % num_generations:
-        problem = f"{batch_size} completions a batch are no multiple of num_generations {num_generations}"
+        problem = f"{batch_size} completions per batch are not a multiple of num_generations {num_generations}"
         raise recipe_error(f"{field}.per_device_batch_size", problem, f"a multiple of {num_generations}")

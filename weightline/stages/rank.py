@@ -1,9 +1,9 @@
-"""What accelerate starts on every rank: ties the process to its launcher, then trains the stage.
+"""The program that accelerate starts on every rank: ties the process to its launcher, then trains the stage.
 
 accelerate launch --config_file infra/accelerate/zero3_cpu.yaml -m weightline.stages.rank --job JOB.json
 
-Imports next to nothing before the process is tied: importing torch and TRL takes many seconds, and a launcher that is
-killed meanwhile must not leave its ranks behind either.
+It imports only the standard library before the process is tied: importing torch and TRL takes many seconds, and a
+launcher that is killed meanwhile must not leave its ranks behind.
 """
 
 from __future__ import annotations
@@ -19,37 +19,37 @@ _PR_SET_PDEATHSIG = 1
 
 
 def die_with_launcher() -> None:
-    """Ask the kernel to kill this process when its launcher has gone, even by kill -9. Linux only.
+    """Makes the kernel kill this process when its launcher has ended, even by kill -9. Linux only.
 
-    SIGKILL, not SIGTERM: a rank in a collective waits in C++ code, where no handler of Python's would run.
+    The signal is SIGKILL, since a rank in a collective waits in C++ code, where no Python handler of SIGTERM runs.
     """
     if sys.platform != "linux":
         return
     launcher = os.getppid()
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    # It may have gone before the kernel was asked.
+    # The launcher may have ended before the call.
     if os.getppid() != launcher:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
 class RankExit:
-    """An exit handler that ends the process with status 0, provided that the work was declared finished.
+    """An exit handler that ends the process with status 0 if the work was declared finished.
 
     About 1 run in 30 died of SIGABRT, `terminate called without an active exception`, in a rank that had saved
     everything. The likely cause (https://github.com/pytorch/pytorch/pull/179291): a worker thread of gloo still holds
-    the tensors of the last collective while the interpreter is finalized. Letting go of them needs the interpreter's
-    lock; a finalizing interpreter answers by ending the thread, and C++ answers that by ending the process. Destroying
-    the process groups does not help while DeepSpeed refers to them. So a rank that has finished leaves before
-    finalization, but after the exit handlers of whatever it imported later.
+    the tensors of the last collective while the interpreter is finalized. Releasing them needs the interpreter's lock;
+    a finalizing interpreter then ends the thread, whereupon C++ ends the process. Destroying the process groups does
+    not help while DeepSpeed refers to them. So a finished rank exits before finalization, but after the exit handlers
+    of modules that it imported later.
     """
 
     def __init__(self) -> None:
         self._is_finished = False
-        # Handlers run in reverse: whatever registers later, as publishing may, still has its turn first.
+        # Handlers run in reverse order, so those registered later, as publishing may do, run first.
         atexit.register(self._leave)
 
     def declare_finished(self) -> None:
-        """Everything is on disk, and no failure is to be reported any more."""
+        """Declares that all results are on disk and that no failure remains to be reported."""
         self._is_finished = True
 
     def _leave(self) -> None:

@@ -1,7 +1,7 @@
-"""A recipe: which model goes through which stages, on what data, and how it is measured.
+"""A recipe: the model, the stages that train it, their data, and the evaluation of versions.
 
-Written by a person as YAML, parsed once into frozen objects. Free of torch, so that a flow or a command line can read
-a recipe in milliseconds. `weightline.stages.preflight` checks a parsed recipe against the machine.
+A person writes it as YAML, which is parsed once into frozen objects. This module imports no torch, so that a flow or a
+command line reads a recipe in milliseconds. `weightline.stages.preflight` checks a parsed recipe against the machine.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ StageKind = Literal["sft", "dpo", "grpo"]
 
 
 class FrozenModel(BaseModel):
-    """Base of every configuration: unknown fields are refused, values do not change after parsing."""
+    """Base class of configurations: unknown fields are refused, and values cannot change after parsing."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
 class TinyModelConfig(FrozenModel):
-    """Sizes of the built-in Qwen3 with a byte-level tokenizer, made from nothing in a second."""
+    """Sizes of the built-in Qwen3 with random weights and a byte-level tokenizer."""
 
     hidden_size: int = Field(default=128, ge=8, multiple_of=2)
     """Width of the residual stream."""
@@ -88,7 +88,7 @@ class DatasetConfig(FrozenModel):
     split: str = "train"
     """Split of a Hub or local dataset."""
     num_examples: int | None = Field(default=None, ge=1)
-    """Use this many examples: how many to generate, or the first so many of a dataset. None: all that there are."""
+    """Number of examples: to generate, or to take from the start of a dataset. None: all of a dataset."""
 
     @property
     def is_arithmetic(self) -> bool:
@@ -103,18 +103,18 @@ class ArithmeticConfig(FrozenModel):
     num_heldout: int = Field(default=400, ge=1)
     """Problems kept for evaluation, drawn from all problems before any training data is made."""
     lost_carry_rate: float = Field(default=0.35, ge=0, le=1)
-    """How often the supervised data forget to carry the ten: what preferences and rewards are there to correct."""
+    """Share of the sums with a carry that the supervised data get wrong. Preferences and rewards correct them."""
     seed: int = Field(default=0, ge=0)
-    """Draws the held-out problems. Separate from `Recipe.seed`, so that runs with different seeds are comparable."""
+    """Seed of the held-out problems. Separate from `Recipe.seed`, so that runs with different seeds are comparable."""
 
 
 class StageConfig(FrozenModel):
     """One training stage: SFT, DPO or GRPO by TRL on DeepSpeed ZeRO-3."""
 
     kind: StageKind
-    """Which trainer: sft, dpo or grpo."""
+    """Kind of trainer: sft, dpo or grpo."""
     dataset: DatasetConfig = DatasetConfig()
-    """What it learns from."""
+    """Training examples of the stage."""
     max_steps: int = Field(ge=1)
     """Optimizer steps."""
     learning_rate: float = Field(gt=0)
@@ -122,11 +122,11 @@ class StageConfig(FrozenModel):
     per_device_batch_size: int = Field(default=8, ge=1)
     """Examples per rank and micro-batch; for GRPO completions, in groups of `num_generations`."""
     sync_steps: int = Field(default=10, ge=1)
-    """Commit a version every so many optimizer steps. Taken from the recipe when absent."""
+    """Optimizer steps between two committed versions. Default: the recipe's `sync_steps`."""
     save_steps: int = Field(default=50, ge=1)
-    """Write a checkpoint to resume from every so many optimizer steps."""
+    """Optimizer steps between two checkpoints to resume from."""
     reward: str | None = Field(default=None, pattern=r"^[\w.]+:\w+$")
-    """GRPO only: `module:function` of a TRL reward function. The arithmetic data bring their own."""
+    """GRPO only: `module:function` of a TRL reward function. The arithmetic data have a built-in one."""
     trainer_args: dict[str, Any] = {}
     """Further fields of TRL's SFTConfig, DPOConfig or GRPOConfig, passed through by name."""
 
@@ -140,7 +140,7 @@ class StageConfig(FrozenModel):
 
 
 class EvaluationConfig(FrozenModel):
-    """What lm-evaluation-harness measures on each version."""
+    """The evaluation of each version by lm-evaluation-harness."""
 
     task: str = ARITHMETIC
     """`arithmetic` (held-out problems of the built-in data) or the name of a task that the harness finds."""
@@ -153,28 +153,28 @@ class EvaluationConfig(FrozenModel):
 
 
 class Recipe(FrozenModel):
-    """Everything that decides a run except where its bucket is."""
+    """All settings of a run except the URL of its bucket."""
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")]
     """Short name; part of the chain's name."""
     seed: int = Field(default=0, ge=0, le=2**31 - 1)
-    """Model initialization, data order and sampling."""
+    """Seed of model initialization, data order and sampling."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """`auto` takes GPUs where there are enough for the ranks, else the CPU."""
+    """`auto` uses GPUs if there are enough for the ranks, else the CPU."""
     num_processes: int | None = Field(default=None, ge=1)
-    """Ranks: ZeRO-3 partitions the model over them. None: one a visible GPU, or two on the CPU."""
+    """Number of ranks, over which ZeRO-3 partitions the model. None: one per visible GPU, or two on the CPU."""
     num_machines: int = Field(default=1, ge=1)
     """Machines that train together and share a disk; `num_processes` counts the ranks of all of them."""
     sync_steps: int = Field(default=10, ge=1)
     """Default of `stages[].sync_steps`."""
     model: ModelConfig
-    """Where training starts."""
+    """Model that training starts from."""
     arithmetic: ArithmeticConfig = ArithmeticConfig()
-    """The built-in data, used by stages and evaluation that say `arithmetic`."""
+    """The built-in data, used by stages and evaluations that name `arithmetic`."""
     stages: tuple[StageConfig, ...] = Field(min_length=1)
     """Stages in order; each starts from the last version of the one before."""
     evaluation: EvaluationConfig = EvaluationConfig()
-    """How versions are measured."""
+    """Evaluation of versions."""
 
     @model_validator(mode="before")
     @classmethod
@@ -192,9 +192,9 @@ class Recipe(FrozenModel):
         return self
 
     def choose(self, kinds: Sequence[StageKind] = (), model: ModelConfig | None = None) -> Recipe:
-        """The recipe with these of its stages, in its own order (none named: all), and this start model, if given.
+        """Returns the recipe with only these stages (none named: all), in its own order, and with this start model.
 
-        RecipeError for a stage that it has not. Pure.
+        RecipeError for a stage that the recipe lacks. Pure.
         """
         have = [stage.kind for stage in self.stages]
         for kind in kinds:
@@ -208,7 +208,7 @@ class Recipe(FrozenModel):
 
 
 def parse_start(text: str) -> ModelConfig:
-    """What a person names to start from: a Hub id, a folder, or a version of a chain, as in URL@12 or URL@tip. Pure."""
+    """Parses a start model: a Hub id, a folder, or a version of a chain, as in URL@12 or URL@tip. Pure."""
     if "://" not in text:
         return ModelConfig(path=text)
     url, at, version = text.rpartition("@")

@@ -1,8 +1,8 @@
 """Checks the `trainer_args` of a recipe against TRL and transformers, without importing torch.
 
-`trainer_args` are passed through to SFTConfig, DPOConfig and GRPOConfig. A wrong name should be refused in milliseconds
-and before anything starts. `dataclasses.fields` would need TRL imported, which takes ten seconds and torch in a process
-that has no other use for them; so the fields are read from the source, and tests compare both.
+`trainer_args` are passed through to SFTConfig, DPOConfig and GRPOConfig. An unknown name should be refused in
+milliseconds and before anything starts. `dataclasses.fields` would need to import TRL and torch, which takes ten
+seconds; so the fields are read from the source, and tests compare both.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from weightline.errors import InputError
 from weightline.stages.load import recipe_error
 from weightline.stages.recipe import StageConfig, StageKind
 
-#: Fields that the stage sets itself, and where a recipe says them instead.
+#: Fields that the stage sets itself, and the setting of a recipe that replaces each.
 OWNED_ARGS: dict[str, str] = {
     "output_dir": "the run's folder",
     "max_steps": "stages[].max_steps",
@@ -38,8 +38,8 @@ OWNED_ARGS: dict[str, str] = {
 }
 
 
-#: Reporters of transformers, and the packages of which each needs one. Kubeflow needs none: it tells its training pods
-#: where to report by an environment variable.
+#: Reporters of transformers, and the packages of which each needs one. Kubeflow needs none, since it configures its
+#: training pods by an environment variable.
 REPORTERS: dict[str, tuple[str, ...]] = {
     "trackio": ("trackio",),
     "wandb": ("wandb",),
@@ -73,10 +73,10 @@ def check_trainer_args(stage: StageConfig, field: str) -> None:
 
 
 def _check_reporters(report_to: object, field: str) -> None:
-    """A reporter whose package is missing would end the ranks after a minute of loading."""
+    """Raises RecipeError for a reporter without its package, which would end the ranks after a minute of loading."""
     names = [report_to] if isinstance(report_to, str) else report_to
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise recipe_error(field, f"{report_to!r} is no name of a reporter", f"some of {', '.join(REPORTERS)}")
+        raise recipe_error(field, f"{report_to!r} does not name a reporter", f"some of {', '.join(REPORTERS)}")
     for name in names:
         if name in ("none", "all"):
             continue
@@ -93,7 +93,7 @@ def _check_reporters(report_to: object, field: str) -> None:
 
 @cache
 def trainer_field_names(kind: StageKind) -> frozenset[str]:
-    """Every field of the stage's TRL configuration, inherited ones included. Raises InputError without TRL."""
+    """Returns every field of the stage's TRL configuration, with inherited ones. InputError without TRL."""
     sources = [
         _package_folder("trl") / "trainer" / f"{kind}_config.py",
         _package_folder("trl") / "trainer" / "base_config.py",

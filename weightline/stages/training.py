@@ -1,7 +1,7 @@
 """Trains one stage on one rank with TRL: SFT, DPO or GRPO. Started by weightline.stages.rank.
 
-A stage ends in this order: last checkpoint, final weights in model/, done.json. A crash before done.json leaves a
-stage that goes on from its last whole checkpoint; with done.json there is nothing left to do.
+A stage ends in this order: last checkpoint, final weights in model/, done.json. After a crash before done.json, the
+stage resumes from its last complete checkpoint; with done.json the stage is finished.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from weightline.stages.job import StageJob, StageResult
 from weightline.stages.rank import RankExit
 
 Args = TypeVar("Args", bound=TrainingArguments)
-#: Made when this is imported: its handler runs after those that are registered later, as publishing may do.
+#: Created on import, so that its handler runs after those that are registered later, as publishing may do.
 _EXIT = RankExit()
 
 
@@ -34,7 +34,7 @@ def main() -> None:
 
 
 def start_rank() -> StageJob:
-    """Reads the job from the command line and sets this process up. The first thing that a rank program does."""
+    """Reads the job from the command line and configures this process. A rank program calls this first."""
     parser = argparse.ArgumentParser(description="One rank of a training stage; started by accelerate launch.")
     parser.add_argument("--job", required=True, type=Path, help="job file (weightline.stages.job.StageJob)")
     job = StageJob.load(parser.parse_args().job)
@@ -60,7 +60,7 @@ def make_trainer(job: StageJob, **options: Any) -> Trainer:
 
 
 def training_args(config_class: type[Args], job: StageJob) -> Args:
-    """The stage's TRL configuration: what the job says, then the recipe's `trainer_args`, over TRL's defaults."""
+    """Returns the stage's TRL configuration: the job's settings, then the recipe's `trainer_args`, then defaults."""
     stage = job.stage
     passed: dict[str, Any] = {
         "logging_steps": 1,
@@ -87,13 +87,13 @@ def training_args(config_class: type[Args], job: StageJob) -> Args:
 
 
 def run_stage(trainer: Trainer, job: StageJob) -> None:
-    """Train, save the last weights, and mark the stage as done. Safe to repeat; see the module's docstring.
+    """Trains, saves the last weights, and marks the stage as done. Safe to repeat; see the module's docstring.
 
-    Killed and repeated, SFT and DPO end in the same bits as undisturbed. So does GRPO when no generated batch is open
-    at the checkpoint, as with TRL's defaults, where each optimizer step generates its own. With steps_per_generation *
-    num_iterations above gradient_accumulation_steps it may not: GRPOTrainer keeps the generated batch and its place in
-    it (`_buffered_inputs`, `_step`) in memory only, so a resumed run generates anew, with other weights, in the middle
-    of what was one batch. No trainer saves the moving reference of `sync_ref_model`.
+    SFT and DPO give the same bits when they are killed and repeated. So does GRPO if no generated batch is in use at
+    the checkpoint, as with TRL's defaults, where each optimizer step generates its own. With steps_per_generation *
+    num_iterations above gradient_accumulation_steps it may not: GRPOTrainer keeps the generated batch and its position
+    in it (`_buffered_inputs`, `_step`) in memory only, so a resumed run generates a new batch, with other weights, in
+    the middle of the old one. No trainer saves the moving reference of `sync_ref_model`.
     """
     if not (job.resume and job.done_path.exists()):
         _train(trainer, job)
@@ -122,7 +122,7 @@ def _train(trainer: Trainer, job: StageJob) -> None:
 
 
 def _add_callbacks(trainer: Trainer, job: StageJob) -> None:
-    """The checkpoint mark comes last: it vouches for what the other callbacks add to a checkpoint."""
+    """Adds the callbacks. The checkpoint mark comes last, since it also covers the files of the other callbacks."""
     if job.chain_url is not None:
         from weightline.trainer.callback import WeightlineCallback
 

@@ -1,1 +1,1 @@
-"""Parts for testing what is built on weightline. They ship with the package; nothing in it imports them."""
+"""Helpers for tests of programs that use weightline. The package itself does not import them."""

@@ -1,4 +1,4 @@
-"""Stores that misbehave on purpose, at the seam that every bucket shares."""
+"""Stores that fail as planned, for tests."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from weightline.store.base import Contest
 class FaultStore:
     """Implements `Store` over another one. Before each operation, `plan(number, verb, key)` may raise.
 
-    number counts the operations from 0; an exception stands for a bucket, a network or a process that fails there.
+    `number` counts the operations from 0. An exception simulates a bucket, a network or a process that fails there.
     """
 
     def __init__(self, inner: Store, plan: Callable[[int, str, str], None]) -> None:
@@ -74,7 +74,7 @@ class FaultStore:
 
 
 def failing(*, verb: str, key_prefix: str, times: int) -> Callable[[int, str, str], None]:
-    """A plan: the first `times` operations of that verb under that prefix fail as if the bucket were away."""
+    """Returns a plan by which the first `times` operations of a verb under a prefix raise TransientStorageError."""
     left = times
 
     def plan(number: int, this_verb: str, key: str) -> None:
