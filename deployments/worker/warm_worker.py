@@ -15,6 +15,8 @@ import asyncio
 import contextlib
 import logging
 import os
+import signal
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -109,6 +111,7 @@ class WarmWorker(BaseWorker[WarmJobConfiguration, WarmVariables, WarmWorkerResul
 
     async def setup(self) -> None:
         """Starts the fork server, which begins its imports, and then connects."""
+        _end_on_sigterm()
         await self._fork_server.start()
         await super().setup()
 
@@ -235,6 +238,23 @@ class WarmWorker(BaseWorker[WarmJobConfiguration, WarmVariables, WarmWorkerResul
         for flow_run_id in found & self._suspects:
             await run_states.mark_crashed(self.client, flow_run_id, "Its worker is gone")
         self._suspects = found
+
+
+def _end_on_sigterm() -> None:
+    """Lets the first SIGTERM cancel the task that runs the worker, and a second one end the process.
+
+    The handler of `prefect worker start` sends this process a SIGINT, which a process ignores that a shell has started
+    in the background. Signals are left alone where the worker does not run in the main thread.
+    """
+    loop, task = asyncio.get_running_loop(), asyncio.current_task()
+
+    def end() -> None:
+        loop.remove_signal_handler(signal.SIGTERM)
+        if task is not None:
+            task.cancel()
+
+    if threading.current_thread() is threading.main_thread():
+        loop.add_signal_handler(signal.SIGTERM, end)
 
 
 def _log_path(flow_run: FlowRun) -> Path | None:

@@ -7,6 +7,7 @@ import json
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -250,13 +251,24 @@ def test_a_run_is_taken_for_lost_when_its_worker_is_gone_and_no_other(
         client.set_flow_run_state(living, Cancelled(), force=True)
 
 
+@contextmanager
+def _ignoring_interrupts() -> Iterator[None]:
+    """What is started meanwhile ignores SIGINT, as what a shell starts in the background."""
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+
+
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
 def test_a_worker_that_is_ended_takes_its_runs_along(
     client: SyncPrefectClient, start: StartRun, workers: Workers, tmp_path: Path, how: signal.Signals
 ) -> None:
     told = tmp_path / "pid"
     hanging = start(toy_flows.hang, queue="other", path=str(told))
-    worker = workers.start(POOL, "other", "doomed")
+    with _ignoring_interrupts():
+        worker = workers.start(POOL, "other", "doomed")
     wait_until(lambda: told.exists() and told.read_text(), told=workers.output)
     (fork_server,) = psutil.Process(worker.pid).children()
     worker.send_signal(how)
