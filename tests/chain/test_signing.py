@@ -255,7 +255,7 @@ def test_a_key_is_checked_before_it_is_used(key: Path, tmp_path: Path, monkeypat
     with pytest.raises(InputError, match="no key can be written"):
         generate_key(key)
     assert key.stat().st_mode & 0o777 == 0o600
-    for text, says in (("", "no public key"), ("-----BEGIN PUBLIC KEY-----\n", "no public key")):
+    for text, says in (("", "no public key"), ("-----BEGIN PUBLIC KEY-----\n", "not a public key")):
         (tmp_path / "broken.pub").write_text(text)
         with pytest.raises(InputError, match=says):
             load_trusted_keys(tmp_path / "broken.pub")

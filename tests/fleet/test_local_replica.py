@@ -40,7 +40,7 @@ def test_without_a_stack_or_a_url_the_remedy_is_told(monkeypatch: pytest.MonkeyP
 
 def test_a_replica_that_is_away_is_said_to_be(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(SERVING_URL_VARIABLE, "http://127.0.0.1:9")
-    with pytest.raises(ApplyError, match="is it running"):
+    with pytest.raises(ApplyError, match="check that it runs"):
         find_fleet(open_chain("memory://nobody"))
 
 

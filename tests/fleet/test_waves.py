@@ -40,7 +40,7 @@ def test_the_one_furthest_behind_goes_first_unless_one_is_named() -> None:
     with pytest.raises(InputError, match="no replica 'x' can be moved from here: name one of a, b, c, d, e"):
         plan_waves(fleet, 5, wave_size=2, canary="x")
     assert plan_waves(fleet, 5, wave_size=2, canary="d").canary == "b"
-    with pytest.raises(InputError, match="a wave of 0 replicas"):
+    with pytest.raises(InputError, match="wave_size is 0"):
         plan_waves(fleet, 5, wave_size=0)
 
 

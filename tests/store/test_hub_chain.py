@@ -86,7 +86,7 @@ def test_a_winner_that_stopped_is_shown_and_finished_by_its_next_writer(
     assert reader.tip_version() == 1
     (finding,) = verify_chain(reader).findings
     assert (finding.rule, finding.subject) == ("unpublished", keys.commit(2))
-    assert "Run that writer again" in finding.message
+    assert "Run that writer twice" in finding.message
     with pytest.raises(CommitConflictError):
         commit_state(Chain(open_hub(hub_url)), STATES[0], STATES[1], world_size=1)
     assert reader.tip_version() == 2

@@ -103,7 +103,7 @@ def test_errors_arrive_as_their_types(following: Following) -> None:
         client.refresh(following.url, "wrong")
     with pytest.raises(VersionNotFoundError, match="has no version 999"):
         client.refresh(following.url, following.token, 999)
-    with pytest.raises(ApplyError, match="is it running"):
+    with pytest.raises(ApplyError, match="check that it runs"):
         client.status("http://127.0.0.1:1")
 
 
