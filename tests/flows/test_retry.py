@@ -26,7 +26,9 @@ from weightline.chain.upkeep.verify import verify_chain
 from weightline.deployments.worker import WORKER_TYPE
 from weightline.flows.post_training import post_training
 from weightline.runs.folder import Run, open_run
+from weightline.runs.prepare import prepare_run
 from weightline.stages.job import StageJob, StageResult
+from weightline.tasks.training import make_start_model
 
 pytestmark = [pytest.mark.train, pytest.mark.timeout(900), pytest.mark.usefixtures("server_environment")]
 
@@ -42,7 +44,17 @@ _STAGES = [
 ]  # fmt: skip
 
 
-def _start(client: SyncPrefectClient, recipe: Path, runs_dir: Path) -> UUID:
+def _first_stage_is_done(recipe: Path, runs_dir: Path) -> Run:
+    """A run whose first stage has finished. No launcher is started for it."""
+    run = prepare_run(str(recipe), str(runs_dir), "held", None)
+    make_start_model.fn(run)
+    job = run.job("sft")
+    job.output_dir.mkdir(parents=True)
+    run_stage(job, job.output_dir / "ranks.log")
+    return run
+
+
+def _start(client: SyncPrefectClient, recipe: Path, run: Run) -> UUID:
     try:
         client.create_work_pool(WorkPoolCreate(name=POOL, type=WORKER_TYPE))
         client.create_work_queue(QUEUE, work_pool_name=POOL)
@@ -53,7 +65,7 @@ def _start(client: SyncPrefectClient, recipe: Path, runs_dir: Path) -> UUID:
         entrypoint="weightline.flows.post_training.post_training", work_pool_name=POOL, work_queue_name=QUEUE,
         parameter_openapi_schema={},
     )  # fmt: skip
-    parameters = {"recipe": str(recipe), "runs_dir": str(runs_dir)}
+    parameters = {"recipe": str(recipe), "runs_dir": str(run.folder.parent), "run_id": run.run_id}
     return client.create_flow_run_from_deployment(deployment_id, parameters=parameters).id
 
 
@@ -105,8 +117,11 @@ def test_a_training_survives_cancel_and_kill(
         wait((holds / f"at-{step}").exists)
         return _processes("weightline.stages.rank")
 
+    recipe = write_recipe(tmp_path, stages=_STAGES)
+    folder = _first_stage_is_done(recipe, runs_dir).folder
+    sft_done = (folder / "stages" / "sft" / "done.json").stat().st_mtime_ns
     (holds / "hold-5").touch()
-    flow_run_id = _start(client, write_recipe(tmp_path, stages=_STAGES), runs_dir)
+    flow_run_id = _start(client, recipe, open_run(folder))
 
     def state() -> State:
         found = client.read_flow_run(flow_run_id).state
@@ -114,13 +129,11 @@ def test_a_training_survives_cancel_and_kill(
         return found
 
     ranks = ranks_at(5)
-    (folder,) = (path.parent for path in runs_dir.glob("*/run.json"))
     client.set_flow_run_state(flow_run_id, Cancelling())
     wait(lambda: state().is_cancelled())
     _assert_gone(ranks)
     assert verify_chain(open_run(folder).open_chain()).holds
 
-    sft_done = (folder / "stages" / "sft" / "done.json").stat().st_mtime_ns
     (holds / "hold-5").rename(holds / "hold-9")
     _retry(flow_run_id)
     ranks = ranks_at(9)
