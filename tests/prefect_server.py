@@ -73,7 +73,7 @@ class Workers:
 
         env, mark = marked_environment({
             **os.environ, "PREFECT_API_URL": self._server, "PREFECT_WORKER_QUERY_SECONDS": "0.5",
-            "PREFECT_WORKER_PREFETCH_SECONDS": "0", "PREFECT_WORKER_HEARTBEAT_SECONDS": "1", **environment,
+            "PREFECT_WORKER_PREFETCH_SECONDS": "0", "PREFECT_WORKER_HEARTBEAT_SECONDS": "2", **environment,
         })  # fmt: skip
         argv = [sys.executable, "-m", "prefect", "worker", "start", "--type", "weightline"]
         argv += ["--pool", pool, "--work-queue", queue, "--name", name]

@@ -22,15 +22,17 @@ def wait_until(
     *,
     meanwhile: Callable[[], object] = lambda: None,
     told: Callable[[], object] = lambda: "",
-    every_seconds: float = 0.05,
+    pause_seconds: float = 0.5,
 ) -> T:
-    """What `read` returns once that is enough. The test fails when patience ends, with what was read last and `told`.
+    """Returns what `read` returns once that is enough. Fails with what was read last and `told` when patience ends.
 
-    `meanwhile` is called between two looks.
+    `meanwhile` is called between two reads. The pause between them grows up to `pause_seconds`: a read may be a
+    request, and what takes long gets the CPU.
     """
-    deadline = time.monotonic() + PATIENCE_SECONDS
+    begun = time.monotonic()
+    deadline = begun + PATIENCE_SECONDS
     while not is_enough(found := read()):
         assert time.monotonic() < deadline, f"waited in vain: still {found!r}\n{told()}"
         meanwhile()
-        time.sleep(every_seconds)
+        time.sleep(min(pause_seconds, 0.05 + 0.1 * (time.monotonic() - begun)))
     return found

@@ -58,7 +58,6 @@ def test_a_training_whose_process_and_worker_are_gone_is_marked_with_its_stages(
     states = wait_until(
         lambda: [run.state for run in client.read_flow_runs(flow_run_filter=named)],
         lambda found: len(found) == 2 and all(state and state.is_crashed() for state in found),
-        every_seconds=0.5,
     )
     assert ["heartbeats stopped" in ((state and state.message) or "") for state in states] == [True, True]
     if before:

@@ -35,7 +35,7 @@ def test_what_a_schedule_makes_is_run(
     try:
         wait_until(
             lambda: any(run.state and run.state.is_completed() for run in _scheduled_runs(client)),
-            told=workers.output, every_seconds=0.5,
+            told=workers.output,
         )  # fmt: skip
     finally:
         client.delete_deployment_schedule(found.id, often.id)

@@ -86,7 +86,7 @@ def _kill_a_rank_at(stage: Stage, step: int) -> None:
     ranks = stage.start()
     wait_until(
         lambda: not ranks.is_running or (stage.job.metrics_path.exists() and len(stage.losses()) >= step),
-        every_seconds=0.02,
+        pause_seconds=0.02,
     )
     assert ranks.is_running, ranks.log_tail
     ranks.kill(1)
