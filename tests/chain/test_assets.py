@@ -120,6 +120,6 @@ def test_names_that_no_manifest_may_have_are_left_out_and_told(
 
 
 def test_a_file_is_no_checkpoint_folder(store: AgedStore, folder: Path) -> None:
-    with pytest.raises(InputError, match="name the checkpoint folder"):
+    with pytest.raises(InputError, match="name a checkpoint folder"):
         commit_folder(Chain(store), folder / "model.safetensors")
     assert list(store.list("")) == []

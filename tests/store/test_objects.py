@@ -303,7 +303,7 @@ def test_a_store_that_ignores_create_only_is_refused(s3_url: str, s3_proxy: Prox
         lambda: check_writable(store),
         lambda: commit_folder(Chain(store), folder),
     ):
-        with pytest.raises(StorageError, match="create only"):
+        with pytest.raises(StorageError, match="create-only"):
             write()
     assert list(store.list("")) == []
 

@@ -85,7 +85,7 @@ def test_a_store_that_ignores_create_only_is_refused() -> None:
         def put_if_absent(self, key: str, body: bytes) -> None:
             self.put(key, body)
 
-    with pytest.raises(StorageError, match="create only"):
+    with pytest.raises(StorageError, match="create-only"):
         check_writable(Overwriting())
 
 
