@@ -24,15 +24,21 @@ class Dtype:
     """The unsigned integers that hold an element's bits."""
     signed: np.dtype[np.signedinteger[Any]]
     """Signed integers of the same width. Steps have this dtype, and torch can scatter it on every device."""
+    num_packed: int = 1
+    """Values that one element holds. Headers of safetensors count values in the last dimension; torch and manifests
+    count elements."""
 
     @property
     def is_float(self) -> bool:
-        """Returns whether the top bit is a sign with a magnitude below it (IEEE-like floats)."""
-        return "float" in self.torch_name
+        """Returns whether the top bit is a sign with a magnitude below it, as in IEEE floats.
+
+        F8_E8M0 has no sign: its bits are in the order of its values. An element of F4 is two values.
+        """
+        return "float" in self.torch_name and self.code not in ("F8_E8M0", "F4")
 
 
-def _dtype(code: str, itemsize: int, torch_name: str) -> Dtype:
-    return Dtype(code, itemsize, torch_name, np.dtype(f"<u{itemsize}"), np.dtype(f"<i{itemsize}"))
+def _dtype(code: str, itemsize: int, torch_name: str, num_packed: int = 1) -> Dtype:
+    return Dtype(code, itemsize, torch_name, np.dtype(f"<u{itemsize}"), np.dtype(f"<i{itemsize}"), num_packed)
 
 
 #: By code. Payload tables store the index of a dtype in this order, so the order is part of the format: append only.
@@ -54,6 +60,8 @@ DTYPES: Mapping[str, Dtype] = MappingProxyType({
         _dtype("U64", 8, "uint64"),
         _dtype("I64", 8, "int64"),
         _dtype("F64", 8, "float64"),
+        _dtype("F8_E8M0", 1, "float8_e8m0fnu"),
+        _dtype("F4", 1, "float4_e2m1fn_x2", num_packed=2),
     )
 })  # fmt: skip
 

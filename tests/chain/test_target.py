@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import json
+import resource
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from safetensors import safe_open
 from safetensors.numpy import save_file
+from safetensors.torch import save_file as save_torch_file
 
+from weightline.chain.files.checkpoint import write_checkpoint
 from weightline.chain.files.source import FolderSource
 from weightline.chain.read.history import Chain
 from weightline.chain.replay.state import read_state
 from weightline.chain.write.standalone import commit_folder
 from weightline.errors import InputError
 from weightline.store.memory import MemoryStore
+from weightline.types import TensorSpec
 
 _A, _B = np.arange(6, dtype=np.uint16), np.arange(4, dtype=np.float32)
 _MAP = {"a": "model-1-of-2.safetensors", "b": "model-2-of-2.safetensors"}
@@ -175,3 +182,132 @@ def test_what_the_format_allows_is_taken(tmp_path: Path) -> None:
     chain = Chain(MemoryStore())
     commit_folder(chain, tmp_path)
     assert read_state(chain, 0).bits["early"].tobytes() == b"ab"
+
+
+def _written(path: Path, tensors: dict[str, tuple[str, list[int], bytes]], padding: int = 0) -> Path:
+    """A safetensors file of any layout: its header ends `padding` bytes past a multiple of eight."""
+    header, data = {}, b""
+    for name, (dtype, shape, raw) in tensors.items():
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [len(data), len(data) + len(raw)]}
+        data += raw
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8 + padding)
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data)
+    return path
+
+
+@pytest.mark.parametrize("padding", [0, 1, 5])
+def test_tensors_that_lie_at_no_multiple_of_their_width_are_read(tmp_path: Path, padding: int) -> None:
+    raw = bytes(range(48))
+    file = _written(
+        tmp_path / "model.safetensors",
+        {
+            "flag": ("BOOL", [3], raw[:3]), "packed": ("U32", [4], raw[3:19]), "ids": ("I64", [2], raw[19:35]),
+            "half": ("BF16", [2, 1], raw[35:39]), "one": ("U8", [], raw[39:40]), "wide": ("F64", [1], raw[40:]),
+        },
+        padding,
+    )  # fmt: skip
+    chain = Chain(MemoryStore())
+    commit_folder(chain, tmp_path)
+    _written(file, {"flag": ("BOOL", [3], raw[:3]), "packed": ("U32", [4], raw[7:23]), "ids": ("I64", [2], raw[19:35]),
+                    "half": ("BF16", [2, 1], raw[1:5]), "one": ("U8", [], raw[:1]), "wide": ("F64", [1], raw[40:])},
+             padding)  # fmt: skip
+    commit_folder(chain, tmp_path)
+    first, second = (b"".join(bits.tobytes() for bits in read_state(chain, v).bits.values()) for v in (0, 1))
+    assert first == raw
+    assert second == raw[:3] + raw[7:23] + raw[19:35] + raw[1:5] + raw[:1] + raw[40:]
+    for bits_N in FolderSource(tmp_path).read(["flag", "packed", "ids", "half", "one", "wide"]).values():
+        assert bits_N.flags.aligned
+
+
+@pytest.fixture
+def few_descriptors() -> Iterator[int]:
+    """At most 128 more open files than now."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    limit = sum(1 for _ in Path("/proc/self/fd").iterdir()) + 128
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+    yield limit
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_the_number_of_tensors_takes_no_descriptors(tmp_path: Path, few_descriptors: int) -> None:
+    names = [f"layers.{n // 256}.experts.{n % 256}.lora" for n in range(4 * few_descriptors)]
+    raw = np.random.default_rng(0).bytes(32)
+    _written(tmp_path / "model.safetensors", {name: ("BF16", [2, 8], raw) for name in names})
+    chain = Chain(MemoryStore())
+    commit_folder(chain, tmp_path)
+    write_checkpoint(chain, 0, tmp_path / "pulled")
+    held = FolderSource(tmp_path / "pulled").read(names)
+    assert {bits_N.tobytes() for bits_N in held.values()} == {raw}
+    commit_folder(chain, tmp_path / "pulled")
+    assert chain.manifest(1).num_changed == 0
+
+
+def test_the_number_of_files_takes_no_descriptors(tmp_path: Path, few_descriptors: int) -> None:
+    weight_map = {f"t{n}": f"model-{n}.safetensors" for n in range(2 * few_descriptors)}
+    for name, file in weight_map.items():
+        _written(tmp_path / file, {name: ("U8", [4], name.ljust(4).encode())}, padding=1)
+    _index(tmp_path, weight_map)
+    source = FolderSource(tmp_path)
+    assert all(bits.tobytes() == name.ljust(4).encode() for name, bits in source.read(weight_map).items())
+    commit_folder(Chain(MemoryStore()), tmp_path)
+
+
+@pytest.mark.parametrize("broken", ["model.safetensors.index.json", _MAP["a"], "config.json", "extra/vocab.bpe"])
+def test_a_link_without_a_target_is_a_checkpoint_that_is_not_whole(sharded: Path, broken: str) -> None:
+    path = sharded / broken
+    path.parent.mkdir(exist_ok=True)
+    path.unlink(missing_ok=True)
+    path.symlink_to("../../blobs/0123")
+    chain = Chain(MemoryStore())
+    with pytest.raises(InputError, match=rf"{broken} is a link to \.\./\.\./blobs/0123, which does not exist"):
+        commit_folder(chain, sharded)
+    assert chain.tip_version() is None
+
+
+@pytest.mark.parametrize(
+    ("name", "remedy"),
+    [
+        ("pytorch_model.bin", r"pytorch_model\.bin is weights in another format.*save_pretrained"),
+        ("pytorch_model-00001-of-00002.bin", "dtype='auto'"),
+        ("consolidated.00.pth", "save_pretrained"),
+        ("adapter_model.bin", r"safetensors\.torch\.save_file"),
+        ("model.Q4_K_M.gguf", "made from a checkpoint in safetensors"),
+        ("zero_to_fp32.py", "--safe_serialization"),
+        ("pytorch_model_fsdp_0", "accelerate merge-weights"),
+        ("checkpoint-500", r"such as .*/checkpoint-500"),
+        ("training_args.bin", "name a checkpoint folder"),
+    ],
+)
+def test_a_folder_of_another_format_gets_the_way_to_convert_it(tmp_path: Path, name: str, remedy: str) -> None:
+    (tmp_path / name).write_bytes(b"x")
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(InputError, match=rf"holds no \*\.safetensors: .*{remedy}") as caught:
+        FolderSource(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_tensors_of_four_bits_count_bytes(tmp_path: Path) -> None:
+    """A header counts the values of F4, torch and the chain the bytes that hold two of them."""
+    held = torch.arange(16, dtype=torch.uint8).reshape(2, 8)
+    tensors = {"blocks": held.view(torch.float4_e2m1fn_x2), "scales": held[:, :1].clone().view(torch.float8_e8m0fnu)}
+    save_torch_file(tensors, tmp_path / "model.safetensors")
+    chain = Chain(MemoryStore())
+    commit_folder(chain, tmp_path)
+    assert chain.tip().specs == {
+        "blocks": TensorSpec("blocks", "F4", (2, 8)), "scales": TensorSpec("scales", "F8_E8M0", (2, 1)),
+    }  # fmt: skip
+    write_checkpoint(chain, 0, tmp_path / "pulled")
+    assert FolderSource(tmp_path / "pulled").specs == chain.tip().specs
+    with safe_open(tmp_path / "pulled" / "model.safetensors", "pt") as file:
+        for name, tensor in tensors.items():
+            found = file.get_tensor(name)
+            assert (found.dtype, found.shape) == (tensor.dtype, tensor.shape)
+            assert torch.equal(found.view(torch.uint8), tensor.view(torch.uint8))
+
+
+@pytest.mark.parametrize("shape", [[], [3], [4, 1]])
+def test_half_a_byte_is_refused(tmp_path: Path, shape: list[int]) -> None:
+    path = _written(tmp_path / "model.safetensors", {"w": ("F4", shape, b"xx")})
+    with pytest.raises(InputError, match="a multiple of 2"):
+        FolderSource(path)

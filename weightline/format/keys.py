@@ -20,6 +20,11 @@ TIP_HINT = "hints/tip.json"
 
 _VERSION_DIGITS = 20
 _SHORTCUT = re.compile(rf"{SHORTCUTS}(?P<version>[0-9]{{20}})-(?P<base>anchor|[0-9]{{20}})\.json")
+_MAX_PATH = 512
+_PATH_NAME = re.compile(r"(?![. ])[^/\\:*?\"<>|]{1,128}(?<![. ])")
+#: Files that every pulled folder has of its own.
+_RESERVED_SUFFIXES = (".safetensors", ".safetensors.index.json")
+_RESERVED_NAME = "weightline.json"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
@@ -98,3 +103,20 @@ def checked_name(name: str) -> str:
             name=name,
         )
     return name
+
+
+def checked_path(path: str) -> str:
+    """Returns the path of an asset below a model's folder when it stays inside that folder; InputError otherwise.
+
+    Its names are printable, begin with no dot, and are valid on every file system.
+    """
+    names = path.split("/")
+    is_safe = path.isprintable() and all(_PATH_NAME.fullmatch(name) for name in names)
+    is_reserved = len(names) == 1 and (path.lower().endswith(_RESERVED_SUFFIXES) or path.lower() == _RESERVED_NAME)
+    if not is_safe or is_reserved or len(path) > _MAX_PATH or any(len(name.encode()) > 255 for name in names):
+        raise InputError(
+            f"{path!r} cannot be the path of a model's small file: use names of 1 to 128 printable characters, "
+            "separated by '/', that neither begin with '.' nor contain \\ : * ? \" < > |, nor are those of weights",
+            name=path,
+        )
+    return path

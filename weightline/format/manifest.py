@@ -8,14 +8,17 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
+from pathlib import PurePosixPath
 from typing import Annotated, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from weightline.dtypes import DTYPES
 from weightline.errors import (
+    InputError,
     ManifestError,
     UnsupportedFeatureError,
 )
@@ -25,7 +28,15 @@ from weightline.types import MAX_ELEMENTS, MAX_NDIM, TensorSpec
 FORMAT = "weightline/1"
 
 #: Features of the format that this release reads. A manifest that names any other feature is refused.
-KNOWN_FEATURES = frozenset[str]()
+#: `asset-paths`: an asset's name is a path, or a name that release 0.1 did not know. `mx-dtypes`: F8_E8M0 or F4.
+ASSET_PATHS, MX_DTYPES = "asset-paths", "mx-dtypes"
+KNOWN_FEATURES = frozenset({ASSET_PATHS, MX_DTYPES})
+
+MAX_ASSETS = 4096
+
+#: Names of assets and dtypes that release 0.1 does not refuse.
+_FIRST_ASSET_NAMES = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+_MX_CODES = ("F8_E8M0", "F4")
 
 MAX_MANIFEST_NBYTES = 256 * 1024 * 1024
 
@@ -40,6 +51,22 @@ def _key_inside_chain(key: str) -> str:
     if key.startswith("/") or "\\" in key or any(part in ("", ".", "..") for part in key.split("/")):
         raise ValueError(f"key {key!r} leaves the chain")
     return key
+
+
+def _path_inside_folder(name: str) -> str:
+    try:
+        return keys.checked_path(name)
+    except InputError as error:
+        raise ValueError(str(error)) from error
+
+
+def _files_of_one_folder(assets: tuple[AssetRef, ...]) -> tuple[AssetRef, ...]:
+    """No two assets have one path, and none is a folder in the path of another."""
+    names = [asset.name for asset in assets]
+    folders = {str(parent) for name in names for parent in PurePosixPath(name).parents}
+    if len(set(names)) < len(names) or not folders.isdisjoint(names):
+        raise ValueError("two assets have one path")
+    return assets
 
 
 def _shape_in_range(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -88,9 +115,10 @@ class PayloadRef(StoredObject):
 
 
 class AssetRef(StoredObject):
-    """A small file of the model's folder: config.json, tokenizer.json, ..."""
+    """A small file of the model's folder: config.json, tokenizer.json, additional_chat_templates/tool_use.jinja."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
+    name: Annotated[str, AfterValidator(_path_inside_folder)]
+    """Its path below the folder."""
 
 
 class TensorState(Frozen):
@@ -157,7 +185,9 @@ class Manifest(Frozen):
     full_nbytes: Count
     """Bytes of the whole state, uncoded."""
     payloads: Annotated[tuple[PayloadRef, ...], Field(strict=False)]
-    assets: Annotated[tuple[AssetRef, ...], Field(strict=False)] = ()
+    assets: Annotated[
+        tuple[AssetRef, ...], Field(strict=False, max_length=MAX_ASSETS), AfterValidator(_files_of_one_folder)
+    ] = ()
     """The small files of the model. Empty means those of the version before."""
     tensors: dict[str, TensorState]
     metrics: Annotated[dict[str, float], AfterValidator(_finite_only)] = Field(default_factory=dict)
@@ -212,6 +242,13 @@ class Manifest(Frozen):
     def from_bytes(cls, raw: bytes) -> Manifest:
         """Parses and validates. ManifestError names the broken rule; UnsupportedFeatureError asks for an upgrade."""
         return parse_wire(cls, raw, "manifest")
+
+
+def features_of(specs: Iterable[TensorSpec], assets: Iterable[AssetRef]) -> tuple[str, ...]:
+    """Returns the features that a manifest with these tensors and assets announces, for older readers."""
+    has_paths = any(not _FIRST_ASSET_NAMES.fullmatch(asset.name) for asset in assets)
+    has_mx = any(spec.dtype in _MX_CODES for spec in specs)
+    return (*([ASSET_PATHS] if has_paths else []), *([MX_DTYPES] if has_mx else []))
 
 
 def parse_wire(cls: type[Wire], raw: bytes, noun: str) -> Wire:

@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable
+import tempfile
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from weightline.chain.files.meaning import meaning_of, meaning_of_asset, without_local_keys
+from weightline.chain.files.small_files import find_small_files
 from weightline.chain.files.source import FolderSource
-from weightline.chain.files.weight_files import ADAPTER_CONFIG
+from weightline.chain.files.weight_files import ADAPTER_CONFIG, is_file_there
 from weightline.chain.read.history import Chain
 from weightline.chain.replay.diff import tensor_groups
 from weightline.codec.digest import format_digest, tensor_digest
@@ -22,52 +25,62 @@ from weightline.format.manifest import AdapterBase, AssetRef
 from weightline.store import Store
 from weightline.types import Segment
 
-_MAX_ASSET_NBYTES = 64 * 1024 * 1024
-
-#: Suffixes of the files that transformers keeps beside weights. Other files (optimizer states, logs) are no assets.
-_SUFFIXES = frozenset({".json", ".jinja", ".model", ".txt", ".tiktoken", ".py"})
-
-_FOREIGN_NAMES = frozenset({"weightline.json", "trainer_state.json"})
-
-#: The index of a checkpoint's shards. It is no asset, since a pulled checkpoint has shards of its own.
-_INDEX_SUFFIX = ".index.json"
-
 _logger = logging.getLogger(__name__)
 
 
-def upload_files(store: Store, folder: Path, held: Iterable[AssetRef] = ()) -> tuple[AssetRef, ...]:
-    """Uploads the folder's model files, each under a key made from its content. Safe to repeat.
+def upload_files(
+    store: Store,
+    folder: Path,
+    held: Iterable[AssetRef] = (),
+    *,
+    weights: frozenset[str] = frozenset(),
+    is_saved: bool = False,
+) -> tuple[AssetRef, ...]:
+    """Uploads the folder's small files, each under a key made from its content. Safe to repeat.
 
-    `held`: assets that a kept version of this chain names. gc does not collect them, so they are not uploaded again.
+    What `find_small_files` leaves out is named in one line of the log. A file that says the same as the one of its name
+    in `held` is that one.
+
+    Args:
+        store: The chain's bucket.
+        folder: The checkpoint folder.
+        held: Assets that a kept version of this chain names. gc does not collect them, so they are not uploaded again.
+        weights: As for `find_small_files`.
+        is_saved: As for `find_small_files`.
     """
-    return tuple(upload_file(store, path, held) for path in sorted(folder.iterdir()) if _is_asset(path))
+    found = find_small_files(folder, weights=weights, is_saved=is_saved)
+    if found.left_out:
+        _logger.warning("%s: left out of the version: %s", folder, ", ".join(found.left_out))
+    held_by_name = {asset.name: asset for asset in held}
+    return tuple(_upload(store, folder / name, name, held_by_name) for name in found.taken)
 
 
-def upload_file(store: Store, path: Path, held: Iterable[AssetRef] = ()) -> AssetRef:
-    """Uploads one file, as `upload_files` does. InputError for a name that no manifest may contain.
+def _upload(store: Store, path: Path, name: str, held: Mapping[str, AssetRef]) -> AssetRef:
+    """Uploads one file without the keys that say how it was loaded, unless `held` has it in other words."""
+    raw = path.read_bytes()
+    known = held.get(name)
+    if known is not None and meaning_of(name, raw) == meaning_of_asset(store, known):
+        return known
+    written = without_local_keys(name, raw)
+    if written == raw:
+        return upload_file(store, path, held.values(), name=name)
+    with tempfile.TemporaryDirectory(prefix="weightline-") as scratch:
+        normalized = Path(scratch) / path.name
+        normalized.write_bytes(written)
+        return upload_file(store, normalized, held.values(), name=name)
+
+
+def upload_file(store: Store, path: Path, held: Iterable[AssetRef] = (), *, name: str) -> AssetRef:
+    """Uploads one file as the asset `name`, byte for byte. InputError for a name that no manifest may contain.
 
     An existing object that no kept version names is uploaded again, which renews its age: gc could otherwise delete it
     before the commit. The put is not create-only, which may be slow, since every writer of this key writes these bytes.
     """
-    keys.checked_name(path.name)
     sha256 = sha256_of(path)
-    ref = AssetRef(key=keys.asset(sha256), nbytes=path.stat().st_size, sha256=sha256, name=path.name)
+    ref = AssetRef(key=keys.asset(sha256), nbytes=path.stat().st_size, sha256=sha256, name=keys.checked_path(name))
     if ref.key not in {one.key for one in held}:
         store.put_file(ref.key, path)
     return ref
-
-
-def _is_asset(path: Path) -> bool:
-    if not path.is_file() or path.name in _FOREIGN_NAMES or path.name.endswith(_INDEX_SUFFIX):
-        return False
-    if path.suffix not in _SUFFIXES or path.stat().st_size > _MAX_ASSET_NBYTES:
-        return False
-    try:
-        keys.checked_name(path.name)
-    except InputError:
-        _logger.warning("%s is left out: file names of a version are made of letters, digits, '.', '_' and '-'", path)
-        return False
-    return True
 
 
 def assets_of(chain: Chain, version: int) -> tuple[AssetRef, ...]:
@@ -80,7 +93,7 @@ def assets_of(chain: Chain, version: int) -> tuple[AssetRef, ...]:
 
 def is_adapter(folder: Path) -> bool:
     """Returns whether the folder has an adapter's configuration file (peft)."""
-    return (folder / ADAPTER_CONFIG).is_file()
+    return is_file_there(folder / ADAPTER_CONFIG)
 
 
 def base_of_folder(folder: Path, base: Path | None = None) -> AdapterBase | None:

@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Self
 
 import safetensors
@@ -95,7 +95,7 @@ def write_checkpoint(chain: Chain, version: int, out_dir: Path, max_shard_nbytes
     with _errors_of(out_dir):
         if mark.is_same_version(VersionMark.read(out_dir)):
             return
-        _require_new(out_dir, {MARKER, _INDEX, *files, *(asset.name for asset in assets)})
+        _require_new(out_dir, {MARKER, _INDEX, *files, *(_top(asset.name) for asset in assets)})
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         try:
@@ -103,7 +103,9 @@ def write_checkpoint(chain: Chain, version: int, out_dir: Path, max_shard_nbytes
             with fetching(chain.store) as fetcher:
                 fetcher.prefetch(assets)
                 for asset in assets:
-                    shutil.copyfile(fetcher.fetch(asset), partial / asset.name)
+                    path = partial / asset.name
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copyfile(fetcher.fetch(asset), path)
                 _write_files(VersionSource(chain, version, fetcher), files, partial)
             _move_up(partial, out_dir)
         finally:
@@ -134,7 +136,14 @@ def _require_new(out_dir: Path, ours: set[str]) -> None:
 
 def _move_up(partial: Path, out_dir: Path) -> None:
     for path in sorted(partial.iterdir(), key=lambda path: path.name == MARKER):
-        path.replace(out_dir / path.name)
+        target = out_dir / path.name
+        if target.is_dir() and not target.is_symlink():
+            shutil.rmtree(target)  # what a crash left of this version: no rename replaces a folder that holds files
+        path.replace(target)
+
+
+def _top(path: str) -> str:
+    return PurePosixPath(path).parts[0]
 
 
 def plan_files(

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
+from weakref import WeakValueDictionary
 
 import numpy as np
 
-from weightline.chain.files.weight_files import StoredTensor, WeightFiles, read_header, weight_files
+from weightline.chain.files.header import StoredTensor, read_header
+from weightline.chain.files.weight_files import WeightFiles, weight_files
 from weightline.chain.read.history import Chain
 from weightline.chain.replay.fetch import Fetcher
 from weightline.chain.replay.state import read_state
 from weightline.dtypes import bits_dtype
 from weightline.errors import InputError
 from weightline.types import BitsArray, TensorSpec
+
+#: Maps of one source that may be alive at a time. Two sources and all else fit into 256 descriptors.
+_MAX_MAPS = 64
 
 
 class WeightSource(Protocol):
@@ -57,6 +63,7 @@ class FolderSource:
 
     path: Path
     _entries: dict[str, StoredTensor] = field(default_factory=dict)
+    _maps: WeakValueDictionary[Path, mmap.mmap] = field(default_factory=WeakValueDictionary)
 
     def __post_init__(self) -> None:
         files: WeightFiles = {self.path: None} if self.path.is_file() else weight_files(self.path)
@@ -73,15 +80,36 @@ class FolderSource:
     def specs(self) -> dict[str, TensorSpec]:
         return {name: entry.spec for name, entry in self._entries.items()}
 
-    def read(self, names: Iterable[str]) -> dict[str, BitsArray]:
-        return {name: self._map(self._entries[name]) for name in names}
+    @property
+    def file_names(self) -> frozenset[str]:
+        """The names of the files that the tensors are read from."""
+        return frozenset(entry.path.name for entry in self._entries.values())
 
-    def _map(self, entry: StoredTensor) -> BitsArray:
-        dtype, count = bits_dtype(entry.spec.dtype), entry.spec.num_elements
-        if count == 0:
+    def read(self, names: Iterable[str]) -> dict[str, BitsArray]:
+        return {name: self._read(self._entries[name]) for name in names}
+
+    def _read(self, entry: StoredTensor) -> BitsArray:
+        """Returns a tensor's bits: a view of its file's map, or a copy of bits that no array could be a view of."""
+        dtype, nbytes = bits_dtype(entry.spec.dtype), entry.spec.nbytes
+        if nbytes == 0:
             return np.zeros(0, dtype)
-        raw = np.memmap(entry.path, np.uint8, "r", entry.offset, count * dtype.itemsize)
-        return raw.view(dtype)
+        mapped = self._map(entry.path)
+        if mapped is None:
+            return np.fromfile(entry.path, dtype, entry.spec.num_elements, offset=entry.offset)
+        raw = np.frombuffer(mapped, np.uint8, nbytes, entry.offset)
+        is_aligned = entry.offset % dtype.itemsize == 0  # safetensors asks for no alignment
+        return (raw if is_aligned else raw.copy()).view(dtype)
+
+    def _map(self, path: Path) -> mmap.mmap | None:
+        """Returns the file's map, which all its tensors share and which lives as long as one of them does.
+
+        A map holds a file descriptor: None when so many are alive that the process could run out of them.
+        """
+        mapped = self._maps.get(path)
+        if mapped is None and len(self._maps) < _MAX_MAPS:
+            with path.open("rb") as file:
+                mapped = self._maps[path] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        return mapped
 
 
 def _require_indexed(path: Path, found: frozenset[str], here: frozenset[str], anywhere: frozenset[str]) -> None:

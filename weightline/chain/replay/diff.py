@@ -16,6 +16,10 @@ from weightline.types import TensorSpec
 GROUP_NBYTES = 1024**3
 
 
+#: Tensors of one group. A group is one payload, whose table has a bound of its own.
+GROUP_TENSORS = 1 << 15
+
+
 def tensor_groups(specs: Iterable[TensorSpec], group_nbytes: int = GROUP_NBYTES) -> Iterator[frozenset[str]]:
     """Yields the names of consecutive tensors that together take at most `group_nbytes`.
 
@@ -24,7 +28,7 @@ def tensor_groups(specs: Iterable[TensorSpec], group_nbytes: int = GROUP_NBYTES)
     names: list[str] = []
     nbytes = 0
     for spec in specs:
-        if names and nbytes + spec.nbytes > group_nbytes:
+        if names and (nbytes + spec.nbytes > group_nbytes or len(names) == GROUP_TENSORS):
             yield frozenset(names)
             names, nbytes = [], 0
         names.append(spec.name)

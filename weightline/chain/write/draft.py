@@ -18,7 +18,16 @@ from weightline.chain.write.commit import new_commit_id
 from weightline.codec.anchor import ANCHOR_CODING
 from weightline.codec.digest import format_digest
 from weightline.format import keys
-from weightline.format.manifest import AdapterBase, AssetRef, Manifest, Origin, PayloadRef, TensorState, utc_now
+from weightline.format.manifest import (
+    AdapterBase,
+    AssetRef,
+    Manifest,
+    Origin,
+    PayloadRef,
+    TensorState,
+    features_of,
+    utc_now,
+)
 from weightline.format.shortcut import Shortcut
 from weightline.store import Store
 from weightline.store.open import is_remote
@@ -77,6 +86,7 @@ class Draft:
         is_anchor = author.kind == "anchor"
         num_elements = sum(spec.num_elements for spec in specs.values())
         return Manifest(
+            features=features_of(specs.values(), author.assets),
             version=self.version,
             base_version=None if is_anchor else self.version - 1,
             kind=author.kind,

@@ -48,7 +48,8 @@ def commit_folder(
     tip = chain.tip_version()
     recorded = None if tip is None else chain.manifest(tip).base_model
     base_model = require_base(recorded, base_of_folder(folder, base), chain_url=chain.url)
-    assets = upload_files(chain.store, folder, () if tip is None else assets_of(chain, tip))
+    held = () if tip is None else assets_of(chain, tip)
+    assets = upload_files(chain.store, folder, held, weights=source.file_names)
     kind: Literal["anchor", "delta"] = "anchor" if tip is None else "delta"
     author = Authorship(
         stage=stage, run_id="cli", global_step=0, kind=kind, coding=coding, base_model=base_model, is_milestone=True,
@@ -95,9 +96,11 @@ def _carry_assets(source: Chain, version: int, new: Chain, *, held: tuple[AssetR
     assets = assets_of(source, version)
     if set(assets) <= set(held):
         return assets
-    with tempfile.TemporaryDirectory(prefix="weightline-") as name:
-        paths = [fetch_object(source.store, asset, Path(name) / asset.name) for asset in assets]
-        return tuple(upload_file(new.store, path, held) for path in paths)
+    with tempfile.TemporaryDirectory(prefix="weightline-") as scratch:
+        paths = [fetch_object(source.store, asset, Path(scratch) / asset.sha256) for asset in assets]
+        return tuple(
+            upload_file(new.store, path, held, name=asset.name) for path, asset in zip(paths, assets, strict=True)
+        )
 
 
 def commit_source(chain: Chain, source: WeightSource, author: Authorship) -> Manifest:

@@ -18,7 +18,7 @@ Legend: N elements of a tensor, K changed ones. Tensors go by their checkpoint n
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
@@ -81,8 +81,11 @@ class Engine(Protocol):
         """The argument of the last `set_version`."""
         ...
 
-    def require_assets(self, sha256_of: Mapping[str, str]) -> None:
+    def require_assets(self, sha256_of: Mapping[str, str], meaning_of: Callable[[str], str]) -> None:
         """Checks the small files of the next version, by name, before anything is fetched or paused.
+
+        Files with other bytes may say the same: `meaning_of` returns what `weightline.chain.files.meaning.meaning_of`
+        does of a file, which it may have to fetch.
 
         UnsupportedFeatureError, naming a file, when this engine read another one at its start and does not read it
         again.

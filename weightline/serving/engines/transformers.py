@@ -6,7 +6,7 @@ Every request computes its own key-value cache and drops it, so no cached state 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ class TransformersEngine(InProcessEngine):
         self._tokenizer: Any = None
         self._weights: LiveWeights | None = None
 
-    def require_assets(self, sha256_of: Mapping[str, str]) -> None:
+    def require_assets(self, sha256_of: Mapping[str, str], meaning_of: Callable[[str], str]) -> None:
         """Accepts all files, since config and tokenizer are loaded with the weights."""
 
     def load(self, folder: Path) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from weightline.chain import Chain
 from weightline.chain.files.assets import assets_of
 from weightline.chain.files.checkpoint import write_checkpoint
+from weightline.chain.files.meaning import say_the_same
 from weightline.chain.replay.diff import tensor_groups
 from weightline.chain.replay.fetch import fetching
 from weightline.chain.replay.plan import ReplayPlan, plan_between
@@ -113,10 +114,9 @@ def prepare_delta(chain: Chain, version: int, held: Held, read_bits: ReadBits) -
 
 def fits_in_place(chain: Chain, version: int, held: Held) -> bool:
     """Returns whether the version has the same tensors and small files (config, tokenizer) as the held one."""
-    have, want = chain.manifest(held.version), chain.manifest(version)
-    have_assets = {(asset.name, asset.sha256) for asset in assets_of(chain, held.version)}
-    want_assets = {(asset.name, asset.sha256) for asset in assets_of(chain, version)}
-    return have.specs == want.specs and have_assets == want_assets
+    if chain.manifest(held.version).specs != chain.manifest(version).specs:
+        return False
+    return say_the_same(chain.store, assets_of(chain, held.version), assets_of(chain, version))
 
 
 def check_base(chain: Chain, held: Held) -> None:

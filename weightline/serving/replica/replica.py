@@ -16,6 +16,7 @@ from typing import Literal
 
 from weightline.chain import Chain
 from weightline.chain.files.assets import assets_of
+from weightline.chain.files.meaning import meaning_of_asset
 from weightline.chain.replay.state import check_digests
 from weightline.errors import ApplyError, BaseMismatchError, InputError, WeightlineError
 from weightline.format.keys import checked_name
@@ -132,7 +133,11 @@ class Replica:
 
     def _prepare(self, version: int) -> Prepared:
         held = self._held
-        self.engine.require_assets({asset.name: asset.sha256 for asset in assets_of(self.chain, version)})
+        assets = {asset.name: asset for asset in assets_of(self.chain, version)}
+        self.engine.require_assets(
+            {name: asset.sha256 for name, asset in assets.items()},
+            lambda name: meaning_of_asset(self.chain.store, assets[name]),
+        )
         if held is None or not fits_in_place(self.chain, version, held):
             return prepare_load(self.chain, version, self.state_dir, held)
         return prepare_delta(self.chain, version, held, self.engine.read_bits)

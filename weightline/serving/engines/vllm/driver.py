@@ -12,8 +12,9 @@ import itertools
 import json
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,6 +22,7 @@ from typing import Any, Protocol
 import numpy as np
 from cachetools import LRUCache
 
+from weightline.chain.files.meaning import meaning_of
 from weightline.chain.files.source import FolderSource
 from weightline.codec.digest import add_digests, digest_change, format_digest
 from weightline.dtypes import bits_dtype
@@ -42,13 +44,15 @@ from weightline.types import BitsArray, Changes, TensorSpec
 
 #: The files that vLLM reads once, when it starts: config, tokenizer and templates, processors, the model's own code.
 _READ_AT_START = (
-    "config.json", "generation_config.json", "chat_template.*", "*token*", "vocab.*", "merges.txt", "*.model",
-    "*.tiktoken", "*processor_config.json", "*.py",
+    "config.json", "generation_config.json", "*.jinja", "chat_template.*", "*token*", "vocab.*", "merges.txt",
+    "*.model", "*.tiktoken", "*processor_config.json", "*.py",
 )  # fmt: skip
 _FIRST_POLL_SECONDS = 0.001
 _LONGEST_POLL_SECONDS = 0.05
 #: Bound of the cache of tensors that were read from the workers. It always has room for one tensor.
 _RECENT_NBYTES = 2 * 1024**3
+#: Tensors as large as this stay in shared memory when they are read; smaller ones are copied.
+_MAPPED_NBYTES = 32 * 1024**2
 
 
 class Transport(Protocol):
@@ -126,7 +130,8 @@ class WorkerGroup:
             self._work("read_bits", name=spec.name, path=str(path))
         finally:
             path.unlink()
-        return bits_N
+        # A map holds a file descriptor, and a mixture has thousands of small tensors.
+        return np.array(bits_N) if bits_N.nbytes < _MAPPED_NBYTES else bits_N
 
     def read_digests(self, names: Iterable[str]) -> dict[str, int]:
         """Returns the digests of the workers' state together. ApplyError when copies of one part differ."""
@@ -184,13 +189,17 @@ class VllmEngine:
         """Removes the shared memory. Safe to repeat; the engine cannot be used afterwards."""
         self._closing.close()
 
-    def require_assets(self, sha256_of: Mapping[str, str]) -> None:
+    def require_assets(self, sha256_of: Mapping[str, str], meaning_of: Callable[[str], str]) -> None:
         for name, sha256 in sha256_of.items():
-            if _is_read_at_start(name) and self._started_with.get(name) != sha256:
+            if _is_read_at_start(name) and not self._has_started_with(name, sha256, meaning_of):
                 raise UnsupportedFeatureError(
                     f"{name} of this version is not the one that vLLM was started with: restart the server to serve it",
                     feature="another model's files", engine=self.name, file=name,
                 )  # fmt: skip
+
+    def _has_started_with(self, name: str, sha256: str, meaning_of: Callable[[str], str]) -> bool:
+        own = self._started_with.get(name)
+        return own is not None and (own.sha256 == sha256 or own.meaning == meaning_of(name))
 
     def load(self, folder: Path) -> None:
         specs = FolderSource(folder).specs
@@ -369,10 +378,22 @@ def _require_equal(written: Mapping[str, int], expected: Mapping[str, int]) -> N
             )  # fmt: skip
 
 
-def _files_read_at_start(model_folder: Path) -> dict[str, str]:
-    """Returns the sha256 of every file that vLLM reads at its start, by name."""
-    files = (path for path in model_folder.iterdir() if path.is_file())
-    return {path.name: sha256_of(path) for path in files if _is_read_at_start(path.name)}
+@dataclass(frozen=True, slots=True)
+class _StartFile:
+    """A file that vLLM has read: the hash of its bytes, and of what it says."""
+
+    sha256: str
+    meaning: str
+
+
+def _files_read_at_start(model_folder: Path) -> dict[str, _StartFile]:
+    """Returns every file that vLLM reads at its start, by its path below the folder."""
+    found = {}
+    for path in model_folder.rglob("*"):
+        name = path.relative_to(model_folder).as_posix()
+        if path.is_file() and _is_read_at_start(name):
+            found[name] = _StartFile(sha256_of(path), meaning_of(name, path.read_bytes()))
+    return found
 
 
 def _is_read_at_start(name: str) -> bool:

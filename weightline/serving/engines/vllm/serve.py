@@ -21,7 +21,8 @@ from pydantic import BaseModel, ConfigDict
 
 from weightline.chain import Chain
 from weightline.chain.files.assets import assets_of
-from weightline.chain.replay.fetch import fetch_object
+from weightline.chain.files.small_files import find_small_files
+from weightline.chain.replay.fetch import fetching
 from weightline.dtypes import DTYPES
 from weightline.errors import InputError, UnsupportedFeatureError
 from weightline.format.manifest import Manifest
@@ -98,18 +99,22 @@ def fetch_model_folder(chain: Chain, version: int, folder: Path, *, fallback: Pa
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     if fallback.is_dir():
-        for path in fallback.iterdir():
-            if path.is_file() and path.suffix in (".json", ".jinja", ".model", ".txt", ".tiktoken", ".py"):
-                shutil.copyfile(path, folder / path.name)
-    for asset in assets_of(chain, version):
-        fetch_object(chain.store, asset, folder / asset.name)
-    (folder / "model.safetensors.index.json").unlink(missing_ok=True)
+        for name in find_small_files(fallback).taken:
+            _copy(fallback / name, folder / name)
+    with fetching(chain.store) as fetcher:
+        for asset in assets_of(chain, version):
+            _copy(fetcher.fetch(asset), folder / asset.name)
     if not (folder / "config.json").exists():
         raise InputError(
             f"{chain.url} holds no config.json, and neither does {fallback}: name a checkpoint folder as MODEL",
             field="model",
         )
     return folder
+
+
+def _copy(source: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(source, target)
 
 
 def run_vllm(argv: Sequence[str]) -> None:
