@@ -20,7 +20,7 @@ from weightline.format.manifest import AssetRef, Manifest
 from weightline.naming import checkpoint_tensors
 from weightline.serving.engines.transformers import TransformersEngine
 from weightline.stages.model import VOCAB_SIZE, build_byte_tokenizer
-from weightline.trainer.start import upload_assets
+from weightline.trainer.model_files import upload_assets
 
 Bits = dict[str, npt.NDArray[np.uint16]]
 

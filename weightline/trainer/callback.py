@@ -27,6 +27,7 @@ with requires("train"):
     from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
     from weightline.trainer.group import best_effort
+    from weightline.trainer.model_files import processing_class_of
     from weightline.trainer.session import PublishSession
     from weightline.trainer.steps import load_observer
 
@@ -108,7 +109,7 @@ class WeightlineCallback(TrainerCallback):
         observer = load_observer(self.settings.step_observer)
         self.session = PublishSession(self.chain, self.settings, observer, _still_training())
         mark = _resumed_mark(args, state) if state.is_world_process_zero else None
-        plan = self.session.start(model, kwargs.get("processing_class"), state.global_step, mark)
+        plan = self.session.start(model, processing_class_of(kwargs), state.global_step, mark)
         if state.is_world_process_zero:
             found = "which is empty" if plan.tip is None else f"from version {plan.tip}"
             _say(

@@ -26,6 +26,7 @@ from weightline.format.manifest import AssetRef
 from weightline.trainer.anchoring import LateJoiner
 from weightline.trainer.baseline import Baseline
 from weightline.trainer.group import Failure, RankGroup, attempt, best_effort
+from weightline.trainer.model_files import ModelFiles
 from weightline.trainer.partition import shards_of
 from weightline.trainer.settings import PublishSettings
 from weightline.trainer.start import Start, StartPlan, changes_from_tip, decide_start, summed_digests, tensors_and_base
@@ -61,6 +62,7 @@ class PublishSession:
         self._is_started = False
         self._is_closed = False
         self._assets: tuple[AssetRef, ...] = ()
+        self._model_files: ModelFiles | None = None
         self._in_flight: deque[Sync] = deque()
         self._num_captured = 0
         self._num_settled = 0
@@ -98,6 +100,8 @@ class PublishSession:
             self._is_training = None
             self._is_started = True
             self._assets = start.assets
+            if group.rank == 0:
+                self._model_files = ModelFiles(self.chain, model, processing_class)
             if start.plan.action != "continue":
                 self._commit_start(start.plan, global_step)
             self.last_step = global_step
@@ -208,6 +212,8 @@ class PublishSession:
         metrics: dict[str, float] | None = None,
         failure: str | None = None,
     ) -> None:
+        if kind == "delta" and self._model_files is not None:
+            self._assets = self._model_files.changed() or self._assets
         sync = Sync(
             self._num_captured, self._epoch, global_step, kind, changes, reverts_to, is_milestone, metrics or {},
             self._assets, with_anchor=self._wants_anchor and kind == "delta", failure=failure,

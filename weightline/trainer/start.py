@@ -7,17 +7,14 @@ BaseMismatchError.
 
 from __future__ import annotations
 
-import copy
 import secrets
-import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from weightline.chain.files.assets import assets_of, require_base, upload_files
+from weightline.chain.files.assets import assets_of, require_base
 from weightline.chain.files.checkpoint import VersionMark
 from weightline.chain.read.history import Chain
 from weightline.chain.replay.diff import tensor_groups
@@ -30,11 +27,11 @@ from weightline.codec.torch_ops import bits_of
 from weightline.errors import BaseMismatchError, NotFoundError
 from weightline.format.manifest import AdapterBase, AssetRef, Manifest
 from weightline.naming import CheckpointTensor, checkpoint_tensors
-from weightline.store import Store
 from weightline.store.open import check_writable
-from weightline.trainer.adapter import adapter_names, adapter_parts, base_model_of, is_peft_model, save_adapter_config
+from weightline.trainer.adapter import adapter_names, adapter_parts, base_model_of, is_peft_model
 from weightline.trainer.baseline import Baseline
 from weightline.trainer.group import RankGroup
+from weightline.trainer.model_files import upload_assets
 from weightline.trainer.partition import Shard, shards_of
 from weightline.trainer.settings import PublishSettings
 from weightline.types import Changes, TensorSpec
@@ -188,29 +185,3 @@ def changes_from_tip(chain: Chain, tip: int, baseline: Baseline, *, ranked: bool
             )
             found += capture_all(parts, ranked=ranked)
     return tuple(found)
-
-
-def upload_assets(
-    store: Store, model: Any, processing_class: Any = None, held: tuple[AssetRef, ...] = ()
-) -> tuple[AssetRef, ...]:
-    """Uploads config, generation config and tokenizer, except `held` ones. For an adapter: its config and tokenizer.
-
-    Returns all of them. Safe to repeat.
-    """
-    with tempfile.TemporaryDirectory(prefix="weightline-assets-") as folder:
-        parts: tuple[Any, ...] = (_config_of(model), getattr(model, "generation_config", None))
-        if is_peft_model(model):
-            parts = ()
-            save_adapter_config(model, Path(folder))
-        for part in (*parts, processing_class):
-            if hasattr(part, "save_pretrained"):
-                part.save_pretrained(folder)
-        return upload_files(store, Path(folder), held)
-
-
-def _config_of(model: Any) -> Any:
-    """Returns the config as the model's `save_pretrained` would write it, with the name of its class."""
-    config = copy.deepcopy(getattr(model, "config", None))
-    if config is not None and not getattr(config, "architectures", None):
-        config.architectures = [type(model).__name__]
-    return config
