@@ -107,15 +107,14 @@ def test_a_fork_carries_every_file(store: AgedStore, folder: Path) -> None:
 def test_names_that_no_manifest_may_have_are_left_out_and_told(
     store: AgedStore, folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    for name in ("my notes.txt", "_x.json", "model.fp16.safetensors.index.json", "weightline.json", "optimizer.pt"):
+    for name in ("my: notes.txt", "_x.json", "model.fp16.safetensors.index.json", "weightline.json", "optimizer.pt"):
         (folder / name).write_text("{}")
     with caplog.at_level(logging.WARNING):
         manifest = commit_folder(Chain(store), folder)
-    assert [asset.name for asset in manifest.assets] == ["config.json"]
-    told = [record.getMessage() for record in caplog.records]
-    assert [message.partition(" is left out")[0] for message in told] == [
-        str(folder / "_x.json"),
-        str(folder / "my notes.txt"),
+    assert [asset.name for asset in manifest.assets] == ["_x.json", "config.json"]
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{folder}: left out of the version: my: notes.txt (a name that no version can have), "
+        "optimizer.pt (of a training)"
     ]
 
 

@@ -112,6 +112,19 @@ def test_what_a_killed_pull_left_is_thrown_away(chain: Chain, tmp_path: Path, mo
         write_checkpoint(chain, 0, out)
 
 
+def test_what_a_killed_pull_moved_of_a_folder_below_is_thrown_away(chain: Chain, tmp_path: Path) -> None:
+    (tmp_path / "small" / "code").mkdir()
+    (tmp_path / "small" / "code" / "a.py").write_text("a = 1")
+    commit_state(chain, _STATES[1], _STATES[1], assets=upload_files(chain.store, tmp_path / "small"))
+    out = tmp_path / "out"
+    (out / ".weightline-partial").mkdir(parents=True)
+    (out / "code").mkdir()
+    (out / "code" / "a.py").write_text("half")
+    write_checkpoint(chain, 2, out)
+    assert (out / "code" / "a.py").read_text() == "a = 1"
+    assert _is_whole(out, 1)
+
+
 def test_an_empty_folder_will_do(chain: Chain, tmp_path: Path) -> None:
     """As a mounted volume is."""
     (tmp_path / "out").mkdir()

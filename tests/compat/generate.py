@@ -1,14 +1,15 @@
-"""Writes the chain that this release leaves behind for later ones to read. Run once, by hand, for each release.
+"""Writes the chains that this release leaves behind for later ones to read. Run once, by hand, for each release.
 
 python -m tests.compat.generate
 
-A fixture is never written again: a later release that cannot read it is broken, not the fixture.
+A fixture that exists is left alone: a later release that cannot read it is broken, not the fixture.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import tempfile
 from importlib.metadata import version
 from pathlib import Path
 
@@ -22,8 +23,7 @@ from weightline.chain.read.refs import move_ref
 from weightline.chain.replay.state import HostState, read_state
 from weightline.chain.upkeep.compact import CompactionPlan, write_compaction
 from weightline.chain.upkeep.retention import expire_before
-from weightline.chain.write.standalone import commit_revert
-from weightline.errors import InputError
+from weightline.chain.write.standalone import commit_folder, commit_revert
 from weightline.store.local import LocalStore
 from weightline.types import BitsArray
 
@@ -49,6 +49,22 @@ def states() -> list[State]:
     return [first, second, third, fourth, fifth]
 
 
+def mx_tensors(number: int) -> dict[str, tuple[str, tuple[int, int], bytes]]:
+    """A layer in MXFP4 as a checkpoint of it has it, in its number-th state: (dtype, shape in the file, bytes)."""
+    rng = np.random.default_rng(11)
+    blocks, scales = (rng.integers(0, 256, size, dtype=np.uint8) for size in (512, 32))
+    weight = rng.integers(0, 256, 64, dtype=np.uint8)
+    for state in range(number):
+        blocks[state::41] ^= np.uint8(0x11)
+        scales[state::13] += np.uint8(1)
+        weight[state::17] += np.uint8(1)
+    return {
+        "mlp.blocks": ("F4", (32, 32), blocks.tobytes()),
+        "mlp.scales": ("F8_E8M0", (32, 1), scales.tobytes()),
+        "norm.weight": ("BF16", (4, 8), weight.tobytes()),
+    }
+
+
 def write_chain(folder: Path) -> Chain:
     """Every kind of object: anchor, deltas in both codings, revert, shortcuts, refs, a record, a horizon."""
     chain = Chain(LocalStore(folder))
@@ -59,6 +75,33 @@ def write_chain(folder: Path) -> Chain:
         coding = ("gap", "gap-by-magnitude")[number % 2]
         commit_state(chain, state, before, coding=coding, stage="grpo" if number > 1 else "sft")
         before = state
+    return _with_refs(chain)
+
+
+def write_mx_chain(folder: Path) -> Chain:
+    """The same of a model with F4 and F8_E8M0, with small files in folders below it."""
+    chain = Chain(LocalStore(folder))
+    for number in range(5):
+        with tempfile.TemporaryDirectory() as name:
+            _write_mx_folder(Path(name), number)
+            commit_folder(chain, Path(name), coding=("gap-by-magnitude", "gap")[number % 2], stage="sft")
+    return _with_refs(chain)
+
+
+def _write_mx_folder(folder: Path, number: int) -> None:
+    header: dict[str, object] = {}
+    data = b""
+    for name, (dtype, shape, raw) in mx_tensors(number).items():
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [len(data), len(data) + len(raw)]}
+        data += raw
+    text = json.dumps(header).encode()
+    (folder / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + data)
+    (folder / "config.json").write_text('{"model_type": "toy"}')
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "tool_use.jinja").write_text("{{ tools }}")
+
+
+def _with_refs(chain: Chain) -> Chain:
     commit_revert(chain, 2)
     direct = dict.fromkeys(range(5), 0.0)
     write_compaction(chain, CompactionPlan(5, (0, 3), direct, writes_anchor=True), coding="gap-by-magnitude")
@@ -69,6 +112,10 @@ def write_chain(folder: Path) -> Chain:
     write_record(chain, EVALUATIONS, 3, "arithmetic", {"status": "done", "score": 0.5})
     expire_before(chain, 1)
     return chain
+
+
+#: Name of a fixture's folder -> what writes it.
+GENERATORS = {"chain-v1-by-0.1.0": write_chain, "chain-v1-mx": write_mx_chain}
 
 
 def expected(chain: Chain) -> dict[str, object]:
@@ -95,13 +142,14 @@ def sha256_of_state(state: HostState) -> dict[str, str]:
 
 
 def main() -> None:
-    folder = FOLDER / f"chain-v1-by-{version('weightline')}"
-    if folder.exists():
-        raise InputError(f"{folder} is a released fixture: it is never written again", path=str(folder))
-    chain = write_chain(folder)
-    for hint in (folder / "hints").glob("*"):
-        hint.unlink()
-    folder.with_suffix(folder.suffix + ".json").write_text(json.dumps(expected(chain), indent=1) + "\n")
+    for name, write in GENERATORS.items():
+        folder = FOLDER / name
+        if folder.exists():
+            continue
+        chain = write(folder)
+        for hint in (folder / "hints").glob("*"):
+            hint.unlink()
+        folder.with_suffix(folder.suffix + ".json").write_text(json.dumps(expected(chain), indent=1) + "\n")
 
 
 if __name__ == "__main__":

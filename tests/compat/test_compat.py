@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.compat.generate import FOLDER, sha256_of_state, write_chain
+from tests.compat.generate import FOLDER, GENERATORS, sha256_of_state
 from weightline.chain.read.history import Chain
 from weightline.chain.read.records import EVALUATIONS, read_records
 from weightline.chain.read.refs import current_refs, history_of, oldest_kept
@@ -84,15 +84,23 @@ def test_records_refs_and_horizon(fixture: Path, tmp_path: Path) -> None:
     assert oldest_kept(chain) == expected["oldest_kept"]
 
 
-def test_the_generator_still_makes_the_newest_fixture(tmp_path: Path) -> None:
+def test_its_generator_still_makes_the_fixture(fixture: Path, tmp_path: Path) -> None:
     """The same states, as versions of the same kinds and counts, in no more bytes (but for 2 %)."""
-    newest = Chain(LocalStore(FIXTURES[-1]))
-    for before, now in zip(newest.manifests(), write_chain(tmp_path / "chain").manifests(), strict=True):
+    written = GENERATORS[fixture.name](tmp_path / "chain")
+    for before, now in zip(Chain(LocalStore(fixture)).manifests(), written.manifests(), strict=True):
         assert now.digests == before.digests
-        for name in ("kind", "coding", "stage", "reverts_to", "num_changed", "num_elements", "world_size"):
+        for name in ("kind", "coding", "stage", "reverts_to", "num_changed", "num_elements", "world_size", "features"):
             assert getattr(now, name) == getattr(before, name)
         assert [ref.rank for ref in now.payloads] == [ref.rank for ref in before.payloads]
         assert now.payload_nbytes <= 1.02 * before.payload_nbytes
+
+
+def test_what_the_first_release_would_not_know_is_announced() -> None:
+    manifests = Chain(LocalStore(FOLDER / "chain-v1-mx")).manifests()
+    assert [manifest.features for manifest in manifests] == [("asset-paths", "mx-dtypes")] * 6
+    assert {asset.name for manifest in manifests for asset in manifest.assets} == {
+        "config.json", "additional_chat_templates/tool_use.jinja",
+    }  # fmt: skip
 
 
 def test_a_damaged_fixture_is_noticed(fixture: Path, tmp_path: Path) -> None:

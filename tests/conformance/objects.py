@@ -35,6 +35,16 @@ SHORTCUT: Document = {
     "payload_nbytes": 300, "payloads": [_PAYLOAD | {"sha256": "3" * 64}],
 }  # fmt: skip
 
+_ASSET = {"key": f"assets/{'5' * 64}", "nbytes": 2, "sha256": "5" * 64}
+_PATHS = (
+    "__init__.py", "additional_chat_templates/tool_use.jinja", "code/layers/__init__.py", "1_Pooling/model.safetensors",
+    "additional_chat_templates/with a space.jinja", "vocabulaire fran\u00e7ais.txt",
+)  # fmt: skip
+_MX = {
+    "blocks": {"dtype": "F4", "shape": [4, 16], "digest": _ZEROS},
+    "scales": {"dtype": "F8_E8M0", "shape": [4, 1], "digest": _ZEROS},
+}
+
 SOUND: dict[str, tuple[str, Document]] = {
     "a delta": ("manifest", DELTA),
     "an anchor": ("manifest", DELTA | {"version": 0, "base_version": None, "kind": "anchor", "num_changed": 7}),
@@ -42,6 +52,14 @@ SOUND: dict[str, tuple[str, Document]] = {
     "a delta of nothing": ("manifest", DELTA | {"num_changed": 0, "payload_nbytes": 0, "payloads": []}),
     "an adapter": ("manifest", DELTA | {"base_model": _BASE}),
     "a fork": ("manifest", DELTA | {"forked_from": {"chain": "file:///x", "version": 3, "commit_id": _ZEROS}}),
+    "small files in folders": (
+        "manifest",
+        DELTA | {"features": ["asset-paths"], "assets": [_ASSET | {"name": path} for path in _PATHS]},
+    ),
+    "mx dtypes": (
+        "manifest",
+        DELTA | {"features": ["mx-dtypes"], "tensors": _MX, "num_elements": 68, "full_nbytes": 68},
+    ),
     "a compacted delta": ("shortcut", SHORTCUT),
     "a late joiner's anchor": ("shortcut", SHORTCUT | {"base_version": None, "base_commit_id": None}),
 }
@@ -74,6 +92,19 @@ _SHORTCUT: list[Change] = [
     (("base_version",), 5, "manifest"), (("base_version",), 6, "manifest"), (("base_version",), None, "manifest"),
     (("base_commit_id",), None, "manifest"),
 ]  # fmt: skip
+_ASSET_NAMES: list[Change] = [
+    (("assets", 0, "name"), name, "manifest")
+    for name in (
+        "", "/etc/passwd", "a/../b", "a//b", "a/./b", "a/", "a/.b", "a\\b", "C:x", "a\nb", "a\u0000", "\ud800",
+        "a ", "a.", "x" * 129, "/".join(["x" * 100] * 6), "model.safetensors", "Model.Safetensors", "weightline.json",
+        "model.safetensors.index.json", 1,
+    )
+]  # fmt: skip
+_ASSET_NAMES += [
+    (("assets",), [_ASSET | {"name": "a"}, _ASSET | {"name": "a"}], "manifest"),
+    (("assets",), [_ASSET | {"name": "a"}, _ASSET | {"name": "a/b"}], "manifest"),
+    (("assets",), [_ASSET | {"name": "a/b/c"}, _ASSET | {"name": "a/b"}], "manifest"),
+]
 #: A tensor that nobody can hold, its counts adding up.
 _HUGE = DELTA | {
     "tensors": {"w": {"dtype": "U8", "shape": [2**57], "digest": _ZEROS}}, "num_elements": 2**57, "full_nbytes": 2**57,
@@ -87,7 +118,7 @@ def object_cases() -> list[dict[str, str]]:
         {"case": name, "object": kind, "text": json.dumps(document, separators=(",", ":"))}
         for name, (kind, document) in SOUND.items()
     ]
-    changes = [("manifest", DELTA, change) for change in (*_EITHER, *_MANIFEST)]
+    changes = [("manifest", DELTA, change) for change in (*_EITHER, *_MANIFEST, *_ASSET_NAMES)]
     changes += [("shortcut", SHORTCUT, change) for change in (*_EITHER, *_SHORTCUT)]
     for kind, document, (path, value, error) in changes:
         name = f"{'.'.join(map(str, path))}: {json.dumps(value)[:30]}"

@@ -6,7 +6,7 @@ import hashlib
 import subprocess
 import sys
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -182,6 +182,22 @@ def test_what_vllm_read_at_its_start_needs_a_restart_and_is_refused_before_anyth
     served.assert_at(0)
 
 
+def test_a_file_that_says_the_same_needs_no_restart(tmp_path: Path) -> None:
+    """A tokenizer that was loaded offline gains `local_files_only`, and another machine has another path."""
+    (tmp_path / "tokenizer_config.json").write_text('{"model_max_length": 8}')
+    (tmp_path / "additional_chat_templates").mkdir()
+    (tmp_path / "additional_chat_templates" / "rag.jinja").write_text("{{ a }}")
+    served = Served(2, tmp_path)
+    said_again = b'{"name_or_path": "/elsewhere", "local_files_only": true, "model_max_length": 8}'
+    version = _commit_with_file(served, "tokenizer_config.json", said_again)
+    served.replica.refresh(version)
+    served.assert_at(version)
+    served.replica.refresh(_commit_with_file(served, "additional_chat_templates/rag.jinja", b"{{ a }}"))
+    version = _commit_with_file(served, "additional_chat_templates/rag.jinja", b"{{ b }}")
+    with pytest.raises(UnsupportedFeatureError, match=r"rag\.jinja of this version is not the one"):
+        served.replica.refresh(version)
+
+
 def test_a_file_that_vllm_never_reads_may_change(served: Served) -> None:
     version = _commit_with_file(served, "train_results.json", b"{}")
     served.replica.refresh(version)
@@ -193,9 +209,9 @@ def test_a_follower_asks_once_for_what_its_engine_will_never_serve(served: Serve
     looks: list[None] = []
     honest = served.engine.require_assets
 
-    def counted(sha256_of: Mapping[str, str]) -> None:
+    def counted(sha256_of: Mapping[str, str], meaning_of: Callable[[str], str]) -> None:
         looks.append(None)
-        honest(sha256_of)
+        honest(sha256_of, meaning_of)
 
     served.engine.require_assets = counted  # type: ignore[method-assign]
     service = ReplicaService(served.replica, Following(0.05))

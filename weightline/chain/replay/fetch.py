@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,6 +18,8 @@ from weightline.store.cache import CachedObject, ObjectCache, host_cache
 from weightline.store.open import is_remote
 
 _NUM_PREFETCHING = 4
+#: Objects of the cache that a fetcher holds by their locks, a file descriptor each. It keeps further ones itself.
+_MAX_HELD = 64
 _logger = logging.getLogger(__name__)
 
 
@@ -111,8 +114,22 @@ class Fetcher:
             return None
         if cached is None:
             return None
+        if len(self._cached) >= _MAX_HELD:
+            return self._keep(cached, self._folder / wanted.sha256)
         self._cached[wanted.sha256] = cached
         return cached.path
+
+    def _keep(self, cached: CachedObject, path: Path) -> Path:
+        """Links or copies the object into the fetcher's folder and releases its lock, which holds a file descriptor."""
+        partial = path.with_name(f".{path.name}.kept")
+        try:
+            try:
+                partial.hardlink_to(cached.path)
+            except OSError:
+                shutil.copyfile(cached.path, partial)
+            return partial.replace(path)
+        finally:
+            cached.release()
 
 
 @contextmanager
