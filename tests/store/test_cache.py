@@ -20,8 +20,10 @@ from weightline.chain.replay.state import read_state
 from weightline.chain.upkeep.verify import verify_chain
 from weightline.errors import DigestMismatchError, InputError, TransientStorageError
 from weightline.files import SharedLock
+from weightline.format.manifest import StoredObject
 from weightline.store import open_store
 from weightline.store.cache import ObjectCache, SoundFiles, host_cache
+from weightline.store.memory import MemoryStore
 
 
 def _sha256(body: bytes) -> str:
@@ -332,3 +334,19 @@ def test_the_environment_sets_folder_and_bound(tmp_path: Path, monkeypatch: pyte
     default = host_cache()
     assert default is not None
     assert 0 < default.max_nbytes <= 32 * 1024**3
+
+
+def test_many_objects_of_one_operation_take_few_descriptors(tmp_path: Path) -> None:
+    """A replay of a thousand versions fetches a thousand payloads, all of which stay readable."""
+    store, cache = MemoryStore("memory://many"), ObjectCache(tmp_path / "cache", 100_000)
+    wanted = []
+    for number in range(200):
+        body = b"%d" % number
+        store.put(f"o{number}", body)
+        wanted.append(StoredObject(key=f"o{number}", nbytes=len(body), sha256=_sha256(body)))
+    before = sum(1 for _ in Path("/proc/self/fd").iterdir())
+    with fetching(store, cache) as fetcher:
+        paths = [fetcher.fetch(one) for one in wanted]
+        assert sum(1 for _ in Path("/proc/self/fd").iterdir()) - before < 100
+        ObjectCache(tmp_path / "cache", 0).evict()
+        assert [path.read_bytes() for path in paths] == [b"%d" % number for number in range(200)]
