@@ -24,9 +24,10 @@ from weightline.trainer.adapter import is_peft_model, save_adapter_config
 #: Parts of a fast tokenizer that can be replaced. Its vocabulary is known by its size and its added tokens.
 _TOKENIZER_PARTS = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
 _TOKENIZER_FACTS = (
-    "chat_template", "init_kwargs", "special_tokens_map", "added_tokens_decoder", "model_max_length", "padding_side",
+    "chat_template", "special_tokens_map", "added_tokens_decoder", "model_max_length", "padding_side",
     "truncation_side", "response_template",
 )  # fmt: skip
+_VOCABULARY = ("vocab", "merges", "tokenizer_object")
 _PROCESSOR_PARTS = ("tokenizer", "image_processor", "feature_extractor", "video_processor")
 
 _logger = logging.getLogger(__name__)
@@ -64,19 +65,15 @@ class ModelFiles:
         A failure is logged, and the next call tries again: the weights do not wait for a small file.
         """
         model = self._model()
-        if model is None:
+        found = None if model is None else _fingerprint(model, self._processing_class)
+        if found is None or found == self._seen:
             return ()
         try:
-            found = _fingerprint(model, self._processing_class)
-            if found == self._seen:
-                return ()
             tip = self._chain.tip_version()
             held = () if tip is None else assets_of(self._chain, tip)
             assets = upload_assets(self._chain.store, model, self._processing_class, held)
         except Exception as error:  # noqa: BLE001 - libraries raise anything when a configuration is not valid
-            _logger.warning(
-                "the model's small files changed but cannot be saved; versions keep the old ones: %s", error
-            )
+            _logger.warning("the model's small files changed and cannot be saved, versions keep the old: %s", error)
             return ()
         self._seen = found
         return () if assets == held else assets
@@ -118,17 +115,26 @@ def _save_model_files(model: Any, folder: Path) -> None:
 def _config_of(model: Any) -> Any:
     """Returns the config as the model's `save_pretrained` would write it, with the name of its class."""
     config = copy.deepcopy(getattr(model, "config", None))
-    if config is not None and not getattr(config, "architectures", None):
+    # A wrapper, such as that of torch.compile, has the config of its model but not its class.
+    is_model = hasattr(type(model), "save_pretrained")
+    if config is not None and (is_model or not getattr(config, "architectures", None)):
         config.architectures = [type(model).__name__.removeprefix("FSDP")]
     return config
 
 
-def _fingerprint(model: Any, processing_class: Any) -> str:
-    """Returns a text that changes with what the files would say. It may also change when they would not."""
-    parts = [_facts_of_config(getattr(model, name, None)) for name in ("config", "generation_config")]
-    if is_peft_model(model):
-        parts += [repr(sorted(vars(config).items(), key=str)) for config in model.peft_config.values()]
-    return "\n".join([*parts, *_facts_of_processor(processing_class)])
+def _fingerprint(model: Any, processing_class: Any) -> str | None:
+    """Returns a text that changes with what the files would say. It may also change when they would not.
+
+    None, with a line in the log, for a model or tokenizer that cannot be looked at: its files stay those of the start.
+    """
+    try:
+        parts = [_facts_of_config(getattr(model, name, None)) for name in ("config", "generation_config")]
+        if is_peft_model(model):
+            parts += [repr(sorted(vars(config).items(), key=str)) for config in model.peft_config.values()]
+        return "\n".join([*parts, *_facts_of_processor(processing_class)])
+    except Exception as error:  # noqa: BLE001 - code of models and tokenizers raises anything
+        _logger.warning("changes of the model's small files are not seen: %r", error)
+        return None
 
 
 def _facts_of_config(config: Any) -> str:
@@ -136,6 +142,8 @@ def _facts_of_config(config: Any) -> str:
 
 
 def _facts_of_processor(processor: Any) -> Iterator[str]:
+    init_kwargs = getattr(processor, "init_kwargs", {})
+    yield repr({name: value for name, value in init_kwargs.items() if name not in _VOCABULARY})
     yield from (repr(getattr(processor, name, None)) for name in _TOKENIZER_FACTS)
     if hasattr(processor, "to_dict"):
         yield _facts_of_config(processor)
@@ -143,7 +151,7 @@ def _facts_of_processor(processor: Any) -> Iterator[str]:
     for name in _TOKENIZER_PARTS:
         part = getattr(backend, name, None)
         yield "" if part is None else repr(part.__getstate__())
-    if hasattr(processor, "get_vocab_size") or hasattr(processor, "__len__"):
+    if hasattr(processor, "__len__"):
         yield str(len(processor))
     for name in _PROCESSOR_PARTS:
         part = getattr(processor, name, None)

@@ -16,6 +16,7 @@ from typing import Any
 
 from cachetools import LRUCache
 
+from weightline.chain.files.small_files import MAX_ASSET_NBYTES
 from weightline.chain.replay.fetch import fetching
 from weightline.format.manifest import AssetRef
 from weightline.store import Store
@@ -50,35 +51,39 @@ _lock = threading.Lock()
 
 def without_local_keys(name: str, raw: bytes) -> bytes:
     """Returns the file as it is written into a chain: without the keys that say how it was loaded. Pure."""
-    if not _is_config(name):
+    document = _parsed(raw) if _is_config(name) else None
+    try:
+        if document is None or not _has_key(document, _UNWRITTEN):
+            return raw
+        text = json.dumps(_without(document, _UNWRITTEN), indent=2, ensure_ascii=False)
+        return f"{text}\n".encode()
+    except (RecursionError, UnicodeEncodeError):
         return raw
-    document = _parsed(raw)
-    if document is None or not _has_key(document, _UNWRITTEN):
-        return raw
-    return (json.dumps(_without(document, _UNWRITTEN), indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def meaning_of(name: str, raw: bytes) -> str:
     """Returns a hash that two files share when a loader cannot tell them apart. Pure."""
+    document = _parsed(raw) if _is_compared_by_meaning(name, len(raw)) else None
+    try:
+        text = raw if document is None else json.dumps(_said(name, document), sort_keys=True).encode()
+    except RecursionError:
+        text = raw
+    return hashlib.sha256(text).hexdigest()
+
+
+def _said(name: str, document: dict[str, Any]) -> Any:
+    """Returns what a file says, in one spelling."""
     basename = PurePosixPath(name).name
-    ignored: frozenset[str] | None = None
-    if _is_config(name):
-        ignored = _UNWRITTEN | _UNCOMPARED
-        ignored |= _UNCOMPARED_OF_ADAPTERS if basename == "adapter_config.json" else frozenset()
-    document = _parsed(raw) if _is_compared_by_meaning(name) else None
-    if document is None:
-        return hashlib.sha256(raw).hexdigest()
-    if ignored is not None:
-        document = _canonical(_without(document, ignored))
-    elif basename == "tokenizer.json":
-        document = {key: value for key, value in document.items() if key not in _UNCOMPARED_OF_TOKENIZERS}
-    text = json.dumps(document, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()
+    if basename == "tokenizer.json":
+        return {key: value for key, value in document.items() if key not in _UNCOMPARED_OF_TOKENIZERS}
+    is_adapters = basename == "adapter_config.json"
+    ignored = _UNWRITTEN | _UNCOMPARED | (_UNCOMPARED_OF_ADAPTERS if is_adapters else frozenset())
+    return _canonical(_without(document, ignored))
 
 
 def meaning_of_asset(store: Store, asset: AssetRef) -> str:
     """Returns `meaning_of` an asset, which is fetched once by this process where its sha256 does not say it."""
-    if not _is_compared_by_meaning(asset.name):
+    if not _is_compared_by_meaning(asset.name, asset.nbytes):
         return asset.sha256
     key = (asset.name, asset.sha256)
     with _lock:
@@ -108,8 +113,9 @@ def _is_config(name: str) -> bool:
     return fnmatchcase(PurePosixPath(name).name, "*config*.json")
 
 
-def _is_compared_by_meaning(name: str) -> bool:
-    return _is_config(name) or PurePosixPath(name).name in ("tokenizer.json", "special_tokens_map.json")
+def _is_compared_by_meaning(name: str, nbytes: int) -> bool:
+    has_meaning = _is_config(name) or PurePosixPath(name).name in ("tokenizer.json", "special_tokens_map.json")
+    return has_meaning and nbytes <= MAX_ASSET_NBYTES
 
 
 def _is_prose(name: str) -> bool:
