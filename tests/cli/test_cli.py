@@ -140,6 +140,24 @@ def test_an_error_is_one_line_with_its_kind(tmp_path: Path) -> None:
     assert json.loads(told.stderr)["error"]["kind"] == "chain-empty"
 
 
+@pytest.mark.process
+def test_a_commit_says_in_one_line_what_it_leaves_out_or_lacks(bucket: str, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    run("pull", bucket, "--out", str(folder))
+    (folder / "training_args.bin").write_bytes(b"x")
+    (folder / "checkpoint-5").mkdir()
+    command = [sys.executable, "-m", "weightline.cli.main", "commit", bucket, str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0
+    assert done.stdout.startswith("version 4 (delta)")
+    left_out = "checkpoint-5/ (a checkpoint of its own), training_args.bin (of a training)"
+    assert f"{folder}: left out of the version: {left_out}" in done.stderr.splitlines()
+    (folder / "config.json").symlink_to("../blobs/0")
+    refused = subprocess.run(command, capture_output=True, text=True)
+    assert (refused.returncode, refused.stdout, len(refused.stderr.splitlines())) == (1, "", 1)
+    assert "which does not exist: the checkpoint is not whole" in refused.stderr
+
+
 def test_plan_cluster() -> None:
     cost = run_json("plan-cluster", "--params", "1e12", "--ranks", "512", "--density", "0.01")["cost"]
     assert cost["full_nbytes"] == 2e12

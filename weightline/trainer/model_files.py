@@ -88,10 +88,8 @@ def processing_class_of(arguments: dict[str, Any]) -> Any:
     if found is not None:
         return found
     collator = getattr(arguments.get("train_dataloader"), "collate_fn", None)
-    for one in (collator, getattr(collator, "data_collator", None)):
-        if getattr(one, "tokenizer", None) is not None:
-            return one.tokenizer
-    return None
+    tokenizers = (getattr(one, "tokenizer", None) for one in (collator, getattr(collator, "data_collator", None)))
+    return next((one for one in tokenizers if one is not None), None)
 
 
 def _save_model_files(model: Any, folder: Path) -> None:
@@ -107,7 +105,8 @@ def _save_model_files(model: Any, folder: Path) -> None:
                 f"the code of {type(model).__name__} cannot be read: {error}. Keep its files while it trains"
             ) from error
     can_generate = getattr(model, "can_generate", lambda: True)()
-    for part in (config, getattr(model, "generation_config", None) if can_generate else None):
+    parts: tuple[Any, ...] = (config, getattr(model, "generation_config", None) if can_generate else None)
+    for part in parts:
         if hasattr(part, "save_pretrained"):
             part.save_pretrained(folder)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -193,19 +194,33 @@ def test_what_was_prepared_for_another_state_is_refused(replica: Replica, grown:
     _assert_serves(replica, grown, 2, tmp_path)
 
 
-def test_changed_tokenizer_files_mean_a_load(replica: Replica, grown: ModelChain, tmp_path: Path) -> None:
-    body = grown.chain.store.get(grown.assets[0].key) + b"\n"
-    grown.chain.store.put("assets/changed", body)
-    changed = AssetRef(key="assets/changed", nbytes=len(body), sha256=_sha256(body), name=grown.assets[0].name)
-    grown.assets = (changed, *grown.assets[1:])
+def _commit_with_tokenizer(grown: ModelChain, **keys: object) -> int:
+    """Commits a step of training whose tokenizer configuration has these keys as well."""
+    (old,) = (asset for asset in grown.assets if asset.name == "tokenizer_config.json")
+    body = json.dumps(json.loads(grown.chain.store.get(old.key)) | keys).encode()
+    changed = AssetRef(key="assets/changed", nbytes=len(body), sha256=_sha256(body), name=old.name)
+    grown.chain.store.put(changed.key, body)
+    grown.assets = tuple(changed if asset == old else asset for asset in grown.assets)
     new = trained(grown.states[-1], 77)
     commit_state(grown.chain, new, grown.states[-1], assets=grown.assets)
     grown.states.append(new)
-    prepared = replica.prepare(3)
+    return grown.chain.tip().version
+
+
+def test_changed_tokenizer_files_mean_a_load(replica: Replica, grown: ModelChain, tmp_path: Path) -> None:
+    version = _commit_with_tokenizer(grown, model_max_length=7)
+    prepared = replica.prepare(version)
     assert isinstance(prepared, PreparedLoad)
     prepared.discard()
-    replica.refresh(3)
-    _assert_serves(replica, grown, 3, tmp_path)
+    replica.refresh(version)
+    _assert_serves(replica, grown, version, tmp_path)
+
+
+def test_tokenizer_files_that_say_the_same_mean_no_load(replica: Replica, grown: ModelChain, tmp_path: Path) -> None:
+    version = _commit_with_tokenizer(grown, local_files_only=True, transformers_version="0.0.0", name_or_path="/x")
+    assert isinstance(replica.prepare(version), PreparedDelta)
+    replica.refresh(version)
+    _assert_serves(replica, grown, version, tmp_path)
 
 
 def test_a_state_folder_belongs_to_one_chain(replica: Replica) -> None:
