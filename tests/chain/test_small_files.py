@@ -12,7 +12,7 @@ import pytest
 from tests.store.racers import write_checkpoint_folder
 from weightline.chain.files.assets import upload_file, upload_files
 from weightline.chain.files.checkpoint import write_checkpoint
-from weightline.chain.files.meaning import meaning_of, say_the_same, without_local_keys
+from weightline.chain.files.meaning import have_same_meaning, meaning_of, without_local_keys
 from weightline.chain.files.small_files import find_small_files
 from weightline.chain.read.history import Chain
 from weightline.chain.write.standalone import commit_folder, commit_fork, commit_revert
@@ -189,7 +189,7 @@ def test_a_file_that_says_the_same_is_the_one_that_the_chain_has(folder: Path) -
     (folder / "config.json").write_text('{"model_type": "other"}')
     changed = upload_files(store, folder, held)
     assert changed != held
-    assert not say_the_same(store, held, changed)
+    assert not have_same_meaning(store, held, changed)
 
 
 def test_files_of_earlier_releases_compare_by_what_they_say(folder: Path) -> None:
@@ -202,5 +202,5 @@ def test_files_of_earlier_releases_compare_by_what_they_say(folder: Path) -> Non
     _fill(folder, "README.md")
     readme = upload_file(store, folder / "README.md", name="README.md")
     assert first.sha256 != as_it_lies.sha256
-    assert say_the_same(store, (first,), (readme, as_it_lies))
-    assert not say_the_same(store, (first,), (readme,))
+    assert have_same_meaning(store, (first,), (readme, as_it_lies))
+    assert not have_same_meaning(store, (first,), (readme,))

@@ -1,4 +1,4 @@
-"""Compares small files of a model by what they say, without the keys that differ between machines for no reason.
+"""Compares small files of a model by their meaning, without the keys that differ between machines for no reason.
 
 Libraries write into their JSON files from where and with which options the files were loaded. Two files that differ in
 such keys alone, in the order of keys or in their spelling of numbers are the same file to every loader.
@@ -14,7 +14,7 @@ from fnmatch import fnmatchcase
 from pathlib import PurePosixPath
 from typing import Any
 
-from cachetools import LRUCache
+from cachetools import LRUCache, cached
 
 from weightline.chain.files.small_files import MAX_ASSET_NBYTES
 from weightline.chain.replay.fetch import fetching
@@ -45,9 +45,6 @@ _SETS = frozenset({"target_modules", "modules_to_save", "exclude_modules", "laye
 #: Names of labels, which may be any words.
 _OPAQUE = frozenset({"id2label", "label2id"})
 
-_meanings: LRUCache[tuple[str, str], str] = LRUCache(4096)
-_lock = threading.Lock()
-
 
 def without_local_keys(name: str, raw: bytes) -> bytes:
     """Returns the file as it is written into a chain: without the keys that say how it was loaded. Pure."""
@@ -65,14 +62,14 @@ def meaning_of(name: str, raw: bytes) -> str:
     """Returns a hash that two files share when a loader cannot tell them apart. Pure."""
     document = _parsed(raw) if _is_compared_by_meaning(name, len(raw)) else None
     try:
-        text = raw if document is None else json.dumps(_said(name, document), sort_keys=True).encode()
+        text = raw if document is None else json.dumps(_comparable(name, document), sort_keys=True).encode()
     except RecursionError:
         text = raw
     return hashlib.sha256(text).hexdigest()
 
 
-def _said(name: str, document: dict[str, Any]) -> Any:
-    """Returns what a file says, in one spelling."""
+def _comparable(name: str, document: dict[str, Any]) -> Any:
+    """Returns the part of a file that is compared, in one spelling."""
     basename = PurePosixPath(name).name
     if basename == "tokenizer.json":
         return {key: value for key, value in document.items() if key not in _UNCOMPARED_OF_TOKENIZERS}
@@ -82,23 +79,18 @@ def _said(name: str, document: dict[str, Any]) -> Any:
 
 
 def meaning_of_asset(store: Store, asset: AssetRef) -> str:
-    """Returns `meaning_of` an asset, which is fetched once by this process where its sha256 does not say it."""
-    if not _is_compared_by_meaning(asset.name, asset.nbytes):
-        return asset.sha256
-    key = (asset.name, asset.sha256)
-    with _lock:
-        known = _meanings.get(key)
-    if known is not None:
-        return known
+    """Returns `meaning_of` an asset, which this process fetches once, and only if its sha256 is not its meaning."""
+    return _fetched_meaning(store, asset) if _is_compared_by_meaning(asset.name, asset.nbytes) else asset.sha256
+
+
+@cached(LRUCache(4096), key=lambda _, asset: (asset.name, asset.sha256), lock=threading.Lock())
+def _fetched_meaning(store: Store, asset: AssetRef) -> str:
     with fetching(store) as fetcher:
-        found = meaning_of(asset.name, fetcher.fetch(asset).read_bytes())
-    with _lock:
-        _meanings[key] = found
-    return found
+        return meaning_of(asset.name, fetcher.fetch(asset).read_bytes())
 
 
-def say_the_same(store: Store, one: Iterable[AssetRef], other: Iterable[AssetRef]) -> bool:
-    """Whether two versions have the same small files for every loader. Texts for people may differ."""
+def have_same_meaning(store: Store, one: Iterable[AssetRef], other: Iterable[AssetRef]) -> bool:
+    """Returns whether two versions have the same small files for every loader. Texts for people may differ."""
     ours, theirs = ({asset.name: asset for asset in assets if not _is_prose(asset.name)} for assets in (one, other))
     if ours.keys() != theirs.keys():
         return False

@@ -34,7 +34,7 @@ import zstandard
 from weightline.chain import Chain
 from weightline.chain.files.assets import assets_of
 from weightline.chain.files.checkpoint import write_checkpoint
-from weightline.chain.files.meaning import say_the_same
+from weightline.chain.files.meaning import have_same_meaning
 from weightline.chain.replay.diff import tensor_groups
 from weightline.chain.replay.fetch import Fetcher, fetching
 from weightline.chain.replay.state import HostState, read_state
@@ -105,7 +105,7 @@ def _can_be_patched(chain: Chain, base: int, version: int, source_dir: Path) -> 
     if not version_folder(source_dir, base).exists() or not chain.versions(base, base):
         return False
     has_same_tensors = chain.manifest(base).specs == chain.manifest(version).specs
-    return has_same_tensors and say_the_same(chain.store, assets_of(chain, base), assets_of(chain, version))
+    return has_same_tensors and have_same_meaning(chain.store, assets_of(chain, base), assets_of(chain, version))
 
 
 def _write_delta(chain: Chain, version: int, folder: Path) -> None:

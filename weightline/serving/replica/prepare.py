@@ -10,7 +10,7 @@ from pathlib import Path
 from weightline.chain import Chain
 from weightline.chain.files.assets import assets_of
 from weightline.chain.files.checkpoint import write_checkpoint
-from weightline.chain.files.meaning import say_the_same
+from weightline.chain.files.meaning import have_same_meaning
 from weightline.chain.replay.diff import tensor_groups
 from weightline.chain.replay.fetch import fetching
 from weightline.chain.replay.plan import ReplayPlan, plan_between
@@ -116,7 +116,7 @@ def fits_in_place(chain: Chain, version: int, held: Held) -> bool:
     """Returns whether the version has the same tensors and small files (config, tokenizer) as the held one."""
     if chain.manifest(held.version).specs != chain.manifest(version).specs:
         return False
-    return say_the_same(chain.store, assets_of(chain, held.version), assets_of(chain, version))
+    return have_same_meaning(chain.store, assets_of(chain, held.version), assets_of(chain, version))
 
 
 def check_base(chain: Chain, held: Held) -> None:

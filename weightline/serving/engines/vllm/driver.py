@@ -8,6 +8,7 @@ Legend: N elements of a tensor, K changed ones.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import threading
@@ -27,7 +28,6 @@ from weightline.chain.files.source import FolderSource
 from weightline.codec.digest import add_digests, digest_change, format_digest
 from weightline.dtypes import bits_dtype
 from weightline.errors import ApplyError, DigestMismatchError, InputError, UnsupportedFeatureError
-from weightline.files import sha256_of
 from weightline.serving.engines.barrier import RequestBarrier
 from weightline.serving.engines.base import Completion, Generation, GenerationRequest
 from weightline.serving.engines.vllm.features import OFFLINE, require
@@ -392,7 +392,8 @@ def _files_read_at_start(model_folder: Path) -> dict[str, _StartFile]:
     for path in model_folder.rglob("*"):
         name = path.relative_to(model_folder).as_posix()
         if path.is_file() and _is_read_at_start(name):
-            found[name] = _StartFile(sha256_of(path), meaning_of(name, path.read_bytes()))
+            raw = path.read_bytes()
+            found[name] = _StartFile(hashlib.sha256(raw).hexdigest(), meaning_of(name, raw))
     return found
 
 
