@@ -9,6 +9,9 @@ from typing import Any
 
 import numpy as np
 
+#: The dtypes of MX formats that no IEEE float resembles.
+MX_CODES = frozenset({"F8_E8M0", "F4"})
+
 
 @dataclass(frozen=True, slots=True)
 class Dtype:
@@ -34,7 +37,7 @@ class Dtype:
 
         F8_E8M0 has no sign: its bits are in the order of its values. An element of F4 is two values.
         """
-        return "float" in self.torch_name and self.code not in ("F8_E8M0", "F4")
+        return "float" in self.torch_name and self.code not in MX_CODES
 
 
 def _dtype(code: str, itemsize: int, torch_name: str, num_packed: int = 1) -> Dtype:

@@ -1,4 +1,4 @@
-"""Files on this host: an atomic write, a hash, and locks between processes.
+"""Files on this host: an atomic write, a hash, copies, and locks between processes.
 
 All locks are flock(2) locks, so the kernel releases a lock when its holder ends in any way.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
+import shutil
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -38,6 +39,20 @@ def sha256_of(path: Path) -> str:
     """Returns the sha256 of a file in hex. Reads it in blocks."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copies a file, and creates the folders above its target."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(source, target)
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """Makes a second name for a file, or a copy of it where the file system has no hard links or it lies on another."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
 
 
 @contextmanager

@@ -123,9 +123,9 @@ def test_a_folder_that_loaders_would_read_in_two_ways_is_refused(tmp_path: Path,
         FolderSource(tmp_path)
 
 
-def _file(folder: Path, header: object, data: bytes = b"abcdefgh") -> Path:
+def _file(folder: Path, header: object, data: bytes = b"abcdefgh", name: str = "model.safetensors") -> Path:
     raw = header if isinstance(header, bytes) else json.dumps(header).encode()
-    path = folder / "model.safetensors"
+    path = folder / name
     path.write_bytes(len(raw).to_bytes(8, "little") + raw + data)
     return path
 
@@ -192,8 +192,7 @@ def _written(path: Path, tensors: dict[str, tuple[str, list[int], bytes]], paddi
         data += raw
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8 + padding)
-    path.write_bytes(len(text).to_bytes(8, "little") + text + data)
-    return path
+    return _file(path.parent, text, data, path.name)
 
 
 @pytest.mark.parametrize("padding", [0, 1, 5])

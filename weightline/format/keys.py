@@ -1,4 +1,4 @@
-"""Object keys of a chain, relative to the bucket prefix that the chain's URL names. SPEC "Keys"."""
+"""Object keys of a chain, relative to the bucket prefix that the chain's URL names. SPEC "Objects and keys"."""
 
 from __future__ import annotations
 
@@ -18,13 +18,15 @@ HISTORY = "history/"
 PROBES = "probes/"
 TIP_HINT = "hints/tip.json"
 
+#: No key, but a name that no asset may have: the file that says which version a folder of weights holds.
+VERSION_MARK = "weightline.json"
+
 _VERSION_DIGITS = 20
 _SHORTCUT = re.compile(rf"{SHORTCUTS}(?P<version>[0-9]{{20}})-(?P<base>anchor|[0-9]{{20}})\.json")
 _MAX_PATH = 512
 _PATH_NAME = re.compile(r"(?![. ])[^/\\:*?\"<>|]{1,128}(?<![. ])")
 #: Files that every pulled folder has of its own.
 _RESERVED_SUFFIXES = (".safetensors", ".safetensors.index.json")
-_RESERVED_NAME = "weightline.json"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
@@ -112,7 +114,7 @@ def checked_path(path: str) -> str:
     """
     names = path.split("/")
     is_safe = path.isprintable() and all(_PATH_NAME.fullmatch(name) for name in names)
-    is_reserved = len(names) == 1 and (path.lower().endswith(_RESERVED_SUFFIXES) or path.lower() == _RESERVED_NAME)
+    is_reserved = len(names) == 1 and (path.lower().endswith(_RESERVED_SUFFIXES) or path.lower() == VERSION_MARK)
     if not is_safe or is_reserved or len(path) > _MAX_PATH or any(len(name.encode()) > 255 for name in names):
         raise InputError(
             f"{path!r} cannot be the path of a model's small file: use names of 1 to 128 printable characters, "

@@ -16,7 +16,7 @@ from typing import Annotated, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from weightline.dtypes import DTYPES
+from weightline.dtypes import DTYPES, MX_CODES
 from weightline.errors import (
     InputError,
     ManifestError,
@@ -36,7 +36,6 @@ MAX_ASSETS = 4096
 
 #: Names of assets and dtypes that release 0.1 does not refuse.
 _FIRST_ASSET_NAMES = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
-_MX_CODES = ("F8_E8M0", "F4")
 
 MAX_MANIFEST_NBYTES = 256 * 1024 * 1024
 
@@ -247,7 +246,7 @@ class Manifest(Frozen):
 def features_of(specs: Iterable[TensorSpec], assets: Iterable[AssetRef]) -> tuple[str, ...]:
     """Returns the features that a manifest with these tensors and assets announces, for older readers."""
     has_paths = any(not _FIRST_ASSET_NAMES.fullmatch(asset.name) for asset in assets)
-    has_mx = any(spec.dtype in _MX_CODES for spec in specs)
+    has_mx = any(spec.dtype in MX_CODES for spec in specs)
     return (*([ASSET_PATHS] if has_paths else []), *([MX_DTYPES] if has_mx else []))
 
 

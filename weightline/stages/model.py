@@ -7,7 +7,6 @@ one file in memory at a time. Ranks then load the folder under ZeRO-3, each keep
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -31,6 +30,7 @@ from transformers import (
 from weightline.chain import open_chain
 from weightline.chain.files.checkpoint import write_checkpoint
 from weightline.chain.read.refs import resolve
+from weightline.files import link_or_copy
 from weightline.stages.load import recipe_error
 from weightline.stages.preflight import is_local_path
 from weightline.stages.recipe import ModelConfig, TinyModelConfig
@@ -165,7 +165,7 @@ def _take_weights(source: Path, target: Path) -> None:
     target.unlink(missing_ok=True)
     with safe_open(source, framework="pt") as file:
         if not any(_needs_cast(file.get_slice(name).get_dtype()) for name in file.keys()):  # noqa: SIM118 - no mapping
-            _link_or_copy(source, target)
+            link_or_copy(source, target)
             return
         tensors = dict(_cast(file))
     save_file(tensors, target, metadata={"format": "pt"})
@@ -179,13 +179,6 @@ def _cast(file: Any) -> Iterator[tuple[str, torch.Tensor]]:
 
 def _needs_cast(dtype: str) -> bool:
     return dtype in ("F64", "F32", "F16")
-
-
-def _link_or_copy(source: Path, target: Path) -> None:
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
 
 
 def _with_bf16(config: str) -> str:

@@ -9,7 +9,7 @@ import hashlib
 import json
 import logging
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from weightline.chain.files.meaning import meaning_of, meaning_of_asset, without_local_keys
@@ -18,9 +18,10 @@ from weightline.chain.files.source import FolderSource
 from weightline.chain.files.weight_files import ADAPTER_CONFIG, is_file_there
 from weightline.chain.read.history import Chain
 from weightline.chain.replay.diff import tensor_groups
+from weightline.chain.replay.fetch import Fetcher
 from weightline.codec.digest import format_digest, tensor_digest
 from weightline.errors import BaseMismatchError, DigestMismatchError, InputError, NotFoundError
-from weightline.files import sha256_of
+from weightline.files import copy_file, sha256_of
 from weightline.format import keys
 from weightline.format.manifest import AdapterBase, AssetRef
 from weightline.store import Store
@@ -39,8 +40,8 @@ def upload_files(
 ) -> tuple[AssetRef, ...]:
     """Uploads the folder's small files, each under a key made from its content. Safe to repeat.
 
-    What `find_small_files` leaves out is named in one line of the log. A file that says the same as the one of its name
-    in `held` is that one.
+    Files that `find_small_files` leaves out are named in one line of the log. A file with the meaning of the asset of
+    its name in `held` becomes that asset.
 
     Args:
         store: The chain's bucket.
@@ -57,12 +58,12 @@ def upload_files(
 
 
 def _upload(store: Store, path: Path, name: str, held: Mapping[str, AssetRef]) -> AssetRef:
-    """Uploads one file without the keys that say how it was loaded, unless `held` has it in other words."""
+    """Uploads one file without the keys that say how it was loaded, unless `held` has one of the same meaning."""
     raw = path.read_bytes()
-    known = held.get(name)
-    if known is not None and _says(store, known, raw):
-        return known
     written = without_local_keys(name, raw)
+    known = held.get(name)
+    if known is not None and _is_known(store, known, raw, written):
+        return known
     if written == raw:
         return upload_file(store, path, held.values(), name=name)
     with tempfile.TemporaryDirectory(prefix="weightline-") as scratch:
@@ -71,9 +72,9 @@ def _upload(store: Store, path: Path, name: str, held: Mapping[str, AssetRef]) -
         return upload_file(store, normalized, held.values(), name=name)
 
 
-def _says(store: Store, known: AssetRef, raw: bytes) -> bool:
-    """Whether the asset says what these bytes say. Fetches it where its sha256 does not answer that."""
-    if known.sha256 in {hashlib.sha256(text).hexdigest() for text in (raw, without_local_keys(known.name, raw))}:
+def _is_known(store: Store, known: AssetRef, raw: bytes, written: bytes) -> bool:
+    """Returns whether the asset and these bytes mean the same. Fetches the asset when hashes do not answer that."""
+    if known.sha256 in {hashlib.sha256(text).hexdigest() for text in {raw, written}}:
         return True
     try:
         return meaning_of_asset(store, known) == meaning_of(known.name, raw)
@@ -101,6 +102,13 @@ def assets_of(chain: Chain, version: int) -> tuple[AssetRef, ...]:
         if assets := chain.manifest(candidate).assets:
             return assets
     return ()
+
+
+def write_assets(assets: Sequence[AssetRef], folder: Path, fetcher: Fetcher) -> None:
+    """Writes the assets into a folder, each at its path. Replaces files that are there."""
+    fetcher.prefetch(assets)
+    for asset in assets:
+        copy_file(fetcher.fetch(asset), folder / asset.name)
 
 
 def is_adapter(folder: Path) -> bool:

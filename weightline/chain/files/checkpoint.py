@@ -13,18 +13,19 @@ from typing import Self
 
 import safetensors
 
-from weightline.chain.files.assets import assets_of
+from weightline.chain.files.assets import assets_of, write_assets
 from weightline.chain.files.source import VersionSource, WeightSource
 from weightline.chain.files.weight_files import ADAPTER_CONFIG
 from weightline.chain.read.history import Chain
 from weightline.chain.replay.fetch import fetching
 from weightline.dtypes import DTYPES
 from weightline.errors import InputError
+from weightline.format import keys
 from weightline.format.manifest import Manifest
 from weightline.types import BitsArray, TensorSpec
 
-#: The file that says which version a folder holds: the fields of `VersionMark`, as a JSON object.
-MARKER = "weightline.json"
+#: The fields of `VersionMark`, as a JSON object.
+MARKER = keys.VERSION_MARK
 
 _PARTIAL = ".weightline-partial"
 
@@ -101,11 +102,7 @@ def write_checkpoint(chain: Chain, version: int, out_dir: Path, max_shard_nbytes
         try:
             mark.write(partial)
             with fetching(chain.store) as fetcher:
-                fetcher.prefetch(assets)
-                for asset in assets:
-                    path = partial / asset.name
-                    path.parent.mkdir(parents=True, exist_ok=True)
-                    shutil.copyfile(fetcher.fetch(asset), path)
+                write_assets(assets, partial, fetcher)
                 _write_files(VersionSource(chain, version, fetcher), files, partial)
             _move_up(partial, out_dir)
         finally:

@@ -5,8 +5,11 @@ from __future__ import annotations
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-#: Beginnings of names of files that torch wrote for a training, not for a model.
-_TRAINING_STATE = ("training_args", "optimizer", "scheduler", "scaler", "rng_state", "random_states")
+#: Patterns of the names of files that a training wrote with torch for itself, and not for a model.
+TRAINING_STATE = ("training_args.*", "optimizer*", "scheduler*", "scaler*", "rng_state*", "random_states*")
+
+#: Patterns of the names of weights that transformers may load and save again as safetensors.
+CONVERTIBLE_WEIGHTS = ("*.bin", "*.pth", "*.pt", "*.ckpt", "*.h5", "*.msgpack")
 
 _SAVE_AGAIN = (
     "{name} is weights in another format; convert them with "
@@ -20,12 +23,7 @@ _REMEDIES = (
         "{name} is an adapter in another format; convert it with safetensors.torch.save_file("
         "torch.load('{folder}/{name}', weights_only=True), '{folder}/adapter_model.safetensors')",
     ),
-    ("*.bin", _SAVE_AGAIN),
-    ("*.pth", _SAVE_AGAIN),
-    ("*.pt", _SAVE_AGAIN),
-    ("*.ckpt", _SAVE_AGAIN),
-    ("*.h5", _SAVE_AGAIN),
-    ("*.msgpack", _SAVE_AGAIN),
+    *((pattern, _SAVE_AGAIN) for pattern in CONVERTIBLE_WEIGHTS),
     ("*.gguf", "{name} was made from a checkpoint in safetensors; name that one"),
     (
         "zero_to_fp32.py",
@@ -42,9 +40,10 @@ _REMEDIES = (
 
 def remedy_for(folder: Path) -> str:
     """Returns what to do about a folder without safetensors, as the rest of a sentence."""
-    names = sorted(path.name for path in folder.iterdir() if not path.name.startswith(_TRAINING_STATE))
+    found = sorted(path.name for path in folder.iterdir())
+    names = [name for name in found if not any(fnmatchcase(name, pattern) for pattern in TRAINING_STATE)]
     for pattern, remedy in _REMEDIES:
-        found = [name for name in names if fnmatchcase(name, pattern)]
-        if found:
-            return remedy.format(folder=folder, name=found[0])
+        name = next((name for name in names if fnmatchcase(name, pattern)), None)
+        if name is not None:
+            return remedy.format(folder=folder, name=name)
     return "name a checkpoint folder"

@@ -6,11 +6,12 @@ below that is a checkpoint of its own belongs to none. What is left out has a na
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 
+from weightline.chain.files.other_formats import CONVERTIBLE_WEIGHTS, TRAINING_STATE
 from weightline.chain.files.weight_files import is_file_there
 from weightline.errors import InputError
 from weightline.format import keys
@@ -23,34 +24,35 @@ MAX_FOLDER_ASSETS = 1000
 
 _MAX_DEPTH = 8
 
-#: Files that say which version a folder holds, and where a checkpoint's shards lie: a pulled folder has its own.
-_OWN = ("weightline.json", "*.safetensors.index.json")
+#: The version's mark and the index of a checkpoint's shards: a pulled folder has its own.
+_OWN = (keys.VERSION_MARK, "*.safetensors.index.json")
 
-#: Pattern of a name -> what the file is. The first that fits counts.
-_FOREIGN = {
-    ".*": "hidden",
-    "*.bin.index.json": "an index of other weights",
-    "trainer_state.json": "of a training", "training_args.*": "of a training", "*_results.json": "of a training",
-    "optimizer*": "of a training", "scheduler*": "of a training", "scaler*": "of a training",
-    "rng_state*": "of a training", "random_states*": "of a training", "zero_to_fp32.py": "of a training",
-    "latest": "of a training", "events.out.*": "a log", "*.log": "a log", "*.out": "a log", "*.err": "a log",
-    "*.bin": "weights of another format", "*.pt": "weights of another format", "*.pth": "weights of another format",
-    "*.ckpt": "weights of another format", "*.h5": "weights of another format", "*.ot": "weights of another format",
-    "*.msgpack": "weights of another format", "*.gguf": "weights of another format",
-    "*.onnx*": "weights of another format", "*.tflite": "weights of another format",
-    "*.distcp": "weights of another format", "*.pkl": "a pickle", "*.pickle": "a pickle", "*.pyc": "compiled code",
-    "*.jsonl": "data", "*.csv": "data", "*.parquet": "data", "*.arrow": "data", "*.db": "data", "*.zip": "an archive",
-    "*.tar": "an archive", "*.gz": "an archive", "*.png": "a picture", "*.jpg": "a picture", "*.jpeg": "a picture",
-    "*.gif": "a picture", "*.svg": "a picture", "*.webp": "a picture", "*.pdf": "a picture", "*.mp4": "a picture",
-    "*.ipynb": "a notebook", "*.pem": "a key", "*.key": "a key", "*.lock": "a lock", "*.tmp": "a temporary file",
-}  # fmt: skip
+#: What a file is -> patterns of its name. The first kind with a pattern that fits counts.
+_FOREIGN: Mapping[str, tuple[str, ...]] = {
+    "hidden": (".*",),
+    "an index of other weights": ("*.bin.index.json",),
+    "of a training": (*TRAINING_STATE, "trainer_state.json", "*_results.json", "zero_to_fp32.py", "latest"),
+    "a log": ("events.out.*", "*.log", "*.out", "*.err"),
+    "weights of another format": (*CONVERTIBLE_WEIGHTS, "*.gguf", "*.ot", "*.onnx*", "*.tflite", "*.distcp"),
+    "a pickle": ("*.pkl", "*.pickle"),
+    "compiled code": ("*.pyc",),
+    "data": ("*.jsonl", "*.csv", "*.parquet", "*.arrow", "*.db"),
+    "an archive": ("*.zip", "*.tar", "*.gz"),
+    "a picture": ("*.png", "*.jpg", "*.jpeg", "*.gif", "*.svg", "*.webp", "*.pdf", "*.mp4"),
+    "a notebook": ("*.ipynb",),
+    "a key": ("*.pem", "*.key"),
+    "a lock": ("*.lock",),
+    "a temporary file": ("*.tmp",),
+}
 
 #: The same for folders.
-_FOREIGN_FOLDERS = {
-    ".*": "hidden", "checkpoint-*": "a checkpoint of its own", "tmp-checkpoint-*": "a checkpoint of its own",
-    "global_step*": "of a training", "pytorch_model_fsdp*": "of a training", "optimizer*": "of a training",
-    "runs": "logs", "logs": "logs", "wandb": "logs", "__pycache__": "compiled code",
-}  # fmt: skip
+_FOREIGN_FOLDERS: Mapping[str, tuple[str, ...]] = {
+    "hidden": (".*",),
+    "a checkpoint of its own": ("checkpoint-*", "tmp-checkpoint-*"),
+    "of a training": ("global_step*", "pytorch_model_fsdp*", "optimizer*"),
+    "logs": ("runs", "logs", "wandb"),
+    "compiled code": ("__pycache__",),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +61,7 @@ class SmallFiles:
 
     taken: tuple[str, ...]
     left_out: tuple[str, ...]
-    """What belongs to no version: its path, and why in brackets."""
+    """Paths of files and folders that belong to no version, each with the reason in brackets."""
 
 
 def find_small_files(folder: Path, *, weights: frozenset[str] = frozenset(), is_saved: bool = False) -> SmallFiles:
@@ -136,8 +138,9 @@ def _reason_of_folder(path: Path, name: str) -> str | None:
     return None
 
 
-def _described(name: str, patterns: dict[str, str]) -> str | None:
-    return next((what for pattern, what in patterns.items() if fnmatchcase(name, pattern)), None)
+def _described(name: str, patterns: Mapping[str, tuple[str, ...]]) -> str | None:
+    """Returns what the first pattern that fits says of the name."""
+    return next((what for what, of_kind in patterns.items() if _matches(name, of_kind)), None)
 
 
 def _matches(name: str, patterns: tuple[str, ...]) -> bool:

@@ -62,7 +62,10 @@ def weight_files(folder: Path) -> WeightFiles:
 
 
 def is_file_there(path: Path) -> bool:
-    """Whether the path is a file. InputError for a link without a target, as a cleaned cache of the Hub leaves them."""
+    """Returns whether the path is a file.
+
+    InputError for a link without a target, as a cleaned cache of the Hub leaves them.
+    """
     if path.is_symlink() and not path.exists():
         raise InputError(
             f"{path} is a link to {path.readlink()}, which does not exist: the checkpoint is not whole. "

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -11,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from weightline.errors import DigestMismatchError
-from weightline.files import sha256_of
+from weightline.files import link_or_copy, sha256_of
 from weightline.format.manifest import StoredObject
 from weightline.store import Store, transfers
 from weightline.store.cache import CachedObject, ObjectCache, host_cache
@@ -123,10 +122,7 @@ class Fetcher:
         """Links or copies the object into the fetcher's folder and releases its lock, which holds a file descriptor."""
         partial = path.with_name(f".{path.name}.kept")
         try:
-            try:
-                partial.hardlink_to(cached.path)
-            except OSError:
-                shutil.copyfile(cached.path, partial)
+            link_or_copy(cached.path, partial)
             return partial.replace(path)
         finally:
             cached.release()

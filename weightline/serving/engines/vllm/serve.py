@@ -20,11 +20,12 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from weightline.chain import Chain
-from weightline.chain.files.assets import assets_of
+from weightline.chain.files.assets import assets_of, write_assets
 from weightline.chain.files.small_files import find_small_files
 from weightline.chain.replay.fetch import fetching
 from weightline.dtypes import DTYPES
 from weightline.errors import InputError, UnsupportedFeatureError
+from weightline.files import copy_file
 from weightline.format.manifest import Manifest
 from weightline.serving.engines.vllm.features import SERVER, require
 from weightline.serving.engines.vllm.wire import WORKER_EXTENSION
@@ -100,21 +101,15 @@ def fetch_model_folder(chain: Chain, version: int, folder: Path, *, fallback: Pa
     folder.mkdir(parents=True)
     if fallback.is_dir():
         for name in find_small_files(fallback).taken:
-            _copy(fallback / name, folder / name)
+            copy_file(fallback / name, folder / name)
     with fetching(chain.store) as fetcher:
-        for asset in assets_of(chain, version):
-            _copy(fetcher.fetch(asset), folder / asset.name)
+        write_assets(assets_of(chain, version), folder, fetcher)
     if not (folder / "config.json").exists():
         raise InputError(
             f"{chain.url} holds no config.json, and neither does {fallback}: name a checkpoint folder as MODEL",
             field="model",
         )
     return folder
-
-
-def _copy(source: Path, target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(source, target)
 
 
 def run_vllm(argv: Sequence[str]) -> None:
