@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from weightline.dashboard.differing import COUNT_UNASKED_NBYTES, compare_digests
@@ -23,7 +24,7 @@ def version_page(
     """Returns a version with its records, replicas and refs. `base`: the manifest of its base version, if it exists."""
     version = manifest.version
     evaluations, refreshes = snapshot.evaluations.get(version, ()), snapshot.refreshes.get(version, ())
-    row = with_records(row_of(manifest), evaluations, refreshes)
+    row = with_records(row_of(manifest), evaluations, refreshes, snapshot.logged.get(version, ()))
     return {
         **node(row),
         "run_id": manifest.run_id,
@@ -37,7 +38,7 @@ def version_page(
         "full_nbytes": manifest.full_nbytes,
         "forked_from": manifest.forked_from.model_dump() if manifest.forked_from else None,
         "base_model": manifest.base_model.model_dump() if manifest.base_model else None,
-        "metrics": manifest.metrics,
+        "metrics": row.metrics,
         "provenance": manifest.provenance,
         "payloads": [payload.model_dump() for payload in manifest.payloads],
         "assets": [asset.name for asset in manifest.assets],
@@ -60,11 +61,15 @@ def comparison_page(snapshot: Snapshot, a: Manifest, b: Manifest) -> dict[str, A
     """Returns the scores and metrics of two versions side by side, and the tensors whose bits differ."""
     tensors = compare_digests(a, b)
     scores = [{e["name"]: e["score"] for e in snapshot.evaluations.get(m.version, ()) if "score" in e} for m in (a, b)]
+    rows = [
+        with_records(row_of(m), snapshot.evaluations.get(m.version, ()), (), snapshot.logged.get(m.version, ()))
+        for m in (a, b)
+    ]
     return {
-        "a": node(with_records(row_of(a), snapshot.evaluations.get(a.version, ()), ())),
-        "b": node(with_records(row_of(b), snapshot.evaluations.get(b.version, ()), ())),
+        "a": node(rows[0]),
+        "b": node(rows[1]),
         "scores": _pairs(*scores),
-        "metrics": _pairs(a.metrics, b.metrics),
+        "metrics": _pairs(rows[0].metrics, rows[1].metrics),
         "num_tensors": len(tensors),
         "num_different": sum(tensor.is_different for tensor in tensors),
         "is_same_state": a.digests == b.digests,
@@ -95,7 +100,7 @@ def run_url(manifest: Manifest, prefect_ui: str | None) -> str | None:
     return f"{prefect_ui.rstrip('/')}/runs/flow-run/{flow_run_id}"
 
 
-def _pairs(a: dict[str, Any], b: dict[str, Any]) -> list[dict[str, Any]]:
+def _pairs(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Returns both versions' numbers by name. Names that both have come first."""
     names = [name for name in b if name in a] + [name for name in b if name not in a] + [n for n in a if n not in b]
     return [{"name": name, "a": a.get(name), "b": b.get(name)} for name in names]

@@ -15,7 +15,7 @@ from typing import Any
 
 from weightline.chain import Chain
 from weightline.chain.read.leases import read_leases
-from weightline.chain.read.records import EVALUATIONS, REFRESHES
+from weightline.chain.read.records import EVALUATIONS, LOGGED, REFRESHES
 from weightline.dashboard.objects import KeptObjects, fetch_all
 from weightline.dashboard.records import Document, finite, parse_object, parse_record
 from weightline.dashboard.replicas import known_replicas, lease_document
@@ -58,6 +58,7 @@ class ChainIndex:
         store = chain.store
         self._evaluations = KeptObjects(store, f"{keys.RECORDS}{EVALUATIONS}/", parse_record, pool)
         self._refreshes = KeptObjects(store, f"{keys.RECORDS}{REFRESHES}/", parse_record, pool)
+        self._logged = KeptObjects(store, f"{keys.RECORDS}{LOGGED}/", parse_record, pool)
         self._refs = KeptObjects(store, keys.REFS, _parse_plain, pool)
         self._history = KeptObjects(store, keys.HISTORY, _parse_plain, pool)
 
@@ -100,7 +101,7 @@ class ChainIndex:
         # While manifests are still being read, only the records of the newest versions are read.
         looks_back = not has_more and (is_full or not self._is_caught_up)
         recent = max(0, (self._versions or (0,))[-1] - _RECENT)
-        for kept in (self._evaluations, self._refreshes):
+        for kept in (self._evaluations, self._refreshes, self._logged):
             found, more = kept.refresh("" if looks_back else f"{kept.prefix}{keys.padded(recent)}")
             changed, has_more = changed | found, has_more | more
         if is_first or looks_back or number % _NAMES_EVERY == _NAMES_EVERY - 1:
@@ -118,12 +119,14 @@ class ChainIndex:
 
     def _take_snapshot(self) -> Snapshot:
         evaluations, refreshes = _by_version(self._evaluations.values()), _by_version(self._refreshes.values())
+        logged = _by_version(self._logged.values())
         rows = (self._rows[version] for version in sorted(self._rows))
         return Snapshot(
             state="ready",
             versions=self._versions,
             rows=tuple(
-                with_records(row, evaluations.get(row.version, ()), refreshes.get(row.version, ())) for row in rows
+                with_records(row, *(found.get(row.version, ()) for found in (evaluations, refreshes, logged)))
+                for row in rows
             ),
             broken=dict(self._broken),
             oldest_kept=max((_whole(record, "oldest_kept") for record in self._history.values()), default=0),
@@ -131,6 +134,7 @@ class ChainIndex:
             refs=_current(self._refs.values()),
             evaluations=evaluations,
             refreshes=refreshes,
+            logged=logged,
             replicas=known_replicas(self._leases, refreshes),
         )
 

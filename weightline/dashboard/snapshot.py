@@ -37,6 +37,8 @@ class Snapshot:
     """The version of every ref."""
     evaluations: Mapping[int, Sequence[Document]] = field(default_factory=dict)
     refreshes: Mapping[int, Sequence[Document]] = field(default_factory=dict)
+    logged: Mapping[int, Sequence[Document]] = field(default_factory=dict)
+    """Metrics that training logged after the commit."""
     replicas: tuple[Document, ...] = ()
     """The replicas that have a lease, or without any lease those with a record: name, version, since, state."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from weightline.chain import Chain
-from weightline.chain.read.records import EVALUATIONS, REFRESHES, read_records
+from weightline.chain.read.records import EVALUATIONS, LOGGED, REFRESHES, read_records
 from weightline.format import keys
 from weightline.lineage.edges import Shortcut
 from weightline.lineage.rows import LineageRow, lineage_rows
@@ -16,7 +16,8 @@ def read_lineage(chain: Chain, max_versions: int | None = None) -> tuple[Lineage
         return ()
     first = 0 if max_versions is None else max(0, tip - max_versions + 1)
     manifests = chain.manifests(first, tip)
-    return lineage_rows(manifests, read_records(chain, EVALUATIONS, first), read_records(chain, REFRESHES, first))
+    evaluations, refreshes, logged = (read_records(chain, kind, first) for kind in (EVALUATIONS, REFRESHES, LOGGED))
+    return lineage_rows(manifests, evaluations, refreshes, logged)
 
 
 def read_shortcuts(chain: Chain) -> tuple[Shortcut, ...]:

@@ -65,11 +65,17 @@ class LineageRow:
 
 
 def lineage_rows(
-    manifests: Iterable[Manifest], evaluations: Iterable[Record], refreshes: Iterable[Record]
+    manifests: Iterable[Manifest],
+    evaluations: Iterable[Record],
+    refreshes: Iterable[Record],
+    logged: Iterable[Record] = (),
 ) -> tuple[LineageRow, ...]:
     """Returns rows in the manifests' order. Records of versions that are not among the manifests are left out."""
-    evaluations_of, refreshes_of = _by_version(evaluations), _by_version(refreshes)
-    return tuple(with_records(row_of(m), evaluations_of[m.version], refreshes_of[m.version]) for m in manifests)
+    evaluations_of, refreshes_of, logged_of = _by_version(evaluations), _by_version(refreshes), _by_version(logged)
+    return tuple(
+        with_records(row_of(m), evaluations_of[m.version], refreshes_of[m.version], logged_of[m.version])
+        for m in manifests
+    )
 
 
 def row_of(manifest: Manifest) -> LineageRow:
@@ -99,7 +105,9 @@ def row_of(manifest: Manifest) -> LineageRow:
     )
 
 
-def with_records(row: LineageRow, evaluations: Iterable[Record], refreshes: Iterable[Record]) -> LineageRow:
+def with_records(
+    row: LineageRow, evaluations: Iterable[Record], refreshes: Iterable[Record], logged: Iterable[Record] = ()
+) -> LineageRow:
     """Returns the row completed by its version's records."""
     evaluation, refresh = _decisive(evaluations), _decisive(refreshes)
     return replace(
@@ -109,6 +117,7 @@ def with_records(row: LineageRow, evaluations: Iterable[Record], refreshes: Iter
         serving=refresh.get("status", "waiting"),
         served_at=refresh.get("served_at"),
         pause_seconds=refresh.get("pause_seconds"),
+        metrics={**_logged_metrics(logged), **row.metrics},
     )
 
 
@@ -130,6 +139,15 @@ def _by_version(records: Iterable[Record]) -> defaultdict[int, list[Record]]:
     found: defaultdict[int, list[Record]] = defaultdict(list)
     for record in records:
         found[record["version"]].append(record)
+    return found
+
+
+def _logged_metrics(logged: Iterable[Record]) -> dict[str, float]:
+    """Returns what was logged after the commit. Of several values of a name, the last recorded one."""
+    found: dict[str, float] = {}
+    for record in sorted(logged, key=lambda record: str(record.get("recorded_at", ""))):
+        metrics = record.get("metrics")
+        found |= metrics if isinstance(metrics, dict) else {}
     return found
 
 

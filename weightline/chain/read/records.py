@@ -25,6 +25,8 @@ ROLLOUTS = "rollouts"
 
 GAPS = "gaps"
 
+LOGGED = "logged"
+
 Record = dict[str, Any]
 
 

@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 
 from weightline.chain.read.history import Chain
-from weightline.chain.read.records import EVALUATIONS, REFRESHES, read_records
+from weightline.chain.read.records import EVALUATIONS, LOGGED, REFRESHES, read_records
 from weightline.chain.read.refs import Ref, current_refs, oldest_kept
 from weightline.chain.replay.diff import GROUP_NBYTES
 from weightline.chain.replay.plan import Ways
@@ -128,7 +128,7 @@ def _refs(chain: Chain, findings: list[Finding]) -> list[Ref]:
 
 
 def _recorded_versions(chain: Chain, findings: list[Finding]) -> Iterator[tuple[str, int]]:
-    for kind in (EVALUATIONS, REFRESHES):
+    for kind in (EVALUATIONS, REFRESHES, LOGGED):
         with noting(findings, "record", f"{keys.RECORDS}{kind}/"):
             yield from [(kind, record["version"]) for record in read_records(chain, kind)]
 
