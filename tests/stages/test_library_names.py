@@ -15,7 +15,9 @@ from weightline.stages.trainer_args import trainer_field_names
 _PRIVATE = [
     ("deepspeed.ops", "__compatible_ops__", "weightline.stages.cpu"),
     ("torch.distributed.tensor._utils", "compute_local_shape_and_global_offset", "weightline.trainer.partition"),
-    ("transformers.trainer", "Trainer._inner_training_loop", "weightline.trainer.callback"),
+    ("torch.distributed.fsdp._common_utils", "_is_fsdp_flattened", "weightline.trainer.partition"),
+    ("transformers.trainer", "Trainer._inner_training_loop", "weightline.trainer.seat"),
+    ("transformers.trainer_callback", "CallbackHandler.call_event", "weightline.trainer.seat"),
     ("transformers.integrations.integration_utils", "INTEGRATION_TO_CALLBACK", "weightline.stages.trainer_args"),
 ]
 _KINDS: list[StageKind] = ["sft", "dpo", "grpo"]

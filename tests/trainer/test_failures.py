@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from transformers import Qwen3Config, Qwen3ForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from transformers import TrainerCallback
 
 from tests.ranks import run_ranks_to_end
 from tests.trainer.failure_ranks import BROKEN, main
+from tests.trainer.small import small_trainer
 from tests.trainer.test_session import Model
 from tests.waiting import wait_until
 from weightline.chain.files.checkpoint import VersionMark
@@ -68,31 +68,14 @@ def test_a_rank_that_ends_ends_the_others(seen: list[dict[str, str]]) -> None:
 
 
 class _Breaking(TrainerCallback):
-    """A user's callback that raises after a step."""
+    """A user's callback that raises before the third step."""
 
     def __init__(self, error: BaseException) -> None:
         self._error = error
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.global_step == 2:
             raise self._error
-
-
-def _trainer(folder: Path, *callbacks: TrainerCallback, **options: Any) -> Trainer:
-    config = Qwen3Config(
-        vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=2, head_dim=8, dtype="bfloat16",
-    )  # fmt: skip
-    arguments = TrainingArguments(
-        output_dir=str(folder / "out"), max_steps=4, per_device_train_batch_size=2, learning_rate=1e-2, report_to=[],
-        disable_tqdm=True, use_cpu=True, dataloader_pin_memory=False, **{"save_strategy": "no", **options},
-    )  # fmt: skip
-    torch.manual_seed(0)
-    rows = [{"input_ids": [row + token for token in range(8)]} for row in range(16)]
-    return Trainer(
-        Qwen3ForCausalLM(config).to(torch.bfloat16), arguments,
-        train_dataset=[row | {"labels": row["input_ids"]} for row in rows], callbacks=list(callbacks),
-    )  # fmt: skip
 
 
 @pytest.mark.parametrize("error", [ValueError("broke"), MemoryError("no room"), KeyboardInterrupt()], ids=repr)
@@ -101,7 +84,7 @@ def test_an_error_in_the_training_loop_ends_publishing(error: BaseException, tmp
     url = f"file://{tmp_path}/bucket/chain"
     callback = WeightlineCallback(url)
     with pytest.raises(type(error)):
-        _trainer(tmp_path, callback, _Breaking(error)).train()
+        small_trainer(tmp_path, callback, _Breaking(error)).train()
     wait_until(lambda: len(_publishers()) == before)
     assert callback.session is not None
     with pytest.raises(PublishError, match="closed"):
@@ -110,7 +93,7 @@ def test_an_error_in_the_training_loop_ends_publishing(error: BaseException, tmp
     assert [manifest.global_step for manifest in chain.manifests()] == [0, 1, 2]
     assert verify_chain(chain).holds
     # The same process may train again.
-    _trainer(tmp_path, WeightlineCallback(f"{url}-2")).train()
+    small_trainer(tmp_path, WeightlineCallback(f"{url}-2")).train()
     assert open_chain(f"{url}-2").tip().global_step == 4
 
 
@@ -119,7 +102,7 @@ def test_the_callback_says_where_it_commits_and_what_it_committed(
 ) -> None:
     url = f"file://{tmp_path}/bucket/chain"
     with caplog.at_level("INFO", logger="weightline.trainer.callback"):
-        _trainer(tmp_path, WeightlineCallback(url, run_id="mine", sync_steps=2)).train()
+        small_trainer(tmp_path, WeightlineCallback(url, run_id="mine", sync_steps=2)).train()
     chain = open_chain(url)
     nbytes = sum(manifest.payload_nbytes for manifest in chain.manifests())
     assert [record.message for record in caplog.records if record.name == "weightline.trainer.callback"] == [
@@ -130,7 +113,7 @@ def test_the_callback_says_where_it_commits_and_what_it_committed(
 
 def test_a_checkpoint_names_its_version_and_training_resumes_from_it(tmp_path: Path) -> None:
     url = f"file://{tmp_path}/bucket/chain"
-    trainer = _trainer(tmp_path, WeightlineCallback(url, run_id="mine"), save_strategy="steps", save_steps=2)
+    trainer = small_trainer(tmp_path, WeightlineCallback(url, run_id="mine"), save_strategy="steps", save_steps=2)
     trainer.train()
     chain = open_chain(url)
     folder = tmp_path / "out" / "checkpoint-2"
@@ -139,7 +122,7 @@ def test_a_checkpoint_names_its_version_and_training_resumes_from_it(tmp_path: P
         "chain": chain.url, "version": 2, "commit_id": chain.manifest(2).commit_id, "run_id": "mine",
         "stage": "train", "global_step": 2,
     }  # fmt: skip
-    again = _trainer(tmp_path, WeightlineCallback(url, run_id="mine"))
+    again = small_trainer(tmp_path, WeightlineCallback(url, run_id="mine"))
     again.train(resume_from_checkpoint=str(folder))
     kinds = [(manifest.kind, manifest.reverts_to, manifest.global_step) for manifest in open_chain(url).manifests(5)]
     assert kinds == [("revert", 2, 2), ("delta", None, 3), ("delta", None, 4)]

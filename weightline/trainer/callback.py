@@ -9,11 +9,8 @@ from __future__ import annotations
 
 import logging
 import secrets
-import sys
-import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from weightline.chain.files.checkpoint import VersionMark
@@ -28,12 +25,11 @@ with requires("train"):
 
     from weightline.trainer.group import best_effort
     from weightline.trainer.model_files import processing_class_of
+    from weightline.trainer.seat import Seat, still_training
     from weightline.trainer.session import PublishSession
     from weightline.trainer.steps import load_observer
 
 _logger = logging.getLogger(__name__)
-#: The module of transformers' training loop.
-_TRAINER_MODULE = "transformers.trainer"
 
 
 class WeightlineCallback(TrainerCallback):
@@ -99,17 +95,24 @@ class WeightlineCallback(TrainerCallback):
             close_seconds=close_seconds, provenance=dict(provenance or {}), step_observer=step_observer,
         )  # fmt: skip
         self.session: PublishSession | None = None
-        self._metrics: dict[str, float] = {}
+        self._seat: Seat | None = None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
-        """Compares the loaded weights with the chain and commits a version if they differ. Collective."""
-        self.close()
+        """Compares the loaded weights with the chain and commits a version if they differ. Collective.
+
+        An earlier training of this process that did not reach its end is finished first.
+        """
+        seat = Seat(self, WeightlineCallback, self._publish_checkpoint)
+        if self.session is not None:
+            self.session.finish()
         observer = load_observer(self.settings.step_observer)
-        self.session = PublishSession(self.chain, self.settings, observer, _still_training())
+        self.session = PublishSession(self.chain, self.settings, observer, still_training())
         mark = _resumed_mark(args, state) if state.is_world_process_zero else None
         plan = self.session.start(model, processing_class_of(kwargs), state.global_step, mark)
+        seat.take()
+        self._seat = seat
         if state.is_world_process_zero:
             found = "which is empty" if plan.tip is None else f"from version {plan.tip}"
             _say(
@@ -119,84 +122,94 @@ class WeightlineCallback(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Publishes after an optimizer step when one is due. Runs before any checkpoint is saved. Collective."""
+        session = self._session_after_others()
+        if session is None or session.last_step == state.global_step:
+            return
         is_last = control.should_training_stop or state.global_step >= state.max_steps
         if is_last or control.should_save or state.global_step % self.settings.sync_steps == 0:
-            self._sync(state, is_milestone=is_last, must_settle=control.should_save)
+            session.sync(
+                state.global_step,
+                # The best checkpoint's weights are loaded after the last step, and are the milestone then.
+                is_milestone=is_last and not args.load_best_model_at_end,
+                must_capture=control.should_save or is_last,
+                awaits_log=control.should_log,
+            )
+        if control.should_save and not control.should_log:
+            session.flush()
+
+    def on_log(
+        self, args: Any, state: TrainerState, control: TrainerControl, logs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        """Gives the metrics to the version of their step. Before a checkpoint, waits until that version is committed.
+
+        Not collective, since some trainers log on one rank only.
+        """
+        if self.session is None or not self._is_last_turn():
+            return
+        self.session.log(state.global_step, logs or {})
+        if control.should_save and not self.session.is_closed:
+            self.session.wait()
+
+    def on_evaluate(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Publishes before a checkpoint that a callback asked for after the step's end. Collective."""
+        if self.session is None or self.session.is_closed or not self._is_last_turn():
+            return
+        if control.should_save and self.session.last_step != state.global_step:
+            self.session.settle(state.global_step)
 
     def on_epoch_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Publishes before a checkpoint of save strategy `epoch`, which is decided here. Collective."""
-        if control.should_save:
-            self._sync(state, is_milestone=False, must_settle=True)
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        """Keeps the newest metrics for the next manifest."""
-        self._metrics = {k: float(v) for k, v in (logs or {}).items() if isinstance(v, int | float)}
+        session = self._session_after_others()
+        if session is not None and control.should_save:
+            session.settle(state.global_step)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        """Marks the checkpoint with the version that it holds. Best effort."""
-        session = self._session()
-        folder = _checkpoint_folder(args, state)
-        if state.is_world_process_zero and folder.is_dir() and session.last_step == state.global_step:
-            best_effort(f"marking {folder}", lambda: VersionMark.of(self.chain, self.chain.tip()).write(folder))
+        """Publishes and marks a checkpoint, unless the herald of the seat called before. Collective."""
+        if self._seat is None or not self._seat.has_herald:
+            self._publish_checkpoint(args, state, control)
 
-    def on_train_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Commits the last state as a milestone, waits for all versions, and ends publishing. Collective."""
-        session = self._session()
-        if session.last_step != state.global_step:
-            session.sync(state.global_step, metrics=self._metrics, is_milestone=True)
-        session.flush()
+        session = self._session_after_others()
+        if session is None:
+            return
+        is_restored = args.load_best_model_at_end and state.best_model_checkpoint is not None
+        session.settle(state.global_step, is_milestone=True, carries_log=not is_restored)
         session.close()
+        if self._seat is not None:
+            self._seat.leave()
+            self._seat = None
         if state.is_world_process_zero:
             _say(_summary(session))
 
     def close(self) -> None:
         """Ends publishing. Safe to repeat. After an error in training this happens by itself, a second or two later."""
         if self.session is not None:
-            self.session.close()
+            self.session.close(is_complete=False)
 
-    def _sync(self, state: TrainerState, *, is_milestone: bool, must_settle: bool) -> None:
+    def _publish_checkpoint(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        """Commits the weights of a saved checkpoint, unless a version holds them, and writes its mark. Collective."""
+        mark = self._session().settle(state.global_step)
+        folder = _checkpoint_folder(args, state)
+        if not state.is_world_process_zero or not folder.is_dir():
+            return
+        if mark is None:
+            _logger.warning("%s holds weights that could not be committed: it gets no mark", folder)
+        else:
+            best_effort(f"marking {folder}", lambda: mark.write(folder))
+
+    def _session_after_others(self) -> PublishSession | None:
+        """Returns the session; None when other callbacks follow at this event, and this one is called again after."""
         session = self._session()
-        if session.last_step != state.global_step:
-            session.sync(state.global_step, metrics=self._metrics, is_milestone=is_milestone, must_capture=must_settle)
-        if must_settle:
-            session.flush()
+        return session if self._is_last_turn() else None
+
+    def _is_last_turn(self) -> bool:
+        return self._seat is None or self._seat.is_last_turn()
 
     def _session(self) -> PublishSession:
         if self.session is None:
             raise InputError("the trainer did not call on_train_begin: add the callback before trainer.train()")
         return self.session
-
-
-class _CallWatch:
-    """Detects that a call under way on this thread has ended, with a result or with an error.
-
-    transformers does not notify callbacks of errors. The callback cannot wrap `train`, since it never gets the trainer,
-    and a finalizer would run late, since an exception keeps the frames that it passed. So this inspects the stack of
-    the training thread.
-    """
-
-    def __init__(self, frame: FrameType) -> None:
-        self._frame: FrameType | None = frame
-        self._thread_id = threading.get_ident()
-
-    def __call__(self) -> bool:
-        """Returns whether the call is still under way. May be called from any thread."""
-        frame = sys._current_frames().get(self._thread_id)
-        while frame is not None and frame is not self._frame:
-            frame = frame.f_back
-        return frame is not None
-
-
-def _always() -> bool:
-    return True
-
-
-def _still_training() -> Callable[[], bool]:
-    """Returns a function that says whether the training loop still runs; for other trainers it always returns True."""
-    frame = sys._getframe()
-    while frame is not None and frame.f_globals.get("__name__") != _TRAINER_MODULE:
-        frame = frame.f_back  # type: ignore[assignment]
-    return _always if frame is None else _CallWatch(frame)
 
 
 def _checkpoint_folder(args: TrainingArguments, state: TrainerState) -> Path:

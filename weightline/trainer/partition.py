@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.fsdp._common_utils import _is_fsdp_flattened
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor import Shard as ShardPlacement
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
@@ -113,3 +115,14 @@ def even_slice(num_elements: int, rank: int, world_size: int) -> tuple[int, int]
     size = -(-num_elements // world_size)
     start = min(size * rank, num_elements)
     return start, min(size, num_elements - start)
+
+
+def refuse_fsdp1(model: torch.nn.Module) -> None:
+    """InputError for a model that FSDP 1 holds: its parameters are flat pieces that name neither shape nor place."""
+    wrapped = any(isinstance(module, FullyShardedDataParallel) for module in model.modules())
+    if wrapped or any(_is_fsdp_flattened(parameter) for parameter in model.parameters()):
+        raise InputError(
+            "FSDP 1 (FullyShardedDataParallel) is not supported: weightline reads the shards of FSDP 2. Set "
+            'fsdp_version: 2 in accelerate\'s configuration, or fsdp_config={"version": 2} in the TrainingArguments',
+            field="fsdp_version",
+        )

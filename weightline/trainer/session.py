@@ -11,25 +11,36 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Literal, Self
 
 from weightline.chain.files.checkpoint import VersionMark
 from weightline.chain.read.history import Chain
-from weightline.chain.read.records import GAPS, write_record
+from weightline.chain.read.records import GAPS, LOGGED, write_record
 from weightline.codec.coding import coding_named
 from weightline.codec.digest import parse_digest
 from weightline.errors import CommitConflictError, PublishError
 from weightline.format.manifest import AssetRef
 from weightline.trainer.anchoring import LateJoiner
 from weightline.trainer.baseline import Baseline
+from weightline.trainer.earlier import Trail, finish_left_sessions, forget, leave_trail, register, unfinished_trail
 from weightline.trainer.group import Failure, RankGroup, attempt, best_effort
+from weightline.trainer.located import LocatedTensors
+from weightline.trainer.metrics import MetricsLog, numbers_in
 from weightline.trainer.model_files import ModelFiles
 from weightline.trainer.partition import shards_of
 from weightline.trainer.settings import PublishSettings
-from weightline.trainer.start import Start, StartPlan, changes_from_tip, decide_start, summed_digests, tensors_and_base
+from weightline.trainer.start import (
+    Start,
+    StartPlan,
+    changes_from_tip,
+    decide_start,
+    specs_of,
+    summed_digests,
+    tensors_and_base,
+)
 from weightline.trainer.steps import NoObserver, StepObserver
 from weightline.trainer.sync import Sync, SyncOutcome, SyncPublisher
 from weightline.trainer.writer import VersionWriter
@@ -52,11 +63,16 @@ class PublishSession:
         observer: StepObserver | None = None,
         is_training: Callable[[], bool] = lambda: True,
     ) -> None:
-        """Creates the process groups. Collective. The session closes itself once `is_training` returns False."""
+        """Creates the process groups. Collective. The session closes itself once `is_training` returns False.
+
+        Finishes the sessions of this process whose training has ended first.
+        """
+        finish_left_sessions()
         self.chain, self.settings, self.observer = chain, settings, observer or NoObserver()
         self.group = RankGroup(settings.timeout_seconds)
         self._publisher_group = RankGroup(settings.timeout_seconds)
         self._is_training: Callable[[], bool] | None = is_training
+        self._located: LocatedTensors
         self._baseline: Baseline
         self._publisher: SyncPublisher
         self._is_started = False
@@ -68,12 +84,19 @@ class PublishSession:
         self._num_settled = 0
         self._epoch = 0
         self._wants_anchor = False
+        self._metrics = MetricsLog()
+        self._num_records = 0
+        self._trail = Trail(chain.url, "", None)
         self.last_step = -1
         """Training step of the newest capture."""
+        self.settled: VersionMark | None = None
+        """The newest version that every rank knows to be committed by this session, or the one that it started from."""
+        self._is_milestone = False
         self.committed: list[int] = []
         """Versions that this session committed, in order."""
         self.payload_nbytes = 0
         """Bytes of the payloads of these versions, of all ranks."""
+        register(self)
 
     def start(
         self, model: Any, processing_class: Any = None, global_step: int = 0, mark: VersionMark | None = None
@@ -85,18 +108,25 @@ class PublishSession:
         """
         with self._closing_on_error():
             group, ranked = self.group, coding_named(self.settings.coding).ranked
-            tensors, base_model = tensors_and_base(model, group)
-            specs = {tensor.spec.name: tensor.spec for tensor in tensors}
+            self._located, base_model = tensors_and_base(model, group)
+            tensors = self._located.tensors
+            specs = group.on_all(lambda: specs_of(tensors))
             shards = group.on_all(lambda: shards_of(tensors, group.rank, group.world_size))
             self._baseline = group.on_all(lambda: Baseline(shards, ranked=ranked))
             loaded = summed_digests(group.on_all(self._baseline.digests), specs, group)
             start: Start = group.on_first(
                 lambda: decide_start(
-                    self.chain, self.settings, model, processing_class, specs, loaded, base_model, global_step, mark
+                    self.chain, self.settings, model, processing_class, specs, loaded, base_model, global_step, mark,
+                    unfinished_trail(model),
                 )
-            )
+            )  # fmt: skip
+            self.settled, self._is_milestone = start.tip, start.is_milestone
+            self._trail = Trail(self.chain.url, start.session_id, start.tip.commit_id if start.tip else None)
+            leave_trail(model, self._trail)
             writer = group.on_all(lambda: self._writer(start, specs))
-            self._publisher = SyncPublisher(writer.write, self._is_training or _ended, self._end_of_thread)
+            self._publisher = SyncPublisher(
+                writer.write, self._is_training or _ended, self._end_of_thread, awaits_metrics=group.rank == 0
+            )
             self._is_training = None
             self._is_started = True
             self._assets = start.assets
@@ -105,6 +135,7 @@ class PublishSession:
             if start.plan.action != "continue":
                 self._commit_start(start.plan, global_step)
             self.last_step = global_step
+            self._metrics.stand_at(global_step)
             return start.plan
 
     def _writer(self, start: Start, specs: dict[str, TensorSpec]) -> VersionWriter:
@@ -131,49 +162,153 @@ class PublishSession:
         self,
         global_step: int,
         *,
-        metrics: dict[str, float] | None = None,
+        metrics: Mapping[str, float] | None = None,
         is_milestone: bool = False,
         must_capture: bool = False,
+        awaits_log: bool = False,
     ) -> bool:
         """Captures the changes of this rank's partition and hands them to the publisher.
+
+        The commit waits for the numbers of the step (`log`) when `awaits_log` is set, at the latest until the next call
+        of any method.
 
         Returns False when the sync was folded into the next one. A milestone or `must_capture` prevents folding.
         PublishError when an earlier version could not be committed and the policy is `stop`; CommitConflictError when
         another writer committed it.
         """
         with self._closing_on_error():
+            self._metrics.finish()
             self._settle(self.group.minimum(self._publisher.num_outcomes))
             if not self._make_room(must_capture=is_milestone or must_capture):
                 return False
-            # A rank whose capture fails continues to the next sync, as the others do. The outcome reports the failure
-            # to all ranks there.
-            captured = attempt(self._baseline.capture)
-            failure = captured.reason if isinstance(captured, Failure) else None
-            changes = () if isinstance(captured, Failure) else captured
+            changes, failure = self._capture()
             self._submit(
-                "delta", changes, global_step, is_milestone=is_milestone, metrics=metrics or {}, failure=failure
-            )
+                "delta", changes, global_step, is_milestone=is_milestone, metrics=metrics, failure=failure,
+                awaits_log=awaits_log,
+            )  # fmt: skip
             return True
+
+    def settle(self, global_step: int, *, is_milestone: bool = False, carries_log: bool = True) -> VersionMark | None:
+        """Commits the present weights, unless the newest version holds them, and waits until the commit is done.
+
+        `is_milestone` asks for a newest version that is a milestone: an empty one is committed if it is none.
+        `carries_log` says that what was logged for this step is of these weights.
+
+        Returns the version that holds the weights, or None when it could not be committed and the policy is
+        `skip_and_record`. Raises the errors of `sync`.
+        """
+        with self._closing_on_error():
+            self.flush()
+            if not carries_log:
+                self._metrics.drop()
+            changes, failure = self._capture()
+            self._look_at_files()
+            has_changed = self.group.minimum(0 if changes or failure or self._assets else 1) == 0
+            if not has_changed and (self._is_milestone or not is_milestone):
+                return self.settled
+            self._submit("delta", changes, global_step, is_milestone=is_milestone, failure=failure)
+            self.flush()
+            is_committed = self._publisher.outcome(self._num_captured - 1).status == "committed"
+            return self.settled if is_committed else None
 
     def flush(self) -> None:
         """Waits until all captured syncs are settled on every rank. Raises the errors of `sync`."""
         with self._closing_on_error():
+            self._metrics.finish()
             self._publisher.wait_for(self._num_captured)
             self._settle(self.group.minimum(self._publisher.num_outcomes))
 
-    def close(self) -> None:
+    def log(self, global_step: int, logs: Mapping[str, Any]) -> None:
+        """Takes numbers that training logged for a step. Not collective.
+
+        The version of that step carries them. Where it is committed already, they become a record beside it. That also
+        holds after the end of training, as for an evaluation of the last step; the record is then written at once.
+        """
+        numbers = numbers_in(logs)
+        if self._metrics.add(global_step, numbers) or self.group.rank != 0 or not numbers:
+            return
+        sequence = self._num_captured - 1
+        self._num_records += 1
+        name = f"step-{global_step}-{self._trail.session_id[:8]}-{self._num_records}"
+        record = {
+            "status": "done", "global_step": global_step, "metrics": numbers,
+            "run_id": self.settings.run_id, "stage": self.settings.stage,
+        }  # fmt: skip
+
+        def write() -> None:
+            version = self._version_of(sequence)
+            if version is not None:
+                write_record(self.chain, LOGGED, version, name, record)
+
+        def record_them() -> None:
+            best_effort(f"recording the numbers of step {global_step}", write)
+
+        if self._is_closed:
+            record_them()
+        else:
+            self._publisher.call(record_them)
+
+    def wait(self) -> None:
+        """Waits until everything captured is committed, as far as this rank sees. Not collective. Errors as in `sync`.
+
+        All ranks see the same outcomes, but not at the same time.
+        """
+        with self._closing_on_error():
+            self._metrics.finish()
+            self._publisher.wait_for(self._num_captured)
+            for sync in self._in_flight:
+                self._raise_if_fatal(self._publisher.outcome(sync.sequence), sync)
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether nothing can be published any more."""
+        return self._is_closed
+
+    @property
+    def is_left(self) -> bool:
+        """Whether training has ended without closing the session, as an error does."""
+        is_training = self._publisher.is_training if self._is_started else (self._is_training or _ended)()
+        return not self._is_closed and not is_training
+
+    def finish(self) -> None:
+        """Closes a session whose training has ended without its end, when what was captured is committed.
+
+        Not collective. PublishError when that takes longer than `timeout_seconds`.
+        """
+        limit = self.settings.timeout_seconds
+        if not self._close(limit):
+            raise PublishError(
+                f"the training before this one still writes a version of {self.chain.url} after {limit:g} s: look "
+                "after the bucket and train again",
+                reason="timeout",
+            )
+
+    def close(self, *, is_complete: bool = True) -> None:
         """Ends the background thread and the connections to other ranks within `close_seconds`. Safe to repeat.
 
         Waits up to `close_seconds` for the version that is being written. Ranks that still wait for this one get an
-        error.
+        error. `is_complete` says that training came to its end: a later one of this process does not go on from it.
         """
+        self._trail.is_complete |= is_complete and not self._is_closed
+        self._close_in_time()
+
+    def _close_in_time(self) -> None:
+        if not self._close(self.settings.close_seconds):
+            _logger.warning("the version being written was not finished within %g s", self.settings.close_seconds)
+
+    def _close(self, limit_seconds: float) -> bool:
+        """Returns whether all that was captured is settled."""
         self._is_closed = True
+        forget(self)
+        self._metrics.finish()
         self.group.close()
+        is_finished = True
         if not self._is_started:
             self._publisher_group.close()
-        elif not self._publisher.close(self.settings.close_seconds):
-            _logger.warning("the version being written was not finished within %g s", self.settings.close_seconds)
+        else:
+            is_finished = self._publisher.close(limit_seconds)
         self.observer.close()
+        return is_finished
 
     def __enter__(self) -> Self:
         return self
@@ -181,7 +316,10 @@ class PublishSession:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self.close()
+        if error is None:
+            self.close()
+        else:
+            self._close_in_time()
 
     @contextmanager
     def _closing_on_error(self) -> Iterator[None]:
@@ -190,7 +328,7 @@ class PublishSession:
         try:
             yield
         except BaseException:
-            self.close()
+            self._close_in_time()
             raise
 
     def _end_of_thread(self, is_abandoned: bool) -> None:
@@ -198,8 +336,35 @@ class PublishSession:
         self._publisher_group.close()
         if is_abandoned:
             self._is_closed = True
+            forget(self)
             self.group.close()
             self.observer.close()
+
+    def _capture(self) -> tuple[tuple[Changes, ...], str | None]:
+        """Returns what changed on this rank, or why it could not be captured.
+
+        A rank that fails goes on to the next collective, as the others do: there all of them hear of it.
+        """
+        captured = attempt(self._capture_located)
+        return ((), captured.reason) if isinstance(captured, Failure) else (captured, None)
+
+    def _capture_located(self) -> tuple[Changes, ...]:
+        tensors = self._located.relocate()
+        if tensors is not None:
+            self._baseline.shards = shards_of(tensors, self.group.rank, self.group.world_size)
+        return self._baseline.capture()
+
+    def _look_at_files(self) -> None:
+        """Takes note of small files that have changed since the last version. Only rank 0 has any."""
+        if self._model_files is not None:
+            self._assets = self._model_files.changed() or self._assets
+
+    def _version_of(self, sequence: int) -> int | None:
+        """Returns the version that a settled sync became, -1 being the start; None when it became none."""
+        if sequence < 0:
+            return self.settled.version if self.settled else None
+        outcome = self._publisher.outcome(sequence)
+        return outcome.version if outcome.status == "committed" else None
 
     def _submit(
         self,
@@ -209,18 +374,21 @@ class PublishSession:
         *,
         is_milestone: bool,
         reverts_to: int | None = None,
-        metrics: dict[str, float] | None = None,
+        metrics: Mapping[str, float] | None = None,
         failure: str | None = None,
+        awaits_log: bool = False,
     ) -> None:
-        if kind == "delta" and self._model_files is not None:
-            self._assets = self._model_files.changed() or self._assets
+        if kind == "delta":
+            self._look_at_files()
+        own_metrics = self._metrics.take(global_step, metrics or {}, awaits_more=awaits_log)
         sync = Sync(
-            self._num_captured, self._epoch, global_step, kind, changes, reverts_to, is_milestone, metrics or {},
+            self._num_captured, self._epoch, global_step, kind, changes, reverts_to, is_milestone, own_metrics,
             self._assets, with_anchor=self._wants_anchor and kind == "delta", failure=failure,
         )  # fmt: skip
         self._assets = ()
         self._wants_anchor = False
         self._num_captured += 1
+        self._trail.num_captured = self._num_captured
         self._in_flight.append(sync)
         self._publisher.submit(sync)
         self.last_step = global_step
@@ -242,16 +410,22 @@ class PublishSession:
             outcome = self._publisher.outcome(sequence)
             self._num_settled = sequence + 1
             if outcome.status == "committed":
-                self._in_flight.popleft()
+                sync = self._in_flight.popleft()
                 is_under_way = any(sync.with_anchor for sync in self._in_flight)
                 self._wants_anchor = outcome.wants_anchor and not is_under_way
                 self.committed.append(outcome.version)
+                self.settled = VersionMark(
+                    self.chain.url, outcome.version, outcome.commit_id, self.settings.run_id, self.settings.stage,
+                    sync.global_step,
+                )  # fmt: skip
+                self._is_milestone = sync.is_milestone
                 self.payload_nbytes += outcome.payload_nbytes
             elif outcome.status == "failed":
                 self._handle_failure(outcome)
 
-    def _handle_failure(self, outcome: SyncOutcome) -> None:
-        failed = self._in_flight[0]
+    def _raise_if_fatal(self, outcome: SyncOutcome, failed: Sync) -> None:
+        if outcome.status != "failed":
+            return
         if outcome.is_conflict:
             raise CommitConflictError(outcome.reason, version=outcome.version)
         if self.settings.on_publish_error == "stop":
@@ -261,6 +435,10 @@ class PublishSession:
                 version=outcome.version,
                 reason=outcome.reason,
             )
+
+    def _handle_failure(self, outcome: SyncOutcome) -> None:
+        failed = self._in_flight[0]
+        self._raise_if_fatal(outcome, failed)
         for sync in reversed(self._in_flight):
             self._baseline.rewind(sync.changes)
         self._assets = next((s.assets for s in self._in_flight if s.assets), ())

@@ -8,7 +8,7 @@ BaseMismatchError.
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -21,6 +21,7 @@ from weightline.chain.replay.diff import tensor_groups
 from weightline.chain.replay.fetch import fetching
 from weightline.chain.replay.state import read_state
 from weightline.chain.write.commit import check_signing_key
+from weightline.chain.write.draft import require_elements
 from weightline.codec.capture import capture_all
 from weightline.codec.digest import digest_to_limbs, format_digest, limbs_to_digest, tensor_digest
 from weightline.codec.torch_ops import bits_of
@@ -30,9 +31,11 @@ from weightline.naming import CheckpointTensor, checkpoint_tensors
 from weightline.store.open import check_writable
 from weightline.trainer.adapter import adapter_names, adapter_parts, base_model_of, is_peft_model
 from weightline.trainer.baseline import Baseline
+from weightline.trainer.earlier import Trail
 from weightline.trainer.group import RankGroup
+from weightline.trainer.located import LocatedTensors
 from weightline.trainer.model_files import upload_assets
-from weightline.trainer.partition import Shard, shards_of
+from weightline.trainer.partition import Shard, refuse_fsdp1, shards_of
 from weightline.trainer.settings import PublishSettings
 from weightline.types import Changes, TensorSpec
 
@@ -55,20 +58,36 @@ class Start:
     assets: tuple[AssetRef, ...]
     """The model's small files; empty when the chain names the same ones already."""
     session_id: str
+    tip: VersionMark | None
+    is_milestone: bool
+    """Whether the tip is one."""
 
 
-def tensors_and_base(model: Any, group: RankGroup) -> tuple[tuple[CheckpointTensor, ...], AdapterBase | None]:
+def tensors_and_base(model: Any, group: RankGroup) -> tuple[LocatedTensors, AdapterBase | None]:
     """Returns the tensors that the chain holds, and the base model of an adapter. Collective.
 
     The tensors are those of the whole model, or of the adapter of a PeftModel. The base model is valid on rank 0 only.
     """
+    group.on_all(lambda: refuse_fsdp1(model))
     if not is_peft_model(model):
-        return group.on_all(lambda: checkpoint_tensors(model)), None
+        return _located(model, lambda: checkpoint_tensors(model), group), None
     names = group.on_first(lambda: adapter_names(model))
     parts = group.on_all(lambda: adapter_parts(model, names))
     own = group.on_all(lambda: _digests(shards_of(parts.base, group.rank, group.world_size)))
     digests = summed_digests(own, (tensor.spec.name for tensor in parts.base), group)
-    return parts.adapter, base_model_of(model, parts, digests)
+    located = _located(model, lambda: adapter_parts(model, names).adapter, group)
+    return located, base_model_of(model, parts, digests)
+
+
+def _located(model: Any, locate: Callable[[], tuple[CheckpointTensor, ...]], group: RankGroup) -> LocatedTensors:
+    return group.on_all(lambda: LocatedTensors(model, locate))
+
+
+def specs_of(tensors: Iterable[CheckpointTensor]) -> dict[str, TensorSpec]:
+    """Returns what is to be published, by name. InputError for a state without a single element."""
+    specs = {tensor.spec.name: tensor.spec for tensor in tensors}
+    require_elements(specs.values(), "the model")
+    return specs
 
 
 def _digests(shards: Iterable[Shard]) -> dict[str, int]:
@@ -85,23 +104,32 @@ def decide_start(
     base_model: AdapterBase | None,
     global_step: int,
     mark: VersionMark | None,
+    trail: Trail | None = None,
 ) -> Start:
     """Checks the bucket and the base model, plans the first commit and uploads the model's small files. For rank 0.
+
+    `trail` is what an unfinished training of this process has written of this model. When it leads to the tip, the
+    weights are the tip with further training, and the plan is that of a resume.
 
     Safe to repeat. BaseMismatchError as in `plan_start`; StorageError for a bucket that cannot be written; InputError
     for a signing key that cannot be used.
     """
     check_signing_key()
     check_writable(chain.store)
-    tip = chain.tip_version()
-    recorded = None if tip is None else chain.manifest(tip).base_model
-    base_model = require_base(recorded, base_model, chain_url=chain.url)
+    tip_version = chain.tip_version()
+    tip = None if tip_version is None else chain.manifest(tip_version)
+    base_model = require_base(None if tip is None else tip.base_model, base_model, chain_url=chain.url)
+    goes_on = tip is not None and trail is not None and trail.leads_to(chain.url, tip.commit_id)
     plan = plan_start(
-        chain, loaded, specs, is_resumed=global_step > 0, run_id=settings.run_id, stage=settings.stage, mark=mark
-    )
+        chain, loaded, specs, is_resumed=global_step > 0 or goes_on, run_id=settings.run_id, stage=settings.stage,
+        mark=mark,
+    )  # fmt: skip
     held = () if plan.tip is None else assets_of(chain, plan.tip)
     assets = upload_assets(chain.store, model, processing_class, held)
-    return Start(plan, base_model, () if assets == held else assets, secrets.token_hex(16))
+    return Start(
+        plan, base_model, () if assets == held else assets, secrets.token_hex(16),
+        tip=None if tip is None else VersionMark.of(chain, tip), is_milestone=tip is not None and tip.is_milestone,
+    )  # fmt: skip
 
 
 def summed_digests(own: dict[str, int], names: Iterable[str], group: RankGroup) -> dict[str, int]:

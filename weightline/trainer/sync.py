@@ -16,6 +16,7 @@ from typing import Literal
 from weightline.chain.write.draft import Draft
 from weightline.errors import PublishError
 from weightline.format.manifest import AssetRef
+from weightline.trainer.metrics import StepMetrics
 from weightline.types import Changes
 
 _logger = logging.getLogger(__name__)
@@ -35,7 +36,8 @@ class Sync:
     """Changes of this rank's shards since the sync before. Empty for an anchor, which reads the baseline."""
     reverts_to: int | None = None
     is_milestone: bool = False
-    metrics: dict[str, float] = field(default_factory=dict)
+    metrics: StepMetrics = field(default_factory=lambda: StepMetrics({}, is_final=True))
+    """Rank 0's count, and rank 0 begins to write when they are final."""
     assets: tuple[AssetRef, ...] = ()
     with_anchor: bool = False
     """True to write an anchor of this state as well. No later sync is captured until it is written."""
@@ -75,6 +77,7 @@ class SyncOutcome:
     """True when the next sync should write an anchor, since deltas cost new readers more time by now."""
     payload_nbytes: int = 0
     """Bytes of the version's payloads, of all ranks."""
+    commit_id: str = ""
 
 
 class SyncPublisher:
@@ -86,6 +89,8 @@ class SyncPublisher:
         is_training: Callable[[], bool] = lambda: True,
         on_end: Callable[[bool], object] = lambda is_abandoned: None,
         look_seconds: float = 1.0,
+        *,
+        awaits_metrics: bool = True,
     ) -> None:
         """Starts the thread.
 
@@ -95,10 +100,11 @@ class SyncPublisher:
                 returns False twice.
             on_end: Called last on the thread, however it ends, with True when it ended because of `is_training`.
             look_seconds: Time between two calls of `is_training`.
+            awaits_metrics: Whether a sync is held back until its metrics are final.
         """
         self._write, self._is_training, self._on_end = write, is_training, on_end
-        self._look_seconds = look_seconds
-        self._queue: queue.SimpleQueue[Sync | None] = queue.SimpleQueue()
+        self._look_seconds, self._awaits_metrics = look_seconds, awaits_metrics
+        self._queue: queue.SimpleQueue[Sync | Callable[[], object] | None] = queue.SimpleQueue()
         self._outcomes: list[SyncOutcome] = []
         self._arrived = threading.Condition()
         self._crash: BaseException | None = None
@@ -110,6 +116,15 @@ class SyncPublisher:
     def submit(self, sync: Sync) -> None:
         """Queues a sync. Returns at once; the caller bounds the number of queued syncs."""
         self._queue.put(sync)
+
+    def call(self, work: Callable[[], object]) -> None:
+        """Does `work` on the thread, after all that was submitted before. It must raise nothing."""
+        self._queue.put(work)
+
+    @property
+    def is_training(self) -> bool:
+        """Whether training still goes on, as far as this process can see."""
+        return self._is_training()
 
     @property
     def num_outcomes(self) -> int:
@@ -144,8 +159,11 @@ class SyncPublisher:
 
     def _run(self) -> None:
         try:
-            while (sync := self._next()) is not None:
-                outcome = self._settle(sync)
+            while (task := self._next()) is not None:
+                if not isinstance(task, Sync):
+                    task()
+                    continue
+                outcome = self._settle(task)
                 with self._arrived:
                     self._outcomes.append(outcome)
                     self._arrived.notify_all()
@@ -159,21 +177,37 @@ class SyncPublisher:
             self._is_training = lambda: False
             self._on_end(self._is_abandoned)
 
-    def _next(self) -> Sync | None:
-        """Returns the next sync; None when the session is closed, or training has ended without closing it."""
-        num_misses = 0
-        while num_misses < 2:
+    def _next(self) -> Sync | Callable[[], object] | None:
+        """Returns what comes next; None when the session is closed, or training has left it without closing it."""
+        found: list[Sync | Callable[[], object] | None] = []
+
+        def has_come() -> bool:
             try:
-                return self._queue.get(timeout=self._look_seconds)
+                found.append(self._queue.get(timeout=self._look_seconds))
             except queue.Empty:
-                num_misses = 0 if self._is_training() else num_misses + 1
+                return False
+            return True
+
+        if self._while_training(has_come):
+            return found[0]
         self._is_abandoned = True
         _logger.warning("training has ended with an error: publishing ends; committed versions stay")
         return None
 
+    def _while_training(self, has_come: Callable[[], bool]) -> bool:
+        """Asks `has_come`, which takes its time, until it says yes. False when training ended before."""
+        num_misses = 0
+        while num_misses < 2:
+            if has_come():
+                return True
+            num_misses = 0 if self._is_training() else num_misses + 1
+        return False
+
     def _settle(self, sync: Sync) -> SyncOutcome:
         if sync.epoch <= self._failed_epoch:
             return SyncOutcome(sync.sequence, -1, "void", "an earlier sync failed")
+        if self._awaits_metrics:
+            self._while_training(lambda: sync.metrics.wait(self._look_seconds))
         outcome = self._write(sync)
         if outcome.status == "failed":
             self._failed_epoch = sync.epoch

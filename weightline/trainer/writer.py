@@ -32,6 +32,11 @@ from weightline.types import TensorSpec
 _logger = logging.getLogger(__name__)
 
 
+def commit_id_of(session_id: str, sequence: int) -> str:
+    """Returns the commit_id of a session's sync, the same on every rank and at every attempt."""
+    return hashlib.blake2b(f"{session_id}/{sequence}".encode(), digest_size=16).hexdigest()
+
+
 @dataclass(slots=True, kw_only=True)
 class VersionWriter:
     """Writes one version after the other. `digests` and `base_model` are valid on rank 0 only."""
@@ -57,7 +62,7 @@ class VersionWriter:
 
         Not safe to repeat for a committed sync. A crash before the commit leaves orphaned payloads, which gc removes.
         """
-        commit_id = hashlib.blake2b(f"{self.session_id}/{sync.sequence}".encode(), digest_size=16).hexdigest()
+        commit_id = commit_id_of(self.session_id, sync.sequence)
         draft = Draft(0 if self.tip is None else self.tip + 1, commit_id)
         # Row per tensor: four 32-bit limbs of the digest's change, then the number of changed elements.
         totals = torch.zeros((len(self.specs), 5), dtype=torch.int64)
@@ -128,8 +133,9 @@ class VersionWriter:
         self.late_joiner.add(manifest)
         wants_anchor = not sync.with_anchor and self.late_joiner.wants_anchor(manifest.num_elements)
         return SyncOutcome(
-            sync.sequence, draft.version, "committed", wants_anchor=wants_anchor, payload_nbytes=manifest.payload_nbytes
-        )
+            sync.sequence, draft.version, "committed", wants_anchor=wants_anchor,
+            payload_nbytes=manifest.payload_nbytes, commit_id=draft.attempt_id,
+        )  # fmt: skip
 
     def _put_manifest(self, sync: Sync, draft: Draft, parts: list[PayloadPart], totals: torch.Tensor) -> Manifest:
         digests = self._digests_after(sync, totals)
@@ -137,7 +143,8 @@ class VersionWriter:
         author = Authorship(
             stage=settings.stage, run_id=settings.run_id, global_step=sync.global_step, kind=sync.kind,
             coding=settings.coding, reverts_to=sync.reverts_to, base_model=self.base_model,
-            is_milestone=sync.is_milestone, assets=sync.assets, metrics=sync.metrics, provenance=settings.provenance,
+            is_milestone=sync.is_milestone, assets=sync.assets, metrics=sync.metrics.values,
+            provenance=settings.provenance,
         )  # fmt: skip
         add_parts(draft, parts)
         draft.num_changed = int(totals[:, 4].sum())

@@ -7,7 +7,7 @@ the manifest or the shortcut from the draft. Ranks of a trainer upload their own
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,6 +17,7 @@ from typing import Literal
 from weightline.chain.write.commit import new_commit_id
 from weightline.codec.anchor import ANCHOR_CODING
 from weightline.codec.digest import format_digest
+from weightline.errors import InputError
 from weightline.format import keys
 from weightline.format.manifest import (
     AdapterBase,
@@ -163,6 +164,15 @@ class Uploads:
     def _upload(self, key: str, path: Path) -> None:
         self._store.put_file(key, path)
         path.unlink()
+
+
+def require_elements(specs: Iterable[TensorSpec], what: str) -> None:
+    """InputError for a state without a single element, as ZeRO-3 leaves where nothing was gathered."""
+    if not any(spec.num_elements for spec in specs):
+        raise InputError(
+            f"{what} has no tensor with an element, so there is nothing to publish. Under ZeRO-3, gather the weights "
+            "before they are saved (stage3_gather_16bit_weights_on_model_save), and publish what training holds"
+        )
 
 
 @contextmanager

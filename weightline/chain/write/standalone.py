@@ -17,7 +17,7 @@ from weightline.chain.replay.diff import tensor_groups
 from weightline.chain.replay.fetch import fetch_object, fetching
 from weightline.chain.replay.state import HostState, read_state
 from weightline.chain.write.commit import check_signing_key, commit_manifest
-from weightline.chain.write.draft import Authorship, Draft, uploading
+from weightline.chain.write.draft import Authorship, Draft, require_elements, uploading
 from weightline.codec.capture import capture_tensors
 from weightline.codec.coding import coding_named
 from weightline.codec.digest import add_digests, digest_change, tensor_digest
@@ -109,6 +109,7 @@ def commit_source(chain: Chain, source: WeightSource, author: Authorship) -> Man
     DigestMismatchError, before the commit, when the state of a revert differs from the version that it reverts to.
     """
     check_signing_key()
+    require_elements(source.specs.values(), "the state")
     tip = None if author.kind == "anchor" else chain.tip()
     if tip is not None:
         _require_same_tensors(chain, tip, source)
