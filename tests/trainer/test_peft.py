@@ -9,7 +9,17 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
+from peft import (
+    AdaptionPromptConfig,
+    IA3Config,
+    LNTuningConfig,
+    LoraConfig,
+    PeftConfig,
+    PeftModel,
+    VeraConfig,
+    get_peft_model,
+    inject_adapter_in_model,
+)
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -27,6 +37,7 @@ from weightline.stages.job import StageJob
 from weightline.stages.model import materialize_model
 from weightline.stages.recipe import DatasetConfig, ModelConfig, StageConfig, TinyModelConfig
 from weightline.store.memory import MemoryStore
+from weightline.trainer.adapter import adapter_names, adapter_parts
 from weightline.trainer.session import PublishSession
 from weightline.trainer.settings import PublishSettings
 
@@ -154,6 +165,28 @@ def test_the_base_has_one_digest_whatever_sits_on_it() -> None:
             assert base_model is not None
             digests.add(base_model.digest)
     assert len(digests) == 1
+
+
+_TUNERS: dict[str, PeftConfig] = {
+    "lora": LoraConfig(**_LORA, modules_to_save=["lm_head"], trainable_token_indices=[1]),
+    "ia3": IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]),
+    "vera": VeraConfig(target_modules=["q_proj"]),
+    "layer norms": LNTuningConfig(target_modules=["norm"]),
+    "adaption prompt": AdaptionPromptConfig(adapter_len=4, adapter_layers=1, task_type="CAUSAL_LM"),
+}
+
+
+@pytest.mark.filterwarnings(
+    "ignore:Setting `save_embedding_layers`:UserWarning", "ignore:Unsupported layer:UserWarning"
+)
+@pytest.mark.parametrize("config", _TUNERS.values(), ids=_TUNERS)
+def test_the_base_has_one_digest_whatever_the_adapter_is_called(config: PeftConfig) -> None:
+    """peft puts an adapter's name into the names of its tensors, where a module may be called the same."""
+    wanted = {name: parameter.shape for name, parameter in _base().named_parameters()}
+    for name in ("default", "mlp", "model", "q_proj", "norm", "0"):
+        model = get_peft_model(_base(), config, adapter_name=name)
+        parts = adapter_parts(model, adapter_names(model))
+        assert {tensor.spec.name: tensor.spec.shape for tensor in parts.base} == wanted, name
 
 
 def test_another_base_is_refused_before_training() -> None:

@@ -24,9 +24,6 @@ from weightline.errors import InputError
 from weightline.format.manifest import AdapterBase
 from weightline.naming import CheckpointTensor, as_saved, spec_of, without_wrappers
 
-#: Name parts that peft inserts between a wrapped module's name and its tensors.
-_WRAPPERS = frozenset({"base_layer", "original_module", "token_adapter"})
-
 
 @dataclass(frozen=True, slots=True)
 class AdapterParts:
@@ -91,17 +88,17 @@ def adapter_parts(model: Any, names: Mapping[str, str]) -> AdapterParts:
     in_adapter = {id(held[internal]) for internal in names.values()}
     base: dict[str, torch.Tensor] = {}
     seen: set[int] = set()
-    for internal, tensor in held.items():
-        if _belongs_to_an_adapter(model, internal) or id(tensor) in seen:
+    for name, tensor in _base_tensors(model.get_base_model()):
+        if id(tensor) in seen:
             continue
         seen.add(id(tensor))
         if not tensor.requires_grad:
-            base[_base_name(internal)] = tensor
+            base[name] = tensor
         elif id(tensor) not in in_adapter:
             raise InputError(
-                f"{internal} is trained, but peft does not save it with the adapter: freeze it, or name it in "
+                f"{name} is trained, but peft does not save it with the adapter: freeze it, or name it in "
                 "modules_to_save",
-                tensor=internal,
+                tensor=name,
             )
     return AdapterParts(adapter, as_saved(model.get_base_model(), base))
 
@@ -149,12 +146,36 @@ def _held_tensors(model: Any) -> dict[str, torch.Tensor]:
     return {name: tensor for name, tensor in state.items() if isinstance(tensor, torch.Tensor)}
 
 
-def _belongs_to_an_adapter(model: Any, internal: str) -> bool:
-    """Returns whether a tensor belongs to any adapter: only then is an adapter's name a part of its name."""
-    return not set(model.peft_config).isdisjoint(internal.split("."))
+def _base_tensors(module: torch.nn.Module, path: str = "") -> Iterator[tuple[str, torch.Tensor]]:
+    """Yields the parameters and persistent buffers of the base model, by the names that it has for them without peft.
+
+    Names do not tell them from those of an adapter, which may be called like a module of the model. Modules do: of each
+    one that peft put around a module of the model, only the wrapped module belongs to the base.
+    """
+    wrapped = _wrapped_by_peft(module)
+    if wrapped is not None:
+        yield from _base_tensors(wrapped, path)
+        return
+    buffers = (item for item in module._buffers.items() if item[0] not in module._non_persistent_buffers_set)
+    for name, tensor in (*module._parameters.items(), *buffers):
+        if tensor is not None:
+            yield without_wrappers(path + name), tensor
+    for name, child in module._modules.items():
+        if child is not None:
+            yield from _base_tensors(child, f"{path}{name}.")
 
 
-def _base_name(internal: str) -> str:
-    """Returns the tensor's name in the base model before peft wrapped it and its modules."""
-    name = without_wrappers(internal).removeprefix("base_model.model.")
-    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+def _wrapped_by_peft(module: torch.nn.Module) -> torch.nn.Module | None:
+    """Returns the module of the base model that this module of peft's stands for; None for a module of the model."""
+    from peft.tuners.adaption_prompt.layer import _BaseAdaptedAttention
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    wrapped: torch.nn.Module | None = None
+    if isinstance(module, BaseTunerLayer):
+        wrapped = module.base_layer
+    elif isinstance(module, AuxiliaryTrainingWrapper):
+        wrapped = module.original_module
+    elif isinstance(module, _BaseAdaptedAttention):
+        wrapped = module.model
+    return wrapped
