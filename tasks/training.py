@@ -40,7 +40,7 @@ def make_start_model(run: Run) -> Path:
 
     marker = run.start_model_dir / ".complete"
     if not marker.exists():
-        materialize_model(run.recipe.model, run.start_model_dir, run.recipe.seed)
+        materialize_model(run.recipe.model, run.start_model_dir, run.recipe.seed, run.recipe.dtype)
         marker.touch()
     return run.start_model_dir
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+
+#: The dtype of published weights: as training holds them, one by name, or auto, the one that the model is served in.
+DtypeSetting = Literal["auto", "held", "bfloat16", "float16", "float32"]
 
 #: The dtypes of MX formats that no IEEE float resembles.
 MX_CODES = frozenset({"F8_E8M0", "F4"})

@@ -27,6 +27,7 @@ class CheckpointTensor:
     """A tensor of the checkpoint: `spec.num_elements` elements, from `offset` on, of a tensor held in memory."""
 
     spec: TensorSpec
+    """Its dtype may be another one than the held tensor's: it is then published as the cast of what is held."""
     held: torch.Tensor
     """The held tensor: a whole one, a ZeRO-3 parameter, or a DTensor."""
     offset: int = 0

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import importlib
+import inspect
 import subprocess
 import sys
 from pathlib import Path
@@ -24,6 +26,22 @@ PUBLIC = [
 def test_the_public_names_are_those_that_were_decided() -> None:
     assert weightline.__all__ == PUBLIC
     assert set(PUBLIC) <= set(dir(weightline))
+
+
+#: Keywords of the callback, in order. One that is gone breaks programs, as a name does.
+CALLBACK_KEYWORDS = [
+    "stage", "run_id", "sync_steps", "coding", "dtype", "max_in_flight", "on_backlog", "on_publish_error",
+    "anchor_policy", "timeout_seconds", "close_seconds", "provenance", "step_observer",
+]  # fmt: skip
+
+
+def test_the_settings_of_the_callback_are_those_that_were_decided() -> None:
+    chain_url, *keywords = list(inspect.signature(weightline.WeightlineCallback).parameters.values())
+    assert chain_url.name == "chain_url"
+    assert [keyword.name for keyword in keywords] == CALLBACK_KEYWORDS
+    assert all(keyword.default is not inspect.Parameter.empty for keyword in keywords)
+    # Each is a setting of the same name.
+    assert {field.name for field in dataclasses.fields(weightline.PublishSettings)} == set(CALLBACK_KEYWORDS)
 
 
 def _imports_for_type_checkers() -> dict[str, str]:

@@ -78,6 +78,7 @@ class Run:
         index = self.recipe.stages.index(stage)
         before = self.stage_dir(self.recipe.stages[index - 1].kind) / "model" if index else self.start_model_dir
         return StageJob(
+            dtype=self.recipe.dtype,
             stage=stage,
             arithmetic=self.recipe.arithmetic,
             model_dir=before,

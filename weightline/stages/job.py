@@ -7,6 +7,7 @@ from typing import Literal, Self
 
 from pydantic import Field, ValidationError
 
+from weightline.dtypes import DtypeSetting
 from weightline.errors import InputError
 from weightline.files import write_atomically
 from weightline.stages.recipe import ArithmeticConfig, FrozenModel, StageConfig
@@ -20,7 +21,9 @@ class StageJob(FrozenModel):
     arithmetic: ArithmeticConfig = ArithmeticConfig()
     """The built-in data's split: the same one for all stages and the evaluation."""
     model_dir: Path
-    """Folder with the weights to start from, in bf16, and the tokenizer."""
+    """Folder with the weights to start from and the tokenizer."""
+    dtype: DtypeSetting = "auto"
+    """Dtype of the weights, as `Recipe.dtype` describes it."""
     output_dir: Path
     """Folder of this stage: checkpoint-N/, model/, metrics.jsonl, and done.json, written last."""
     run_id: str

@@ -1,17 +1,17 @@
-"""Writes the folder that the first stage starts from: weights in bf16, config and tokenizer.
+"""Writes the folder that the first stage starts from: weights, config and tokenizer.
 
-Files of a checkpoint whose tensors need no cast are linked or copied. Tensors of other float dtypes are cast to bf16,
-one file in memory at a time. Ranks then load the folder under ZeRO-3, each keeping its own part.
+Files of a checkpoint whose tensors need no cast are linked or copied. Where the recipe names a dtype, floating-point
+tensors of another one are cast, one file in memory at a time, except for those that the architecture keeps in float32.
+Ranks then load the folder under ZeRO-3, each keeping its own part.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
@@ -30,11 +30,14 @@ from transformers import (
 from weightline.chain import open_chain
 from weightline.chain.files.checkpoint import write_checkpoint
 from weightline.chain.read.refs import resolve
+from weightline.dtypes import DtypeSetting
 from weightline.files import link_or_copy
 from weightline.stages.load import recipe_error
 from weightline.stages.preflight import is_local_path
 from weightline.stages.recipe import ModelConfig, TinyModelConfig
+from weightline.stages.start_dtype import cast_dtype, is_cast, uncast_names
 
+_logger = logging.getLogger(__name__)
 #: Suffixes of a model's files besides its weights: config, tokenizer, chat template, custom code.
 _SUFFIXES = frozenset({".json", ".jinja", ".model", ".txt", ".tiktoken", ".py"})
 _CONFIG = "config.json"
@@ -46,41 +49,44 @@ PAD_TOKEN = "<|pad|>"  # noqa: S105 - a token of text
 VOCAB_SIZE = 258
 
 
-def materialize_model(config: ModelConfig, folder: str | Path, seed: int) -> Path:
-    """Writes the recipe's model to `folder` in bf16 with its tokenizer, ready for `from_pretrained`. Returns `folder`.
+def materialize_model(config: ModelConfig, folder: str | Path, seed: int, dtype: DtypeSetting = "auto") -> Path:
+    """Writes the recipe's model to `folder` with its tokenizer, ready for `from_pretrained`. Returns `folder`.
 
-    Builds the tiny model, loads `config.path` (from disk or the Hub), or replays a version of `config.chain`, and casts
-    it. The same input gives the same bits. Safe to repeat; after a crash, repeat the call. RecipeError when there is no
-    such model.
+    Builds the tiny model, takes `config.path` (from disk or the Hub), or replays a version of `config.chain`. `dtype`
+    is the recipe's: one by name casts the weights, which is logged. The same input gives the same bits. Safe to repeat;
+    after a crash, repeat the call. RecipeError when there is no such model.
     """
     folder = Path(folder)
     if config.tiny is not None:
-        build_tiny_model(config.tiny, seed).save_pretrained(folder)
+        build_tiny_model(config.tiny, seed).to(cast_dtype(dtype) or torch.bfloat16).save_pretrained(folder)
         build_byte_tokenizer(config.tiny.max_position_embeddings).save_pretrained(folder)
         return folder
     if config.chain is not None:
-        return _materialize_version(config.chain, config.version, folder)
+        return _materialize_version(config.chain, config.version, folder, dtype)
     try:
-        _materialize_path(config, folder)
+        _materialize_path(config, folder, dtype)
     except (OSError, ValueError, SafetensorError) as error:
         remedy = "give a folder or a Hub id of a causal language model, and log in if it is gated"
         raise recipe_error("model.path", f"{config.path} cannot be loaded: {error}", remedy) from error
     return folder
 
 
-def _materialize_path(config: ModelConfig, folder: Path) -> None:
+def _materialize_path(config: ModelConfig, folder: Path, dtype: DtypeSetting) -> None:
     """Writes a model from disk or the Hub: file by file for safetensors, else by loading the whole model."""
     path = config.path or ""
     source = Path(path).expanduser() if is_local_path(path) else _downloaded(path, config.revision)
     if not has_safetensors(source):
-        model = AutoModelForCausalLM.from_pretrained(path, revision=config.revision, dtype=torch.bfloat16)
+        model = AutoModelForCausalLM.from_pretrained(path, revision=config.revision, dtype=cast_dtype(dtype) or "auto")
         model.save_pretrained(folder)
         AutoTokenizer.from_pretrained(path, revision=config.revision).save_pretrained(folder)
         return
     with torch.device("meta"):  # raises for other than causal language models, before any copy
-        AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source))
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(source))
     AutoTokenizer.from_pretrained(source)
-    take_files(source, folder)
+    wanted = cast_dtype(dtype)
+    num_cast = take_files(source, folder, wanted, frozenset() if wanted is None else uncast_names(model))
+    if num_cast:
+        _logger.warning("%d tensors of the start model are cast: the recipe says `dtype: %s`", num_cast, dtype)
 
 
 def _downloaded(repo_id: str, revision: str | None) -> Path:
@@ -88,13 +94,13 @@ def _downloaded(repo_id: str, revision: str | None) -> Path:
     return Path(snapshot_download(repo_id, revision=revision, allow_patterns=HUB_PATTERNS))
 
 
-def _materialize_version(chain_url: str, version: str, folder: Path) -> Path:
-    """Writes a version's weights, with every digest checked, cast to bf16."""
+def _materialize_version(chain_url: str, version: str, folder: Path, dtype: DtypeSetting) -> Path:
+    """Writes a version's weights, with every digest checked."""
     chain = open_chain(chain_url)
     with tempfile.TemporaryDirectory(prefix="weightline-start-") as scratch:
         checkpoint = Path(scratch) / "checkpoint"
         write_checkpoint(chain, resolve(chain, version), checkpoint)
-        return materialize_model(ModelConfig(path=str(checkpoint)), folder, seed=0)
+        return materialize_model(ModelConfig(path=str(checkpoint)), folder, seed=0, dtype=dtype)
 
 
 def build_tiny_model(config: TinyModelConfig, seed: int) -> Qwen3ForCausalLM:
@@ -145,43 +151,41 @@ def has_safetensors(source: Path) -> bool:
     return (source / _CONFIG).is_file() and any(source.glob("*.safetensors"))
 
 
-def take_files(source: Path, folder: Path) -> None:
-    """Copies the model of `source` to `folder`, with weights in bf16. Weights in bf16 are hard-linked if possible.
+def take_files(
+    source: Path, folder: Path, dtype: torch.dtype | None = None, uncast: frozenset[str] = frozenset()
+) -> int:
+    """Copies the model of `source` to `folder`. Returns how many tensors were cast.
 
-    Safe to repeat; after a crash, repeat the call. OSError without enough space; ValueError or SafetensorError for
-    broken files.
+    With a `dtype`, floating-point tensors of another one are cast, except for those named in `uncast`. Files without a
+    cast are hard-linked if possible. Safe to repeat; after a crash, repeat the call. OSError without enough space;
+    ValueError or SafetensorError for broken files.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    num_cast = 0
     for path in sorted(source.iterdir()):
         if path.suffix == ".safetensors":
-            _take_weights(path.resolve(), folder / path.name)
-        elif path.name == _CONFIG:
-            (folder / _CONFIG).write_text(_with_bf16(path.read_text(encoding="utf-8")), encoding="utf-8")
+            num_cast += _take_weights(path.resolve(), folder / path.name, dtype, uncast)
+        elif path.name == _CONFIG and dtype is not None:
+            (folder / _CONFIG).write_text(_with_dtype(path.read_text(encoding="utf-8"), dtype), encoding="utf-8")
         elif path.suffix in _SUFFIXES and path.is_file():
             shutil.copyfile(path, folder / path.name)
+    return num_cast
 
 
-def _take_weights(source: Path, target: Path) -> None:
+def _take_weights(source: Path, target: Path, dtype: torch.dtype | None, uncast: frozenset[str]) -> int:
     target.unlink(missing_ok=True)
     with safe_open(source, framework="pt") as file:
-        if not any(_needs_cast(file.get_slice(name).get_dtype()) for name in file.keys()):  # noqa: SIM118 - no mapping
+        names = list(file.keys())
+        cast = {name for name in names if name not in uncast and is_cast(file.get_slice(name).get_dtype(), dtype)}
+        if not cast:
             link_or_copy(source, target)
-            return
-        tensors = dict(_cast(file))
-    save_file(tensors, target, metadata={"format": "pt"})
+            return 0
+        tensors = {name: file.get_tensor(name) for name in names}
+    save_file({n: t.to(dtype) if n in cast else t for n, t in tensors.items()}, target, metadata={"format": "pt"})
+    return len(cast)
 
 
-def _cast(file: Any) -> Iterator[tuple[str, torch.Tensor]]:
-    for name in file.keys():  # noqa: SIM118 - no mapping
-        tensor = file.get_tensor(name)
-        yield name, tensor.to(torch.bfloat16) if tensor.is_floating_point() else tensor
-
-
-def _needs_cast(dtype: str) -> bool:
-    return dtype in ("F64", "F32", "F16")
-
-
-def _with_bf16(config: str) -> str:
+def _with_dtype(config: str, dtype: torch.dtype) -> str:
     document = json.loads(config)
     document.pop("torch_dtype", None)
-    return json.dumps(document | {"dtype": "bfloat16"}, indent=2) + "\n"
+    return json.dumps(document | {"dtype": str(dtype).removeprefix("torch.")}, indent=2) + "\n"

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from weightline.dtypes import DtypeSetting
 from weightline.errors import RecipeError
 from weightline.evaluation.task import ARITHMETIC
 
@@ -169,6 +170,10 @@ class Recipe(FrozenModel):
     """Default of `stages[].sync_steps`."""
     model: ModelConfig
     """Model that training starts from."""
+    dtype: DtypeSetting = "auto"
+    """Dtype of the weights. `auto` and `held` keep what the start model holds. bfloat16, float16 or float32 casts the
+    start model, except for what its architecture keeps in float32, and is the dtype of the versions. Training computes
+    in bf16 where the weights are bf16, and else in float32."""
     arithmetic: ArithmeticConfig = ArithmeticConfig()
     """The built-in data, used by stages and evaluations that name `arithmetic`."""
     stages: tuple[StageConfig, ...] = Field(min_length=1)

@@ -31,8 +31,8 @@ OWNED_ARGS: dict[str, str] = {
     "seed": "seed",
     "data_seed": "seed",
     "use_cpu": "device",
-    "bf16": "always true",
-    "fp16": "bf16, always true",
+    "bf16": "dtype",
+    "fp16": "dtype",
     "deepspeed": "infra/accelerate",
     "resume_from_checkpoint": "the run decides",
 }

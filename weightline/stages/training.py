@@ -7,11 +7,13 @@ stage resumes from its last complete checkpoint; with done.json the stage is fin
 from __future__ import annotations
 
 import argparse
+import logging
 import shutil
 import time
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 import trl
 from transformers import AutoTokenizer, Trainer, TrainingArguments
 
@@ -21,7 +23,10 @@ from weightline.stages.cpu import compute_in_float32, use_one_core_without_compi
 from weightline.stages.data import load_reward, load_stage_dataset
 from weightline.stages.job import StageJob, StageResult
 from weightline.stages.rank import RankExit
+from weightline.stages.start_dtype import restore_float32, training_dtype
+from weightline.trainer.adapter import is_peft_model
 
+_logger = logging.getLogger(__name__)
 Args = TypeVar("Args", bound=TrainingArguments)
 #: Created on import, so that its handler runs after those that are registered later, as publishing may do.
 _EXIT = RankExit()
@@ -50,13 +55,35 @@ def make_trainer(job: StageJob, **options: Any) -> Trainer:
     if kind == "grpo":
         options["reward_funcs"] = load_reward(job)
     trainer_class, config_class = (getattr(trl, f"{kind.upper()}{part}") for part in ("Trainer", "Config"))
-    return trainer_class(
+    trainer: Trainer = trainer_class(
         model=str(job.model_dir),
         args=training_args(config_class, job),
         train_dataset=load_stage_dataset(job, tokenizer),
         processing_class=tokenizer,
         **options,
     )
+    _keep_float32(trainer, job)
+    return trainer
+
+
+def _keep_float32(trainer: Trainer, job: StageJob) -> None:
+    """What the start model holds in float32 and ZeRO-3 does not train stays float32."""
+    model = trainer.model
+    found = restore_float32(model.get_base_model() if is_peft_model(model) else model, job.model_dir)
+    if trainer.args.process_index == 0:
+        if found.restored:
+            _logger.info("kept in float32, as the start model holds them: %s", ", ".join(found.restored))
+        if found.rounded:
+            _logger.warning(
+                "the start model holds %d tensors in float32 that are trained in bf16: %s. To train all weights in "
+                "float32, set `dtype: float32` in the recipe",
+                len(found.rounded), ", ".join(found.rounded[:5]),
+            )  # fmt: skip
+        if not trainer.args.bf16 and job.dtype in ("auto", "held"):
+            _logger.warning(
+                "the start model is not bf16: training computes in float32, which rounds nothing. To train in bf16, "
+                "set `dtype: bfloat16` in the recipe"
+            )
 
 
 def training_args(config_class: type[Args], job: StageJob) -> Args:
@@ -71,8 +98,10 @@ def training_args(config_class: type[Args], job: StageJob) -> Args:
         "dataloader_pin_memory": job.device == "cuda",
         **stage.trainer_args,
     }
+    dtype = training_dtype(job.dtype, job.model_dir)
     return config_class(
-        **passed | {"model_init_kwargs": {"dtype": "bfloat16"} | passed.get("model_init_kwargs", {})},
+        **passed
+        | {"model_init_kwargs": {"dtype": str(dtype).removeprefix("torch.")} | passed.get("model_init_kwargs", {})},
         output_dir=str(job.output_dir),
         max_steps=stage.max_steps,
         learning_rate=stage.learning_rate,
@@ -81,7 +110,7 @@ def training_args(config_class: type[Args], job: StageJob) -> Args:
         save_steps=stage.save_steps,
         seed=job.seed,
         data_seed=job.seed,
-        bf16=True,
+        bf16=dtype == torch.bfloat16,
         use_cpu=job.device == "cpu",
     )
 
@@ -128,6 +157,7 @@ def _add_callbacks(trainer: Trainer, job: StageJob) -> None:
 
         callback = WeightlineCallback(
             job.chain_url, stage=job.stage.kind, run_id=job.run_id, sync_steps=job.stage.sync_steps,
+            dtype=job.dtype,
             provenance=job.provenance, step_observer=job.step_observer,
         )  # fmt: skip
         trainer.add_callback(callback)

@@ -16,6 +16,7 @@ from typing import Any
 from weightline.chain.files.checkpoint import VersionMark
 from weightline.chain.read.history import open_chain
 from weightline.chain.upkeep.compact import AnchorPolicy
+from weightline.dtypes import DtypeSetting
 from weightline.errors import InputError
 from weightline.extras import requires
 from weightline.trainer.settings import OnBacklog, OnPublishError, PublishSettings
@@ -51,6 +52,7 @@ class WeightlineCallback(TrainerCallback):
         run_id: str | None = None,
         sync_steps: int = 1,
         coding: str = "gap-by-magnitude",
+        dtype: DtypeSetting = "auto",
         max_in_flight: int = 2,
         on_backlog: OnBacklog = "wait",
         on_publish_error: OnPublishError = "stop",
@@ -69,6 +71,10 @@ class WeightlineCallback(TrainerCallback):
                 name when a run resumes.
             sync_steps: Optimizer steps between two versions. Default: 1.
             coding: How payloads are coded: gap-by-magnitude (the default, smallest) or gap (fastest).
+            dtype: Dtype of the published weights. auto (the default): the 16-bit dtype in which the model is served,
+                for float32 weights under bf16 or fp16 mixed precision, and else as training holds them. held: always
+                as training holds them. bfloat16, float16 or float32: that one. Buffers and what the architecture keeps
+                in float32 are never cast.
             max_in_flight: Versions that may be captured and not yet committed; each holds its changes in host memory.
                 Default: 2.
             on_backlog: What to do when the bucket is slower than training: wait (the default), or fold the changes
@@ -90,6 +96,7 @@ class WeightlineCallback(TrainerCallback):
         self.chain = open_chain(chain_url)
         self.settings = PublishSettings(
             stage=stage, run_id=run_id or f"run-{secrets.token_hex(4)}", sync_steps=sync_steps, coding=coding,
+            dtype=dtype,
             max_in_flight=max_in_flight, on_backlog=on_backlog, on_publish_error=on_publish_error,
             anchor_policy=anchor_policy or AnchorPolicy(), timeout_seconds=timeout_seconds,
             close_seconds=close_seconds, provenance=dict(provenance or {}), step_observer=step_observer,
@@ -110,7 +117,7 @@ class WeightlineCallback(TrainerCallback):
         observer = load_observer(self.settings.step_observer)
         self.session = PublishSession(self.chain, self.settings, observer, still_training())
         mark = _resumed_mark(args, state) if state.is_world_process_zero else None
-        plan = self.session.start(model, processing_class_of(kwargs), state.global_step, mark)
+        plan = self.session.start(model, processing_class_of(kwargs), state.global_step, mark, args.mixed_precision)
         seat.take()
         self._seat = seat
         if state.is_world_process_zero:
@@ -119,6 +126,8 @@ class WeightlineCallback(TrainerCallback):
                 f"weightline: run {self.settings.run_id} commits to {self.chain.url} ({found}), "
                 f"every {self.settings.sync_steps} optimizer steps"
             )
+            if self.session.cast_note:
+                _say(f"weightline: {self.session.cast_note}")
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Publishes after an optimizer step when one is due. Runs before any checkpoint is saved. Collective."""

@@ -20,6 +20,7 @@ from weightline.errors import InputError
 from weightline.format.manifest import AssetRef
 from weightline.store import Store
 from weightline.trainer.adapter import is_peft_model, save_adapter_config
+from weightline.trainer.published_dtype import config_of_cast
 
 #: Parts of a fast tokenizer that can be replaced. Its vocabulary is known by its size and its added tokens.
 _TOKENIZER_PARTS = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
@@ -34,17 +35,21 @@ _logger = logging.getLogger(__name__)
 
 
 def upload_assets(
-    store: Store, model: Any, processing_class: Any = None, held: tuple[AssetRef, ...] = ()
+    store: Store,
+    model: Any,
+    processing_class: Any = None,
+    held: tuple[AssetRef, ...] = (),
+    dtype: str | None = None,
 ) -> tuple[AssetRef, ...]:
     """Uploads what the model and the tokenizer or processor save beside weights, except `held` files.
 
-    For an adapter: its config and tokenizer. Returns all of them. Safe to repeat.
+    For an adapter: its config and tokenizer. `dtype`, a code, is what the config names instead of its own. Returns all of them. Safe to repeat.
     """
     with tempfile.TemporaryDirectory(prefix="weightline-assets-") as folder:
         if is_peft_model(model):
             save_adapter_config(model, Path(folder))
         else:
-            _save_model_files(model, Path(folder))
+            _save_model_files(model, Path(folder), dtype)
         if hasattr(processing_class, "save_pretrained"):
             processing_class.save_pretrained(folder)
         return upload_files(store, Path(folder), held, is_saved=True)
@@ -53,10 +58,12 @@ def upload_assets(
 class ModelFiles:
     """The small files of one model in training. For rank 0 and the training thread."""
 
-    def __init__(self, chain: Chain, model: Any, processing_class: Any) -> None:
+    def __init__(self, chain: Chain, model: Any, processing_class: Any, dtype: str | None = None) -> None:
+        """`dtype`: as in `upload_assets`."""
         self._chain = chain
         self._model = weakref.ref(model)
         self._processing_class = processing_class
+        self._dtype = dtype
         self._seen = _fingerprint(model, processing_class)
 
     def changed(self) -> tuple[AssetRef, ...]:
@@ -71,7 +78,7 @@ class ModelFiles:
         try:
             tip = self._chain.tip_version()
             held = () if tip is None else assets_of(self._chain, tip)
-            assets = upload_assets(self._chain.store, model, self._processing_class, held)
+            assets = upload_assets(self._chain.store, model, self._processing_class, held, self._dtype)
         except Exception as error:  # noqa: BLE001 - libraries raise anything when a configuration is not valid
             _logger.warning("the model's small files changed and cannot be saved, versions keep the old: %s", error)
             return ()
@@ -92,9 +99,9 @@ def processing_class_of(arguments: dict[str, Any]) -> Any:
     return next((one for one in tokenizers if one is not None), None)
 
 
-def _save_model_files(model: Any, folder: Path) -> None:
+def _save_model_files(model: Any, folder: Path, dtype: str | None) -> None:
     """Writes what the model's `save_pretrained` writes beside weights: its code, config and generation config."""
-    config = _config_of(model)
+    config = config_of_cast(_config_of(model), dtype)
     if getattr(type(model), "_auto_class", None) is not None:
         from transformers.dynamic_module_utils import custom_object_save
 

@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor import Shard as ShardPlacement
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from weightline.codec.torch_ops import torch_dtype
 from weightline.errors import InputError
 from weightline.naming import CheckpointTensor, checkpoint_tensors, spec_of
 from weightline.types import Segment, TensorSpec
@@ -26,7 +27,10 @@ from weightline.types import Segment, TensorSpec
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """A segment and a function that reads its present elements, flat, on the device where training holds them."""
+    """A segment and a function that reads its present elements, flat, on the device where training holds them.
+
+    The elements have the dtype of the segment's tensor. Where training holds another one, they are a copy.
+    """
 
     segment: Segment
     read: Callable[[], torch.Tensor]
@@ -62,13 +66,16 @@ def _shard(published: CheckpointTensor, rank: int, world_size: int) -> Shard:
 
 
 def _cut(shard: Shard, published: CheckpointTensor) -> Shard:
-    """Returns the part of a held tensor's shard that belongs to one published tensor; empty when there is none."""
+    """Returns the part of a held tensor's shard that belongs to one published tensor, cast to its dtype.
+
+    It is empty when there is none.
+    """
     spec, offset, held = published.spec, published.offset, shard.segment
     start, stop = max(held.start, offset), min(held.stop, offset + spec.num_elements)
     if stop <= start:
         return Shard(Segment(spec, 0, 0), shard.read)
-    first, last = start - held.start, stop - held.start
-    return Shard(Segment(spec, start - offset, stop - start), lambda: shard.read()[first:last])
+    first, last, dtype = start - held.start, stop - held.start, torch_dtype(spec.dtype)
+    return Shard(Segment(spec, start - offset, stop - start), lambda: shard.read()[first:last].to(dtype))
 
 
 def _zero3_shard(spec: TensorSpec, parameter: Any) -> Shard:

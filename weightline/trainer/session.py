@@ -31,6 +31,7 @@ from weightline.trainer.located import LocatedTensors
 from weightline.trainer.metrics import MetricsLog, numbers_in
 from weightline.trainer.model_files import ModelFiles
 from weightline.trainer.partition import shards_of
+from weightline.trainer.published_dtype import decide_rule, describe_cast, main_dtype
 from weightline.trainer.settings import PublishSettings
 from weightline.trainer.start import (
     Start,
@@ -96,28 +97,39 @@ class PublishSession:
         """Versions that this session committed, in order."""
         self.payload_nbytes = 0
         """Bytes of the payloads of these versions, of all ranks."""
+        self.cast_note: str | None = None
+        """Which weights are published in another dtype than training holds them in, where there are such."""
         register(self)
 
     def start(
-        self, model: Any, processing_class: Any = None, global_step: int = 0, mark: VersionMark | None = None
+        self,
+        model: Any,
+        processing_class: Any = None,
+        global_step: int = 0,
+        mark: VersionMark | None = None,
+        mixed_precision: str | None = None,
     ) -> StartPlan:
         """Compares the loaded weights with the chain, and commits a version before the first step if they differ.
 
-        `mark`: the version that the resumed checkpoint is marked with, if any. Raises BaseMismatchError or StorageError
-        on every rank, before the first training step.
+        `mark`: the version that the resumed checkpoint is marked with, if any. `mixed_precision`: accelerate's name of
+        the dtype in which training computes (bf16, fp16), which `dtype="auto"` needs. Raises BaseMismatchError or
+        StorageError on every rank, before the first training step.
         """
         with self._closing_on_error():
             group, ranked = self.group, coding_named(self.settings.coding).ranked
-            self._located, base_model = tensors_and_base(model, group)
+            rule = group.on_first(lambda: decide_rule(self.settings.dtype, model, mixed_precision, self.chain))
+            self._located, base_model = tensors_and_base(model, group, rule)
             tensors = self._located.tensors
             specs = group.on_all(lambda: specs_of(tensors))
+            self.cast_note = describe_cast(tensors, rule)
+            dtype = main_dtype(specs.values()) if self.cast_note else None
             shards = group.on_all(lambda: shards_of(tensors, group.rank, group.world_size))
             self._baseline = group.on_all(lambda: Baseline(shards, ranked=ranked))
             loaded = summed_digests(group.on_all(self._baseline.digests), specs, group)
             start: Start = group.on_first(
                 lambda: decide_start(
                     self.chain, self.settings, model, processing_class, specs, loaded, base_model, global_step, mark,
-                    unfinished_trail(model),
+                    unfinished_trail(model), dtype,
                 )
             )  # fmt: skip
             self.settled, self._is_milestone = start.tip, start.is_milestone
@@ -131,7 +143,7 @@ class PublishSession:
             self._is_started = True
             self._assets = start.assets
             if group.rank == 0:
-                self._model_files = ModelFiles(self.chain, model, processing_class)
+                self._model_files = ModelFiles(self.chain, model, processing_class, dtype)
             if start.plan.action != "continue":
                 self._commit_start(start.plan, global_step)
             self.last_step = global_step
@@ -155,7 +167,8 @@ class PublishSession:
             tip, ranked = plan.tip, coding_named(self.settings.coding).ranked
             found = self.group.on_all(lambda: changes_from_tip(self.chain, tip, self._baseline, ranked=ranked))
         kind: Literal["anchor", "delta", "revert"] = "anchor" if plan.action == "continue" else plan.action
-        self._submit(kind, found, global_step, is_milestone=kind == "anchor", reverts_to=plan.reverts_to)
+        is_anchor = kind == "anchor"
+        self._submit(kind, found, global_step, is_milestone=is_anchor, reverts_to=plan.reverts_to, at_start=True)
         self.flush()
 
     def sync(
@@ -377,13 +390,14 @@ class PublishSession:
         metrics: Mapping[str, float] | None = None,
         failure: str | None = None,
         awaits_log: bool = False,
+        at_start: bool = False,
     ) -> None:
         if kind == "delta":
             self._look_at_files()
         own_metrics = self._metrics.take(global_step, metrics or {}, awaits_more=awaits_log)
         sync = Sync(
             self._num_captured, self._epoch, global_step, kind, changes, reverts_to, is_milestone, own_metrics,
-            self._assets, with_anchor=self._wants_anchor and kind == "delta", failure=failure,
+            self._assets, with_anchor=self._wants_anchor and kind == "delta", at_start=at_start, failure=failure,
         )  # fmt: skip
         self._assets = ()
         self._wants_anchor = False

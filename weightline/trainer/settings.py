@@ -7,6 +7,7 @@ from typing import Literal, get_args
 
 from weightline.chain.upkeep.compact import AnchorPolicy
 from weightline.codec.coding import codings
+from weightline.dtypes import DtypeSetting
 from weightline.errors import InputError
 
 OnBacklog = Literal["wait", "fold"]
@@ -25,6 +26,8 @@ class PublishSettings:
     """Optimizer steps between two versions."""
     coding: str = "gap-by-magnitude"
     """Coding of payloads: `gap-by-magnitude` (smallest) or `gap` (fastest)."""
+    dtype: DtypeSetting = "auto"
+    """Dtype of published weights: as training holds them (`held`), one by name, or the one of serving (`auto`)."""
     max_in_flight: int = 2
     """Syncs that may be captured and not settled. Bounds host memory."""
     on_backlog: OnBacklog = "wait"
@@ -53,6 +56,7 @@ class PublishSettings:
             ("on_backlog", get_args(OnBacklog)),
             ("on_publish_error", get_args(OnPublishError)),
             ("coding", tuple(codings())),
+            ("dtype", get_args(DtypeSetting)),
         ):
             if getattr(self, name) not in known:
                 raise InputError(f"{name} is {getattr(self, name)!r}: name one of {', '.join(known)}", field=name)

@@ -25,6 +25,7 @@ from weightline.chain.write.draft import require_elements
 from weightline.codec.capture import capture_all
 from weightline.codec.digest import digest_to_limbs, format_digest, limbs_to_digest, tensor_digest
 from weightline.codec.torch_ops import bits_of
+from weightline.dtypes import DTYPES
 from weightline.errors import BaseMismatchError, NotFoundError
 from weightline.format.manifest import AdapterBase, AssetRef, Manifest
 from weightline.naming import CheckpointTensor, checkpoint_tensors
@@ -36,6 +37,7 @@ from weightline.trainer.group import RankGroup
 from weightline.trainer.located import LocatedTensors
 from weightline.trainer.model_files import upload_assets
 from weightline.trainer.partition import Shard, refuse_fsdp1, shards_of
+from weightline.trainer.published_dtype import DtypeRule, kept_as_held, narrowed, published
 from weightline.trainer.settings import PublishSettings
 from weightline.types import Changes, TensorSpec
 
@@ -63,24 +65,27 @@ class Start:
     """Whether the tip is one."""
 
 
-def tensors_and_base(model: Any, group: RankGroup) -> tuple[LocatedTensors, AdapterBase | None]:
+def tensors_and_base(model: Any, group: RankGroup, rule: DtypeRule) -> tuple[LocatedTensors, AdapterBase | None]:
     """Returns the tensors that the chain holds, and the base model of an adapter. Collective.
 
     The tensors are those of the whole model, or of the adapter of a PeftModel. The base model is valid on rank 0 only.
     """
     group.on_all(lambda: refuse_fsdp1(model))
     if not is_peft_model(model):
-        return _located(model, lambda: checkpoint_tensors(model), group), None
+        return _located(model, lambda: checkpoint_tensors(model), group, rule), None
     names = group.on_first(lambda: adapter_names(model))
     parts = group.on_all(lambda: adapter_parts(model, names))
-    own = group.on_all(lambda: _digests(shards_of(parts.base, group.rank, group.world_size)))
-    digests = summed_digests(own, (tensor.spec.name for tensor in parts.base), group)
-    located = _located(model, lambda: adapter_parts(model, names).adapter, group)
-    return located, base_model_of(model, parts, digests)
+    digests = _base_digests(model, parts.base, group, rule)
+    return _located(model, lambda: adapter_parts(model, names).adapter, group, rule), base_model_of(
+        model, parts, digests
+    )
 
 
-def _located(model: Any, locate: Callable[[], tuple[CheckpointTensor, ...]], group: RankGroup) -> LocatedTensors:
-    return group.on_all(lambda: LocatedTensors(model, locate))
+def _located(
+    model: Any, locate: Callable[[], tuple[CheckpointTensor, ...]], group: RankGroup, rule: DtypeRule
+) -> LocatedTensors:
+    """Returns what `locate` finds, in the dtypes in which it is published."""
+    return group.on_all(lambda: LocatedTensors(model, lambda: published(locate(), rule, kept_as_held(model))))
 
 
 def specs_of(tensors: Iterable[CheckpointTensor]) -> dict[str, TensorSpec]:
@@ -88,6 +93,30 @@ def specs_of(tensors: Iterable[CheckpointTensor]) -> dict[str, TensorSpec]:
     specs = {tensor.spec.name: tensor.spec for tensor in tensors}
     require_elements(specs.values(), "the model")
     return specs
+
+
+def _base_digests(model: Any, base: tuple[CheckpointTensor, ...], group: RankGroup, rule: DtypeRule) -> dict[str, int]:
+    """Returns the digests of an adapter's base model; valid on rank 0. Collective.
+
+    A base that was loaded in float32 from a 16-bit checkpoint has the digests of that checkpoint, provided that every
+    element still has a 16-bit value.
+    """
+
+    def shards(tensors: Iterable[CheckpointTensor]) -> tuple[Shard, ...]:
+        return shards_of(tensors, group.rank, group.world_size)
+
+    in_checkpoint = narrowed(base, rule, kept_as_held(model))
+    if any(a.spec != b.spec for a, b in zip(base, in_checkpoint, strict=True)):
+        is_exact = group.on_all(lambda: all(map(_are_equal, shards(base), shards(in_checkpoint))))
+        base = in_checkpoint if group.minimum(int(is_exact)) else base
+    own = group.on_all(lambda: _digests(shards(base)))
+    return summed_digests(own, (tensor.spec.name for tensor in base), group)
+
+
+def _are_equal(held: Shard, cast: Shard) -> bool:
+    """Returns whether casting changes no element; NaNs are equal to each other."""
+    wide = held.read()
+    return torch.equal(wide.nan_to_num(), cast.read().to(wide.dtype).nan_to_num())
 
 
 def _digests(shards: Iterable[Shard]) -> dict[str, int]:
@@ -105,11 +134,13 @@ def decide_start(
     global_step: int,
     mark: VersionMark | None,
     trail: Trail | None = None,
+    dtype: str | None = None,
 ) -> Start:
     """Checks the bucket and the base model, plans the first commit and uploads the model's small files. For rank 0.
 
     `trail` is what an unfinished training of this process has written of this model. When it leads to the tip, the
-    weights are the tip with further training, and the plan is that of a resume.
+    weights are the tip with further training, and the plan is that of a resume. `dtype` is the one that the config
+    names, if weights are published in another one than they are held in.
 
     Safe to repeat. BaseMismatchError as in `plan_start`; StorageError for a bucket that cannot be written; InputError
     for a signing key that cannot be used.
@@ -125,7 +156,7 @@ def decide_start(
         mark=mark,
     )  # fmt: skip
     held = () if plan.tip is None else assets_of(chain, plan.tip)
-    assets = upload_assets(chain.store, model, processing_class, held)
+    assets = upload_assets(chain.store, model, processing_class, held, dtype)
     return Start(
         plan, base_model, () if assets == held else assets, secrets.token_hex(16),
         tip=None if tip is None else VersionMark.of(chain, tip), is_milestone=tip is not None and tip.is_milestone,
@@ -161,10 +192,13 @@ def plan_start(
         return StartPlan("anchor", None)
     tip = chain.manifest(tip_version)
     if tip.specs != specs:
-        name = next(iter(set(tip.specs.items()) ^ set(specs.items())))[0]
+        name = min(name for name, _ in set(tip.specs.items()) ^ set(specs.items()))
+        there, here = tip.specs.get(name), specs.get(name)
+        remedy = "Name a chain of its own for this model"
+        if there is not None and here is not None and there.shape == here.shape:
+            remedy += f", or the dtype that the chain has: dtype='{DTYPES[there.dtype].torch_name}'"
         raise BaseMismatchError(
-            f"{chain.url} holds another model: tensor {name} is {tip.specs.get(name)} in the chain, {specs.get(name)} "
-            "in training. Name another chain for this model",
+            f"{chain.url} holds another model: tensor {name} is {there} in the chain, {here} here. {remedy}",
             tensor=name, version=tip_version, expected=str(tip.specs.get(name)), actual=str(specs.get(name)),
         )  # fmt: skip
     written = {name: format_digest(digest) for name, digest in loaded.items()}

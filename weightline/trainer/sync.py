@@ -41,6 +41,8 @@ class Sync:
     assets: tuple[AssetRef, ...] = ()
     with_anchor: bool = False
     """True to write an anchor of this state as well. No later sync is captured until it is written."""
+    at_start: bool = False
+    """True when it leads from the tip to the weights that training starts with."""
     failure: str | None = None
     """Reason of a failed capture on this rank; the version is not committed then."""
 

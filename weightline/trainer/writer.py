@@ -24,6 +24,7 @@ from weightline.format.write_payload import PayloadInfo, write_anchor, write_del
 from weightline.trainer.anchoring import LateJoiner, write_anchor_shortcut
 from weightline.trainer.baseline import Baseline
 from weightline.trainer.group import Failure, RankGroup, attempt
+from weightline.trainer.published_dtype import explain_large_change
 from weightline.trainer.settings import PublishSettings
 from weightline.trainer.steps import Step, StepFacts, StepName, StepObserver
 from weightline.trainer.sync import PayloadPart, Sync, SyncOutcome, add_parts
@@ -56,6 +57,7 @@ class VersionWriter:
     digests: dict[str, int]
     """State digests of the tip, by tensor."""
     late_joiner: LateJoiner
+    _has_explained_large_change: bool = False
 
     def write(self, sync: Sync) -> SyncOutcome:
         """Publishes the sync as the next version. Collective. An error on any rank becomes a failed outcome on all.
@@ -155,7 +157,17 @@ class VersionWriter:
             commit_manifest(self.chain, manifest)
             step.report(StepFacts.of_commit(manifest))
         self.digests = digests
+        if sync.kind == "delta" and not sync.at_start:
+            self._explain_large_change(totals)
         return manifest
+
+    def _explain_large_change(self, totals: torch.Tensor) -> None:
+        """Warns, once a session, when a sync changed more than half of all elements."""
+        counts = zip(self.specs.values(), totals[:, 4].tolist(), strict=True)
+        warning = None if self._has_explained_large_change else explain_large_change(dict(counts))
+        if warning is not None:
+            self._has_explained_large_change = True
+            _logger.warning("%s", warning)
 
     def _digests_after(self, sync: Sync, totals: torch.Tensor) -> dict[str, int]:
         before = {} if sync.kind == "anchor" else self.digests
