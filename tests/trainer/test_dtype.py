@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, LlamaConfig, LlamaForCausalLM
 
@@ -27,6 +28,9 @@ from weightline.trainer.published_dtype import decide_rule, explain_large_change
 from weightline.trainer.session import PublishSession
 from weightline.trainer.settings import PublishSettings
 from weightline.types import TensorSpec
+
+# peft 0.21 asks transformers by a name that it deprecates.
+pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 
 _TINY = TinyModelConfig(
     hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, head_dim=16,
@@ -207,6 +211,35 @@ def test_what_the_architecture_keeps_in_float32_stays_float32(setting: str) -> N
     wanted = {"auto": "BF16", "bfloat16": "BF16", "float16": "F16"}.get(setting, "F32")
     assert dtypes["model.layers.1.mlp.experts.3.down_proj.weight"] == dtypes["lm_head.weight"] == wanted
     assert _state_bits(chain, 0)[_BIAS] == _bits({_BIAS: model.get_buffer(_BIAS)})[_BIAS]
+
+
+def test_an_adapter_is_published_in_the_dtype_of_its_base_whose_digest_is_that_of_its_checkpoint(
+    tmp_path: Path,
+) -> None:
+    """peft holds adapters in float32 also on a 16-bit base."""
+    _llama().bfloat16().save_pretrained(tmp_path / "base")
+    lora = LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
+    bases = set()
+    for loaded in (torch.bfloat16, torch.float32):
+        base = LlamaForCausalLM.from_pretrained(tmp_path / "base", dtype=loaded)
+        torch.manual_seed(0)
+        chain, model = Chain(MemoryStore()), get_peft_model(base, lora)
+        _session(chain, model).close()
+        model.save_pretrained(tmp_path / "saved")
+        saved = load_file(tmp_path / "saved" / "adapter_model.safetensors")
+        assert {tensor.dtype for tensor in saved.values()} == {torch.float32}
+        assert _state_bits(chain, 0) == _bits({name: tensor.bfloat16() for name, tensor in saved.items()})
+        base_model = chain.tip().base_model
+        assert base_model is not None
+        bases.add(base_model.digest)
+    assert len(bases) == 1
+    # A base that is no longer the rounded one is another base.
+    base.model.norm.weight.data[0] += 2**-12
+    chain = Chain(MemoryStore())
+    _session(chain, model).close()
+    other = chain.tip().base_model
+    assert other is not None
+    assert other.digest not in bases
 
 
 class _Router(torch.nn.Module):

@@ -57,13 +57,14 @@ class Float32Tensors:
 
 
 def restore_float32(model: torch.nn.Module, folder: Path) -> Float32Tensors:
-    """Gives buffers and frozen router biases that were rounded when they were loaded their float32 values back.
+    """Gives buffers and router biases that were rounded when they were loaded their float32 values back.
 
-    Called before the trainer wraps the model. A frozen parameter becomes a buffer, which ZeRO-3 neither partitions nor
+    Called before the trainer wraps the model. A parameter becomes a buffer, which ZeRO-3 neither partitions nor
     casts; `save_pretrained` writes it under the same name. Safe to repeat. Names are those of the checkpoint.
     """
     narrow = {tensor.spec.name: tensor for tensor in checkpoint_tensors(model) if tensor.spec.dtype in ("F16", "BF16")}
-    restored, rounded = [], []
+    restored: list[str] = []
+    rounded: list[str] = []
     for path, header in _headers(folder):
         names = [name for name, info in header.items() if name in narrow and info["dtype"] == "F32"]
         with safe_open(path, framework="pt") as file:
@@ -91,10 +92,11 @@ def is_cast(code: str, dtype: torch.dtype | None) -> bool:
 
 
 def _is_untrained(tensor: CheckpointTensor) -> bool:
-    """Returns whether it is a buffer, or a router's bias that is frozen: layers multiply by other frozen weights."""
-    if not isinstance(tensor.held, torch.nn.Parameter):
-        return True
-    return not tensor.held.requires_grad and ROUTER_BIAS.search(tensor.spec.name) is not None
+    """Returns whether it is a buffer, or a router's bias that no gradient reaches.
+
+    Such a bias only decides which experts are taken. Architectures freeze it; `from_pretrained` forgets that.
+    """
+    return not isinstance(tensor.held, torch.nn.Parameter) or ROUTER_BIAS.search(tensor.spec.name) is not None
 
 
 def _replace(model: torch.nn.Module, tensor: CheckpointTensor, value: torch.Tensor) -> bool:

@@ -30,7 +30,7 @@ _HALF = frozenset({"F16", "BF16"})
 #: By accelerate's names of mixed precision. Under fp8, layers that are not fp8 compute in bf16.
 _COMPUTE_CODES = {"bf16": "BF16", "fp16": "F16", "fp8": "BF16"}
 #: Biases that steer which experts a token takes, in architectures that do not name them as float32 themselves.
-ROUTER_BIAS = re.compile(r"(^|\.)(e_score_)?(score_|routing_)?(correction|expert|router)_bias(es)?$")
+ROUTER_BIAS = re.compile(r"(^|\.)(e_score_correction|score_correction|correction|expert)_bias$")
 
 
 @dataclass(frozen=True, slots=True)
