@@ -43,7 +43,8 @@ def upload_assets(
 ) -> tuple[AssetRef, ...]:
     """Uploads what the model and the tokenizer or processor save beside weights, except `held` files.
 
-    For an adapter: its config and tokenizer. `dtype`, a code, is what the config names instead of its own. Returns all of them. Safe to repeat.
+    For an adapter: its config and tokenizer. `dtype`: the one that the config names instead of the model's own. Returns
+    all of them. Safe to repeat.
     """
     with tempfile.TemporaryDirectory(prefix="weightline-assets-") as folder:
         if is_peft_model(model):
