@@ -66,7 +66,20 @@ def test_replicas_that_follow_by_themselves_are_known_and_not_asked(monkeypatch:
         ("http://10.0.0.7:8000", "*.pool.svc 10.0.0.*", True),
         ("http://127.0.0.1:8000", "*.pool.svc", False),
         ("http://gpu-7.pool.svc.evil.example", "*.pool.svc", False),
-        (None, "*", False),
+        ("http://10.0.0.attacker.example", "*.pool.svc, 10.0.0.*", False),
+        ("http://10.0.1.7", "10.0.0.*", False),
+        ("http://10.0.0.7", "10.0.0.0/24", True),
+        ("http://10.0.0.attacker.example", "10.0.0.0/24", False),
+        ("http://10.7:8000", "10.0.0.0/8", False),
+        ("http://0x0a000007:8000", "10.0.0.0/8 0x0a000007.svc", False),
+        ("http://[fd00::7]:8000", "fd00::/8", True),
+        ("http://GPU-7.Pool.SVC.", "gpu-7.pool.svc", True),
+        ("http://xpool.svc", "*.pool.svc", False),
+        ("http://pool.svc", ".pool.svc", False),
+        ("http://evil.example\\.pool.svc", "*.pool.svc", False),
+        ("http://evil.example#.pool.svc", "*.pool.svc", False),
+        ("ftp://gpu-7.pool.svc", "*.pool.svc", False),
+        (None, "gpu-7.pool.svc", False),
     ],
 )
 def test_a_lease_in_the_bucket_cannot_ask_for_the_token(
@@ -79,6 +92,16 @@ def test_a_lease_in_the_bucket_cannot_ask_for_the_token(
     assert may_receive_token(_lease(url)) is may
     monkeypatch.delenv(TOKEN_VARIABLE)
     assert not may_receive_token(_lease(url))
+
+
+@pytest.mark.parametrize(
+    "pattern", ["*", "gpu-*", "10.*.0.1", "10.0.0.*.example", "10.0.0.0/40", "a/b", "*.10", "1.2.3"]
+)
+def test_a_pattern_that_says_nothing_exact_is_refused(pattern: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(TOKEN_VARIABLE, "s3cret")
+    monkeypatch.setenv(REPLICA_HOSTS_VARIABLE, f"gpu-7.pool.svc {pattern}")
+    with pytest.raises(InputError, match=REPLICA_HOSTS_VARIABLE):
+        may_receive_token(_lease("http://gpu-7.pool.svc"))
 
 
 def _lease(url: str | None, follows: str | None = None) -> Lease:

@@ -11,12 +11,11 @@ import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
-from urllib.parse import urlsplit
 
 from weightline.chain import Chain
 from weightline.chain.read.leases import Lease, live_leases
 from weightline.errors import ApplyError, InputError
+from weightline.fleet.hosts import host_of, parse_patterns
 from weightline.fleet.local_replica import ensure_replica, replicas_dir
 from weightline.fleet.waves import Member
 from weightline.serving.http import client
@@ -26,7 +25,7 @@ from weightline.serving.replica.status import ReplicaStatus
 
 #: URLs of replicas that run outside the local stack, separated by spaces or commas. Their token is WEIGHTLINE_TOKEN.
 SERVING_URL_VARIABLE = "WEIGHTLINE_SERVING_URL"
-#: Hosts of leased replicas that may receive the token: names with wildcards, separated by spaces or commas.
+#: Hosts of leased replicas that may receive the token, separated by spaces or commas: see `weightline.fleet.hosts`.
 REPLICA_HOSTS_VARIABLE = "WEIGHTLINE_REPLICA_HOSTS"
 _STATUS_SECONDS = 10.0
 _MAX_REQUESTS_AT_ONCE = 16
@@ -88,12 +87,15 @@ def find_fleet(chain: Chain) -> Fleet:
 
 
 def may_receive_token(lease: Lease) -> bool:
-    """Returns whether the token may be sent to the URL of a lease, which every writer of the bucket can choose."""
-    host = urlsplit(lease.url or "").hostname
+    """Returns whether the token may be sent to the URL of a lease, which every writer of the bucket can choose.
+
+    InputError for a pattern of WEIGHTLINE_REPLICA_HOSTS that is none.
+    """
+    patterns = parse_patterns(_split(os.environ.get(REPLICA_HOSTS_VARIABLE, "")), REPLICA_HOSTS_VARIABLE)
+    host = host_of(lease.url or "")
     if host is None or not os.environ.get(TOKEN_VARIABLE):
         return False
-    patterns = _split(os.environ.get(REPLICA_HOSTS_VARIABLE, ""))
-    return any(fnmatchcase(host, pattern) for pattern in patterns) if patterns else is_loopback(host)
+    return patterns.match(host) if patterns else is_loopback(host)
 
 
 def _named(chain: Chain) -> Iterator[tuple[str, str]]:
