@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 
 from prefect import get_run_logger, task
 from prefect.artifacts import create_markdown_artifact
@@ -56,8 +56,7 @@ def expire(chain: str, keep_versions: int) -> UpkeepResult:
 def collect_garbage(chain: str, delete: bool, grace_hours: float) -> UpkeepResult:
     """Finds unreachable objects, and deletes them if `delete` is true. Safe to repeat."""
     opened = open_chain(chain)
-    now = datetime.now(UTC)
-    plan = plan_gc(view_chain(opened, now), now=now, grace=timedelta(hours=grace_hours))
+    plan = plan_gc(view_chain(opened), grace=timedelta(hours=grace_hours))
     if delete:
         collect(opened, plan)
     verb = "deleted" if delete else "would be deleted"

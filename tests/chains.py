@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import numpy as np
@@ -19,9 +20,13 @@ from weightline.dtypes import bits_dtype
 from weightline.format import keys
 from weightline.format.manifest import AssetRef, Manifest, PayloadRef, TensorState, utc_now
 from weightline.format.write_payload import write_anchor, write_delta
+from weightline.store import Store
+from weightline.store.base import read_clock
 from weightline.store.memory import MemoryStore
 from weightline.types import Segment, TensorSpec
 
+#: For gc: everything may go that is not kept, however new.
+AT_ONCE = timedelta(0)
 State = Mapping[str, npt.NDArray[np.uint16]]
 
 
@@ -93,6 +98,11 @@ def make_manifest(
         payload_nbytes=payload_nbytes, full_nbytes=sum(spec.nbytes for spec in specs), payloads=payloads,
         tensors=tensors,
     )  # fmt: skip
+
+
+def later(**duration: float) -> Callable[[Store], datetime]:
+    """A store's clock that has gone on for so long."""
+    return lambda store: read_clock(store) + timedelta(**duration)
 
 
 def copy_of(store: MemoryStore) -> MemoryStore:

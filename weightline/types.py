@@ -6,6 +6,7 @@ Legend: N elements of a segment, K changed elements. Arrays of bits are unsigned
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,13 @@ PositionArray = npt.NDArray[np.int64]
 #: Bounds of a tensor's shape. A file that exceeds them is broken or hostile.
 MAX_NDIM = 32
 MAX_ELEMENTS = 1 << 56
+#: Of a tensor's name in UTF-8.
+MAX_NAME_NBYTES = 1 << 16
+
+
+def is_shape_in_range(shape: Sequence[int]) -> bool:
+    """Returns whether a tensor may have this shape. A dimension of 0 does not excuse the others: arrays check them."""
+    return len(shape) <= MAX_NDIM and math.prod(max(dim, 1) for dim in shape) <= MAX_ELEMENTS
 
 
 @dataclass(frozen=True, slots=True, order=True)

@@ -32,7 +32,7 @@ class AgedStore(MemoryStore):
 
 def _collect(store: MemoryStore) -> tuple[ObjectInfo, ...]:
     """What the scheduled gc does, with its default grace."""
-    plan = plan_gc(view_chain(Chain(store)), now=datetime.now(UTC))
+    plan = plan_gc(view_chain(Chain(store)))
     collect(Chain(store), plan)
     return plan.objects
 
@@ -67,7 +67,7 @@ def test_gc_leaves_what_a_crashed_attempt_put_to_the_next_attempt(store: AgedSto
 def test_gc_leaves_what_was_put_again_after_it_looked(store: AgedStore, folder: Path) -> None:
     (asset,) = upload_files(store, folder)
     store.age()
-    plan = plan_gc(view_chain(Chain(store)), now=datetime.now(UTC))
+    plan = plan_gc(view_chain(Chain(store)))
     assert [info.key for info in plan.assets] == [asset.key]
     upload_files(store, folder)
     collect(Chain(store), plan)

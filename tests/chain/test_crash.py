@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from tests.chains import commit_state, nudged, random_state
+from tests.chains import AT_ONCE, commit_state, nudged, random_state
 from weightline.chain.files.assets import assets_of
 from weightline.chain.read.history import Chain
 from weightline.chain.read.refs import move_ref
@@ -55,7 +55,7 @@ def _compact(chain: Chain) -> None:
 
 
 def _collect(chain: Chain) -> None:
-    collect(chain, plan_gc(view_chain(chain), now=datetime.now(UTC), grace=timedelta(0)))
+    collect(chain, plan_gc(view_chain(chain), grace=AT_ONCE))
 
 
 #: Each step may be repeated from its start after a crash in it.
@@ -138,9 +138,10 @@ class _CrashAfterWrite(FaultStore):
         super().put_file(key, path)
         self._written()
 
-    def delete(self, key: str) -> None:
-        super().delete(key)
-        self._written()
+    def delete(self, *keys: str) -> None:
+        for key in keys:
+            super().delete(key)
+            self._written()
 
     def _written(self) -> None:
         self.num_writes += 1
@@ -213,7 +214,7 @@ def test_a_conflict_loses_nothing_of_either_writer() -> None:
         commit_state(ours, _STATES[1], _STATES[0])
     assert verify_chain(Chain(store)).holds
     assert np.array_equal(read_state(Chain(store), 1).bits["weight"], _STATES[2]["weight"].reshape(-1))
-    orphans = plan_gc(view_chain(Chain(store)), now=datetime.now(UTC), grace=timedelta(hours=1)).payloads
+    orphans = plan_gc(view_chain(Chain(store)), grace=timedelta(hours=1)).payloads
     assert orphans == ()
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from pydantic import ValidationError
 
 from weightline.chain.write.draft import Authorship, Draft
 from weightline.codec.anchor import ANCHOR_CODING
 from weightline.codec.digest import format_digest
+from weightline.errors import InputError
 from weightline.format import keys
 from weightline.format.manifest import Manifest
 from weightline.types import TensorSpec
@@ -40,7 +40,7 @@ def test_an_anchor_has_no_base_a_coding_of_its_own_and_changes_all() -> None:
 
 
 def test_facts_that_contradict_each_other_make_no_manifest() -> None:
-    with pytest.raises(ValidationError, match="reverts_to goes with kind revert"):
+    with pytest.raises(InputError, match="reverts_to goes with kind revert"):
         _manifest(replace(DELTA, kind="revert"), 3)
-    with pytest.raises(ValidationError, match="base_version"):
+    with pytest.raises(InputError, match="base_version"):
         _manifest(DELTA, 0)

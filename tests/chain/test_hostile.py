@@ -12,22 +12,37 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.chains import commit_state, nudged, random_state
+from tests.chains import AT_ONCE, commit_state, nudged, random_state
 from tests.codec.states import whole
 from tests.compat.generate import FOLDER
 from weightline.chain.read.history import Chain
 from weightline.chain.read.records import EVALUATIONS, read_record, read_records, write_record
 from weightline.chain.read.refs import current_refs, history_of, move_ref, newest_move, oldest_kept, resolve
+from weightline.chain.replay import fetch
+from weightline.chain.replay.fetch import fetch_object
 from weightline.chain.replay.state import HostState, read_state
+from weightline.chain.upkeep.gc import collect, plan_gc, view_chain
+from weightline.chain.upkeep.retention import expire_before
 from weightline.chain.upkeep.verify import verify_chain
 from weightline.chain.write.commit import commit_manifest
 from weightline.codec.digest import format_digest, tensor_digest
-from weightline.errors import CorruptError, InputError, ManifestError, PayloadError
+from weightline.errors import (
+    CorruptError,
+    DigestMismatchError,
+    InputError,
+    ManifestError,
+    PayloadError,
+    StorageError,
+)
 from weightline.format import keys
+from weightline.format.documents import MAX_MANIFEST_NBYTES, MAX_NOTE_NBYTES, MAX_RECORD_NBYTES
 from weightline.format.manifest import Manifest, PayloadRef, TensorState
+from weightline.format.payload import Payload, open_payload
 from weightline.format.shortcut import Shortcut
 from weightline.format.write_payload import PayloadInfo, write_anchor, write_delta
+from weightline.store.local import LocalStore
 from weightline.store.memory import MemoryStore
+from weightline.testing.faults import FaultStore
 from weightline.types import Changes, Segment, TensorSpec
 
 MIB = 1 << 20
@@ -226,3 +241,138 @@ def test_one_bad_object_is_told_and_harms_no_reader(spoil: Callable[[bytes], byt
         except CorruptError:
             continue
         assert state.version == tip
+
+
+def test_an_object_that_is_no_manifest_is_not_the_tip(chain: Chain) -> None:
+    junk = [keys.commit(99), keys.commit(100), keys.commit((1 << 63) - 1), f"{keys.COMMITS}{'9' * 20}.json"]
+    for key in junk:
+        chain.store.put(key, b"{}")
+    chain.store.put(keys.commit(1000), chain.store.get(keys.commit(1)))  # of another version
+    for hint in (b'{"version": 1}', b'{"version": 99}', b"{}"):
+        chain.store.put(keys.TIP_HINT, hint)
+        assert Chain(chain.store).tip_version() == 1
+    assert Chain(chain.store).versions() == (0, 1)
+    new = nudged(random_state(0), 7)
+    assert commit_state(Chain(chain.store), new, nudged(random_state(0), 1)).version == 2
+    assert {f.rule for f in verify_chain(Chain(chain.store)).findings} == {"commit-key", "manifest"}
+    collect(chain, plan_gc(view_chain(chain), grace=AT_ONCE))
+    assert verify_chain(Chain(chain.store)).holds
+
+
+def test_a_broken_tip_behind_which_all_is_expired_is_still_the_tip(chain: Chain) -> None:
+    """Else a writer would begin the chain anew over what is left of it."""
+    expire_before(chain, 1)
+    collect(chain, plan_gc(view_chain(chain), grace=AT_ONCE))
+    chain.store.put(keys.commit(1), b"{}")
+    assert Chain(chain.store).tip_version() == 1
+    with pytest.raises(ManifestError):
+        Chain(chain.store).tip()
+
+
+def test_a_hint_that_may_not_be_read_is_passed_over(chain: Chain) -> None:
+    def refuse(number: int, verb: str, key: str) -> None:
+        if key == keys.TIP_HINT:
+            raise StorageError("access denied", key=key)
+
+    assert Chain(FaultStore(chain.store, refuse)).tip_version() == 1
+
+
+TOO_LARGE = {
+    keys.commit(1): MAX_MANIFEST_NBYTES, REF: MAX_NOTE_NBYTES, HORIZON: MAX_NOTE_NBYTES, RECORD: MAX_RECORD_NBYTES,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("key", TOO_LARGE)
+def test_an_object_that_is_too_large_is_not_read(tmp_path: Path, chain: Chain, key: str) -> None:
+    store = LocalStore(tmp_path)
+    for info in chain.store.list(""):
+        store.put(info.key, chain.store.get(info.key))
+    (tmp_path / key).parent.mkdir(exist_ok=True)
+    with (tmp_path / key).open("wb") as file:
+        file.truncate(TOO_LARGE[key] + 1)  # a hole: it takes no room
+    reads = READS.get(key, [lambda chain: chain.manifest(1)])
+    tracemalloc.start()
+    try:
+        for read in reads:
+            with pytest.raises(CorruptError, match="bytes"):
+                read(Chain(store))
+        assert tracemalloc.get_traced_memory()[1] < MIB
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_payload_of_another_size_is_not_fetched(tmp_path: Path, chain: Chain) -> None:
+    store = LocalStore(tmp_path / "bucket")
+    for info in chain.store.list(""):
+        store.put(info.key, chain.store.get(info.key))
+    ref = chain.manifest(0).payloads[0]
+    with (tmp_path / "bucket" / ref.key).open("wb") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(DigestMismatchError, match="its manifest says"):
+        fetch_object(store, ref, tmp_path / "payload")
+    assert not list(tmp_path.glob("*payload*"))
+
+
+def _spoiled(raw: bytes, old: str, new: str) -> bytes:
+    text = raw.decode()
+    assert old in text
+    return text.replace(old, new, 1).encode()
+
+
+SURROGATE, ENDLESS = '"\\ud800"', "1" + "0" * 400
+MANIFEST_EDITS = [
+    ('"stage": "sft"', f'"stage": {SURROGATE}'),
+    ('"stage": "sft"', '"stage": "\\udc00\\ud800"'),
+    ('"stage": "sft"', f'"stage": "{"x" * 1025}"'),
+    ('"run_id": "run-1"', f'"run_id": {SURROGATE}'),
+    ('"metrics": {}', f'"metrics": {{{SURROGATE}: 1}}'),
+    ('"metrics": {}', f'"metrics": {{"loss": {ENDLESS}}}'),
+    ('"provenance": {}', f'"provenance": {{"host": {SURROGATE}}}'),
+    ('"provenance": {}', f'"provenance": {{"host": "{"x" * 65537}"}}'),
+    ('"scale": {', f'{SURROGATE}: {{'),
+    ('"global_step": 0', f'"global_step": {ENDLESS}'),
+    ('"global_step": 0', f'"global_step": {1 << 63}'),
+    ('"rank": 0', f'"rank": {ENDLESS}'),
+    *(
+        ('"tensors": {', f'"tensors": {{"z": {{"dtype": "BF16", "shape": {shape}, "digest": "{"0" * 32}"}},')
+        for shape in ([0, 1 << 62], [0, 1 << 70], [0, 10**9, 10**9])
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("old", "new"), MANIFEST_EDITS)
+def test_a_manifest_with_what_nothing_can_hold_is_refused(chain: Chain, old: str, new: str) -> None:
+    chain.store.put(keys.commit(0), _spoiled(chain.store.get(keys.commit(0)), old, new))
+    with pytest.raises(ManifestError):
+        Chain(chain.store).manifest(0)
+    assert not verify_chain(Chain(chain.store)).holds
+
+
+@pytest.mark.parametrize("fields", ['"score": ' + ENDLESS, '"reason": ' + SURROGATE, '"a": [{"b": ' + SURROGATE + "}]"])
+def test_a_record_with_what_nothing_can_hold_is_refused(chain: Chain, fields: str) -> None:
+    chain.store.put(RECORD, _spoiled(chain.store.get(RECORD), "{", "{" + fields + ","))
+    for read in READS[RECORD]:
+        with pytest.raises(CorruptError):
+            read(chain)
+
+
+@pytest.mark.parametrize("record", [{"score": 10**400}, {"reason": "\ud800"}, {"log": "x" * MAX_RECORD_NBYTES}])
+def test_a_record_that_no_reader_takes_is_not_written(chain: Chain, record: dict[str, Any]) -> None:
+    with pytest.raises(InputError):
+        write_record(chain, EVALUATIONS, 0, "toy", {"status": "done"} | record)
+    assert read_record(chain, EVALUATIONS, 0, "toy") is None
+
+
+def test_payloads_with_the_same_bytes_are_opened_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of many empty segments takes seconds to open, and a manifest may name it any number of times."""
+    opened: list[Path] = []
+
+    def counted(path: Path) -> Payload:
+        opened.append(path)
+        return open_payload(path)
+
+    monkeypatch.setattr(fetch, "open_payload", counted)
+    chain = commit_anchor(tmp_path, WEIGHT, "0" * 32, [lambda path: parts(path, (0, 3))] * 5)
+    with pytest.raises(PayloadError):
+        read_state(chain, 0)
+    assert len(opened) == 1

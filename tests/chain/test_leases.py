@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.chains import commit_state, nudged, random_state
+from tests.chains import AT_ONCE, commit_state, later, nudged, random_state
 from weightline.chain.read.history import Chain
 from weightline.chain.read.leases import Lease, live_leases, read_lease, read_leases, write_lease
 from weightline.chain.replay.state import read_state
@@ -103,9 +103,8 @@ def test_what_is_no_lease_is_passed_over_and_new_fields_are_ignored(chain: Chain
         write_lease(chain, make_lease("../x", 2))
 
 
-def _collect(chain: Chain, leases_at: datetime) -> None:
-    late = datetime.now(UTC) + timedelta(days=2)
-    collect(chain, plan_gc(view_chain(chain, leases_at), now=late))
+def _collect(chain: Chain, hours: float = 0) -> None:
+    collect(chain, plan_gc(view_chain(chain, later(hours=hours)), grace=AT_ONCE))
 
 
 def test_a_live_lease_keeps_the_version_that_it_stands_at_and_the_way_to_it(chain: Chain) -> None:
@@ -115,7 +114,7 @@ def test_a_live_lease_keeps_the_version_that_it_stands_at_and_the_way_to_it(chai
     write_lease(chain, make_lease("moving", None, moving_to=4))
     write_lease(chain, make_lease("gone", 5, state="ended"))
     expire_before(chain, 6)
-    _collect(chain, datetime.now(UTC))
+    _collect(chain)
     fresh = Chain(chain.store)
     assert [held.lease.replica for held in read_leases(fresh)] == ["held", "moving"]
     assert {version: read_state(fresh, version).digests for version in states} == states
@@ -124,15 +123,15 @@ def test_a_live_lease_keeps_the_version_that_it_stands_at_and_the_way_to_it(chai
     assert fresh.versions() == (0, 1, 2, 3, 4, 6)
     assert verify_chain(fresh).holds
 
-    _collect(chain, datetime.now(UTC) + timedelta(hours=1))
+    _collect(chain, hours=1)
     assert Chain(chain.store).versions() == (6,)
     assert read_leases(chain) == (), "of replicas that are gone for longer than the grace period nothing stays"
 
 
 def test_a_lease_at_what_is_gone_already_stops_no_collection(chain: Chain) -> None:
     expire_before(chain, 6)
-    _collect(chain, datetime.now(UTC))
+    _collect(chain)
     write_lease(chain, make_lease("back from the dead".replace(" ", "-"), 3))
     assert leased_versions(chain, live_leases(chain)) == set()
-    _collect(chain, datetime.now(UTC))
+    _collect(chain)
     assert Chain(chain.store).versions() == (6,)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tempfile
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from tests.chain.test_leases import make_lease
-from tests.chains import commit_state, nudged, random_state
+from tests.chains import AT_ONCE, commit_state, nudged, random_state
 from weightline.chain.read.history import Chain
 from weightline.chain.read.leases import write_lease
 from weightline.chain.read.refs import current_refs, move_ref, oldest_kept
@@ -110,7 +109,7 @@ class ChainMachine(RuleBasedStateMachine):
 
     @rule()
     def collect_garbage(self) -> None:
-        collect(self.chain, plan_gc(view_chain(self.chain), now=datetime.now(UTC), grace=timedelta(0)))
+        collect(self.chain, plan_gc(view_chain(self.chain), grace=AT_ONCE))
         if self.replica.version not in self.kept():
             self.replica = read_state(self.chain, self.tip)
 

@@ -6,13 +6,12 @@ import hashlib
 import json
 import sys
 from collections.abc import Iterator
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from tests.chains import commit_state, nudged, random_state
+from tests.chains import commit_state, later, nudged, random_state
 from weightline.chain.read.history import Chain, open_chain
 from weightline.chain.replay.plan import plan_between
 from weightline.chain.replay.state import read_state
@@ -79,13 +78,13 @@ class _Watched:
     def __getattr__(self, name: str) -> object:
         return getattr(self._store, name)
 
-    def get(self, key: str) -> bytes:
+    def get(self, key: str, *limit: int) -> bytes:
         self.read.append(key)
-        return self._store.get(key)
+        return self._store.get(key, *limit)
 
-    def get_file(self, key: str, path: Path) -> None:
+    def get_file(self, key: str, path: Path, *nbytes: int) -> None:
         self.read.append(key)
-        self._store.get_file(key, path)
+        self._store.get_file(key, path, *nbytes)
 
 
 def _demanding(chain: Chain, trusted: TrustedKeys) -> tuple[Chain, _Watched]:
@@ -304,8 +303,7 @@ def test_signatures_go_with_what_they_sign(signed: Chain, trusted: TrustedKeys) 
     orphan = _signature_of(signed, 2).model_copy(update={"sha256": "0" * 64})
     signed.store.put(orphan.key, orphan.to_bytes())
     expire_before(signed, 4)
-    late = datetime.now(UTC) + timedelta(days=2)
-    plan = plan_gc(view_chain(signed, late), now=late)
+    plan = plan_gc(view_chain(signed, later(days=2)))
     gone = {keys.subject_of_signature(info.key) for info in plan.signatures}
     assert {keys.commit(v) for v in range(4)} | {keys.shortcut(0, 4)} == gone
     collect(signed, plan)

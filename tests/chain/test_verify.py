@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.chains import commit_state, copy_of, nudged, random_state
+from tests.chains import commit_state, copy_of, later, nudged, random_state
 from weightline.chain.files.assets import upload_files
 from weightline.chain.files.source import VersionSource
 from weightline.chain.read.history import Chain
@@ -50,8 +49,7 @@ def grown(tmp_path_factory: pytest.TempPathFactory) -> MemoryStore:
     expire_before(chain, 6)
     few_anchors = AnchorPolicy(anchor_elements_per_second=1e-9)
     write_compaction(chain, plan_compaction(chain, coding="gap", policy=few_anchors), coding="gap")
-    late = datetime.now(UTC) + timedelta(days=2)
-    collect(chain, plan_gc(view_chain(chain, late), now=late))
+    collect(chain, plan_gc(view_chain(chain, later(days=2))))
     assert chain.versions() == (0, 1, 2, 6, 7, 8)
     return store
 
@@ -232,8 +230,7 @@ def test_a_bearer_of_assets_needs_no_way_to_it(chain: Chain, tmp_path: Path) -> 
         before, state = state, nudged(state, seed)
         commit_state(made, state, before, assets=upload_files(made.store, tmp_path) if seed == 0 else ())
     expire_before(made, 3)
-    late = datetime.now(UTC) + timedelta(days=2)
-    collect(made, plan_gc(view_chain(made, late), now=late))
+    collect(made, plan_gc(view_chain(made, later(days=2))))
     assert made.versions() == (1, 3)
     assert verify_chain(Chain(made.store)).findings == ()
 

@@ -267,3 +267,31 @@ def test_bytes_per_changed_element(tmp_path: Path, run: str, coding: str, bound:
 def test_anchors_are_smaller_than_raw(tmp_path: Path, run: str) -> None:
     info = write_anchor(tmp_path / "p", ((segment, bits_N) for segment, bits_N, _ in real_pairs(run)))
     assert info.nbytes < 0.70 * 2 * info.num_elements
+
+
+def _ones(names: Iterable[str], shape: tuple[int, ...] = (2,)) -> Iterator[Changes]:
+    old_1, new_1 = np.zeros(1, np.uint16), np.ones(1, np.uint16)
+    for name in names:
+        yield Changes(Segment(TensorSpec(name, "BF16", shape), 0, 2), np.zeros(1, np.int64), old_1, new_1)
+
+
+def test_a_payload_that_no_reader_opens_is_not_written(tmp_path: Path) -> None:
+    """Names without a common prefix make a table larger than readers inflate."""
+    names = [f"{number:06d}{'x' * 994}" for number in range(9_000)]
+    path = tmp_path / "p"
+    assert write_delta(path, _ones(names[:8_000])).num_segments == len(open_payload(path).segments) == 8_000
+    with pytest.raises(InputError, match="shorter tensor names"):
+        write_delta(path, _ones(names))
+    with pytest.raises(PayloadError):
+        open_payload(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [("x" * (1 << 16) + "x", (2,)), ("\ud800", (2,)), ("w", (1,)), ("w", (2,) * 33), ("w", (0, 1 << 70))],
+)
+def test_a_tensor_that_no_reader_takes_is_not_written(tmp_path: Path, name: str, shape: tuple[int, ...]) -> None:
+    with pytest.raises(InputError):
+        write_delta(tmp_path / "p", _ones([name], shape))
+    with pytest.raises(PayloadError):
+        open_payload(tmp_path / "p")

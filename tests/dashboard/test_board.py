@@ -24,9 +24,9 @@ class _HangingStore(MemoryStore):
         super().__init__(url)
         self._let_go = let_go
 
-    def get(self, key: str) -> bytes:
+    def get(self, key: str, *limit: int) -> bytes:
         self._let_go.wait(60)
-        return super().get(key)
+        return super().get(key, *limit)
 
     def list(self, prefix: str, start_after: str = "") -> Iterator[ObjectInfo]:
         self._let_go.wait(60)

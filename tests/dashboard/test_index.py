@@ -81,9 +81,9 @@ def test_a_long_chain_is_read_newest_first(pool: ThreadPoolExecutor, monkeypatch
 class _CountingStore(MemoryStore):
     num_read = 0
 
-    def get(self, key: str) -> bytes:
+    def get(self, key: str, *limit: int) -> bytes:
         self.num_read += 1
-        return super().get(key)
+        return super().get(key, *limit)
 
 
 def test_the_first_look_at_ten_thousand_versions_reads_a_screenful(pool: ThreadPoolExecutor) -> None:

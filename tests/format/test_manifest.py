@@ -94,10 +94,11 @@ def test_a_shortcut_leads_forward(change: dict[str, Any]) -> None:
 
 
 def test_keys_sort_as_versions_do() -> None:
-    versions = [0, 9, 10, 99, 100, 10**19]
+    versions = [0, 9, 10, 99, 100, keys.MAX_VERSION]
     assert sorted(keys.commit(v) for v in versions) == [keys.commit(v) for v in versions]
     assert [keys.version_of_commit(keys.commit(v)) for v in versions] == versions
     assert [keys.version_of_commit(k) for k in ("commits/1.json", "commits/x.json", keys.COMMITS)] == [None] * 3
+    assert keys.version_of_commit(keys.commit(keys.MAX_VERSION + 1)) is None
     assert keys.ends_of_shortcut(keys.shortcut(3, 12)) == (3, 12)
     assert keys.ends_of_shortcut(keys.shortcut(None, 12)) == (None, 12)
     assert keys.ends_of_shortcut(keys.commit(1)) is None

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import itertools
 import json
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from tests.chains import commit_state, make_manifest, nudged, random_state
+from tests.chains import commit_state, later, make_manifest, nudged, random_state
 from tests.hub_emulator import Cut, Fault, HubEmulator, LoseReply, Status
 from tests.store.hub_racers import race
 from weightline.chain import Chain, open_chain
@@ -99,14 +98,13 @@ def test_nothing_is_collected_while_a_won_version_is_not_published(
     """Its payloads look like garbage, however old: no manifest names them yet, and the next writer publishes one."""
     _committed(hub_url)
     _stop_after_the_claim(hub, hub_url)
-    late = datetime.now(UTC) + timedelta(hours=25)
     with pytest.raises(StorageError, match=f"{keys.commit(2)}.*weightline verify"):
         view_chain(open_chain(hub_url))
     assert isinstance(CliRunner().invoke(app, ["gc", hub_url]).exception, StorageError)
     with pytest.raises(CommitConflictError):
         commit_state(Chain(open_hub(hub_url)), STATES[0], STATES[1], world_size=1)
     chain = open_chain(hub_url)
-    plan = plan_gc(view_chain(chain), now=late)
+    plan = plan_gc(view_chain(chain, later(hours=25)))
     collect(chain, plan)
     assert len(plan.payloads) == 1  # of the attempt that lost
     assert verify_chain(Chain(open_hub(hub_url))).holds

@@ -42,9 +42,10 @@ class LosingStore(CutStore):
         self.inner.put_file(key, path)
         self._next("put_file", key)
 
-    def delete(self, key: str) -> None:
-        self.inner.delete(key)
-        self._next("delete", key)
+    def delete(self, *keys: str) -> None:
+        for key in keys:
+            self.inner.delete(key)
+            self._next("delete", key)
 
 
 def _failing_when(is_away: Callable[[int], bool]) -> Callable[[int, str, str], None]:

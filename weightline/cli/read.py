@@ -47,14 +47,13 @@ def show(
 ) -> None:
     """Show one version: manifest, payloads, tensors, refs, evaluations and refreshes."""
     from weightline.chain import open_chain
-    from weightline.chain.read.records import EVALUATIONS, LOGGED, REFRESHES, read_records
+    from weightline.chain.read.records import EVALUATIONS, LOGGED, REFRESHES, read_version_records
     from weightline.chain.read.refs import current_refs, resolve
 
     chain = open_chain(bucket)
     manifest = chain.manifest(resolve(chain, version))
     records = {
-        kind: [r for r in read_records(chain, kind) if r["version"] == manifest.version]
-        for kind in (EVALUATIONS, REFRESHES, LOGGED)
+        kind: read_version_records(chain, kind, manifest.version) for kind in (EVALUATIONS, REFRESHES, LOGGED)
     }
     refs = [ref.name for ref in current_refs(chain).values() if ref.commit_id == manifest.commit_id]
     document = manifest.model_dump() | {"refs": refs, **records}

@@ -1,9 +1,9 @@
-"""weightline compact | expire | gc | verify: maintain a chain and check it."""
+"""weightline compact | expire | gc | verify | repair: maintain a chain, check it, and remove what is broken."""
 
 from __future__ import annotations
 
 from dataclasses import asdict
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from pathlib import Path
 from typing import Annotated
 
@@ -68,8 +68,7 @@ def gc(
     from weightline.chain.upkeep.gc import collect, plan_gc, view_chain
 
     chain = open_chain(bucket)
-    now = datetime.now(UTC)
-    plan = plan_gc(view_chain(chain, now), now=now, grace=timedelta(hours=grace_hours))
+    plan = plan_gc(view_chain(chain), grace=timedelta(hours=grace_hours))
     if delete:
         collect(chain, plan)
     document = {
@@ -106,4 +105,31 @@ def verify(
     lines = [f"{f.rule}: {f.subject}: {f.message}" for f in report.findings]
     emit(asdict(report) | {"holds": report.holds}, [*lines, f"{extent}: {verdict}"], as_json=as_json)
     if not report.holds:
+        raise typer.Exit(1)
+
+
+def repair(
+    bucket: Bucket,
+    delete: Annotated[bool, typer.Option("--delete", help="Remove; without it, only say what would go.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Look at manifests and object sizes; replay nothing.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Remove shortcuts that are broken and names of versions that are gone. Exit code 1 when other faults remain."""
+    from weightline.chain import open_chain
+    from weightline.chain.upkeep.repair import plan_repair, write_repair
+    from weightline.chain.upkeep.verify import verify_chain
+
+    chain = open_chain(bucket)
+    plan = plan_repair(verify_chain(chain, is_deep=not quick).findings)
+    if delete:
+        write_repair(chain, plan)
+    verb = "removed" if delete else "would be removed (add --delete)"
+    lines = [f"{finding.key}: {finding.message}" for finding in plan.removed]
+    lines += [f"{len(plan.removed)} objects {verb}"]
+    lines += [f"left: {f.rule}: {f.subject}: {f.message}" for f in plan.left]
+    document = {
+        "deleted": delete, "removed": [asdict(f) for f in plan.removed], "left": [asdict(f) for f in plan.left],
+    }  # fmt: skip
+    emit(document, lines, as_json=as_json)
+    if plan.left:
         raise typer.Exit(1)

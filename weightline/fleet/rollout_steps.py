@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from weightline.chain import Chain
-from weightline.chain.read.records import EVALUATIONS, REFRESHES, Record, read_record, read_records, write_record
+from weightline.chain.read.records import EVALUATIONS, REFRESHES, Record, newest_records, read_record, write_record
 from weightline.errors import WeightlineError
 from weightline.evaluation.evaluate import wait_or_measure
-from weightline.evaluation.gate import Verdict, baseline_of, judge
+from weightline.evaluation.gate import Verdict, baseline_of, judge, measured_score
 from weightline.evaluation.task import EvaluationTask
 from weightline.fleet.rollout import (
     Move,
@@ -100,11 +100,10 @@ def judge_rollout(
     if record is None and not may_measure:
         return None
     record = record or wait_or_measure(chain, rollout.version, task, work_dir, rollout.settings.wait_seconds)
-    records = [one for one in read_records(chain, EVALUATIONS) if one["name"] == task.name]
-    before = rollout.served_before
-    return judge(
-        rollout.settings.gate, record, baseline_of(records, serving_version(chain) if before is None else before)
-    )
+    served = serving_version(chain) if rollout.served_before is None else rollout.served_before
+    earlier = () if served is None else newest_records(chain, EVALUATIONS, task.name, served)
+    measured = next((one for one in earlier if measured_score(one) is not None), None)
+    return judge(rollout.settings.gate, record, baseline_of([measured] if measured else [], served))
 
 
 def conclude_rollout(chain: Chain, rollout: Rollout, reached: Advance) -> Record:

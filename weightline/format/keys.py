@@ -21,12 +21,16 @@ TIP_HINT = "hints/tip.json"
 #: No key, but a name that no asset may have: the file that says which version a folder of weights holds.
 VERSION_MARK = "weightline.json"
 
+#: Numbers of versions are signed integers of 64 bits.
+MAX_VERSION = (1 << 63) - 1
 _VERSION_DIGITS = 20
+_DIGITS = re.compile(rf"[0-9]{{{_VERSION_DIGITS}}}")
 _SHORTCUT = re.compile(rf"{SHORTCUTS}(?P<version>[0-9]{{20}})-(?P<base>anchor|[0-9]{{20}})\.json")
 _MAX_PATH = 512
 _PATH_NAME = re.compile(r"(?![. ])[^/\\:*?\"<>|]{1,128}(?<![. ])")
 #: Files that every pulled folder has of its own.
 _RESERVED_SUFFIXES = (".safetensors", ".safetensors.index.json")
+_REF = re.compile(rf"{REFS}[A-Za-z0-9][A-Za-z0-9._-]{{0,127}}/[0-9]{{{_VERSION_DIGITS}}}\.json")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
@@ -43,8 +47,8 @@ def commit(version: int) -> str:
 def version_of_commit(key: str) -> int | None:
     """Returns the version of a manifest's key; None for any other key."""
     digits = key.removeprefix(COMMITS).removesuffix(".json")
-    is_commit = key == f"{COMMITS}{digits}.json" and len(digits) == _VERSION_DIGITS and digits.isdigit()
-    return int(digits) if is_commit else None
+    is_commit = key == f"{COMMITS}{digits}.json" and _DIGITS.fullmatch(digits) is not None
+    return int(digits) if is_commit and int(digits) <= MAX_VERSION else None
 
 
 def shortcut(base_version: int | None, version: int) -> str:
@@ -94,6 +98,11 @@ def subject_of_signature(key: str) -> str:
 def ref(name: str, number: int) -> str:
     """Returns the key of a ref's move. Each move is an object of its own, so that the history of a ref is kept."""
     return f"{REFS}{checked_name(name)}/{padded(number)}.json"
+
+
+def is_ref(key: str) -> bool:
+    """Whether the key is a move of a ref: other objects below `refs/` say nothing."""
+    return _REF.fullmatch(key) is not None
 
 
 def checked_name(name: str) -> str:

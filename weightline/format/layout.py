@@ -12,8 +12,8 @@ from itertools import pairwise
 
 from weightline.codec.pieces import TILE, num_tiles, tiles_of
 from weightline.errors import PayloadError
-from weightline.format.table import MAX_NAME_NBYTES, MAX_SEGMENTS, ChunkEntry
-from weightline.types import Segment, TensorSpec
+from weightline.format.table import MAX_SEGMENTS, ChunkEntry
+from weightline.types import MAX_NAME_NBYTES, Segment, TensorSpec
 
 #: A writer closes a chunk at the first piece with which it has CHUNK_ELEMENTS elements, of which CHUNK_CHANGED changed.
 CHUNK_ELEMENTS = 1 << 23
@@ -43,7 +43,7 @@ def check_segments(segments: Sequence[Segment]) -> None:
         raise PayloadError(f"{len(segments)} segments are more than a payload may have", rule="segment-count")
     tensors: dict[str, TensorSpec] = {}
     for segment in segments:
-        if len(segment.tensor.name.encode(errors="replace")) > MAX_NAME_NBYTES:
+        if _name_nbytes(segment.tensor.name) > MAX_NAME_NBYTES:
             raise PayloadError(f"the name {segment.tensor.name[:50]!r}... is too long", rule="table-name")
         if tensors.setdefault(segment.tensor.name, segment.tensor) != segment.tensor:
             raise PayloadError(f"{segment.tensor.name!r} names two tensors", rule="segment-tensor")
@@ -51,6 +51,13 @@ def check_segments(segments: Sequence[Segment]) -> None:
     for (name, _, stop), (next_name, start, _) in pairwise(held):
         if name == next_name and start < stop:
             raise PayloadError(f"two segments of {name!r} overlap at element {start}", rule="segment-overlap")
+
+
+def _name_nbytes(name: str) -> int:
+    try:
+        return len(name.encode())
+    except UnicodeEncodeError as error:
+        raise PayloadError(f"the name {name[:50]!r} is no text: UTF-8 cannot write it", rule="table-name") from error
 
 
 def place_chunks(

@@ -23,7 +23,8 @@ from weightline.errors import (
     UnsupportedFeatureError,
 )
 from weightline.format import keys
-from weightline.types import MAX_ELEMENTS, MAX_NDIM, TensorSpec
+from weightline.format.documents import MAX_MANIFEST_NBYTES, Count, Label, Note, parse_json
+from weightline.types import MAX_ELEMENTS, MAX_NAME_NBYTES, MAX_NDIM, TensorSpec, is_shape_in_range
 
 FORMAT = "weightline/1"
 
@@ -36,8 +37,6 @@ MAX_ASSETS = 4096
 
 #: Names of assets and dtypes that release 0.1 does not refuse.
 _FIRST_ASSET_NAMES = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
-
-MAX_MANIFEST_NBYTES = 256 * 1024 * 1024
 
 
 def _known_dtype(dtype: str) -> str:
@@ -69,7 +68,7 @@ def _files_of_one_folder(assets: tuple[AssetRef, ...]) -> tuple[AssetRef, ...]:
 
 
 def _shape_in_range(shape: tuple[int, ...]) -> tuple[int, ...]:
-    if len(shape) > MAX_NDIM or math.prod(shape) > MAX_ELEMENTS:
+    if not is_shape_in_range(shape):
         raise ValueError(f"more than {MAX_NDIM} dimensions or {MAX_ELEMENTS} elements")
     return shape
 
@@ -78,7 +77,7 @@ def _finite_only(metrics: dict[str, float]) -> dict[str, float]:
     return {name: value for name, value in metrics.items() if math.isfinite(value)}
 
 
-Count = Annotated[int, Field(ge=0)]
+TensorName = Annotated[str, Field(max_length=MAX_NAME_NBYTES)]
 
 
 Hex128 = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
@@ -131,7 +130,7 @@ class TensorState(Frozen):
 class Origin(Frozen):
     """The version of another chain whose state this one starts from."""
 
-    chain: str
+    chain: Note
     version: Count
     commit_id: Hex128
 
@@ -139,7 +138,7 @@ class Origin(Frozen):
 class AdapterBase(Frozen):
     """The frozen model that an adapter's versions belong to. It is identified by its bits, not by its name."""
 
-    name_or_path: str
+    name_or_path: Note
     """The name or path that the writer used. Informative only."""
     digest: Sha256
     """One hash over the state digests of its tensors; SPEC "Adapters"."""
@@ -157,7 +156,7 @@ class Manifest(Frozen):
     """One committed version. Field order is the order in the file."""
 
     format: Literal["weightline/1"] = "weightline/1"
-    features: Annotated[tuple[str, ...], Field(strict=False)] = ()
+    features: Annotated[tuple[Label, ...], Field(strict=False)] = ()
     version: Count
     base_version: Count | None
     """The version that this one is a delta against; None for an anchor."""
@@ -169,15 +168,15 @@ class Manifest(Frozen):
     """Set when the tensors are an adapter's: the model that they belong to. The same in all later versions."""
     commit_id: Hex128
     """Random id of the attempt to commit. It distinguishes a lost reply from a lost race."""
-    created_at: str
+    created_at: Label
     """UTC time by the writer's clock, ISO 8601. Informative only, never used for ordering."""
-    run_id: str
-    stage: str
+    run_id: Label
+    stage: Label
     global_step: Count
     is_milestone: bool = False
     """True for the first version and the last of a stage, which are always evaluated."""
-    coding: str
-    world_size: Annotated[int, Field(ge=1)]
+    coding: Label
+    world_size: Annotated[Count, Field(ge=1)]
     num_changed: Count
     num_elements: Count
     payload_nbytes: Count
@@ -188,10 +187,10 @@ class Manifest(Frozen):
         tuple[AssetRef, ...], Field(strict=False, max_length=MAX_ASSETS), AfterValidator(_files_of_one_folder)
     ] = ()
     """The small files of the model. Empty means those of the version before."""
-    tensors: dict[str, TensorState]
-    metrics: Annotated[dict[str, float], AfterValidator(_finite_only)] = Field(default_factory=dict)
+    tensors: dict[TensorName, TensorState]
+    metrics: Annotated[dict[Label, float], AfterValidator(_finite_only)] = Field(default_factory=dict)
     """Numbers that the trainer logged at this step: loss, reward, ... Numbers that are not finite are left out."""
-    provenance: dict[str, str] = Field(default_factory=dict)
+    provenance: dict[Label, Note] = Field(default_factory=dict)
     """Links for people: flow_run_id, host, library versions."""
 
     @model_validator(mode="after")
@@ -255,9 +254,9 @@ def parse_wire(cls: type[Wire], raw: bytes, noun: str) -> Wire:
     if len(raw) > MAX_MANIFEST_NBYTES:
         raise ManifestError(f"a {noun} of {len(raw)} bytes exceeds {MAX_MANIFEST_NBYTES}", rule="size")
     try:
-        document = json.loads(raw)
-    except (ValueError, RecursionError) as error:
-        raise ManifestError(f"a {noun} is not JSON: {error}", rule="json") from error
+        document = parse_json(raw)
+    except ValueError as error:
+        raise ManifestError(f"a {noun} is not JSON that can be read: {error}", rule="json") from error
     _refuse_unknown_features(document)
     try:
         return cls.model_validate(document)

@@ -11,21 +11,22 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from weightline.format import keys
-from weightline.format.manifest import Count, Frozen, Hex128, PayloadRef, parse_wire
+from weightline.format.documents import Count, Label
+from weightline.format.manifest import Frozen, Hex128, PayloadRef, parse_wire
 
 
 class Shortcut(Frozen):
     """Payloads that lead from `base_version` (None: from nothing) to `version`."""
 
     format: Literal["weightline/1"] = "weightline/1"
-    features: Annotated[tuple[str, ...], Field(strict=False)] = ()
+    features: Annotated[tuple[Label, ...], Field(strict=False)] = ()
     version: Count
     base_version: Count | None
     commit_id: Hex128
     """The commit_id of the version's manifest. A shortcut to any other commit of the version is invalid."""
     base_commit_id: Hex128 | None
-    created_at: str
-    coding: str
+    created_at: Label
+    coding: Label
     num_changed: Count
     payload_nbytes: Count
     payloads: Annotated[tuple[PayloadRef, ...], Field(strict=False)]

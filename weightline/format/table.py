@@ -18,13 +18,12 @@ from dataclasses import dataclass
 from weightline.codec.varint import NumberReader, put_numbers
 from weightline.dtypes import DTYPES
 from weightline.errors import PayloadError
-from weightline.types import MAX_ELEMENTS, MAX_NDIM, Segment, TensorSpec
+from weightline.types import MAX_NAME_NBYTES, MAX_NDIM, Segment, TensorSpec, is_shape_in_range
 
 #: Bounds that a reader accepts: bytes of an inflated table, segments, chunks, bytes of a name.
 MAX_TABLE_NBYTES = 1 << 23
 MAX_SEGMENTS = 1 << 18
 MAX_CHUNKS = 1 << 18
-MAX_NAME_NBYTES = 1 << 16
 _DTYPE_CODES = tuple(DTYPES)
 
 
@@ -39,7 +38,7 @@ class ChunkEntry:
 
 
 def pack_table(segments: Sequence[Segment], chunks: Sequence[ChunkEntry]) -> bytes:
-    """Returns the table's bytes."""
+    """Returns the table's bytes. PayloadError for a table that is too large for any reader."""
     out = bytearray()
     put_numbers(out, len(segments))
     previous = b""
@@ -56,6 +55,12 @@ def pack_table(segments: Sequence[Segment], chunks: Sequence[ChunkEntry]) -> byt
     put_numbers(out, len(chunks))
     for chunk in chunks:
         put_numbers(out, _DTYPE_CODES.index(chunk.dtype), chunk.num_elements, chunk.num_changed, *chunk.stream_nbytes)
+    if len(out) > MAX_TABLE_NBYTES or len(chunks) > MAX_CHUNKS:
+        raise PayloadError(
+            f"{len(segments)} segments and {len(chunks)} chunks take a table of {len(out)} bytes, and readers accept "
+            f"{MAX_TABLE_NBYTES} bytes and {MAX_CHUNKS} chunks: write several payloads, or choose shorter tensor names",
+            rule="table-deflate",
+        )
     deflate = zlib.compressobj(9, zlib.DEFLATED, -15)
     return deflate.compress(bytes(out)) + deflate.flush()
 
@@ -98,8 +103,8 @@ def _read_segment(reader: NumberReader, name: bytes) -> Segment:
     if ndim > MAX_NDIM:
         raise PayloadError(f"{text!r} has {ndim} dimensions", rule="table-shape")
     tensor = TensorSpec(text, dtype, tuple(reader.number() for _ in range(ndim)))
-    if tensor.num_elements > MAX_ELEMENTS:
-        raise PayloadError(f"{text!r} has {tensor.num_elements} elements", rule="table-shape")
+    if not is_shape_in_range(tensor.shape):
+        raise PayloadError(f"{text!r} has the shape {tensor.shape}", rule="table-shape")
     flag = reader.number()
     if flag > 1:
         raise PayloadError(f"{text!r} has flag {flag}", rule="table-flag")

@@ -28,7 +28,7 @@ from weightline.format.layout import (
 )
 from weightline.format.payload import PAYLOAD_FORMAT
 from weightline.format.table import ChunkEntry, pack_table
-from weightline.types import BitsArray, Changes, Segment
+from weightline.types import BitsArray, Changes, Segment, is_shape_in_range
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,8 +160,7 @@ class _Writer:
         self._write(*streams)
 
     def finish(self, path: Path) -> PayloadInfo:
-        _require_valid(self.segments)
-        table = pack_table(self.segments, self.chunks)
+        table = _packed(self.segments, self.chunks)
         chunks_nbytes = self.echo.nbytes
         self._write(table)
         metadata = {"weightline": PAYLOAD_FORMAT, "kind": self.kind, "coding": self.coding}
@@ -177,9 +176,16 @@ class _Writer:
         self.echo.add(*parts)
 
 
-def _require_valid(segments: Sequence[Segment]) -> None:
-    """Raises InputError for segments that a reader would refuse."""
+def _packed(segments: Sequence[Segment], chunks: Sequence[ChunkEntry]) -> bytes:
+    """Returns the table. InputError, before anything is uploaded, for segments that a reader would refuse."""
+    for segment in segments:
+        tensor = segment.tensor
+        if not is_shape_in_range(tensor.shape):
+            raise InputError(f"{tensor.name!r} has the shape {tensor.shape}, which no chain holds", tensor=tensor.name)
+        if not 0 <= segment.start <= segment.stop <= tensor.num_elements:
+            raise InputError(f"a segment of {tensor.name!r} ends beyond it", tensor=tensor.name)
     try:
         check_segments(segments)
+        return pack_table(segments, chunks)
     except PayloadError as error:
         raise InputError(str(error), **error.facts) from error

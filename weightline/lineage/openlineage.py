@@ -19,7 +19,7 @@ from uuid import NAMESPACE_URL, uuid5
 
 from weightline import __version__
 from weightline.chain import Chain
-from weightline.chain.read.records import EVALUATIONS, read_records
+from weightline.chain.read.records import EVALUATIONS, read_version_records
 from weightline.extras import requires
 from weightline.format.manifest import Manifest
 
@@ -72,9 +72,8 @@ def version_events(chain: Chain, version: int) -> Iterator[RunEvent]:
     """Yields the event of the commit, then those of the evaluations. Reads the bucket; sends nothing."""
     manifest = chain.manifest(version)
     yield commit_event(chain.url, chain.name, manifest)
-    for record in read_records(chain, EVALUATIONS, version):
-        if record["version"] == version:
-            yield evaluation_event(chain.url, chain.name, manifest, record)
+    for record in read_version_records(chain, EVALUATIONS, version):
+        yield evaluation_event(chain.url, chain.name, manifest, record)
 
 
 def commit_event(url: str, name: str, manifest: Manifest) -> RunEvent:

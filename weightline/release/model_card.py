@@ -12,7 +12,7 @@ from itertools import groupby
 from pathlib import Path
 
 from weightline.chain import Chain
-from weightline.chain.read.records import EVALUATIONS, Record, read_records
+from weightline.chain.read.records import EVALUATIONS, Record, read_version_records
 from weightline.evaluation.gate import measured_score
 from weightline.format.manifest import Manifest
 from weightline.lineage.text import escape_markdown, escape_markdown_url, format_nbytes
@@ -76,7 +76,7 @@ class CardFacts:
 
 def card_facts(chain: Chain, version: int, start: ModelConfig | None, license_id: str | None = None) -> CardFacts:
     """Reads the facts of a card: every manifest up to the version, and the version's evaluations."""
-    records = (record for record in read_records(chain, EVALUATIONS, version) if record["version"] == version)
+    records = read_version_records(chain, EVALUATIONS, version)
     scores = tuple(_score(record) for record in records if record.get("status") == "done")
     return CardFacts(chain.url, chain.name, chain.manifests(last=version), scores, start, license_id)
 

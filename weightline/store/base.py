@@ -6,6 +6,7 @@ a store must offer".
 
 from __future__ import annotations
 
+import tempfile
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,10 +14,14 @@ from datetime import datetime
 from pathlib import Path
 from typing import Literal, Protocol, runtime_checkable
 
-from weightline.errors import InputError, ObjectExistsError, StorageError
+from weightline.errors import CorruptError, InputError, ObjectExistsError, StorageError, TransientStorageError
 
 #: Nothing reads the objects below this prefix. Garbage collection removes those that a crash left.
 _PROBES = "probes/"
+
+
+#: `get` holds an object in memory: a larger one is refused.
+MAX_GET_NBYTES = 256 * 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,12 +51,18 @@ class Store(Protocol):
         """Returns the URL that opens this store again."""
         ...
 
-    def get(self, key: str) -> bytes:
-        """Returns the object's bytes. NotFoundError when there is no such object."""
+    def get(self, key: str, max_nbytes: int = MAX_GET_NBYTES) -> bytes:
+        """Returns the object's bytes. NotFoundError when there is no such object.
+
+        CorruptError, before any byte is read, for an object of more than `max_nbytes`.
+        """
         ...
 
-    def get_file(self, key: str, path: Path) -> None:
-        """Streams the object to a new local file. A crash leaves a partial file at `path`."""
+    def get_file(self, key: str, path: Path, nbytes: int | None = None) -> None:
+        """Streams the object to a new local file. A crash leaves a partial file at `path`.
+
+        With `nbytes`, CorruptError, before any byte is read, for an object of another size.
+        """
         ...
 
     def put_if_absent(self, key: str, body: bytes) -> None:
@@ -80,8 +91,11 @@ class Store(Protocol):
         """Yields the objects whose key starts with `prefix` and comes after `start_after`, in key order."""
         ...
 
-    def delete(self, key: str) -> None:
-        """Removes the object. Safe to repeat: a missing object is no error."""
+    def delete(self, *keys: str) -> None:
+        """Removes the objects, in as few requests as the store can. Safe to repeat: a missing object is no error.
+
+        A crash leaves some of them removed.
+        """
         ...
 
     @property
@@ -106,6 +120,19 @@ class Store(Protocol):
         Empty for stores where two writers can never both win.
         """
         ...
+
+
+def require_nbytes(url: str, key: str, nbytes: int, *, at_most: int | None = None, exactly: int | None = None) -> None:
+    """Raises CorruptError for an object of `nbytes` that is larger than `at_most`, or has another size than `exactly`.
+
+    Stores call it with the size that the bucket reports, before they read the object.
+    """
+    if at_most is not None and nbytes > at_most:
+        raise CorruptError(
+            f"{key} in {url} has {nbytes} bytes, more than the {at_most} that are read", key=key, url=url
+        )
+    if exactly is not None and nbytes != exactly:
+        raise CorruptError(f"{key} in {url} has {nbytes} bytes, not {exactly}", key=key, url=url, nbytes=nbytes)
 
 
 def checked_key(key: str) -> str:
@@ -140,6 +167,25 @@ class Prober(Protocol):
     def put_if_absent(self, key: str, body: bytes) -> None: ...
 
     def delete(self, key: str) -> None: ...
+
+
+def read_clock(store: Store) -> datetime:
+    """Returns the present time by the store's clock: that of a small object that this writes, and removes.
+
+    A crash leaves the object under `probes/`, for gc.
+    """
+    key = f"{_PROBES}{uuid.uuid4().hex}"
+    with tempfile.TemporaryDirectory(prefix="weightline-") as folder:
+        path = Path(folder) / "probe"
+        path.write_bytes(b"weightline")
+        store.put_file(key, path)
+    try:
+        found = store.head(key)
+    finally:
+        store.delete(key)
+    if found is None:
+        raise TransientStorageError(f"{store.url} does not show the object {key} that was just put", key=key)
+    return found.modified_at
 
 
 def prove_create_only(store: Prober) -> None:

@@ -9,19 +9,24 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import BinaryIO
 
 from weightline.errors import NotFoundError, ObjectExistsError, StorageError, TransientStorageError
-from weightline.store.base import DecisiveStore, ObjectInfo, checked_key
+from weightline.store.base import MAX_GET_NBYTES, DecisiveStore, ObjectInfo, checked_key, require_nbytes
 from weightline.store.transfers import copy_counted
 
 _STAGING = ".staging"
 _TRANSIENT_ERRNOS = frozenset({errno.EINTR, errno.EAGAIN, errno.ESTALE, errno.ETIMEDOUT, errno.EIO, errno.EBUSY})
+
+
+#: Leaves room for the times that are added to it.
+_FAR_FUTURE = datetime(9999, 1, 1, tzinfo=UTC)
 
 
 class LocalStore(DecisiveStore):
@@ -36,13 +41,16 @@ class LocalStore(DecisiveStore):
     def staging_prefix(self) -> str:
         return f"{_STAGING}/"
 
-    def get(self, key: str) -> bytes:
-        with self._storage_errors(key):
-            return self._path(key).read_bytes()
+    def get(self, key: str, max_nbytes: int = MAX_GET_NBYTES) -> bytes:
+        with self._storage_errors(key), self._path(key).open("rb") as file:
+            require_nbytes(self.url, key, os.fstat(file.fileno()).st_size, at_most=max_nbytes)
+            return file.read()
 
-    def get_file(self, key: str, path: Path) -> None:
-        with self._storage_errors(key), self._path(key).open("rb") as source, path.open("wb") as target:
-            copy_counted(source, target)
+    def get_file(self, key: str, path: Path, nbytes: int | None = None) -> None:
+        with self._storage_errors(key), self._path(key).open("rb") as source:
+            require_nbytes(self.url, key, os.fstat(source.fileno()).st_size, exactly=nbytes)
+            with path.open("wb") as target:
+                copy_counted(source, target)
 
     def put_if_absent(self, key: str, body: bytes) -> None:
         with self._storage_errors(key), self._staged(lambda file: file.write(body)) as staged:
@@ -66,26 +74,47 @@ class LocalStore(DecisiveStore):
                 found = self._path(key).stat()
             except FileNotFoundError:
                 return None
-            return ObjectInfo(key, found.st_size, datetime.fromtimestamp(found.st_mtime, UTC))
+            return _info(key, found)
 
     def list(self, prefix: str, start_after: str = "") -> Iterator[ObjectInfo]:
+        """Folders that are symbolic links are left out: gc would delete what they lead to, outside of the bucket.
+
+        StorageError when the prefix itself leads through one, since an empty listing would say that nothing is there.
+        """
         folder = prefix.rpartition("/")[0]
         with self._storage_errors(prefix):
+            self._require_plain(self.root / folder)
             yield from self._walk(self.root / folder, prefix, start_after)
 
-    def delete(self, key: str) -> None:
-        with self._storage_errors(key):
+    def delete(self, *keys: str) -> None:
+        """Each folder is fsynced once, after its last object is gone."""
+        folders: dict[Path, str] = {}
+        for key in keys:
             path = self._path(key)
-            path.unlink(missing_ok=True)
-            if path.parent.is_dir():
-                _fsync_directory(path.parent)
+            with self._storage_errors(key):
+                self._require_plain(path.parent)
+                path.unlink(missing_ok=True)
+            folders[path.parent] = key
+        for folder, key in folders.items():
+            with self._storage_errors(key), suppress(FileNotFoundError):
+                _fsync_directory(folder)
+
+    def _require_plain(self, folder: Path) -> None:
+        """Raises StorageError for a folder that a symbolic link leads to."""
+        real = Path(os.path.realpath(folder))
+        if real != folder:
+            raise StorageError(
+                f"{self.url}: {folder} leads through a symbolic link to {real}, which is not followed. Move the files "
+                "into the bucket's folder, or mount them there",
+                url=self.url,
+            )
 
     def _path(self, key: str) -> Path:
         return self.root / checked_key(key)
 
     def _walk(self, folder: Path, prefix: str, start_after: str) -> Iterator[ObjectInfo]:
         try:
-            entries = sorted(os.scandir(folder), key=lambda e: e.name + "/" if e.is_dir() else e.name)
+            entries = sorted(os.scandir(folder), key=lambda e: e.name + "/" if _is_folder(e) else e.name)
         except FileNotFoundError:
             return
         folder_key = folder.relative_to(self.root).as_posix()
@@ -94,7 +123,7 @@ class LocalStore(DecisiveStore):
             key = f"{start}{entry.name}"
             if entry.name == _STAGING:
                 continue
-            if entry.is_dir():
+            if _is_folder(entry):
                 if start_after[: len(key) + 1] > f"{key}/":
                     continue  # every key in this folder comes before `start_after`
                 if prefix.startswith(f"{key}/") or key.startswith(prefix):
@@ -103,8 +132,13 @@ class LocalStore(DecisiveStore):
                 try:
                     found = entry.stat()
                 except FileNotFoundError:
-                    continue  # deleted since the folder was read
-                yield ObjectInfo(key, found.st_size, datetime.fromtimestamp(found.st_mtime, UTC))
+                    continue  # deleted since the folder was read, or a broken link
+                except OSError as error:
+                    if error.errno == errno.ELOOP:
+                        continue
+                    raise
+                if stat.S_ISREG(found.st_mode):
+                    yield _info(key, found)
 
     @contextmanager
     def _staged(self, write: Callable[[BinaryIO], object]) -> Iterator[Path]:
@@ -146,6 +180,19 @@ class LocalStore(DecisiveStore):
             raise cls(
                 f"{self.url}: {error.strerror} at {key}. Is the folder writable, with room left?", key=key, url=self.url
             ) from error
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    return entry.is_dir(follow_symlinks=False)
+
+
+def _info(key: str, found: os.stat_result) -> ObjectInfo:
+    """An object whose time no calendar has counts as new, so that nothing deletes it for its age."""
+    try:
+        modified_at = datetime.fromtimestamp(found.st_mtime, UTC)
+    except (ValueError, OverflowError, OSError):
+        modified_at = _FAR_FUTURE
+    return ObjectInfo(key, found.st_size, modified_at)
 
 
 def _make_durable_directory(folder: Path) -> None:

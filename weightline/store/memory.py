@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from weightline.errors import NotFoundError, ObjectExistsError
-from weightline.store.base import DecisiveStore, ObjectInfo, checked_key
+from weightline.store.base import MAX_GET_NBYTES, DecisiveStore, ObjectInfo, checked_key, require_nbytes
 
 _shelves: dict[str, MemoryStore] = {}
 _shelves_lock = threading.Lock()
@@ -28,14 +28,15 @@ class MemoryStore(DecisiveStore):
         with _shelves_lock:
             return _shelves.setdefault(url, cls(url))
 
-    def get(self, key: str) -> bytes:
-        with self._lock:
-            if key not in self._objects:
-                raise NotFoundError(f"no object {key} in {self.url}", key=key)
-            return self._objects[key][0]
+    def get(self, key: str, max_nbytes: int = MAX_GET_NBYTES) -> bytes:
+        body = self._body(key)
+        require_nbytes(self.url, key, len(body), at_most=max_nbytes)
+        return body
 
-    def get_file(self, key: str, path: Path) -> None:
-        path.write_bytes(self.get(key))
+    def get_file(self, key: str, path: Path, nbytes: int | None = None) -> None:
+        body = self._body(key)
+        require_nbytes(self.url, key, len(body), exactly=nbytes)
+        path.write_bytes(body)
 
     def put_if_absent(self, key: str, body: bytes) -> None:
         with self._lock:
@@ -60,6 +61,13 @@ class MemoryStore(DecisiveStore):
             rows = [ObjectInfo(k, len(b), t) for k, (b, t) in self._objects.items()]
         yield from sorted((r for r in rows if r.key.startswith(prefix) and r.key > start_after), key=lambda r: r.key)
 
-    def delete(self, key: str) -> None:
+    def delete(self, *keys: str) -> None:
         with self._lock:
-            self._objects.pop(key, None)
+            for key in keys:
+                self._objects.pop(key, None)
+
+    def _body(self, key: str) -> bytes:
+        with self._lock:
+            if key not in self._objects:
+                raise NotFoundError(f"no object {key} in {self.url}", key=key)
+            return self._objects[key][0]

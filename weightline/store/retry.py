@@ -24,7 +24,7 @@ from typing import TypeVar
 from tenacity import RetryCallState, Retrying, retry_if_exception_type, wait_random_exponential
 
 from weightline.errors import NotFoundError, ObjectExistsError, TransientStorageError
-from weightline.store.base import Contest, ObjectInfo, Store, prove_create_only
+from weightline.store.base import MAX_GET_NBYTES, Contest, ObjectInfo, Store, prove_create_only
 
 #: Retry deadline of one operation, from its first failure. Callers handle longer outages.
 PATIENCE_SECONDS = 60.0
@@ -69,11 +69,11 @@ class RetryingStore:
     def contests(self) -> tuple[Contest, ...]:
         return self._again(self.inner.contests)
 
-    def get(self, key: str) -> bytes:
-        return self._again(lambda: self.inner.get(key))
+    def get(self, key: str, max_nbytes: int = MAX_GET_NBYTES) -> bytes:
+        return self._again(lambda: self.inner.get(key, max_nbytes))
 
-    def get_file(self, key: str, path: Path) -> None:
-        self._again(lambda: self.inner.get_file(key, path))
+    def get_file(self, key: str, path: Path, nbytes: int | None = None) -> None:
+        self._again(lambda: self.inner.get_file(key, path, nbytes))
 
     def put_if_absent(self, key: str, body: bytes) -> None:
         self.prove()
@@ -103,8 +103,8 @@ class RetryingStore:
             start_after = info.key
             yield info
 
-    def delete(self, key: str) -> None:
-        self._again(lambda: self.inner.delete(key))
+    def delete(self, *keys: str) -> None:
+        self._again(lambda: self.inner.delete(*keys))
 
     def prove(self) -> None:
         """Proves once per process and URL that the bucket honors create-only puts. StorageError when it does not.

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from weightline.errors import TransientStorageError
 from weightline.store import ObjectInfo, Store
-from weightline.store.base import Contest
+from weightline.store.base import MAX_GET_NBYTES, Contest
 
 
 class FaultStore:
@@ -25,13 +25,13 @@ class FaultStore:
     def url(self) -> str:
         return self.inner.url
 
-    def get(self, key: str) -> bytes:
+    def get(self, key: str, max_nbytes: int = MAX_GET_NBYTES) -> bytes:
         self._next("get", key)
-        return self.inner.get(key)
+        return self.inner.get(key, max_nbytes)
 
-    def get_file(self, key: str, path: Path) -> None:
+    def get_file(self, key: str, path: Path, nbytes: int | None = None) -> None:
         self._next("get_file", key)
-        self.inner.get_file(key, path)
+        self.inner.get_file(key, path, nbytes)
 
     def put_if_absent(self, key: str, body: bytes) -> None:
         self._next("put_if_absent", key)
@@ -53,9 +53,11 @@ class FaultStore:
         self._next("list", prefix)
         return self.inner.list(prefix, start_after)
 
-    def delete(self, key: str) -> None:
-        self._next("delete", key)
-        self.inner.delete(key)
+    def delete(self, *keys: str) -> None:
+        """Each key is an operation of its own, so that a fault can leave any part of them removed."""
+        for key in keys:
+            self._next("delete", key)
+            self.inner.delete(key)
 
     @property
     def commit_mode(self) -> str:

@@ -9,7 +9,8 @@ import hashlib
 import json
 import logging
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from weightline.chain.files.meaning import meaning_of, meaning_of_asset, without_local_keys
@@ -26,6 +27,9 @@ from weightline.format import keys
 from weightline.format.manifest import AdapterBase, AssetRef
 from weightline.store import Store
 from weightline.types import Segment
+
+#: A trainer names the assets again in every so-many-th version, so that no reader looks for them further back.
+ASSETS_EVERY = 64
 
 _logger = logging.getLogger(__name__)
 
@@ -97,11 +101,28 @@ def upload_file(store: Store, path: Path, held: Iterable[AssetRef] = (), *, name
 
 
 def assets_of(chain: Chain, version: int) -> tuple[AssetRef, ...]:
-    """Returns the assets of a version: those of the newest manifest up to it that names any."""
-    for candidate in reversed(chain.versions(last=version)):
-        if assets := chain.manifest(candidate).assets:
-            return assets
-    return ()
+    """Returns the assets of a version: those of the newest manifest up to it that names any.
+
+    Manifests are read from the version backwards, one at a time. One that is collected meanwhile is passed over: gc
+    leaves the manifest that names the assets of a kept version.
+    """
+    assets: tuple[AssetRef, ...] = ()
+    for candidate in _backwards(chain, version):
+        with suppress(NotFoundError):
+            assets = chain.assets.get(candidate) or chain.read_manifest(candidate).assets
+        if assets:
+            break
+    chain.assets[version] = assets
+    return assets
+
+
+def _backwards(chain: Chain, version: int) -> Iterator[int]:
+    """Yields the versions up to this one, newest first. Lists the 64 newest, then eight times as many, and so on."""
+    last, num_versions = version, 64
+    while last >= 0:
+        first = max(0, last - num_versions + 1)
+        yield from reversed(chain.versions(first, last))
+        last, num_versions = first - 1, 8 * num_versions
 
 
 def write_assets(assets: Sequence[AssetRef], folder: Path, fetcher: Fetcher) -> None:

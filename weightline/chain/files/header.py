@@ -11,8 +11,8 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from weightline.dtypes import DTYPES
 from weightline.errors import InputError
-from weightline.format.manifest import Count
-from weightline.types import TensorSpec
+from weightline.format.documents import Count
+from weightline.types import TensorSpec, is_shape_in_range
 
 _MAX_HEADER_NBYTES = 256 * 1024 * 1024
 
@@ -51,6 +51,8 @@ def read_header(path: Path) -> list[StoredTensor]:
     for name, tensor in sorted(header.items(), key=lambda item: item[1].data_offsets):
         spec = TensorSpec(name, tensor.dtype, _shape_in_elements(path, name, tensor))
         first, stop = tensor.data_offsets
+        if not is_shape_in_range(spec.shape):
+            raise InputError(f"{path}: tensor {name} has shape {spec.shape}, which no chain holds", path=str(path))
         if stop - first != spec.nbytes or start + stop > file_nbytes:
             raise InputError(f"{path}: tensor {name} is cut off", path=str(path))
         if spec.nbytes and first < end_before:

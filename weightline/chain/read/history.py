@@ -6,8 +6,8 @@ When this process is configured with trusted keys, a manifest or shortcut withou
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Iterator
+import logging
+from collections.abc import Iterator, Sequence
 from pathlib import PurePosixPath
 from urllib.parse import unquote, urlsplit
 
@@ -17,10 +17,14 @@ from weightline.errors import (
     ManifestError,
     NotFoundError,
     SignatureError,
+    StorageError,
+    TransientStorageError,
+    UnsupportedFeatureError,
     VersionNotFoundError,
 )
 from weightline.format import keys
-from weightline.format.manifest import Manifest
+from weightline.format.documents import MAX_MANIFEST_NBYTES, MAX_NOTE_NBYTES, parse_json
+from weightline.format.manifest import AssetRef, Manifest
 from weightline.format.signature import (
     SIGNING_KEY_VARIABLE,
     Signature,
@@ -28,6 +32,8 @@ from weightline.format.signature import (
     trusted_from_environment,
 )
 from weightline.store import Store, open_store
+
+_logger = logging.getLogger(__name__)
 
 
 class Chain:
@@ -40,6 +46,10 @@ class Chain:
     def __init__(self, store: Store, trusted: TrustedKeys | None = None) -> None:
         self.store = store
         self.trusted = trusted
+        self.horizons: dict[str, int] = {}
+        """The horizon that each record of it states, by key: records are immutable, so each is fetched once."""
+        self.assets: dict[int, tuple[AssetRef, ...]] = {}
+        """The assets of versions, as `weightline.chain.files.assets` found them."""
         self._manifests: dict[int, Manifest] = {}
 
     @property
@@ -52,11 +62,15 @@ class Chain:
         return chain_name(self.url)
 
     def tip_version(self) -> int | None:
-        """Returns the newest committed version; None for an empty chain. Costs one get and one short listing."""
-        hinted = self._hinted_tip()
-        start_after = keys.commit(hinted - 1) if hinted else ""
-        versions = list(self._committed(start_after)) or (list(self._committed("")) if hinted else [])
-        return max(versions) if versions else None
+        """Returns the newest committed version; None for an empty chain. Costs one get and one short listing.
+
+        An object that stands alone behind a gap is read, and passed over when it is not the manifest of its version.
+        """
+        hinted = self._hinted_tip() or 0
+        # The version before the hinted one is listed, too, so that in most cases none stands alone.
+        versions = self.versions(hinted - 1) if hinted > 1 else ()
+        versions = versions or self.versions()
+        return versions[-1] if versions else None
 
     def tip(self) -> Manifest:
         """Returns the manifest of the newest version. ChainEmptyError when there is none."""
@@ -70,26 +84,39 @@ class Chain:
 
         SignatureError when keys are trusted and the signature is missing, forged or for other bytes.
         """
-        if version not in self._manifests:
-            try:
-                raw = self.get_trusted(keys.commit(version))
-            except NotFoundError as error:
-                raise VersionNotFoundError(
-                    f"{self.url} has no version {version}; its tip is {self.tip_version()}",
-                    chain=self.url,
-                    version=version,
-                ) from error
-            manifest = Manifest.from_bytes(raw)
-            if manifest.version != version:
-                raise ManifestError(
-                    f"{keys.commit(version)} holds the manifest of version {manifest.version}", rule="version-is-key"
-                )
-            self._manifests[version] = manifest
-        return self._manifests[version]
+        try:
+            manifest = self._manifests[version] = self.read_manifest(version)
+        except NotFoundError as error:
+            raise VersionNotFoundError(
+                f"{self.url} has no version {version}; its tip is {self.tip_version()}",
+                chain=self.url,
+                version=version,
+            ) from error
+        return manifest
+
+    def read_manifest(self, version: int) -> Manifest:
+        """Returns a version's manifest and does not keep it: a walk over many versions holds one at a time.
+
+        Raises as `manifest` does, but a plain NotFoundError.
+        """
+        if version in self._manifests:
+            return self._manifests[version]
+        manifest = Manifest.from_bytes(self.get_trusted(keys.commit(version)))
+        if manifest.version != version:
+            raise ManifestError(
+                f"{keys.commit(version)} holds the manifest of version {manifest.version}", rule="version-is-key"
+            )
+        return manifest
 
     def get_trusted(self, key: str) -> bytes:
-        """Returns a manifest's or shortcut's bytes. NotFoundError. SignatureError when no trusted key signed them."""
-        raw = self.store.get(key)
+        """Returns a manifest's or shortcut's bytes. NotFoundError; ManifestError for an object that is too large.
+
+        SignatureError when no trusted key signed them.
+        """
+        try:
+            raw = self.store.get(key, MAX_MANIFEST_NBYTES)
+        except CorruptError as error:
+            raise ManifestError(str(error), rule="size") from error
         if self.trusted is not None:
             check_signed(self.store, self.trusted, key, raw)
         return raw
@@ -101,7 +128,31 @@ class Chain:
     def versions(self, first: int = 0, last: int | None = None) -> tuple[int, ...]:
         """Returns the committed versions among first..last, oldest first. Costs one listing; no manifest is read."""
         start_after = keys.commit(first - 1) if first > 0 else ""
-        return tuple(v for v in self._committed(start_after) if last is None or v <= last)
+        found: list[int] = []
+        for version in self._committed(start_after):
+            if last is not None and version > last:
+                return tuple(found)
+            found.append(version)
+        while found and (start := _start_of_last_run(found)) != first and self._is_stray(start):
+            del found[found.index(start) :]
+        return tuple(found)
+
+    def _is_stray(self, version: int) -> bool:
+        """Returns whether the key of a version, with no version before it, holds no manifest.
+
+        What follows such a key is stray as well. The horizon is a version whatever it holds: the tip is not before it.
+        """
+        from weightline.chain.read.refs import oldest_kept  # which imports this module
+
+        if version == 0 or version <= oldest_kept(self):
+            return False
+        try:
+            self._manifests[version] = self.read_manifest(version)
+        except (ManifestError, NotFoundError):
+            return True
+        except (SignatureError, UnsupportedFeatureError):
+            return False  # its reader is to see this error
+        return False
 
     def _committed(self, start_after: str) -> Iterator[int]:
         for info in self.store.list(keys.COMMITS, start_after):
@@ -112,11 +163,24 @@ class Chain:
     def _hinted_tip(self) -> int | None:
         """Returns a recent tip to start listing from; None without one. The object may be stale, missing or broken."""
         try:
-            hint = json.loads(self.store.get(keys.TIP_HINT))
-        except (NotFoundError, ValueError, RecursionError):
+            hint = parse_json(self.store.get(keys.TIP_HINT, MAX_NOTE_NBYTES))
+        except (NotFoundError, CorruptError, ValueError):
+            return None
+        except TransientStorageError:
+            raise
+        except StorageError as error:
+            _logger.debug("%s: the hint cannot be read, listing without it: %s", self.url, error)
             return None
         version = hint.get("version") if isinstance(hint, dict) else None
         return version if isinstance(version, int) and version > 0 else None
+
+
+def _start_of_last_run(versions: Sequence[int]) -> int:
+    """Returns the first of the consecutive numbers at the end."""
+    at = len(versions) - 1
+    while at > 0 and versions[at - 1] == versions[at] - 1:
+        at -= 1
+    return versions[at]
 
 
 def chain_name(url: str) -> str:
@@ -140,9 +204,11 @@ def check_signed(store: Store, trusted: TrustedKeys, key: str, body: bytes) -> N
     digest = hashlib.sha256(body).hexdigest()
     for key_id in trusted.key_ids:
         try:
-            raw = store.get(keys.signature(key, digest, key_id))
+            raw = store.get(keys.signature(key, digest, key_id), MAX_NOTE_NBYTES)
         except NotFoundError:
             continue
+        except CorruptError as error:
+            raise SignatureError(f"the signature of {key} cannot be read: {error}", key=key) from error
         trusted.check(_parsed(raw, key), key, body)
         return
     raise SignatureError(

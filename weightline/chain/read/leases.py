@@ -9,11 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from weightline.chain.read.history import Chain
-from weightline.errors import NotFoundError
+from weightline.errors import CorruptError, NotFoundError
 from weightline.format import keys
+from weightline.format.documents import MAX_NOTE_NBYTES, parse_json
 
 #: Any process that may write to the bucket can write a lease, so a lease expires after a week at most.
 MAX_TTL_SECONDS = 7 * 86400.0
@@ -110,6 +111,7 @@ def live_leases(chain: Chain, now: datetime | None = None) -> tuple[Lease, ...]:
 
 def _read(chain: Chain, key: str, modified_at: datetime) -> HeldLease | None:
     try:
-        return HeldLease(Lease.model_validate_json(chain.store.get(key)), modified_at)
-    except (NotFoundError, ValidationError):
+        lease = Lease.model_validate(parse_json(chain.store.get(key, MAX_NOTE_NBYTES)))
+    except (NotFoundError, CorruptError, ValueError):  # pydantic's errors are ValueErrors
         return None
+    return HeldLease(lease, modified_at) if key == f"{keys.LEASES}{lease.replica}/lease.json" else None

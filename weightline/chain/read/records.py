@@ -8,14 +8,16 @@ are not signed, so `read_stored` checks every field of what it reads.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from weightline.chain.read.history import Chain
-from weightline.errors import CorruptError, NotFoundError, ObjectExistsError
+from weightline.errors import CorruptError, InputError, NotFoundError, ObjectExistsError
 from weightline.format import keys
-from weightline.format.manifest import Count, utc_now
+from weightline.format.documents import MAX_NOTE_NBYTES, MAX_RECORD_NBYTES, Count, parse_json
+from weightline.format.manifest import utc_now
 
 EVALUATIONS = "evaluations"
 
@@ -41,15 +43,16 @@ Object = TypeVar("Object", bound=Stored)
 
 def read_stored(chain: Chain, key: str, cls: type[Object]) -> Object:
     """Returns the object under a key. NotFoundError; CorruptError for bytes that are no such object."""
-    raw = chain.store.get(key)
+    raw = chain.store.get(key, MAX_RECORD_NBYTES if cls is _Record else MAX_NOTE_NBYTES)
     try:
-        return cls.model_validate_json(raw)
+        return cls.model_validate(parse_json(raw))
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = ".".join(str(part) for part in first["loc"])
-        raise CorruptError(
-            f"{key} in {chain.url} cannot be read: {where and f'{where}: '}{first['msg']}", key=key
-        ) from error
+        why = f"{where and f'{where}: '}{first['msg']}"
+        raise CorruptError(f"{key} in {chain.url} cannot be read: {why}", key=key) from error
+    except ValueError as error:
+        raise CorruptError(f"{key} in {chain.url} cannot be read: {error}", key=key) from error
 
 
 def require_key(chain: Chain, key: str, claimed: str) -> None:
@@ -69,11 +72,21 @@ class _Record(Stored):
 
 
 def write_record(chain: Chain, kind: str, version: int, name: str, record: Record) -> Record:
-    """Writes the record with the time added. Returns the stored record: this one, or an earlier one. Safe to repeat."""
+    """Writes the record with the time added. Returns the stored record: this one, or an earlier one. Safe to repeat.
+
+    InputError for a record that readers would refuse.
+    """
     stamped = {"kind": kind, "version": version, "name": name, "recorded_at": utc_now(), **record}
     key = keys.record(kind, version, name)
+    body = json.dumps(stamped, indent=1, sort_keys=True).encode()
     try:
-        chain.store.put_if_absent(key, json.dumps(stamped, indent=1, sort_keys=True).encode())
+        if len(body) > MAX_RECORD_NBYTES:
+            raise ValueError(f"it has {len(body)} bytes, and {MAX_RECORD_NBYTES} are read")
+        parse_json(body)
+    except ValueError as error:
+        raise InputError(f"the record {key} cannot be written: {error}", name=name) from error
+    try:
+        chain.store.put_if_absent(key, body)
     except ObjectExistsError:
         return _parse(chain, key)
     return stamped
@@ -91,6 +104,21 @@ def read_records(chain: Chain, kind: str, first: int = 0) -> list[Record]:
     """Returns every record of a kind from version `first` on, ordered by version and name."""
     prefix = f"{keys.RECORDS}{keys.checked_name(kind)}/"
     return [_parse(chain, info.key) for info in chain.store.list(prefix, f"{prefix}{keys.padded(first)}")]
+
+
+def read_version_records(chain: Chain, kind: str, version: int) -> list[Record]:
+    """Returns the records of a kind of one version, ordered by name. Reads no other record."""
+    prefix = f"{keys.RECORDS}{keys.checked_name(kind)}/{keys.padded(version)}/"
+    return [_parse(chain, info.key) for info in chain.store.list(prefix)]
+
+
+def newest_records(chain: Chain, kind: str, name: str, last: int) -> Iterator[Record]:
+    """Yields the records of this kind and name of versions up to `last`, newest first. Each is read when asked for."""
+    prefix = f"{keys.RECORDS}{keys.checked_name(kind)}/"
+    found = [info.key for info in chain.store.list(prefix) if info.key.endswith(f"/{name}.json")]
+    for key in reversed(found):
+        if key.removeprefix(prefix) < keys.padded(last + 1):
+            yield _parse(chain, key)
 
 
 def recorded_versions(chain: Chain, kind: str) -> frozenset[int]:

@@ -10,10 +10,15 @@ from weightline.chain.replay.fetch import fetching
 from weightline.chain.replay.state import read_state
 from weightline.codec.capture import capture_tensors
 from weightline.errors import InputError
+from weightline.format.table import MAX_TABLE_NBYTES
 from weightline.types import TensorSpec
 
 #: Bytes of one group's state. Operations hold two states of a group at most.
 GROUP_NBYTES = 1024**3
+#: Of one group, which is one payload: half of what readers accept.
+_MAX_GROUP_TABLE_NBYTES = MAX_TABLE_NBYTES // 2
+#: At most, of a number in a table.
+_NUMBER_NBYTES = 9
 
 
 #: Tensors of one group. A group is one payload, whose table has a bound of its own.
@@ -23,16 +28,19 @@ GROUP_TENSORS = 1 << 15
 def tensor_groups(specs: Iterable[TensorSpec], group_nbytes: int = GROUP_NBYTES) -> Iterator[frozenset[str]]:
     """Yields the names of consecutive tensors that together take at most `group_nbytes`.
 
-    A larger tensor is a group by itself.
+    A larger tensor is a group by itself. A group is also small enough to be one payload, because readers bound the
+    segments and the table of a payload.
     """
     names: list[str] = []
-    nbytes = 0
+    nbytes = table_nbytes = 0
     for spec in specs:
-        if names and (nbytes + spec.nbytes > group_nbytes or len(names) == GROUP_TENSORS):
+        is_full = len(names) == GROUP_TENSORS or table_nbytes > _MAX_GROUP_TABLE_NBYTES
+        if names and (is_full or nbytes + spec.nbytes > group_nbytes):
             yield frozenset(names)
-            names, nbytes = [], 0
+            names, nbytes, table_nbytes = [], 0, 0
         names.append(spec.name)
         nbytes += spec.nbytes
+        table_nbytes += len(spec.name.encode(errors="replace")) + _NUMBER_NBYTES * (2 + len(spec.shape))
     if names:
         yield frozenset(names)
 

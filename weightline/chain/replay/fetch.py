@@ -9,9 +9,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
-from weightline.errors import DigestMismatchError
+from cachetools import LRUCache
+
+from weightline.errors import CorruptError, DigestMismatchError
 from weightline.files import link_or_copy, sha256_of
 from weightline.format.manifest import StoredObject
+from weightline.format.payload import Payload, open_payload
 from weightline.store import Store, transfers
 from weightline.store.cache import CachedObject, ObjectCache, host_cache
 from weightline.store.open import is_remote
@@ -19,6 +22,8 @@ from weightline.store.open import is_remote
 _NUM_PREFETCHING = 4
 #: Objects of the cache that a fetcher holds by their locks, a file descriptor each. It keeps further ones itself.
 _MAX_HELD = 64
+#: Of all payloads that stay open.
+_MAX_OPENED_SEGMENTS = 1 << 19
 _logger = logging.getLogger(__name__)
 
 
@@ -41,7 +46,13 @@ def download_object(store: Store, wanted: StoredObject, partial: Path) -> None:
     DigestMismatchError when size or sha256 differ from the manifest's; then there is no file left. After any other
     error the next call may continue.
     """
-    store.get_file(wanted.key, partial)
+    try:
+        store.get_file(wanted.key, partial, wanted.nbytes)
+    except CorruptError as error:
+        transfers.discard(partial)
+        raise DigestMismatchError(
+            f"{error} as its manifest says", what=wanted.key, expected=wanted.nbytes, actual=error.facts.get("nbytes")
+        ) from error
     actual: tuple[int, str] = (partial.stat().st_size, sha256_of(partial))
     expected = (wanted.nbytes, wanted.sha256)
     if actual != expected:
@@ -68,6 +79,18 @@ class Fetcher:
         self._cached: dict[str, CachedObject] = {}
         self._ahead: dict[str, Future[Path]] = {}
         self._threads: ThreadPoolExecutor | None = None
+        self._opened: LRUCache[str, Payload] = LRUCache(_MAX_OPENED_SEGMENTS, lambda payload: 1 + len(payload.segments))
+        self.broken_shortcuts: set[str] = set()
+        """Keys of shortcuts that failed in this operation: readers plan without them."""
+
+    def open(self, wanted: StoredObject) -> Payload:
+        """Returns the opened payload. One that is named several times (ranks without changes) is opened once."""
+        payload = self._opened.get(wanted.sha256)
+        if payload is None:
+            payload = open_payload(self.fetch(wanted))
+            if 1 + len(payload.segments) <= _MAX_OPENED_SEGMENTS:
+                self._opened[wanted.sha256] = payload
+        return payload
 
     def fetch(self, wanted: StoredObject) -> Path:
         """Returns the object's local file, which exists while the fetcher is open."""

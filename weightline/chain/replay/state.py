@@ -5,24 +5,39 @@ Legend: N elements of a tensor, K changed ones. Bits are flat (row-major) unsign
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import numpy as np
 
 from weightline.chain.read.history import Chain
+from weightline.chain.read.refs import oldest_kept
 from weightline.chain.replay.fetch import Fetcher, fetching
-from weightline.chain.replay.plan import Hop, ReplayPlan, plan_between
+from weightline.chain.replay.plan import Hop, ReplayPlan, Ways, plan_between, plan_replay
 from weightline.codec.changes import compose, join_parts, undo_decoded
 from weightline.codec.digest import add_digests, digest_change, format_digest, tensor_digest
 from weightline.dtypes import bits_dtype
-from weightline.errors import DigestMismatchError, InputError, PayloadError
+from weightline.errors import (
+    CorruptError,
+    DigestMismatchError,
+    InputError,
+    NotFoundError,
+    PayloadError,
+    StorageError,
+    TransientStorageError,
+    UnsupportedFeatureError,
+    WeightlineError,
+)
 from weightline.format.manifest import Manifest
-from weightline.format.payload import Payload, open_payload
+from weightline.format.payload import Payload
 from weightline.types import BitsArray, Changes, Segment, TensorSpec
+
+_logger = logging.getLogger(__name__)
 
 Select = Callable[[str], bool]
 #: Returns the flat bits of a tensor by name. They may be a view of an engine's memory, so they must not be written to.
@@ -128,6 +143,9 @@ class OverlaidState(ReplayState):
             self.changes[name] = joined if earlier is None else compose(earlier, joined)
 
 
+State = TypeVar("State", bound=ReplayState)
+
+
 def check_digests(digests: Mapping[str, int], manifest: Manifest, select: Select | None = None) -> None:
     """Raises DigestMismatchError, with the first tensor that differs, unless `digests` are the manifest's.
 
@@ -154,19 +172,77 @@ def read_state(chain: Chain, version: int, select: Select | None = None, fetcher
 
 
 def advance_state(
-    chain: Chain, state: ReplayState, version: int, select: Select | None = None, fetcher: Fetcher | None = None
+    chain: Chain,
+    state: HostState,
+    version: int,
+    select: Select | None = None,
+    fetcher: Fetcher | None = None,
+    ways: Ways | None = None,
 ) -> None:
-    """Moves the state to `version` by the cheapest path. After an error the state is torn: discard it."""
-    plan = plan_between(chain, state.version, version)
+    """Moves the state to `version` by the cheapest path. After an error the state is torn: discard it.
+
+    Pass `ways` to plan several paths by one look at the bucket.
+    """
+    is_begun = False
+
+    def begin() -> HostState:
+        nonlocal is_begun
+        if is_begun:
+            state.version = None  # a failure may have torn it: the next path starts at an anchor
+        is_begun = True
+        return state
+
     with nullcontext(fetcher) if fetcher else fetching(chain.store) as source:
-        walk(chain, state, plan, source, select)
+        replay(chain, begin, version, source, select, ways)
 
 
-def walk(chain: Chain, state: ReplayState, plan: ReplayPlan, fetcher: Fetcher, select: Select | None = None) -> None:
-    """Moves the state along a plan and checks digests after every hop. After an error the state is torn: discard it."""
-    fetcher.prefetch(ref for hop in plan.hops for ref in hop.payloads)
-    for hop in plan.hops:
-        apply_hop(chain, state, hop, fetcher, select)
+def replay(
+    chain: Chain,
+    begin: Callable[[], State],
+    version: int,
+    fetcher: Fetcher,
+    select: Select | None = None,
+    ways: Ways | None = None,
+) -> tuple[State, ReplayPlan]:
+    """Moves a state from `begin()` to `version` by the cheapest path, and returns it with the path.
+
+    A path that turns out broken is left: when a shortcut's objects are missing, or do not hold what the shortcut says,
+    and when history is collected while it is read. Then another path is taken, from another `begin()`. A state that
+    cannot take an anchor is returned as it began when the path leads through one.
+    """
+    lost: set[int] = set()
+    while True:
+        state = begin()
+        if ways is not None and not fetcher.broken_shortcuts:
+            plan = plan_replay(ways, state.version, version, ways.stands)
+        else:
+            plan = plan_between(chain, state.version, version, fetcher.broken_shortcuts)
+        if plan.hops and plan.hops[0].base_version is None and not isinstance(state, HostState):
+            return state, plan
+        fetcher.prefetch(ref for hop in plan.hops for ref in hop.payloads)
+        for hop in plan.hops:
+            try:
+                apply_hop(chain, state, hop, fetcher, select)
+            except (NotFoundError, CorruptError, UnsupportedFeatureError, StorageError) as error:
+                if not _may_go_round(chain, hop, error, fetcher, lost):
+                    raise
+                _logger.warning("%s: another path to version %d is taken: %s", chain.url, version, error)
+                break
+        else:
+            return state, plan
+
+
+def _may_go_round(chain: Chain, hop: Hop, error: WeightlineError, fetcher: Fetcher, lost: set[int]) -> bool:
+    """Returns whether there may be a path without this hop, and sees to it that it is not planned again."""
+    if isinstance(error, TransientStorageError):
+        return False
+    if hop.shortcut_key is not None:
+        fetcher.broken_shortcuts.add(hop.shortcut_key)
+        return True
+    # gc deletes manifests first, and only behind the horizon: the next plan finds the version gone.
+    is_collected = isinstance(error, NotFoundError) and hop.version < oldest_kept(chain) and hop.version not in lost
+    lost.add(hop.version)
+    return is_collected
 
 
 def apply_hop(chain: Chain, state: ReplayState, hop: Hop, fetcher: Fetcher, select: Select | None = None) -> None:
@@ -176,7 +252,7 @@ def apply_hop(chain: Chain, state: ReplayState, hop: Hop, fetcher: Fetcher, sele
     """
     assert hop.target is not None
     manifest = chain.manifest(hop.target)
-    payloads = (open_payload(fetcher.fetch(ref)) for ref in hop.payloads)
+    payloads = (fetcher.open(ref) for ref in hop.payloads)
     if hop.base_version is None:
         assert isinstance(state, HostState)
         specs = {name: spec for name, spec in manifest.specs.items() if select is None or select(name)}

@@ -7,20 +7,28 @@ clock.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
 from weightline.chain.read.history import Chain
-from weightline.chain.read.refs import current_refs
+from weightline.chain.read.refs import current_refs, oldest_kept, require_horizon
 from weightline.chain.replay.plan import Ways
-from weightline.chain.upkeep.retention import Kept, read_kept
-from weightline.errors import StorageError
+from weightline.chain.upkeep.retention import Kept, pinned_versions, read_kept
+from weightline.errors import CorruptError, StorageError, VersionNotFoundError
 from weightline.format import keys
-from weightline.format.manifest import Manifest
+from weightline.format.manifest import Manifest, StoredObject
 from weightline.format.shortcut import Shortcut
-from weightline.store import ObjectInfo
+from weightline.store import ObjectInfo, Store
+from weightline.store.base import read_clock
+
+#: Returns the present time by a store's clock.
+Clock = Callable[[Store], datetime]
 
 DEFAULT_GRACE = timedelta(hours=24)
+#: Objects deleted by one call: S3 takes a thousand in one request.
+_BATCH_SIZE = 1000
 #: Some stores report whole seconds in one reply and fractions in another.
 _CLOCK_GRAIN = timedelta(seconds=1)
 _COLLECTED = (
@@ -45,13 +53,24 @@ class GcPlan:
     staged: tuple[ObjectInfo, ...]
     """Temporary files that killed writers left in a bucket that is a local folder."""
 
+    grace: timedelta
+    now: datetime
+    """By the store's clock, when the plan was made."""
+    horizon: int
+    pinned: frozenset[int]
+    """The versions that refs and leases named then."""
+
+    @property
+    def groups(self) -> tuple[tuple[ObjectInfo, ...], ...]:
+        """Returns the objects in the order of deletion. Objects that others may refer to come last."""
+        return (
+            self.shortcuts, self.manifests, self.signatures, self.payloads, self.assets, self.probes, self.leases,
+            self.staged,
+        )  # fmt: skip
+
     @property
     def objects(self) -> tuple[ObjectInfo, ...]:
-        """Returns all objects in the order of deletion: objects that others refer to are deleted after those."""
-        return (
-            *self.shortcuts, *self.manifests, *self.signatures, *self.payloads, *self.assets, *self.probes,
-            *self.leases, *self.staged,
-        )  # fmt: skip
+        return tuple(info for group in self.groups for info in group)
 
     @property
     def nbytes(self) -> int:
@@ -66,18 +85,23 @@ class GcView:
     manifests: tuple[Manifest, ...]
     shortcuts: tuple[Shortcut, ...]
     kept: Kept
+    now: datetime
+    """By the store's clock."""
+    horizon: int
+    pinned: frozenset[int]
+    """The versions that refs and live leases name."""
     staged: tuple[ObjectInfo, ...] = ()
     """The objects below the store's staging prefix."""
 
 
-def plan_gc(view: GcView, *, now: datetime, grace: timedelta = DEFAULT_GRACE) -> GcPlan:
-    """Returns the objects to delete. Pure."""
+def plan_gc(view: GcView, *, grace: timedelta = DEFAULT_GRACE) -> GcPlan:
+    """Returns the objects to delete: those that nothing kept names, and that are older than `grace`. Pure."""
     kept_manifests = [m for m in view.manifests if m.version in view.kept.versions]
     kept_shortcuts = [s for s in view.shortcuts if view.kept.keeps_shortcut(s)]
     needed = {ref.key for m in kept_manifests for ref in (*m.payloads, *m.assets)}
     needed |= {ref.key for s in kept_shortcuts for ref in s.payloads}
     needed |= {m.key for m in kept_manifests} | {s.key for s in kept_shortcuts}
-    old = [info for info in view.objects if info.key not in needed and now - info.modified_at >= grace]
+    old = [info for info in view.objects if info.key not in needed and view.now - info.modified_at >= grace]
 
     def under(prefix: str) -> tuple[ObjectInfo, ...]:
         return tuple(info for info in old if info.key.startswith(prefix))
@@ -90,30 +114,89 @@ def plan_gc(view: GcView, *, now: datetime, grace: timedelta = DEFAULT_GRACE) ->
         assets=under(keys.ASSETS),
         probes=under(keys.PROBES),
         leases=tuple(info for info in under(keys.LEASES) if info.key not in view.kept.live_leases),
-        staged=tuple(info for info in view.staged if now - info.modified_at >= grace),
-    )
+        staged=tuple(info for info in view.staged if view.now - info.modified_at >= grace),
+        grace=grace, now=view.now, horizon=view.horizon, pinned=view.pinned,
+    )  # fmt: skip
 
 
-def view_chain(chain: Chain, now: datetime | None = None) -> GcView:
-    """Reads the input of `plan_gc`. Leases that have expired by `now` keep nothing.
+def view_chain(chain: Chain, clock: Clock = read_clock) -> GcView:
+    """Reads the input of `plan_gc`, at the time of the store's clock: the host's may be wrong by any amount.
 
     Objects are listed before manifests are read, so a commit under way is safe. Signatures are not checked: objects
-    that an unsigned manifest names are kept, too. VersionNotFoundError when a ref or the horizon names a version that
-    cannot be replayed: verify such a chain first. StorageError while a version, a shortcut or a ref is won and not yet
-    published. In both cases nothing is collected.
+    that an unsigned manifest names are kept, too. Nothing can be collected, and an error says why, when a ref or the
+    horizon names a version that cannot be replayed (VersionNotFoundError), when the horizon is beyond the tip, a
+    manifest is missing or a shortcut cannot be read (CorruptError), and while a version, a shortcut or a ref is won and
+    not yet published (StorageError).
     """
-    chain = Chain(chain.store)
+    while True:
+        horizon = oldest_kept(chain)
+        try:
+            return _view(Chain(chain.store), clock(chain.store), horizon)
+        except VersionNotFoundError:
+            if oldest_kept(chain) == horizon:
+                raise  # else another process expired and collected history while this one read it
+
+
+def _view(chain: Chain, now: datetime, horizon: int) -> GcView:
     objects = tuple(info for prefix in _COLLECTED for info in chain.store.list(prefix))
     staging_prefix = chain.store.staging_prefix
     staged = tuple(chain.store.list(staging_prefix)) if staging_prefix else ()
     _require_published(chain)  # before manifests are read, so that those published meanwhile are among them
-    manifests = chain.manifests()
+    manifests = tuple(_manifests(chain))
+    _require_whole(chain, manifests, horizon)
+    shortcuts, ways = _shortcuts(chain, manifests, {info.key: info for info in objects})
+    pinned = pinned_versions(chain, now)
+    kept = read_kept(chain, manifests, current_refs(chain).values(), ways, horizon, now)
+    for version, error in kept.unreachable.items():
+        raise VersionNotFoundError(
+            f"{chain.url}: {error}. A ref or the horizon names this version, so nothing is collected. `weightline "
+            "repair` removes refs whose version is gone",
+            chain=chain.url, version=version,
+        )  # fmt: skip
+    return GcView(objects, manifests, shortcuts, kept, now, horizon, pinned, staged)
+
+
+def _manifests(chain: Chain) -> Iterator[Manifest]:
+    for version in chain.versions():
+        with suppress(VersionNotFoundError):  # collected since it was listed; a kept one would be missed
+            yield chain.manifest(version)
+
+
+def _require_whole(chain: Chain, manifests: Sequence[Manifest], horizon: int) -> None:
+    """Raises CorruptError unless there is every version from the horizon to the tip."""
+    kept = [m.version for m in manifests if m.version >= horizon]
+    require_horizon(chain, horizon, manifests[-1].version if manifests else None)
+    for expected, version in enumerate(kept, horizon):
+        if version != expected:
+            raise CorruptError(
+                f"{chain.url} has no version {expected}, but version {version}: nothing is collected. Restore "
+                f"{keys.commit(expected)}, or remove what follows it",
+                key=keys.commit(expected),
+            )
+
+
+def _shortcuts(
+    chain: Chain, manifests: Sequence[Manifest], listed: Mapping[str, ObjectInfo]
+) -> tuple[tuple[Shortcut, ...], Ways]:
+    """Returns all shortcuts, and the paths without those whose payloads are gone: nothing may be kept by them alone."""
     ways = Ways(chain)
     shortcuts = tuple(s for m in manifests for s in ways.shortcuts_into(m.version))
-    kept = read_kept(chain, manifests, current_refs(chain).values(), now)
-    for error in kept.unreachable.values():
-        raise error
-    return GcView(objects, manifests, shortcuts, kept, staged)
+    if ways.passed_over:
+        key, error = next(iter(ways.passed_over.items()))
+        if not isinstance(error, CorruptError):
+            raise error  # of a newer release, or not readable from here
+        raise CorruptError(
+            f"{chain.url}: {error}. The objects that it keeps are unknown, so nothing is collected. Remove it with "
+            "`weightline repair`",
+            key=key,
+        ) from error
+    broken = {s.key for s in shortcuts if not all(_is_there(chain, ref, listed) for ref in s.payloads)}
+    return shortcuts, Ways(chain, avoiding=broken) if broken else ways
+
+
+def _is_there(chain: Chain, ref: StoredObject, listed: Mapping[str, ObjectInfo]) -> bool:
+    found = listed.get(ref.key) or chain.store.head(ref.key)
+    return found is not None and found.nbytes == ref.nbytes
 
 
 def _require_published(chain: Chain) -> None:
@@ -130,14 +213,27 @@ def _require_published(chain: Chain) -> None:
         )  # fmt: skip
 
 
-def collect(chain: Chain, plan: GcPlan) -> None:
-    """Deletes the planned objects. Safe to repeat; a crash leaves the rest for the next run."""
-    for info in plan.objects:
-        if not _is_put_again(chain, info):
-            chain.store.delete(info.key)
+def collect(chain: Chain, plan: GcPlan, clock: Clock = read_clock) -> None:
+    """Deletes the planned objects, in batches. Safe to repeat; a crash leaves the rest for the next run.
+
+    Right before each batch, refs and leases are read again. When one of them names another version from before the
+    horizon, all is planned anew, and only what both plans contain is deleted. VersionNotFoundError when that version is
+    gone already.
+    """
+    pinned, allowed = plan.pinned, {info.key for info in plan.objects}
+    for group in plan.groups:
+        for start in range(0, len(group), _BATCH_SIZE):
+            now_pinned = frozenset(v for v in pinned_versions(chain, plan.now) if v < plan.horizon)
+            if not now_pinned <= pinned:
+                again = plan_gc(view_chain(chain, clock), grace=plan.grace)
+                pinned, allowed = again.pinned, allowed & {info.key for info in again.objects}
+            batch = [info for info in group[start : start + _BATCH_SIZE] if info.key in allowed]
+            doomed = [info.key for info in batch if not _is_put_again(chain, info)]
+            if doomed:
+                chain.store.delete(*doomed)
 
 
 def _is_put_again(chain: Chain, info: ObjectInfo) -> bool:
-    """Returns whether an asset was put again since the plan was made, as by a commit that is under way."""
-    found = chain.store.head(info.key) if info.key.startswith(keys.ASSETS) else None
+    """Returns whether an asset or a lease was put again since the plan was made, by a commit or a replica."""
+    found = chain.store.head(info.key) if info.key.startswith((keys.ASSETS, keys.LEASES)) else None
     return found is not None and found.modified_at - info.modified_at > _CLOCK_GRAIN

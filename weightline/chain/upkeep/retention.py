@@ -12,11 +12,11 @@ from datetime import datetime
 
 from weightline.chain.read.history import Chain
 from weightline.chain.read.leases import Lease, live_leases
-from weightline.chain.read.refs import Ref, move_horizon, oldest_kept
-from weightline.chain.replay.plan import ReplayPlan, Ways, plan_between
+from weightline.chain.read.refs import Ref, current_refs, move_horizon, oldest_kept, require_horizon
+from weightline.chain.replay.plan import Hop, ReplayPlan, Ways, plan_replay
 from weightline.chain.upkeep.compact import CompactionPlan, write_compaction
 from weightline.codec.anchor import ANCHOR_CODING
-from weightline.errors import VersionNotFoundError
+from weightline.errors import CorruptError, VersionNotFoundError
 from weightline.format import keys
 from weightline.format.manifest import Manifest
 from weightline.format.shortcut import Shortcut
@@ -30,16 +30,30 @@ def first_of_newest(chain: Chain, num_versions: int) -> int:
 def expire_before(chain: Chain, version: int) -> int:
     """Moves the horizon to `version`: older history may be collected. Returns the horizon. Safe to repeat.
 
-    Writes an anchor at `version` first when it has none. A crash in between leaves an additional anchor.
+    Writes an anchor at `version` first when it has none. A crash in between leaves an additional anchor. CorruptError
+    when its anchor is broken, since the history before it is then the only way to the version.
     """
-    chain.manifest(version)
     horizon = oldest_kept(chain)
+    chain.manifest(version)
+    require_horizon(chain, horizon, chain.tip_version())
     if version <= horizon:
         return horizon
-    if not any(hop.base_version is None for hop in Ways(chain)(version)):
+    anchors = [hop for hop in Ways(chain, first=version, last=version)(version) if hop.base_version is None]
+    if not anchors:
         write_compaction(chain, CompactionPlan(version, (), {}, writes_anchor=True), coding=ANCHOR_CODING)
+    elif not any(_is_whole(chain, hop) for hop in anchors):
+        raise CorruptError(
+            f"the anchor of version {version} of {chain.url} is broken: remove it with `weightline repair` and repeat",
+            key=anchors[0].shortcut_key,
+        )
     move_horizon(chain, version)
     return version
+
+
+def _is_whole(chain: Chain, hop: Hop) -> bool:
+    """Returns whether the payloads of a hop are in the bucket, with the sizes that they should have."""
+    found = [(chain.store.head(ref.key), ref) for ref in hop.payloads]
+    return all(info is not None and info.nbytes == ref.nbytes for info, ref in found)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,34 +78,47 @@ class Kept:
         return all(end in self.versions for end in (shortcut.base_version, shortcut.version) if end is not None)
 
 
-def read_kept(chain: Chain, manifests: Sequence[Manifest], refs: Iterable[Ref], now: datetime | None = None) -> Kept:
+def read_kept(
+    chain: Chain,
+    manifests: Sequence[Manifest],
+    refs: Iterable[Ref],
+    ways: Ways,
+    horizon: int,
+    now: datetime | None = None,
+) -> Kept:
     """Reads from the bucket which versions and shortcuts must stay.
 
-    `manifests`: all of the chain, oldest first. Leases that have expired by `now` keep nothing.
+    `manifests`: all of the chain, oldest first. `horizon`: read before them. Leases that have expired by `now` keep
+    nothing.
     """
-    horizon = oldest_kept(chain)
     kept = {m.version for m in manifests if m.version >= horizon}
     pinned = {ref.version for ref in refs} | ({horizon} if kept else set())
     leases = live_leases(chain, now)
-    plans, unreachable = _plans_to(chain, pinned)
+    plans, unreachable = _plans_to(ways, pinned)
     # A replica may restart at a version that cannot be replayed any more: its lease keeps nothing then.
-    plans += _plans_to(chain, leased_versions(chain, leases) - pinned)[0]
+    plans += _plans_to(ways, leased_versions(chain, leases) - pinned)[0]
     hops = [hop for plan in plans for hop in plan.hops]
     kept |= {hop.version for hop in hops}
     bearers = frozenset(_bearers_of_assets(manifests, kept)) - kept
-    on_the_way = frozenset(keys.shortcut(hop.base_version, hop.version) for hop in hops if hop.is_shortcut)
+    on_the_way = frozenset(hop.shortcut_key for hop in hops if hop.shortcut_key is not None)
     live = frozenset(keys.lease(lease.replica) for lease in leases)
     return Kept(bearers | kept, bearers, on_the_way, live, unreachable)
 
 
-def _plans_to(chain: Chain, versions: Iterable[int]) -> tuple[list[ReplayPlan], dict[int, VersionNotFoundError]]:
+def _plans_to(ways: Ways, versions: Iterable[int]) -> tuple[list[ReplayPlan], dict[int, VersionNotFoundError]]:
     plans, unreachable = [], {}
     for version in sorted(versions):
         try:
-            plans.append(plan_between(chain, None, version))
+            plans.append(plan_replay(ways, None, version, ways.stands))
         except VersionNotFoundError as error:
             unreachable[version] = error
     return plans, unreachable
+
+
+def pinned_versions(chain: Chain, now: datetime) -> frozenset[int]:
+    """Returns the versions that refs and live replicas' leases name at present."""
+    refs = {ref.version for ref in current_refs(chain).values()}
+    return frozenset(refs.union(*(lease.versions for lease in live_leases(chain, now))))
 
 
 def _bearers_of_assets(manifests: Iterable[Manifest], kept: set[int]) -> Iterable[int]:

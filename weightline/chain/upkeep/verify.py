@@ -7,13 +7,14 @@ reads every kept object and replays every hop into every kept version, a bounded
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from itertools import pairwise
 
 from weightline.chain.read.history import Chain
 from weightline.chain.read.records import EVALUATIONS, LOGGED, REFRESHES, read_records
-from weightline.chain.read.refs import Ref, current_refs, oldest_kept
+from weightline.chain.read.refs import Ref, newest_moves, oldest_kept, read_move
 from weightline.chain.replay.diff import GROUP_NBYTES
 from weightline.chain.replay.plan import Ways
 from weightline.chain.upkeep.retention import Kept, read_kept
@@ -22,6 +23,7 @@ from weightline.errors import VersionNotFoundError
 from weightline.format import keys
 from weightline.format.manifest import Manifest, StoredObject
 from weightline.format.shortcut import Shortcut
+from weightline.store import ObjectInfo
 
 __all__ = ["Finding", "VerifyReport", "verify_chain"]
 
@@ -53,77 +55,92 @@ def verify_chain(
     """
     findings: list[Finding] = []
     seen = _look(chain, findings)
-    objects = seen.objects()
-    findings += _object_findings(chain, objects)
-    if is_deep and seen.manifests and not findings:
-        replayed = [m for m in seen.manifests if m.version in seen.kept.versions - seen.kept.bearers]
-        shortcuts = [s for s in seen.shortcuts if seen.replays(s)]
-        findings += asset_findings(chain, seen.kept_manifests())
-        findings += replay_findings(chain, replayed, shortcuts, group_nbytes=group_nbytes, progress=progress)
+    num_versions = num_shortcuts = num_objects = 0
+    if seen is not None:
+        objects = seen.objects()
+        num_versions, num_shortcuts, num_objects = len(seen.manifests), len(seen.shortcuts), len(objects)
+        findings += _object_findings(chain, objects)
+        if is_deep and seen.manifests and not findings:
+            findings += _deep_findings(chain, seen, group_nbytes, progress)
     findings += (Finding(contest.kind, contest.key, contest.message) for contest in chain.store.contests())
     return VerifyReport(
-        chain.url, chain.store.commit_mode, len(seen.manifests), len(seen.shortcuts), len(objects), is_deep,
-        tuple(findings),
-    )  # fmt: skip
+        chain.url, chain.store.commit_mode, num_versions, num_shortcuts, num_objects, is_deep, tuple(findings)
+    )
+
+
+def _deep_findings(chain: Chain, seen: _Seen, group_nbytes: int, progress: Progress | None) -> Iterator[Finding]:
+    replayed = [m for m in seen.manifests if m.version in seen.kept.versions - seen.kept.bearers]
+    shortcuts = [s for s in seen.shortcuts if seen.replays(s)]
+    yield from asset_findings(chain, seen.kept_manifests())
+    yield from replay_findings(chain, replayed, shortcuts, seen.ways, group_nbytes=group_nbytes, progress=progress)
 
 
 @dataclass(frozen=True, slots=True)
 class _Seen:
     """The parts of the chain that could be read."""
 
-    manifests: tuple[Manifest, ...] = ()
+    manifests: tuple[Manifest, ...]
     """Oldest first."""
-    shortcuts: tuple[Shortcut, ...] = ()
-    kept: Kept = field(default_factory=Kept)
+    shortcuts: tuple[Shortcut, ...]
+    ways: Ways
+    kept: Kept
 
     def kept_manifests(self) -> list[Manifest]:
         return [m for m in self.manifests if m.version in self.kept.versions]
 
-    def objects(self) -> dict[str, StoredObject]:
-        """Returns the objects that kept versions and shortcuts need, by key."""
-        found: dict[str, StoredObject] = {}
-        for manifest in self.kept_manifests():
-            found |= {ref.key: ref for ref in (*manifest.payloads, *manifest.assets)}
+    def objects(self) -> dict[str, tuple[StoredObject, str]]:
+        """Returns the objects that kept versions and shortcuts need, by key, with the key of what names them."""
+        found: dict[str, tuple[StoredObject, str]] = {}
         for shortcut in filter(self.kept.keeps_shortcut, self.shortcuts):
-            found |= {ref.key: ref for ref in shortcut.payloads}
+            found |= {ref.key: (ref, shortcut.key) for ref in shortcut.payloads}
+        for manifest in self.kept_manifests():
+            found |= {ref.key: (ref, manifest.key) for ref in (*manifest.payloads, *manifest.assets)}
         return found
 
     def replays(self, shortcut: Shortcut) -> bool:
         return self.kept.keeps_shortcut(shortcut) and shortcut.base_version not in self.kept.bearers
 
 
-def _look(chain: Chain, findings: list[Finding]) -> _Seen:
-    """Reads refs, records, manifests and shortcuts.
+def _look(chain: Chain, findings: list[Finding]) -> _Seen | None:
+    """Reads horizon, refs, records, manifests and shortcuts, each object once.
 
-    Refs and records are read before manifests, since a writer may add versions meanwhile.
+    What names versions is read before manifests, since a writer may add versions meanwhile.
     """
+    horizon = -1
     with noting(findings, "horizon", keys.HISTORY):
-        oldest_kept(chain)
+        horizon = oldest_kept(chain)
     if findings:
-        return _Seen()  # all other checks depend on the horizon
+        return None  # all other checks depend on the horizon
     refs = _refs(chain, findings)
     recorded = list(_recorded_versions(chain, findings))
     manifests = tuple(_parsed_manifests(chain, findings))
-    shortcuts = tuple(_parsed_shortcuts(chain, manifests, findings))
-    findings += _history_findings(chain, manifests)
+    ways = Ways(chain)
+    shortcuts = tuple(_parsed_shortcuts(ways, manifests, findings))
+    findings += _history_findings(manifests, horizon)
     findings += _pointer_findings(manifests, refs, recorded)
-    return _Seen(manifests, shortcuts, _kept(chain, manifests, refs, findings))
+    return _Seen(manifests, shortcuts, ways, _kept(chain, manifests, refs, ways, horizon, findings))
 
 
-def _kept(chain: Chain, manifests: Sequence[Manifest], refs: Sequence[Ref], findings: list[Finding]) -> Kept:
-    kept = Kept(frozenset(m.version for m in manifests if m.version >= oldest_kept(chain)))
+def _kept(
+    chain: Chain, manifests: Sequence[Manifest], refs: Sequence[Ref], ways: Ways, horizon: int, findings: list[Finding]
+) -> Kept:
+    kept = Kept(frozenset(m.version for m in manifests if m.version >= horizon))
     if findings:
         return kept  # replay cannot be planned for a chain that cannot be read
     with noting(findings, "kept", chain.url):
-        kept = read_kept(chain, manifests, refs)
+        kept = read_kept(chain, manifests, refs, ways, horizon)
     findings += (Finding("unreachable", f"version {v}", str(error)) for v, error in kept.unreachable.items())
     return kept
 
 
 def _refs(chain: Chain, findings: list[Finding]) -> list[Ref]:
     found: list[Ref] = []
+    newest: tuple[str, ...] = ()
     with noting(findings, "ref", keys.REFS):
-        found += current_refs(chain).values()
+        newest = newest_moves(chain)
+    for key in newest:
+        with noting(findings, "ref", key, key):
+            found.append(read_move(chain, key))
     return found
 
 
@@ -144,32 +161,34 @@ def _parsed_manifests(chain: Chain, findings: list[Finding]) -> Iterator[Manifes
             yield chain.manifest(version)
 
 
-def _parsed_shortcuts(chain: Chain, manifests: Sequence[Manifest], findings: list[Finding]) -> Iterator[Shortcut]:
-    ways = Ways(chain)
+def _parsed_shortcuts(ways: Ways, manifests: Sequence[Manifest], findings: list[Finding]) -> Iterator[Shortcut]:
     commit_ids = {m.version: m.commit_id for m in manifests}
     for manifest in manifests:
-        with noting(findings, "shortcut", f"into version {manifest.version}"):
-            for shortcut in ways.shortcuts_into(manifest.version):
-                base_id = commit_ids.get(-1 if shortcut.base_version is None else shortcut.base_version)
-                if shortcut.commit_id == manifest.commit_id and base_id in (None, shortcut.base_commit_id):
-                    yield shortcut
-                else:
-                    message = "starts or ends at a commit that is not in the chain: readers ignore it"
-                    findings.append(Finding("shortcut-commit", shortcut.key, message))
-    findings += (Finding("signature", key, str(error)) for key, error in ways.refused.items())
+        for shortcut in ways.shortcuts_into(manifest.version):
+            base_id = commit_ids.get(-1 if shortcut.base_version is None else shortcut.base_version)
+            if shortcut.commit_id == manifest.commit_id and base_id in (None, shortcut.base_commit_id):
+                yield shortcut
+            else:
+                message = "starts or ends at a commit that is not in the chain: readers ignore it"
+                findings.append(Finding("shortcut-commit", shortcut.key, message, shortcut.key))
+    for key, passed_over in ways.passed_over.items():
+        with noting(findings, "shortcut", key, key):
+            raise passed_over
 
 
-def _history_findings(chain: Chain, manifests: Sequence[Manifest]) -> Iterator[Finding]:
+def _history_findings(manifests: Sequence[Manifest], horizon: int) -> Iterator[Finding]:
     by_version = {m.version: m for m in manifests}
-    horizon = oldest_kept(chain)
-    if manifests:
-        expected = range(horizon, manifests[-1].version + 1)
-        for version in (v for v in expected if v not in by_version):
-            yield Finding("contiguous", keys.commit(version), "is missing between kept versions")
-        if horizon > manifests[-1].version:
-            yield Finding(
-                "horizon", keys.HISTORY, f"keeps nothing before {horizon}: the tip is {manifests[-1].version}"
-            )
+    tip = manifests[-1].version if manifests else None
+    if (tip is None and horizon > 0) or (tip is not None and horizon > tip):
+        there = "the chain holds no version" if tip is None else f"the tip is {tip}"
+        yield Finding("horizon", keys.HISTORY, f"keeps nothing before {horizon}: {there}")
+    kept = [horizon - 1, *(m.version for m in manifests if m.version >= horizon)]
+    for before, after in pairwise(kept):
+        if after - before == 2:
+            yield Finding("contiguous", keys.commit(before + 1), "is missing between kept versions")
+        elif after - before > 2:
+            message = f"is missing between kept versions, and so are those up to {after - 1}"
+            yield Finding("contiguous", keys.commit(before + 1), message)
     for commit_id, count in Counter(m.commit_id for m in manifests).items():
         if count > 1:
             yield Finding("commit-id", commit_id, f"is in {count} manifests")
@@ -185,13 +204,20 @@ def _history_findings(chain: Chain, manifests: Sequence[Manifest]) -> Iterator[F
             yield Finding("payload-keys", manifest.key, "names a payload twice")
 
 
-def _object_findings(chain: Chain, objects: dict[str, StoredObject]) -> Iterator[Finding]:
-    for key, ref in objects.items():
-        info = chain.store.head(key)
+def _object_findings(chain: Chain, objects: Mapping[str, tuple[StoredObject, str]]) -> Iterator[Finding]:
+    """Compares sizes with a listing; an object that it lacks is asked for, since it may be newer."""
+    listed: dict[str, ObjectInfo] = {}
+    findings: list[Finding] = []
+    for prefix in (keys.PAYLOADS, keys.ASSETS) if objects else ():
+        with noting(findings, "objects", prefix):
+            listed |= {info.key: info for info in chain.store.list(prefix)}
+    yield from findings
+    for key, (ref, owner) in objects.items():
+        info = listed.get(key) or chain.store.head(key)
         if info is None:
-            yield Finding("object-missing", key, "a kept version needs it")
+            yield Finding("object-missing", key, f"{owner} needs it", owner)
         elif info.nbytes != ref.nbytes:
-            yield Finding("object-size", key, f"has {info.nbytes} bytes, its manifest says {ref.nbytes}")
+            yield Finding("object-size", key, f"has {info.nbytes} bytes, {owner} says {ref.nbytes}", owner)
 
 
 def _pointer_findings(
@@ -200,7 +226,8 @@ def _pointer_findings(
     commit_ids = {m.version: m.commit_id for m in manifests}
     for ref in refs:
         if commit_ids.get(ref.version) != ref.commit_id:
-            yield Finding("ref", ref.name, f"names version {ref.version}, commit {ref.commit_id}, which is missing")
+            message = f"names version {ref.version}, commit {ref.commit_id}, which is missing"
+            yield Finding("ref", ref.name, message, keys.ref(ref.name, ref.number))
     for kind, version in recorded:
         if manifests and version > manifests[-1].version:
             yield Finding("record", f"{kind}/{version}", "names a version that does not exist")

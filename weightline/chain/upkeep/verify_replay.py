@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from weightline.chain.read.history import Chain
 from weightline.chain.replay.diff import tensor_groups
 from weightline.chain.replay.fetch import Fetcher, fetching
-from weightline.chain.replay.plan import Hop, hop_of, hop_of_shortcut
+from weightline.chain.replay.plan import Hop, Ways, hop_of, hop_of_shortcut
 from weightline.chain.replay.state import HostState, advance_state, apply_hop
 from weightline.errors import (
     CorruptError,
@@ -23,7 +23,6 @@ from weightline.errors import (
     UnsupportedFeatureError,
 )
 from weightline.format.manifest import Manifest
-from weightline.format.payload import open_payload
 from weightline.format.shortcut import Shortcut
 
 Progress = Callable[[int, int], None]
@@ -36,18 +35,25 @@ class Finding:
     rule: str
     subject: str
     message: str
+    key: str | None = None
+    """The object that breaks it: a manifest, a shortcut or a move of a ref. None where the fault may be elsewhere."""
 
 
 @contextmanager
-def noting(findings: list[Finding], rule: str, subject: str) -> Iterator[None]:
-    """Turns an error of the block into a finding. TransientStorageError is raised, since the bucket is unavailable."""
+def noting(findings: list[Finding], rule: str, subject: str, key: str | None = None) -> Iterator[None]:
+    """Turns an error of the block into a finding. TransientStorageError is raised, since the bucket is unavailable.
+
+    `key`: the object that is to blame when its bytes, or those that it names, are wrong or missing.
+    """
     try:
         yield
     except TransientStorageError:
         raise
     except SignatureError as error:
         findings.append(Finding("signature", subject, str(error)))
-    except (CorruptError, UnsupportedFeatureError, NotFoundError, StorageError) as error:
+    except (CorruptError, NotFoundError) as error:
+        findings.append(Finding(rule, subject, str(error), key))
+    except (UnsupportedFeatureError, StorageError) as error:
         findings.append(Finding(rule, subject, str(error)))
 
 
@@ -65,6 +71,7 @@ def replay_findings(
     chain: Chain,
     manifests: Sequence[Manifest],
     shortcuts: Sequence[Shortcut],
+    ways: Ways,
     *,
     group_nbytes: int,
     progress: Progress | None,
@@ -77,7 +84,7 @@ def replay_findings(
     findings: dict[str, Finding] = {}
     with fetching(chain.store, is_cached=False) as fetcher:
         for number, names in enumerate(groups):
-            walk = _Walk(chain, fetcher, names)
+            walk = _Walk(chain, ways, fetcher, names)
             for count, manifest in enumerate(manifests, 1):
                 walk.into(manifest, [s for s in shortcuts if s.version == manifest.version])
                 if progress is not None:
@@ -85,8 +92,8 @@ def replay_findings(
             for finding in walk.findings:
                 findings.setdefault(finding.subject, finding)
         yield from findings.values()
-        ways: tuple[Manifest | Shortcut, ...] = (*manifests, *shortcuts)
-        for way in ways:
+        paths: tuple[Manifest | Shortcut, ...] = (*manifests, *shortcuts)
+        for way in paths:
             if _subject(way) not in findings:
                 yield from _fact_findings(way, fetcher)
 
@@ -96,6 +103,7 @@ class _Walk:
     """Replays a group of tensors through the kept versions, oldest first."""
 
     chain: Chain
+    ways: Ways
     fetcher: Fetcher
     names: frozenset[str]
     findings: list[Finding] = field(default_factory=list)
@@ -118,8 +126,12 @@ class _Walk:
     def _try(self, hop: Hop) -> None:
         state = HostState()
         if hop.base_version is not None:
-            advance_state(self.chain, state, hop.base_version, self._selects, self.fetcher)
-        apply_hop(self.chain, state, hop, self.fetcher, self._selects)
+            advance_state(self.chain, state, hop.base_version, self._selects, self.fetcher, self.ways)
+        subject = (
+            f"version {hop.version} from {'nothing' if hop.base_version is None else f'version {hop.base_version}'}"
+        )
+        with noting(self.findings, "replay", subject, hop.shortcut_key):
+            apply_hop(self.chain, state, hop, self.fetcher, self._selects)
 
     def _move(self, manifest: Manifest) -> None:
         """Moves the state to the version, by the cheapest path from nothing when the base is not kept.
@@ -132,7 +144,7 @@ class _Walk:
             apply_hop(self.chain, state, own, self.fetcher, self._selects)
         else:
             state = HostState()
-            advance_state(self.chain, state, manifest.version, self._selects, self.fetcher)
+            advance_state(self.chain, state, manifest.version, self._selects, self.fetcher, self.ways)
         self._state = state
 
     def _selects(self, name: str) -> bool:
@@ -143,7 +155,7 @@ def _fact_findings(way: Manifest | Shortcut, fetcher: Fetcher) -> Iterator[Findi
     """Yields a finding when a manifest's kind, coding or count differs from its payloads'. Readers plan by them."""
     findings: list[Finding] = []
     with noting(findings, "payload", _subject(way)):
-        payloads = [open_payload(fetcher.fetch(ref)) for ref in way.payloads]
+        payloads = [fetcher.open(ref) for ref in way.payloads]
         expected = ("anchor" if way.base_version is None else "delta", way.coding)
         for kind, coding in sorted({(payload.kind, payload.coding) for payload in payloads} - {expected}):
             findings.append(_contradiction(way, f"{expected[0]} coded {expected[1]}", f"{kind} coded {coding}"))

@@ -19,6 +19,7 @@ from weightline.errors import (
     StorageError,
 )
 from weightline.format import keys
+from weightline.format.documents import MAX_MANIFEST_NBYTES
 from weightline.format.manifest import Manifest
 from weightline.format.shortcut import Shortcut
 from weightline.format.signature import Signer, signer_from_environment
@@ -38,10 +39,17 @@ def commit_manifest(chain: Chain, manifest: Manifest) -> None:
     writer committed the version. A crash before the put leaves orphaned payloads, which gc removes; a crash after it
     leaves a committed version.
     """
+    body = manifest.to_bytes()
+    if len(body) > MAX_MANIFEST_NBYTES:
+        raise InputError(
+            f"version {manifest.version} cannot be committed: its manifest of {len(body)} bytes exceeds the "
+            f"{MAX_MANIFEST_NBYTES} that readers accept",
+            version=manifest.version,
+        )
     if manifest.version > 0:
         _require_base(chain, manifest)
     try:
-        put_signed(chain.store, manifest.key, manifest.to_bytes())
+        put_signed(chain.store, manifest.key, body)
     except ObjectExistsError as error:
         winner = chain.manifest(manifest.version)
         if winner.commit_id != manifest.commit_id:

@@ -14,11 +14,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from pydantic import ValidationError
+
 from weightline.chain.write.commit import new_commit_id
 from weightline.codec.anchor import ANCHOR_CODING
 from weightline.codec.digest import format_digest
 from weightline.errors import InputError
 from weightline.format import keys
+from weightline.format.documents import MAX_LABEL_LENGTH, MAX_NOTE_LENGTH, require_text
 from weightline.format.manifest import (
     AdapterBase,
     AssetRef,
@@ -56,6 +59,15 @@ class Authorship:
     metrics: dict[str, float] = field(default_factory=dict)
     provenance: dict[str, str] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        """Raises InputError, before anything is written, for a text that no manifest can hold."""
+        for name in ("stage", "run_id", "coding"):
+            require_text(name, getattr(self, name), MAX_LABEL_LENGTH)
+        for name in (*self.metrics, *self.provenance):
+            require_text(f"the name {name[:50]!r}", name, MAX_LABEL_LENGTH)
+        for name, text in self.provenance.items():
+            require_text(f"provenance.{name}", text, MAX_NOTE_LENGTH)
+
 
 @dataclass(slots=True)
 class Draft:
@@ -79,11 +91,21 @@ class Draft:
     def manifest(
         self, author: Authorship, specs: Mapping[str, TensorSpec], digests: Mapping[str, int], *, world_size: int
     ) -> Manifest:
-        """Builds the manifest of the version, once all payloads are added.
+        """Returns the manifest of the version, once its payloads are up. `digests` of its whole state, by tensor.
 
-        `digests`: those of the version's whole state, by tensor. pydantic's ValidationError for facts that contradict
-        each other.
+        InputError for facts that contradict each other, and for those that no reader would accept.
         """
+        try:
+            return self._manifest(author, specs, digests, world_size)
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            name = ".".join(str(part) for part in first["loc"]) or "manifest"
+            message = f"version {self.version} cannot be committed: {name}: {first['msg']}"
+            raise InputError(message, field=name) from error
+
+    def _manifest(
+        self, author: Authorship, specs: Mapping[str, TensorSpec], digests: Mapping[str, int], world_size: int
+    ) -> Manifest:
         is_anchor = author.kind == "anchor"
         num_elements = sum(spec.num_elements for spec in specs.values())
         return Manifest(

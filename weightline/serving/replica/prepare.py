@@ -12,9 +12,9 @@ from weightline.chain.files.assets import assets_of
 from weightline.chain.files.checkpoint import write_checkpoint
 from weightline.chain.files.meaning import have_same_meaning
 from weightline.chain.replay.diff import tensor_groups
-from weightline.chain.replay.fetch import fetching
+from weightline.chain.replay.fetch import Fetcher, fetching
 from weightline.chain.replay.plan import ReplayPlan, plan_between
-from weightline.chain.replay.state import OverlaidState, ReadBits, check_digests, read_state, walk
+from weightline.chain.replay.state import OverlaidState, ReadBits, check_digests, read_state, replay
 from weightline.codec.capture import capture_tensors
 from weightline.errors import BaseMismatchError, DigestMismatchError, VersionNotFoundError
 from weightline.format.manifest import Manifest
@@ -102,12 +102,12 @@ def prepare_delta(chain: Chain, version: int, held: Held, read_bits: ReadBits) -
     """
     check_base(chain, held)
     manifest = chain.manifest(version)
-    plan = plan_between(chain, held.version, version)
-    if plan.hops and plan.hops[0].base_version is None:
-        return _from_anchor(chain, manifest, held, plan, read_bits)
-    pending = OverlaidState(held.version, manifest.specs, dict(held.digests), read_bits)
     with fetching(chain.store) as fetcher:
-        walk(chain, pending, plan, fetcher)
+        pending, plan = replay(
+            chain, lambda: OverlaidState(held.version, manifest.specs, dict(held.digests), read_bits), version, fetcher
+        )
+        if plan.hops and plan.hops[0].base_version is None:
+            return _from_anchor(chain, manifest, held, plan, read_bits, fetcher)
     changes = tuple(one for one in pending.changes.values() if one.num_changed)
     return PreparedDelta(held, manifest, changes, pending.digests, plan.payload_nbytes)
 
@@ -141,14 +141,15 @@ def _base_mismatch(chain: Chain, held: Held, why: str) -> BaseMismatchError:
     )
 
 
-def _from_anchor(chain: Chain, manifest: Manifest, held: Held, plan: ReplayPlan, read_bits: ReadBits) -> PreparedDelta:
+def _from_anchor(
+    chain: Chain, manifest: Manifest, held: Held, plan: ReplayPlan, read_bits: ReadBits, fetcher: Fetcher
+) -> PreparedDelta:
     """Builds the version from an anchor, a group of tensors at a time, and compares it with the engine's weights."""
     changes: list[Changes] = []
     digests: dict[str, int] = {}
-    with fetching(chain.store) as fetcher:
-        for names in tensor_groups(manifest.specs.values()):
-            state = read_state(chain, manifest.version, names.__contains__, fetcher)
-            held_bits = {name: read_bits(name) for name in state.specs}
-            changes += capture_tensors(state.specs.values(), held_bits, state.bits)
-            digests |= state.digests
+    for names in tensor_groups(manifest.specs.values()):
+        state = read_state(chain, manifest.version, names.__contains__, fetcher)
+        held_bits = {name: read_bits(name) for name in state.specs}
+        changes += capture_tensors(state.specs.values(), held_bits, state.bits)
+        digests |= state.digests
     return PreparedDelta(held, manifest, tuple(changes), digests, plan.payload_nbytes)

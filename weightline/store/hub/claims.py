@@ -113,6 +113,14 @@ class ClaimLog:
         """Returns the claims of a key. StorageError when the Hub gives no upload time for one."""
         return [_stamped(claim) for claim in self._bucket.below(self.folder(key))]
 
+    def claims_of(self, keys: Collection[str]) -> list[HubFile]:
+        """Returns the claims of several keys, from one listing of all claims."""
+        if len(keys) == 1:
+            return [claim for key in keys for claim in self.claims(key)]
+        folders = {self.folder(key) for key in keys}
+        found = self._bucket.below(f"{self._root}{CLAIMS}")
+        return [claim for claim in found if f"{claim.path.rpartition('/')[0]}/" in folders]
+
     def put_if_absent(self, key: str, body: bytes) -> None:
         """Creates the object. ObjectExistsError when the key is taken.
 

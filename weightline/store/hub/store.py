@@ -23,7 +23,7 @@ from huggingface_hub import get_token
 
 from weightline.errors import InputError, NotFoundError, TransientStorageError
 from weightline.store import transfers
-from weightline.store.base import Contest, ObjectInfo, Store, checked_key
+from weightline.store.base import MAX_GET_NBYTES, Contest, ObjectInfo, Store, checked_key, require_nbytes
 from weightline.store.hub.bucket import HubBucket, HubFile
 from weightline.store.hub.claims import CLAIMS, ClaimLog
 from weightline.store.transfers import moved
@@ -94,12 +94,15 @@ class HubStore:
         """Names the mechanism that makes `put_if_absent` exclusive: `s3-gateway` or `claims`."""
         return "claims" if self._gateway is None else "s3-gateway"
 
-    def get(self, key: str) -> bytes:
-        return self._bucket.read(self._existing(key))
+    def get(self, key: str, max_nbytes: int = MAX_GET_NBYTES) -> bytes:
+        file = self._existing(key)
+        require_nbytes(self.url, key, file.content.nbytes, at_most=max_nbytes)
+        return self._bucket.read(file)
 
-    def get_file(self, key: str, path: Path) -> None:
+    def get_file(self, key: str, path: Path, nbytes: int | None = None) -> None:
         """Downloads the object from its start and checks it. A failure leaves no file at `path`."""
         file = self._existing(key)
+        require_nbytes(self.url, key, file.content.nbytes, exactly=nbytes)
         transfers.discard(path)
         self._bucket.download(file, path)
 
@@ -138,11 +141,11 @@ class HubStore:
             if info.key.startswith(prefix) and info.key > start_after and not info.key.startswith(CLAIMS):
                 yield info
 
-    def delete(self, key: str) -> None:
-        """Removes the claims of the key, then the object: the next writer would publish a remaining claim again."""
-        path = self._path(key)
-        self._bucket.remove([claim.path for claim in self._claims.claims(key)])
-        self._bucket.remove([path])
+    def delete(self, *keys: str) -> None:
+        """Removes the claims of the keys, then the objects: the next writer would publish a remaining claim again."""
+        paths = [self._path(key) for key in keys]
+        self._bucket.remove([claim.path for claim in self._claims.claims_of(keys)])
+        self._bucket.remove(paths)
 
     @property
     def staging_prefix(self) -> str:

@@ -12,10 +12,11 @@ then answer an earlier attempt whose reply was lost; `weightline.store.retry` ha
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
@@ -26,7 +27,7 @@ from obstore.exceptions import AlreadyExistsError, BaseError, PermissionDeniedEr
 
 from weightline.errors import NotFoundError, ObjectExistsError, StorageError, TransientStorageError
 from weightline.store import transfers
-from weightline.store.base import DecisiveStore, ObjectInfo, checked_key
+from weightline.store.base import MAX_GET_NBYTES, DecisiveStore, ObjectInfo, checked_key, require_nbytes
 from weightline.store.objects.errors import translated
 from weightline.store.transfers import moved
 
@@ -58,6 +59,8 @@ _REPEATS: RetryConfig = {
 
 _ONCE: RetryConfig = {"max_retries": 0}
 
+_logger = logging.getLogger(__name__)
+
 #: The process in which obstore's threads run; None before its first use.
 _home_pid: int | None = None
 
@@ -76,22 +79,25 @@ class ObjectStore(DecisiveStore):
         self._sender = connect(_SENDING, _REPEATS)
         self._once = connect(_READING, _ONCE)
 
-    def get(self, key: str) -> bytes:
+    def get(self, key: str, max_nbytes: int = MAX_GET_NBYTES) -> bytes:
         with self._storage_errors(key):
-            body = bytes(obstore.get(self._client, self._path(key)).bytes())
+            answer = obstore.get(self._client, self._path(key))
+            require_nbytes(self.url, key, int(answer.meta["size"]), at_most=max_nbytes)
+            body = bytes(answer.bytes())
         moved(len(body))
         return body
 
-    def get_file(self, key: str, path: Path) -> None:
+    def get_file(self, key: str, path: Path, nbytes: int | None = None) -> None:
         """Downloads ranges in parallel, each streamed to its offset. Continues a file that an earlier call left."""
         with self._storage_errors(key):
             found = obstore.head(self._client, self._path(key))
-        nbytes = int(found["size"])
-        identity = json.dumps([self.url, key, found["e_tag"], nbytes])
+        size = int(found["size"])
+        require_nbytes(self.url, key, size, exactly=nbytes)
+        identity = json.dumps([self.url, key, found["e_tag"], size])
         start = transfers.num_bytes_done(path, identity)
-        ranges = [(at, min(at + PART_NBYTES, nbytes)) for at in range(start, nbytes, PART_NBYTES)]
+        ranges = [(at, min(at + PART_NBYTES, size)) for at in range(start, size, PART_NBYTES)]
         with path.open("r+b") as file:
-            for end in self._fill(key, file.fileno(), ranges, nbytes):
+            for end in self._fill(key, file.fileno(), ranges, size):
                 transfers.note_done(path, identity, end)
         transfers.finish(path)
 
@@ -140,12 +146,20 @@ class ObjectStore(DecisiveStore):
             elif info.key > prefix and not info.key.startswith(prefix):
                 return
 
-    def delete(self, key: str) -> None:
-        try:
-            with self._storage_errors(key):
+    def delete(self, *keys: str) -> None:
+        """Several keys go into one request where the service takes that (S3: a thousand), else one by one."""
+        if len(keys) > 1:
+            try:
+                with self._storage_errors(keys[0]):
+                    obstore.delete(self._client, [self._path(key) for key in keys])
+                return
+            except TransientStorageError:
+                raise
+            except (NotFoundError, StorageError) as error:
+                _logger.debug("%s deletes one by one: %s", self.url, error)
+        for key in keys:
+            with suppress(NotFoundError), self._storage_errors(key):
                 obstore.delete(self._client, self._path(key))
-        except NotFoundError:
-            return
 
     def _pages(self, prefix: str, folder: str, offset: str) -> Iterator[ObjectInfo]:
         with self._storage_errors(prefix):
