@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import GenerationConfig
 
 from weightline.chain.files.checkpoint import VersionMark
 from weightline.chain.read.history import Chain
@@ -32,6 +33,7 @@ from weightline.store.local import LocalStore
 from weightline.store.memory import MemoryStore
 from weightline.store.retry import RetryingStore
 from weightline.testing.faults import FaultStore, failing
+from weightline.trainer import writer
 from weightline.trainer.session import PublishSession
 from weightline.trainer.settings import PublishSettings
 from weightline.trainer.start import plan_start
@@ -96,6 +98,20 @@ def test_every_sync_is_a_version_with_the_exact_bits(tmp_path: Path) -> None:
     assert [m.kind for m in chain.manifests()] == ["anchor", "delta", "delta", "delta"]
     assert chain.manifest(2).metrics == {"loss": 0.5}
     assert chain.manifest(0).is_milestone
+
+
+def test_assets_are_named_again_so_that_no_reader_looks_far_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(writer, "ASSETS_EVERY", 3)
+    chain, model = Chain(MemoryStore()), Model()
+    model.generation_config = GenerationConfig(max_new_tokens=7)
+    for num_steps in (4, 3):  # the second session finds the same files in the chain
+        session = _session(chain, stage="sft")
+        session.start(model, None, 0)
+        _train(session, model, num_steps)
+    named = [manifest.version for manifest in chain.manifests() if manifest.assets]
+    assert named == [0, 3, 6]
+    assert len({manifest.assets for manifest in chain.manifests() if manifest.assets}) == 1
+    assert verify_chain(Chain(chain.store)).holds
 
 
 def test_nan_and_signed_zero_are_bits(tmp_path: Path) -> None:

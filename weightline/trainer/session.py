@@ -141,7 +141,7 @@ class PublishSession:
             )
             self._is_training = None
             self._is_started = True
-            self._assets = start.assets
+            self._assets = start.assets if start.has_new_assets else ()
             if group.rank == 0:
                 self._model_files = ModelFiles(self.chain, model, processing_class, dtype)
             if start.plan.action != "continue":
@@ -156,8 +156,8 @@ class PublishSession:
         digests = {} if tip_on_first is None else self.chain.manifest(tip_on_first).digests
         return VersionWriter(
             chain=self.chain, settings=self.settings, session_id=start.session_id, specs=specs,
-            baseline=self._baseline, base_model=start.base_model, group=self._publisher_group, observer=self.observer,
-            tip=tip, digests={name: parse_digest(digest) for name, digest in digests.items()},
+            baseline=self._baseline, base_model=start.base_model, assets=start.assets, group=self._publisher_group,
+            observer=self.observer, tip=tip, digests={name: parse_digest(digest) for name, digest in digests.items()},
             late_joiner=LateJoiner.of(self.chain, tip_on_first, self.settings.anchor_policy),
         )  # fmt: skip
 

@@ -58,7 +58,9 @@ class Start:
     plan: StartPlan
     base_model: AdapterBase | None
     assets: tuple[AssetRef, ...]
-    """The model's small files; empty when the chain names the same ones already."""
+    """The model's small files."""
+    has_new_assets: bool
+    """Whether the chain's tip has other ones."""
     session_id: str
     tip: VersionMark | None
     is_milestone: bool
@@ -158,7 +160,7 @@ def decide_start(
     held = () if plan.tip is None else assets_of(chain, plan.tip)
     assets = upload_assets(chain.store, model, processing_class, held, dtype)
     return Start(
-        plan, base_model, () if assets == held else assets, secrets.token_hex(16),
+        plan, base_model, assets, assets != held, secrets.token_hex(16),
         tip=None if tip is None else VersionMark.of(chain, tip), is_milestone=tip is not None and tip.is_milestone,
     )  # fmt: skip
 

@@ -14,12 +14,13 @@ from pathlib import Path
 
 import torch
 
+from weightline.chain.files.assets import ASSETS_EVERY
 from weightline.chain.read.history import Chain
 from weightline.chain.write.commit import commit_manifest
 from weightline.chain.write.draft import Authorship, Draft
 from weightline.codec.digest import add_digests, digest_change, digest_to_limbs, limbs_to_digest
 from weightline.errors import ConflictError
-from weightline.format.manifest import AdapterBase, Manifest
+from weightline.format.manifest import AdapterBase, AssetRef, Manifest
 from weightline.format.write_payload import PayloadInfo, write_anchor, write_delta
 from weightline.trainer.anchoring import LateJoiner, write_anchor_shortcut
 from weightline.trainer.baseline import Baseline
@@ -50,6 +51,8 @@ class VersionWriter:
     baseline: Baseline
     base_model: AdapterBase | None
     """The base model of an adapter; None for a whole model."""
+    assets: tuple[AssetRef, ...]
+    """The model's small files, which every `ASSETS_EVERY`-th version names again."""
     group: RankGroup
     observer: StepObserver
     tip: int | None
@@ -142,10 +145,11 @@ class VersionWriter:
     def _put_manifest(self, sync: Sync, draft: Draft, parts: list[PayloadPart], totals: torch.Tensor) -> Manifest:
         digests = self._digests_after(sync, totals)
         settings = self.settings
+        assets = sync.assets or (self.assets if draft.version % ASSETS_EVERY == 0 else ())
         author = Authorship(
             stage=settings.stage, run_id=settings.run_id, global_step=sync.global_step, kind=sync.kind,
             coding=settings.coding, reverts_to=sync.reverts_to, base_model=self.base_model,
-            is_milestone=sync.is_milestone, assets=sync.assets, metrics=sync.metrics.values,
+            is_milestone=sync.is_milestone, assets=assets, metrics=sync.metrics.values,
             provenance=settings.provenance,
         )  # fmt: skip
         add_parts(draft, parts)
@@ -156,7 +160,7 @@ class VersionWriter:
             # was committed nevertheless, the next commit is a conflict, which stops training.
             commit_manifest(self.chain, manifest)
             step.report(StepFacts.of_commit(manifest))
-        self.digests = digests
+        self.digests, self.assets = digests, sync.assets or self.assets
         if sync.kind == "delta" and not sync.at_start:
             self._explain_large_change(totals)
         return manifest
