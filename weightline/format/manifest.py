@@ -290,3 +290,12 @@ def _refuse_unknown_features(document: object) -> None:
 def utc_now() -> str:
     """Returns the UTC time of this host's clock, in ISO 8601 to the millisecond."""
     return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def parse_time(stamp: str | None) -> datetime | None:
+    """Returns an ISO 8601 time as a moment, in UTC where it names no zone. None for a text that is not a time."""
+    try:
+        moment = datetime.fromisoformat(stamp or "")
+    except ValueError:
+        return None
+    return moment if moment.tzinfo else moment.replace(tzinfo=UTC)

@@ -21,8 +21,7 @@ from typing import Literal, NamedTuple
 from weightline.chain import Chain
 from weightline.chain.read.records import EVALUATIONS, REFRESHES
 from weightline.errors import CorruptError, NotFoundError, UnsupportedFeatureError, WeightlineError
-from weightline.format.manifest import Manifest
-from weightline.lineage.rows import parse_time
+from weightline.format.manifest import Manifest, parse_time
 
 #: Runs for one record. With the default pause the last starts two and a half hours after the first.
 MAX_ATTEMPTS = 6

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
 from typing import Any
 
-from weightline.format.manifest import Manifest, Origin
+from weightline.format.manifest import Manifest, Origin, parse_time
 
 Record = Mapping[str, Any]
 
@@ -124,15 +123,6 @@ def with_records(
 def is_settled(row: LineageRow) -> bool:
     """Returns whether the version has records of an evaluation and a refresh, of any status."""
     return row.evaluation != "waiting" and row.serving != "waiting"
-
-
-def parse_time(stamp: str | None) -> datetime | None:
-    """Returns an ISO 8601 time as a datetime, in UTC if it names no zone; None for any other text."""
-    try:
-        moment = datetime.fromisoformat(stamp or "")
-    except ValueError:
-        return None
-    return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
 
 
 def _by_version(records: Iterable[Record]) -> defaultdict[int, list[Record]]:

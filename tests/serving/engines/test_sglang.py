@@ -150,8 +150,8 @@ def test_a_version_that_no_patch_can_make_is_published_in_full(chain: Chain, tmp
     assert (local / "tokenizer.json").read_bytes() == b"{}"
 
 
-class _StopError(Exception):
-    """Ends a publisher that would follow for ever."""
+class _Stop(BaseException):
+    """Ends a publisher, which outlives every Exception."""
 
 
 def test_a_publisher_outlives_a_fault_and_its_lease_says_what_it_needs(chain: Chain, tmp_path: Path) -> None:
@@ -164,10 +164,10 @@ def test_a_publisher_outlives_a_fault_and_its_lease_says_what_it_needs(chain: Ch
     def told(folder: Path) -> None:
         published.append(folder.name)
         if folder.name.endswith("2"):
-            raise _StopError
+            raise _Stop
 
     def follow() -> None:
-        with pytest.raises(_StopError):
+        with pytest.raises(_Stop):
             Publisher(chain, source, "files", told).run(Following(0.05))
 
     following = threading.Thread(target=follow, daemon=True)
@@ -179,6 +179,7 @@ def test_a_publisher_outlives_a_fault_and_its_lease_says_what_it_needs(chain: Ch
         Publisher(chain, source, "another", told).run(None)
     chain.store.put(payload.key, content)
     following.join(20)
+    assert not following.is_alive()
     assert published == [f"weight_v00000{version}" for version in range(3)]
     assert live_leases(chain) == ()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,12 +20,13 @@ from weightline.chain.read.refs import move_ref
 from weightline.chain.upkeep.gc import collect, plan_gc, view_chain
 from weightline.chain.upkeep.retention import expire_before
 from weightline.errors import InputError, StorageError
+from weightline.format import keys
 from weightline.serving.engines.transformers import TransformersEngine
 from weightline.serving.http.service import ReplicaService
 from weightline.serving.replica.following import Follower, Following
 from weightline.serving.replica.registration import Presence, Registration
 from weightline.serving.replica.replica import Replica
-from weightline.serving.replica.status import ReplicaStatus
+from weightline.serving.replica.status import ReplicaStatus, error_text
 from weightline.store.base import ObjectInfo
 from weightline.store.memory import MemoryStore
 
@@ -43,6 +45,7 @@ class _Counting:
         self._store = store
         self.requests: list[str] = []
         self.is_down = False
+        self.fault: Exception | None = None
 
     def __getattr__(self, name: str) -> object:
         return getattr(self._store, name)
@@ -62,6 +65,8 @@ class _Counting:
     def _count(self, request: str) -> None:
         if self.is_down:
             raise StorageError("the bucket is down")
+        if self.fault is not None:
+            raise self.fault
         self.requests.append(request)
 
 
@@ -131,6 +136,89 @@ def test_a_bucket_that_is_down_stops_neither_serving_nor_following(grown: ModelC
         assert running.replica.version == 1
         store.is_down = False
         wait_until(lambda: running.replica.version == 2)
+
+
+def _failures(service: ReplicaService, name: str, kind: str) -> float:
+    labels = {"replica": service.replica.name, "kind": kind}
+    return service.metrics.registry.get_sample_value(f"weightline_{name}_failures_total", labels) or 0.0
+
+
+def test_no_unknown_error_ends_the_threads_of_the_lease_and_the_follower(grown: ModelChain, tmp_path: Path) -> None:
+    chain, store = _counting(grown)
+    with running_replica(chain, tmp_path / "r", "r", following=OFTEN, ttl_seconds=0.3) as running:
+        service = running.service
+        wait_until(lambda: running.replica.version == 1)
+        store.fault = OSError(24, "Too many open files")
+        for name in ("lease", "follow"):
+            wait_until(lambda name=name: _failures(service, name, "unexpected") > 1)
+        told = service.status()
+        assert (told.state, told.version, told.tip_version, told.lag_seconds) == ("serving", 1, None, None)
+        assert told.lease_error == told.follow_error == "OSError: [Errno 24] Too many open files"
+        grown.grow()
+        store.fault = None
+        wait_until(lambda: running.replica.version == 2)
+        wait_until(lambda: (service.status().lease_error, service.status().follow_error) == (None, None))
+        assert [lease.version for lease in live_leases(grown.chain)] == [2]
+        assert all(thread.is_alive() for thread in service._threads)
+
+
+def test_a_replica_that_follows_nothing_returns_to_its_version_once_the_bucket_answers(
+    grown: ModelChain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with running_replica(grown.chain, tmp_path / "r", "r", version=0):
+        pass
+    monkeypatch.setattr("weightline.serving.http.service._RECOVERY", OFTEN)
+    chain, store = _counting(grown)
+    store.is_down = True
+    with running_replica(chain, tmp_path / "r", "r") as running:
+        wait_until(lambda: _failures(running.service, "refresh", "storage") > 1)
+        assert running.service._registration.moving_to == 0, "garbage collection must keep the version until then"
+        store.is_down = False
+        wait_until(lambda: running.replica.version == 0)
+
+
+@pytest.mark.parametrize("created_at", ["2026-11-30 06:00", "yesterday", "", "9999-12-31T23:59:59-23:59", "0001-01-01"])
+def test_any_text_in_created_at_leaves_status_and_lease_alone(
+    grown: ModelChain, tmp_path: Path, created_at: str
+) -> None:
+    replica = Replica(grown.chain, TransformersEngine("cpu"), tmp_path / "r", "r")
+    replica.refresh(0)
+    key = keys.commit(1)
+    manifest = json.loads(grown.chain.store.get(key)) | {"created_at": created_at}
+    grown.chain.store.put(key, json.dumps(manifest).encode())
+    replica.chain = Chain(grown.chain.store)
+    service = ReplicaService(replica, None, Presence())
+    lag_seconds = service.status().lag_seconds
+    assert lag_seconds is None if created_at in ("yesterday", "") else lag_seconds >= 0
+    assert service._registration.renew()
+    assert [lease.version for lease in live_leases(grown.chain)] == [0]
+
+
+def test_a_renewal_reads_nothing_from_the_disk(
+    grown: ModelChain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replica = Replica(grown.chain, TransformersEngine("cpu"), tmp_path / "r", "r")
+    service = ReplicaService(replica, None, Presence())
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(24, "Too many open files")
+
+    with monkeypatch.context() as patched:
+        for target in ("builtins.open", "io.open", "os.open", "os.scandir", "os.listdir", "os.stat"):
+            patched.setattr(target, refuse)
+        is_renewed = service._registration.renew()
+    assert is_renewed
+    assert service._registration.last_error is None
+
+
+def test_a_renewal_is_tried_again_sooner_after_an_error(grown: ModelChain, tmp_path: Path) -> None:
+    registration = _registration(grown.chain, tmp_path, ttl_seconds=24.0)
+    assert [registration._wait_seconds(failures) for failures in range(6)] == [8.0, 1.0, 2.0, 4.0, 8.0, 8.0]
+
+
+def test_an_error_that_is_no_text_can_still_be_shown() -> None:
+    assert error_text(StorageError("a\ud800b")) == "a?b"
+    assert error_text(ValueError("x" * 9999)) == "ValueError: " + "x" * 988
 
 
 def test_the_lease_tells_where_the_replica_stands_and_that_it_left(grown: ModelChain, tmp_path: Path) -> None:

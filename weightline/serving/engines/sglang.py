@@ -43,7 +43,7 @@ from weightline.format.keys import checked_name
 from weightline.serving.http.server import own_folder
 from weightline.serving.replica.following import Following
 from weightline.serving.replica.registration import Presence, Registration
-from weightline.serving.replica.status import ReplicaStatus
+from weightline.serving.replica.status import ReplicaStatus, error_text
 
 INDEX = "model.safetensors.index.json"
 _FOLDER = "weight_v"
@@ -178,7 +178,7 @@ class Publisher:
         self._chain, self._source_dir, self._is_full = chain, source_dir, is_full
         self._on_published = on_published
         self._name = checked_name(name)
-        self._last_error: WeightlineError | None = None
+        self._last_error: Exception | None = None
 
     def run(self, following: Following | None) -> None:
         """Publishes all versions up to the tip. With `following` it repeats this forever, and logs errors.
@@ -205,7 +205,7 @@ class Publisher:
             version=version,
             commit_id=None,
             served_at=None,
-            last_error=None if self._last_error is None else str(self._last_error),
+            last_error=None if self._last_error is None else error_text(self._last_error),
         )
 
     def _publish(self, registration: Registration, *, raises: bool) -> bool:
@@ -217,9 +217,16 @@ class Publisher:
                 raise
             _log.warning("publishing to %s failed: %s", self._source_dir, error)
             self._last_error = error
-            return False
-        self._last_error = None
-        return True
+        except Exception as error:
+            if raises:
+                raise
+            # It lives as long as the process: a full disk, or a fault of our own, is tried again.
+            _log.exception("publishing to %s failed", self._source_dir)
+            self._last_error = error
+        else:
+            self._last_error = None
+            return True
+        return False
 
     def _publish_all(self, registration: Registration) -> None:
         tip = self._chain.tip_version()

@@ -1,4 +1,8 @@
-"""A replica's lease: claimed at the start, renewed while it lives, ended at shutdown. Storage errors are retried."""
+"""A replica's lease: claimed at the start, renewed while it lives, ended at shutdown.
+
+A renewal reads nothing from the disk and never raises: whatever goes wrong is logged, counted and tried again, so that
+the thread that renews lives as long as the process.
+"""
 
 from __future__ import annotations
 
@@ -16,11 +20,14 @@ from pathlib import Path
 
 from weightline.chain import Chain
 from weightline.chain.read.leases import Lease, read_lease, write_lease
-from weightline.errors import InputError, StorageError
+from weightline.errors import InputError, StorageError, WeightlineError
 from weightline.files import write_atomically
-from weightline.serving.replica.status import ReplicaStatus
+from weightline.serving.replica.status import ReplicaStatus, error_text
 
 _log = logging.getLogger(__name__)
+#: Read once, when this module is imported: a renewal must not depend on the disk.
+_RELEASE = release_of("weightline")
+_MAX_HALVINGS = 3
 HOLDER_FILE = "holder"
 
 
@@ -45,14 +52,25 @@ def require_free_name(chain: Chain, name: str, state_dir: Path) -> None:
 
 
 class Registration:
-    """One replica's lease. Every renewal writes `status()` and `moving_to`. Safe to use from many threads."""
+    """One replica's lease. Every renewal writes `status()` and `moving_to`. Safe to use from many threads.
 
-    def __init__(self, chain: Chain, state_dir: Path, presence: Presence, status: Callable[[], ReplicaStatus]) -> None:
-        self._chain, self.presence, self._status = chain, presence, status
+    `on_failure` is called with the error of every renewal that failed.
+    """
+
+    def __init__(
+        self,
+        chain: Chain,
+        state_dir: Path,
+        presence: Presence,
+        status: Callable[[], ReplicaStatus],
+        on_failure: Callable[[Exception], object] = lambda _: None,
+    ) -> None:
+        self._chain, self.presence, self._status, self._on_failure = chain, presence, status, on_failure
         self._state_dir, self._holder = state_dir, _holder_of(state_dir)
         self._is_ended = False
         self.moving_to: int | None = None
         self.num_failures = 0
+        self.last_error: str | None = None
 
     def claim(self) -> None:
         """Takes the name. InputError when another live replica has it; a restart of this one keeps it."""
@@ -62,26 +80,39 @@ class Registration:
         # Two replicas may have seen a free name at the same moment. Only one lease stays; the other replica fails here.
         require_free_name(self._chain, name, self._state_dir)
 
-    def renew(self) -> None:
-        """Writes the lease. A storage error is logged and counted, and the next renewal tries again.
+    def renew(self) -> bool:
+        """Writes the lease. Returns False after an error, which is logged, counted and not raised.
 
         Never replaces the live lease of another replica: a replica whose lease expired and whose name another one took
         stays without a lease.
         """
         if self._is_ended:
-            return
+            return True
+        return self._attempt(self._renew)
+
+    def _renew(self) -> None:
         lease = self._lease(self._status())
         other = _other_holder(self._chain, lease.replica, self._holder)
         if other is None:
             self._write(lease)
+            self.last_error = None
             return
         self._is_ended = True
-        _log.error("%s: this one is no longer registered, restart it", _taken(self._chain, other))
+        self.last_error = f"{_taken(self._chain, other)}: this one is no longer registered, restart it"
+        _log.error("%s", self.last_error)
 
     def renew_until(self, stopping: threading.Event) -> None:
-        """Renews the lease three times in its length until `stopping` is set. For a thread of its own."""
-        while not stopping.wait(self.presence.ttl_seconds / 3):
-            self.renew()
+        """Renews the lease three times in its length until `stopping` is set. For a thread of its own.
+
+        After an error it tries again sooner: the waits double up to the usual one.
+        """
+        num_failures = 0
+        while not stopping.wait(self._wait_seconds(num_failures)):
+            num_failures = 0 if self.renew() else num_failures + 1
+
+    def _wait_seconds(self, num_failures: int) -> float:
+        halvings = max(0, _MAX_HALVINGS + 1 - num_failures) if num_failures else 0
+        return self.presence.ttl_seconds / 3 / 2**halvings
 
     @contextmanager
     def moving(self, version: int | None) -> Iterator[None]:
@@ -96,18 +127,35 @@ class Registration:
             self.renew()
 
     def end(self) -> None:
-        """Ends the lease. Safe to repeat; nothing is renewed after it."""
+        """Ends the lease. Safe to repeat; nothing is renewed after it. An error is logged: the lease expires then."""
         self._is_ended = True
+        self._attempt(self._end)
+
+    def _end(self) -> None:
         ended = self._lease(self._status()).model_copy(update={"state": "ended", "moving_to": None})
         if _other_holder(self._chain, ended.replica, self._holder) is None:
             self._write(ended)
 
     def _write(self, lease: Lease) -> None:
+        write_lease(self._chain, lease)
+
+    def _attempt(self, work: Callable[[], None]) -> bool:
         try:
-            write_lease(self._chain, lease)
-        except StorageError as error:
-            self.num_failures += 1
-            _log.warning("the lease of replica %s could not be renewed: %s", lease.replica, error)
+            work()
+        except WeightlineError as error:
+            _log.warning("the lease could not be renewed in %s: %s", self._chain.url, error)
+            self._count(error)
+        except Exception as error:  # noqa: BLE001 - logged with its traceback
+            _log.exception("the lease could not be renewed in %s", self._chain.url)
+            self._count(error)
+        else:
+            return True
+        return False
+
+    def _count(self, error: Exception) -> None:
+        self.num_failures += 1
+        self.last_error = error_text(error)
+        self._on_failure(error)
 
     def _lease(self, status: ReplicaStatus) -> Lease:
         now = datetime.now(UTC)
@@ -117,7 +165,7 @@ class Registration:
             engine=status.engine,
             host=socket.gethostname(),
             pid=os.getpid(),
-            release=release_of("weightline"),
+            release=_RELEASE,
             url=self.presence.url,
             follows=self.presence.follows,
             state=status.state,
@@ -127,7 +175,7 @@ class Registration:
             served_at=status.served_at,
             lag_versions=status.lag_versions,
             lag_seconds=status.lag_seconds,
-            last_error=status.last_error,
+            last_error=status.last_error or status.follow_error,
             renewed_at=_text(now),
             expires_at=_text(now + timedelta(seconds=self.presence.ttl_seconds)),
             ttl_seconds=self.presence.ttl_seconds,

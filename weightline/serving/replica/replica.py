@@ -33,7 +33,7 @@ from weightline.serving.replica.prepare import (
     prepare_load,
     remove_leftovers,
 )
-from weightline.serving.replica.status import Mark, RefreshFacts, ReplicaStatus, read_mark, write_mark
+from weightline.serving.replica.status import Mark, RefreshFacts, ReplicaStatus, error_text, read_mark, write_mark
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +80,7 @@ class Replica:
             version=mark.version if mark and is_serving else None,
             commit_id=mark.commit_id if mark and is_serving else None,
             served_at=mark.served_at if mark and is_serving else None,
-            last_error=str(self._last_error) if self._last_error else None,
+            last_error=error_text(self._last_error) if self._last_error else None,
         )
 
     def recover(self) -> RefreshFacts | None:

@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from weightline.errors import StorageError
+from weightline.errors import StorageError, WeightlineError
 from weightline.files import write_atomically
 
 ReplicaState = Literal["serving", "loading", "waiting"]
@@ -50,12 +50,26 @@ class ReplicaStatus(_Facts):
     commit_id: str | None
     served_at: str | None
     last_error: str | None
+    follow_error: str | None = None
+    """Why the last look for a new version failed. None after a look that succeeded."""
+    lease_error: str | None = None
+    """Why the lease was not renewed the last time. None after a renewal that succeeded."""
     follows: str | None = None
     """`tip`, or the ref that it follows by itself; None: it moves on request only."""
     tip_version: int | None = None
     lag_versions: int | None = None
     lag_seconds: float | None = None
     """Age of the oldest version that it does not serve yet; 0 at the tip."""
+
+
+_MAX_ERROR_LENGTH = 1000
+
+
+def error_text(error: Exception) -> str:
+    """Returns an error as bounded text that any JSON writer takes, with its type where it is not one of ours."""
+    text = str(error) if isinstance(error, WeightlineError) else f"{type(error).__name__}: {error}"
+    # Half of a surrogate pair, as a manifest or file name may spell it, cannot be encoded.
+    return text[:_MAX_ERROR_LENGTH].encode("utf-8", "replace").decode()
 
 
 FILE_NAME = "replica.json"
