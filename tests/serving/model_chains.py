@@ -88,9 +88,11 @@ class ModelChain:
         return manifest
 
 
-def make_chain(url: str, kind: str = "qwen3", num_versions: int = 1) -> ModelChain:
+def make_chain(url: str, kind: str = "qwen3", num_versions: int = 1, *, chat_template: str | None = None) -> ModelChain:
     chain = open_chain(url)
-    assets = upload_assets(chain.store, build_model(kind), build_byte_tokenizer(128))
+    tokenizer = build_byte_tokenizer(128)
+    tokenizer.chat_template = chat_template
+    assets = upload_assets(chain.store, build_model(kind), tokenizer)
     made = ModelChain(chain, kind, assets)
     for _ in range(num_versions):
         made.grow()

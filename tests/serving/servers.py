@@ -14,6 +14,7 @@ from tests.waiting import wait_until
 from weightline.chain import Chain
 from weightline.serving.engines.transformers import TransformersEngine
 from weightline.serving.http.app import build_app
+from weightline.serving.http.protocol import server_config
 from weightline.serving.http.server import ServerSettings, _listening
 from weightline.serving.http.service import ReplicaService
 from weightline.serving.replica.following import Following
@@ -52,7 +53,7 @@ def running_replica(
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
         presence = Presence(url, following.what if following else None, ttl_seconds)
         service = ReplicaService(replica, following, presence)
-        server = uvicorn.Server(uvicorn.Config(build_app(service, TOKEN), log_level="error"))
+        server = uvicorn.Server(server_config(build_app(service, TOKEN), graceful_seconds=5))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
         service.start()
         thread.start()

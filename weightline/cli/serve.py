@@ -91,7 +91,7 @@ def transformers(
     check_installed("serve")
     from weightline.serving.http.server import ServerSettings, serve
 
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    _log_to_stderr()
     # uvicorn raises the signal that ended it again. These handlers make it run the `finally` blocks and exit with 0.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: sys.exit(0))
@@ -114,14 +114,20 @@ def sglang(
 ) -> None:
     """Publish each version as a folder for SGLang's /pull_weights. With --every 0, publish up to the tip and exit."""
     from weightline.chain import open_chain
+    from weightline.chain.read.discovery import empty_chain_error
     from weightline.format.signature import load_trusted_keys
     from weightline.serving.replica.following import Following
 
     with requires("serve"):
         from weightline.serving.engines.sglang import Publisher
+        from weightline.serving.http.server import warn_if_empty
 
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    _log_to_stderr()
     chain = open_chain(follow, None if require_signature is None else load_trusted_keys(require_signature))
+    if every:
+        warn_if_empty(chain)
+    elif chain.tip_version() is None:
+        raise empty_chain_error(follow)
     publisher = Publisher(chain, out, name, lambda folder: typer.echo(str(folder)), is_full=full)
     publisher.run(Following(every) if every else None)
 
@@ -147,6 +153,12 @@ def dashboard(
     with listen(host, port) as listener:
         typer.echo(f"http://{host}:{port}")
         serve(buckets, listener, host=host, prefect_ui=prefect_ui)
+
+
+def _log_to_stderr() -> None:
+    """Logs what weightline does (starts, moves, refusals), and the warnings of the libraries that it uses."""
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.getLogger("weightline").setLevel(logging.INFO)
 
 
 def _follow_seconds(every: float, ref: str | None) -> float | None:

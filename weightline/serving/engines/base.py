@@ -30,8 +30,20 @@ from weightline.codec.digest import tensor_digest
 from weightline.errors import DigestMismatchError
 from weightline.types import BitsArray, Changes, PositionArray, TensorSpec, whole
 
-Prompt = str | tuple[int, ...]
-"""Text, or token ids."""
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """Messages with `role` and `content`. The chat template of the version that answers turns them into a prompt."""
+
+    messages: tuple[Mapping[str, str], ...]
+
+
+Prompt = str | tuple[int, ...] | Conversation
+"""Text, token ids, or a conversation that the model is to go on with."""
+
+
+#: A bound for requests that name none: an engine that answers one request at a time must come to an end.
+DEFAULT_MAX_TOKENS = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +51,8 @@ class GenerationRequest:
     """Prompts to continue, and the sampling. `temperature` 0 is greedy."""
 
     prompts: tuple[Prompt, ...]
-    max_tokens: int
+    max_tokens: int | None
+    """Most new tokens. None: as many as the model's positions leave, and no more than DEFAULT_MAX_TOKENS."""
     temperature: float = 0.0
     top_p: float = 1.0
     stop: tuple[str, ...] = ()

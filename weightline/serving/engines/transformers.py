@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,15 @@ from transformers.utils import logging as transformers_logging
 from weightline.codec.torch_ops import torch_dtype
 from weightline.errors import ApplyError, InputError
 from weightline.serving.engines.barrier import RequestBarrier
-from weightline.serving.engines.base import Completion, Generation, GenerationRequest, InProcessEngine, Prompt
+from weightline.serving.engines.base import (
+    DEFAULT_MAX_TOKENS,
+    Completion,
+    Conversation,
+    Generation,
+    GenerationRequest,
+    InProcessEngine,
+    Prompt,
+)
 from weightline.serving.engines.in_place import LiveWeights
 from weightline.types import BitsArray, Changes, PositionArray, TensorSpec
 
@@ -91,7 +100,7 @@ class TransformersEngine(InProcessEngine):
             if version is None:
                 raise ApplyError("no checked version is loaded: retry after the next refresh", engine=self.name)
             rows = [self._token_ids(prompt) for prompt in request.prompts]
-            self._check_lengths(rows, request.max_tokens)
+            request = replace(request, max_tokens=self._checked_limit(rows, request.max_tokens))
             tokens = self._generate_tokens(rows, request)
         return Generation(version, tuple(self._completion(row, request) for row in tokens), sum(map(len, rows)))
 
@@ -127,20 +136,41 @@ class TransformersEngine(InProcessEngine):
         return {*known, self._tokenizer.pad_token_id}
 
     def _token_ids(self, prompt: Prompt) -> list[int]:
-        ids = list(self._tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else prompt)
+        if isinstance(prompt, Conversation):
+            # The template writes the special tokens itself.
+            ids = list(self._tokenizer(self._templated(prompt), add_special_tokens=False)["input_ids"])
+        else:
+            ids = list(self._tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else prompt)
         vocab_size = self._model.get_input_embeddings().num_embeddings
         if not ids or not all(0 <= token < vocab_size for token in ids):
             raise InputError(f"a prompt needs at least one token, and token ids below {vocab_size}", field="prompt")
         return ids
 
-    def _check_lengths(self, rows: list[list[int]], max_tokens: int) -> None:
+    def _templated(self, conversation: Conversation) -> str:
+        """Returns the conversation as the version's chat template writes it, up to where the answer begins."""
+        if not getattr(self._tokenizer, "chat_template", None):
+            raise InputError(
+                f"version {self.version} has no chat template: ask /v1/completions with a prompt", field="messages"
+            )
+        messages = [dict(message) for message in conversation.messages]
+        try:
+            return str(self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        except Exception as error:
+            # A template is a program that comes with the version: what it raises is its way to refuse messages.
+            raise InputError(f"the chat template does not take these messages: {error}", field="messages") from error
+
+    def _checked_limit(self, rows: list[list[int]], max_tokens: int | None) -> int:
+        """Returns the most new tokens. InputError when prompt and answer exceed the model's positions."""
         limit = getattr(self._model.config, "max_position_embeddings", None)
         longest = max(map(len, rows))
+        if max_tokens is None:
+            max_tokens = DEFAULT_MAX_TOKENS if limit is None else max(1, min(DEFAULT_MAX_TOKENS, limit - longest))
         if limit is not None and longest + max_tokens > limit:
             raise InputError(
                 f"a prompt of {longest} tokens and max_tokens {max_tokens} exceed the model's {limit} positions",
                 field="max_tokens",
             )
+        return max_tokens
 
     def _loaded(self) -> LiveWeights:
         if self._weights is None:

@@ -1,4 +1,4 @@
-"""The HTTP app of a replica: a subset of OpenAI's completions API, its status, and the refresh.
+"""The HTTP app of a replica: a subset of OpenAI's completions and chat API, its status, and the refresh.
 
 Slow work runs on threads with limits per kind, so that a queue of completions delays neither a refresh nor a status
 request.
@@ -6,10 +6,8 @@ request.
 
 from __future__ import annotations
 
-import time
-import uuid
 from collections.abc import Callable
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import anyio
 from anyio import CapacityLimiter
@@ -17,75 +15,33 @@ from fastapi import Depends, FastAPI, HTTPException, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import Field
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException as StarletteHTTPException
+from starlette.types import Scope
 
 from weightline.errors import ApplyError, ErrorKind, InputError, NotFoundError, WeightlineError, http_status
-from weightline.serving.engines.base import Generation, GenerationRequest, Prompt
 from weightline.serving.http.auth import is_authorized
+from weightline.serving.http.bounds import BoundedApp
 from weightline.serving.http.errors import UNAUTHORIZED, error_body
+from weightline.serving.http.openai import Body, ChatRequest, CompletionRequest, Text
 from weightline.serving.http.service import ReplicaService
 
 VERSION_HEADER = "x-weightline-version"
 #: Completions that may wait for the engine. Further ones are refused with a status that allows a retry.
 MAX_WAITING_COMPLETIONS = 256
+_REFRESH = "/weightline/refresh"
+#: The routes that take a body, and how large it may be: a million tokens of text, and one small object.
+_MAX_BODY_NBYTES = {
+    ("POST", "/v1/completions"): 8 * 1024 * 1024,
+    ("POST", "/v1/chat/completions"): 8 * 1024 * 1024,
+    ("POST", _REFRESH): 64 * 1024,
+}
 
 T = TypeVar("T")
 
 
-def _encodable(text: str) -> str:
-    """Returns the text. ValueError for a lone surrogate (`"\\ud800"` in JSON), which UTF-8 cannot encode."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError("the text has a lone surrogate, which is not a character") from error
-    return text
-
-
-# Strict numbers, because otherwise the prompts "1" and "2" would be read as tokens 1 and 2.
-TokenIds = tuple[Annotated[int, Field(ge=0, strict=True)], ...]
-Text = Annotated[str, AfterValidator(_encodable)]
-Batch = Annotated[tuple[T, ...], Field(min_length=1, max_length=256)]
-
-
-class _Body(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class CompletionRequest(_Body):
-    """The body of POST /v1/completions. https://platform.openai.com/docs/api-reference/completions/create
-
-    Fields that are not listed are refused by name. Those with one possible value are listed so that the refusal names
-    that value.
-    """
-
-    prompt: Text | TokenIds | Batch[Text] | Batch[TokenIds]
-    model: Text | None = None
-    max_tokens: int = Field(default=16, ge=1)
-    temperature: float = Field(default=1.0, ge=0, le=100)
-    top_p: float = Field(default=1.0, gt=0, le=1)
-    stop: Text | tuple[Text, ...] | None = None
-    seed: int | None = Field(default=None, ge=0, lt=2**63)
-    n: Literal[1] = 1
-    stream: Literal[False] = False
-    echo: Literal[False] = False
-    logprobs: None = None
-    user: Text | None = None
-
-    def to_generation(self) -> GenerationRequest:
-        """Returns the request in the form that engines take."""
-        stop = (self.stop,) if isinstance(self.stop, str) else self.stop or ()
-        return GenerationRequest(
-            prompts=_prompts_of(self.prompt),
-            max_tokens=self.max_tokens,
-            temperature=self.temperature,
-            top_p=self.top_p,
-            stop=tuple(one for one in stop if one),
-            seed=self.seed,
-        )
-
-
-class RefreshRequest(_Body):
+class RefreshRequest(Body):
     """The body of POST /weightline/refresh. `version` null means the tip; an earlier version needs `allow_backward`.
 
     `chain` is the URL of the chain that the caller expects. Any other than the replica's own is refused.
@@ -103,6 +59,12 @@ def build_app(service: ReplicaService, token: str) -> FastAPI:
     _add_status(app, service)
     _add_refresh(app, service, token)
     _add_errors(app)
+
+    def lacks_token(scope: Scope) -> bool:
+        is_guarded = scope["method"] == "POST" and scope["path"].rstrip("/") == _REFRESH
+        return is_guarded and not is_authorized(Headers(scope=scope).get("authorization"), token)
+
+    app.add_middleware(BoundedApp, max_body_nbytes=_MAX_BODY_NBYTES, is_refused=lacks_token)
     return app
 
 
@@ -116,6 +78,13 @@ def _add_completions(app: FastAPI, service: ReplicaService) -> None:
 
     @app.post("/v1/completions")
     async def completions(body: CompletionRequest) -> JSONResponse:
+        return await answer(body)
+
+    @app.post("/v1/chat/completions")
+    async def chat_completions(body: ChatRequest) -> JSONResponse:
+        return await answer(body)
+
+    async def answer(body: CompletionRequest | ChatRequest) -> JSONResponse:
         if body.model not in (None, replica.chain.name):
             raise NotFoundError(
                 f"no model {body.model!r} here; this replica serves {replica.chain.name!r}", key=body.model
@@ -123,12 +92,12 @@ def _add_completions(app: FastAPI, service: ReplicaService) -> None:
         if replica.status().state == "waiting":
             raise ApplyError(_why_waiting(service), version=None)
         if threads.available_tokens < 1:
-            raise ApplyError(f"{MAX_WAITING_COMPLETIONS} requests are waiting already: retry later")
+            raise ApplyError(f"{MAX_WAITING_COMPLETIONS} requests are waiting already: send it again later")
         request = body.to_generation()
         generation = await _on_thread(threads, lambda: replica.engine.generate(request))
         service.metrics.completions.inc(len(generation.completions))
         return JSONResponse(
-            _completion_body(generation, replica.chain.name), headers={VERSION_HEADER: str(generation.version)}
+            body.answer(generation, replica.chain.name), headers={VERSION_HEADER: str(generation.version)}
         )
 
 
@@ -163,7 +132,7 @@ def _add_refresh(app: FastAPI, service: ReplicaService, token: str) -> None:
         if not is_authorized(request.headers.get("authorization"), token):
             raise HTTPException(401, "this route needs the replica's token: Authorization: Bearer ...")
 
-    @app.post("/weightline/refresh", dependencies=[Depends(require_token)])
+    @app.post(_REFRESH, dependencies=[Depends(require_token)])
     async def refresh(body: RefreshRequest) -> dict[str, Any]:
         _require_chain(body.chain, service.replica.chain.url)
         facts = await _on_thread(threads, lambda: service.refresh(body.version, allow_backward=body.allow_backward))
@@ -209,35 +178,6 @@ def _why_waiting(service: ReplicaService) -> str:
         return "a version is being loaded"
     because = f": {status.last_error}" if status.last_error else ""
     return f"no checked version of {status.chain} is loaded yet{because}"
-
-
-def _prompts_of(prompt: str | tuple[int, ...] | tuple[str, ...] | tuple[tuple[int, ...], ...]) -> tuple[Prompt, ...]:
-    """Returns the prompts of a body: a string or a tuple of numbers is one prompt, any other tuple is a batch."""
-    if isinstance(prompt, str):
-        return (prompt,)
-    tokens = tuple(part for part in prompt if isinstance(part, int))
-    return (tokens,) if len(tokens) == len(prompt) else tuple(part for part in prompt if not isinstance(part, int))
-
-
-def _completion_body(generation: Generation, model: str) -> dict[str, Any]:
-    """Returns OpenAI's answer, with the version of the weights added."""
-    completion_tokens = sum(one.num_tokens for one in generation.completions)
-    return {
-        "id": f"cmpl-{uuid.uuid4().hex}",
-        "object": "text_completion",
-        "created": int(time.time()),
-        "model": model,
-        "choices": [
-            {"index": index, "text": one.text, "finish_reason": one.finish_reason, "logprobs": None}
-            for index, one in enumerate(generation.completions)
-        ],
-        "usage": {
-            "prompt_tokens": generation.num_prompt_tokens,
-            "completion_tokens": completion_tokens,
-            "total_tokens": generation.num_prompt_tokens + completion_tokens,
-        },
-        "weightline_version": generation.version,
-    }
 
 
 async def _on_thread(threads: CapacityLimiter, work: Callable[[], T]) -> T:

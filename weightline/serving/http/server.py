@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import socket
 from collections.abc import Iterator
@@ -13,16 +14,19 @@ from pathlib import Path
 import uvicorn
 
 from weightline.chain import Chain, open_chain
-from weightline.errors import InputError
+from weightline.chain.read.discovery import empty_chain_error
+from weightline.errors import InputError, StorageError
 from weightline.files import exclusive_lock, write_atomically
 from weightline.format.signature import load_trusted_keys
 from weightline.serving.http.app import build_app
 from weightline.serving.http.auth import TOKEN_VARIABLE, has_given_token, is_loopback, load_token
+from weightline.serving.http.protocol import server_config
 from weightline.serving.http.service import ReplicaService
 from weightline.serving.replica.following import Following
 from weightline.serving.replica.registration import Presence
 from weightline.serving.replica.replica import Replica, ReplicaSettings
 
+_log = logging.getLogger(__name__)
 ADDRESS_FILE = "address.json"
 
 
@@ -75,6 +79,7 @@ def serve(settings: ServerSettings) -> None:
     require_safe_binding(settings.host, settings.state_dir)
     with own_folder(settings.state_dir), _listening(settings) as listener:
         chain = settings.open_chain()
+        warn_if_empty(chain)
         # This imports torch, which takes seconds, so it comes after the checks that the server can start.
         from weightline.serving.engines.transformers import TransformersEngine
 
@@ -85,10 +90,24 @@ def serve(settings: ServerSettings) -> None:
         app = build_app(service, load_token(settings.state_dir))
         service.start()
         try:
-            config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5)
-            uvicorn.Server(config).run(sockets=[listener])
+            _log.info(
+                "replica %s of %s listens on %s",
+                settings.name, settings.chain_url, _url_of(settings.host, listener.getsockname()[1]),
+            )  # fmt: skip
+            uvicorn.Server(server_config(app, graceful_seconds=5)).run(sockets=[listener])
         finally:
+            _log.info("replica %s of %s ends", settings.name, settings.chain_url)
             service.close()
+
+
+def warn_if_empty(chain: Chain) -> None:
+    """Logs that the replica waits for the chain's first version, with the chains that may have been meant."""
+    try:
+        is_empty = chain.tip_version() is None
+    except StorageError:
+        return  # The follower reports it, and tries again.
+    if is_empty:
+        _log.warning("waiting for the first version: %s", empty_chain_error(chain.url))
 
 
 def require_safe_binding(host: str, state_dir: Path) -> None:

@@ -29,7 +29,7 @@ from weightline.codec.digest import add_digests, digest_change, format_digest
 from weightline.dtypes import bits_dtype
 from weightline.errors import ApplyError, DigestMismatchError, InputError, UnsupportedFeatureError
 from weightline.serving.engines.barrier import RequestBarrier
-from weightline.serving.engines.base import Completion, Generation, GenerationRequest
+from weightline.serving.engines.base import Completion, Conversation, Generation, GenerationRequest
 from weightline.serving.engines.vllm.features import OFFLINE, require
 from weightline.serving.engines.vllm.mapping import Assignment, Box, assign_boxes, box_from_json
 from weightline.serving.engines.vllm.wire import (
@@ -336,8 +336,13 @@ def start_offline(model_folder: Path, **options: Any) -> tuple[VllmEngine, Any]:
 
 
 def prompts_of(request: GenerationRequest) -> list[Any]:
-    """Returns the prompts in vLLM's form."""
-    return [prompt if isinstance(prompt, str) else {"prompt_token_ids": list(prompt)} for prompt in request.prompts]
+    """Returns the prompts in vLLM's form. InputError for a conversation: vLLM's own route has the chat template."""
+    prompts: list[Any] = []
+    for prompt in request.prompts:
+        if isinstance(prompt, Conversation):
+            raise InputError("a conversation goes to vLLM's own /v1/chat/completions", field="messages")
+        prompts.append(prompt if isinstance(prompt, str) else {"prompt_token_ids": list(prompt)})
+    return prompts
 
 
 def sampling_of(request: GenerationRequest) -> Any:

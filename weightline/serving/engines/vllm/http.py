@@ -37,13 +37,22 @@ from weightline.serving.engines.vllm.features import SERVER, require
 from weightline.serving.engines.vllm.serve import SETTINGS_VARIABLE, VllmSettings, check_config
 from weightline.serving.http.app import VERSION_HEADER, build_app
 from weightline.serving.http.auth import is_authorized, load_token
-from weightline.serving.http.errors import UNAUTHORIZED, error_body
+from weightline.serving.http.bounds import (
+    MAX_BODY_NBYTES,
+    MAX_BODY_SECONDS,
+    BodyReader,
+    ReadFirst,
+    refusal_of_headers,
+    replaying,
+    unauthorized,
+)
+from weightline.serving.http.errors import error_body
 from weightline.serving.http.service import ReplicaService
 from weightline.serving.replica.replica import Replica, ReplicaSettings
 
 MIXING_HEADER = "x-weightline-mixing"
-MAX_BODY_NBYTES = 256 * 1024 * 1024
-MAX_BODY_SECONDS = 300.0
+#: Bytes of bodies that the server holds at a time, over all requests. Images and sound are large.
+MAX_HELD_NBYTES = 4 * 1024**3
 #: A client that leaves a full buffer unread for this long is disconnected, so that it cannot delay a refresh.
 MAX_SEND_SECONDS = 30.0
 _NO_WEBSOCKETS = "websockets are not supported, since the answers of one connection would come from several versions"
@@ -115,7 +124,7 @@ class ReplicaMiddleware:
     """
 
     def __init__(self, app: ASGIApp) -> None:
-        self._app = app
+        self._app, self._read_first = app, ReadFirst(app)
         self._settings = VllmSettings.model_validate_json(os.environ[SETTINGS_VARIABLE])
         self._token = load_token(Path(self._settings.server.state_dir))
         self._engine: VllmEngine | None = None
@@ -165,16 +174,18 @@ class ReplicaMiddleware:
 
     def _app_for(self, scope: Scope) -> ASGIApp:
         """Returns the app that answers the request."""
+        refused = refusal_of_headers(scope)
+        if refused is not None:
+            return refused
         route = classify(scope["method"], scope["path"])
         if route is Route.OPEN:
-            return self._app
+            return self._read_first
         if route is Route.OURS:
             return _renaming(self._replica_app) if self._replica_app else unavailable("the replica has not started yet")
         if route is not Route.INFERENCE and not self._is_authorized(scope):
-            body = error_body("this route needs the replica's token: Authorization: Bearer ...", UNAUTHORIZED)
-            return JSONResponse(body, 401, {"www-authenticate": "Bearer"})
+            return unauthorized()
         if route is Route.CONTROL:
-            return self._app
+            return self._read_first
         return self._versioned or unavailable("the replica has not started yet")
 
     def _is_authorized(self, scope: Scope) -> bool:
@@ -218,36 +229,28 @@ class VersionedApp:
         max_send_seconds: float = MAX_SEND_SECONDS,
     ) -> None:
         self._app, self._barrier, self._engine, self._answered = app, barrier, engine, answered
-        self._max_body_nbytes, self._max_body_seconds = max_body_nbytes, max_body_seconds
+        self._reader, self._max_body_nbytes = BodyReader(max_body_seconds, MAX_HELD_NBYTES), max_body_nbytes
         self._max_send_seconds = max_send_seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            body = await self._read(Request(scope, receive))
+            body = await self._reader.read(scope, receive, self._max_body_nbytes)
         except ClientDisconnect:
             return
-        except TimeoutError:
-            why = f"the body did not arrive within {self._max_body_seconds:g} s"
-            await _refuse(408, why, {"connection": "close"})(scope, receive, send)
+        if isinstance(body, JSONResponse):
+            await body(scope, receive, send)
             return
-        if body is None:
-            why = f"the body has more than {self._max_body_nbytes} bytes"
-            await _refuse(413, why, {"connection": "close"})(scope, receive, send)
-        elif _is_background(scope["path"], body):
-            why = "background is not supported, since each answer comes from one version: leave it out, or use a stream"
-            await _refuse(400, why)(scope, receive, send)
-        else:
-            await self._pass(scope, _replaying(body, receive), send)
+        try:
+            await self._answer(scope, receive, send, body)
+        finally:
+            self._reader.release(len(body))
 
-    async def _read(self, request: Request) -> bytes | None:
-        """Returns the whole body; None when it is too large. TimeoutError, or ClientDisconnect when the client left."""
-        body = bytearray()
-        async with asyncio.timeout(self._max_body_seconds):
-            async for chunk in request.stream():
-                body += chunk
-                if len(body) > self._max_body_nbytes:
-                    return None
-        return bytes(body)
+    async def _answer(self, scope: Scope, receive: Receive, send: Send, body: bytes) -> None:
+        if _is_background(scope["path"], body):
+            why = "background is not supported, since each answer comes from one version: leave it out, or use a stream"
+            await JSONResponse(error_body(why, str(ErrorKind.INPUT)), 400)(scope, receive, send)
+        else:
+            await self._pass(scope, replaying(body, receive), send)
 
     async def _pass(self, scope: Scope, receive: Receive, send: Send) -> None:
         allows_mixing = Request(scope).headers.get(MIXING_HEADER) == "allow"
@@ -286,24 +289,6 @@ class _NamedAnswer:
 def unavailable(why: str) -> JSONResponse:
     """Returns the 503 reply to a request that may be retried."""
     return JSONResponse(error_body(why, str(ErrorKind.APPLY)), 503, {"retry-after": "1"})
-
-
-def _refuse(status: int, why: str, headers: dict[str, str] | None = None) -> JSONResponse:
-    return JSONResponse(error_body(why, str(ErrorKind.INPUT)), status, headers)
-
-
-def _replaying(body: bytes, receive: Receive) -> Receive:
-    """Returns the `receive` of a request whose body was read: the body once more, then the client's messages."""
-    is_replayed = False
-
-    async def replayed() -> Message:
-        nonlocal is_replayed
-        if is_replayed:
-            return await receive()
-        is_replayed = True
-        return {"type": "http.request", "body": body, "more_body": False}
-
-    return replayed
 
 
 def _is_background(path: str, body: bytes) -> bool:

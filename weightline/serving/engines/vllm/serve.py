@@ -30,7 +30,14 @@ from weightline.format.manifest import Manifest
 from weightline.serving.engines.vllm.features import SERVER, require
 from weightline.serving.engines.vllm.wire import WORKER_EXTENSION
 from weightline.serving.http.auth import load_token
-from weightline.serving.http.server import ADDRESS_FILE, ServerSettings, own_folder, require_safe_binding, write_address
+from weightline.serving.http.server import (
+    ADDRESS_FILE,
+    ServerSettings,
+    own_folder,
+    require_safe_binding,
+    warn_if_empty,
+    write_address,
+)
 from weightline.serving.replica.registration import require_free_name
 from weightline.serving.replica.status import read_mark
 
@@ -170,6 +177,7 @@ def _first_version(chain: Chain, state_dir: Path, poll_seconds: float = 1.0) -> 
     mark = read_mark(state_dir)
     if mark is not None and mark.chain == chain.url and mark.return_to in chain.versions():
         return chain.manifest(mark.return_to)
+    warn_if_empty(chain)
     while (tip := chain.tip_version()) is None:
         time.sleep(poll_seconds)
     return chain.manifest(tip)
