@@ -12,7 +12,6 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
-import uvicorn
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from tests.dashboard.chains import broken_chain, demo_chains
@@ -21,6 +20,7 @@ from weightline.chain import Chain
 from weightline.dashboard.app import make_app
 from weightline.dashboard.board import Board
 from weightline.dashboard.serve import BoardServer
+from weightline.serving.http.protocol import server_config
 
 #: Set to write docs/images anew from these tests.
 PICTURES_VARIABLE = "WEIGHTLINE_WRITE_PICTURES"
@@ -39,7 +39,7 @@ def served(urls: Sequence[str], *, prefect_ui: str | None = None, poll_seconds: 
     app = make_app(board, prefect_ui=prefect_ui, hosts=("127.0.0.1",))
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
-        server = BoardServer(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=2), board)
+        server = BoardServer(server_config(app, graceful_seconds=2), board)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
         try:

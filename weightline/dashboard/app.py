@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import logging
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -22,11 +23,14 @@ from weightline.dashboard.board import Board
 from weightline.dashboard.detail import comparison_page, version_page
 from weightline.dashboard.index import ChainIndex
 from weightline.dashboard.layers import layer_picture
-from weightline.dashboard.pages import card, glance, window
+from weightline.dashboard.pages import card, glance, unshown_card, window
+from weightline.dashboard.plain import PlainResponse
 from weightline.dashboard.series import series
 from weightline.errors import CorruptError, InputError, NotFoundError, WeightlineError, http_status
 from weightline.format.manifest import Manifest
+from weightline.serving.http.bounds import BoundedApp
 
+logger = logging.getLogger(__name__)
 STATIC = Path(__file__).parent / "static"
 MAX_WINDOW = 500
 _POLICY = "default-src 'self'; img-src 'self' data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -76,6 +80,8 @@ def make_app(board: Board, *, prefect_ui: str | None = None, hosts: Sequence[str
     app.add_middleware(GZipMiddleware, minimum_size=2_000)
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts))
     app.add_middleware(HardenMiddleware)
+    # No route takes a body, so none is read.
+    app.add_middleware(BoundedApp, max_body_nbytes={})
     app.add_exception_handler(WeightlineError, _error_response)
     app.add_exception_handler(RequestValidationError, _validation_response)
     _add_shell(app)
@@ -94,21 +100,19 @@ def _add_shell(app: FastAPI) -> None:
 
 def _add_chains(app: FastAPI, board: Board) -> None:
     @app.get("/api/chains")
-    def chains() -> dict[str, Any]:
-        cards = [
-            card(identifier, index.chain.name, index.chain.url, index.snapshot)
-            for identifier, index in list(board.indexes.items())
-        ]
-        return {"buckets": list(board.urls), "chains": cards, "num_left_out": board.num_left_out}
+    def chains() -> PlainResponse:
+        cards = [safe_card(identifier, index) for identifier, index in list(board.indexes.items())]
+        return PlainResponse({"buckets": list(board.urls), "chains": cards, "num_left_out": board.num_left_out})
 
     @app.get("/api/chains/{identifier}/glance")
-    def chain_glance(identifier: str, bins: Annotated[int, Query(ge=1, le=2_000)] = 400) -> dict[str, Any]:
-        return glance(board.index(identifier).snapshot, bins)
+    def chain_glance(identifier: str, bins: Annotated[int, Query(ge=1, le=2_000)] = 400) -> PlainResponse:
+        return PlainResponse(glance(board.index(identifier).snapshot, bins))
 
     @app.get("/api/chains/{identifier}/window")
-    def chain_window(identifier: str, first: Version, last: Version) -> dict[str, Any]:
+    def chain_window(identifier: str, first: Version, last: Version) -> PlainResponse:
         index = board.index(identifier)
-        return window(index.snapshot, first, min(last, first + MAX_WINDOW - 1), _forks_of(board, index))
+        shown = window(index.snapshot, first, min(last, first + MAX_WINDOW - 1), _forks_of(board, index))
+        return PlainResponse(shown)
 
     @app.get("/api/chains/{identifier}/series")
     def chain_series(
@@ -117,32 +121,35 @@ def _add_chains(app: FastAPI, board: Board) -> None:
         first: Version = 0,
         last: Annotated[int | None, Query(ge=0)] = None,
         points: Annotated[int, Query(ge=2, le=2_000)] = 500,
-    ) -> dict[str, Any]:
+    ) -> PlainResponse:
         snapshot = board.index(identifier).snapshot
-        return series(snapshot.window(first, snapshot.tip or 0 if last is None else last), name, points)
+        rows = snapshot.window(first, snapshot.tip or 0 if last is None else last)
+        return PlainResponse(series(rows, name, points))
 
 
 def _add_versions(app: FastAPI, board: Board, prefect_ui: str | None) -> None:
     @app.get("/api/chains/{identifier}/versions/{version}")
-    def one_version(identifier: str, version: int) -> dict[str, Any]:
+    def one_version(identifier: str, version: int) -> PlainResponse:
         index = board.index(identifier)
         manifest = index.manifest(version)
-        return version_page(index.snapshot, manifest, _base_of(index, manifest), prefect_ui)
+        return PlainResponse(version_page(index.snapshot, manifest, _base_of(index, manifest), prefect_ui))
 
     @app.get("/api/chains/{identifier}/compare")
-    def compare(identifier: str, a: Version, b: Version) -> dict[str, Any]:
+    def compare(identifier: str, a: Version, b: Version) -> PlainResponse:
         index = board.index(identifier)
-        return comparison_page(index.snapshot, index.manifest(a), index.manifest(b))
+        return PlainResponse(comparison_page(index.snapshot, index.manifest(a), index.manifest(b)))
 
     @app.get("/api/chains/{identifier}/differing")
-    def differing(identifier: str, a: Version, b: Version) -> dict[str, Any]:
+    def differing(identifier: str, a: Version, b: Version) -> PlainResponse:
         index = board.index(identifier)
         tensors = board.differing.count(index.chain, index.manifest(a), index.manifest(b))
-        return {
-            "num_changed": sum(tensor.num_changed or 0 for tensor in tensors),
-            "num_elements": sum(tensor.num_elements for tensor in tensors),
-            "layers": layer_picture(tensors),
-        }
+        return PlainResponse(
+            {
+                "num_changed": sum(tensor.num_changed or 0 for tensor in tensors),
+                "num_elements": sum(tensor.num_elements for tensor in tensors),
+                "layers": layer_picture(tensors),
+            }
+        )
 
 
 def _add_events(app: FastAPI, board: Board) -> None:
@@ -156,6 +163,17 @@ def _add_events(app: FastAPI, board: Board) -> None:
                 yield f"data: {json.dumps(generations)}\n\n"
 
         return StreamingResponse(stream(), media_type="text/event-stream")
+
+
+def safe_card(identifier: str, index: ChainIndex) -> dict[str, Any]:
+    """Returns the chain's card. A chain of which none can be drawn is shown with the reason, beside the others."""
+    try:
+        return card(identifier, index.chain.name, index.chain.url, index.snapshot)
+    except Exception as error:
+        logger.exception("%s cannot be shown", index.chain.url)
+        return unshown_card(
+            identifier, index.chain.name, index.chain.url, f"{index.chain.url} cannot be shown: {error}"
+        )
 
 
 def _base_of(index: ChainIndex, manifest: Manifest) -> Manifest | None:
@@ -180,7 +198,7 @@ def _forks_of(board: Board, origin: ChainIndex) -> dict[int, list[str]]:
 
 def _error_response(_: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, WeightlineError)
-    return JSONResponse({"error": {"kind": error.kind, "message": str(error)}}, http_status(error))
+    return PlainResponse({"error": {"kind": error.kind, "message": str(error)}}, http_status(error))
 
 
 def _validation_response(request: Request, error: Exception) -> JSONResponse:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
@@ -14,6 +15,8 @@ from weightline.dashboard.differing import DifferingCounts
 from weightline.dashboard.index import ChainIndex
 from weightline.errors import NotFoundError, StorageError
 from weightline.store.open import is_remote
+
+logger = logging.getLogger(__name__)
 
 POLL_SECONDS = 2.0
 #: Pause between attempts to read a bucket that cannot be reached.
@@ -77,13 +80,21 @@ class Board:
                     if identifier not in tasks:
                         tasks[identifier] = asyncio.create_task(self._follow_chain(identifier, index))
                 await asyncio.sleep(_DISCOVER_SECONDS)
-                with contextlib.suppress(StorageError):
-                    self.take(await self._in_thread(lambda: find_chains(self.urls)))
+                await self._discover()
                 for gone in tasks.keys() - self.indexes.keys():
                     tasks.pop(gone).cancel()
         finally:
             for task in tasks.values():
                 task.cancel()
+
+    async def _discover(self) -> None:
+        """Takes the chains that there are now. After an error the page keeps those that it has."""
+        try:
+            self.take(await self._in_thread(lambda: find_chains(self.urls)))
+        except StorageError as error:
+            logger.info("chains cannot be looked for: %s", error)
+        except Exception:
+            logger.exception("chains cannot be looked for")
 
     async def changes(self, idle_seconds: float = 15.0) -> AsyncIterator[dict[str, int]]:
         """Yields `generations` now, after every change, and after `idle_seconds` without one. `end_streams` ends it."""

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from weightline.chain import Chain
-from weightline.errors import StorageError
+from weightline.chain.read.discovery import folders_below
 from weightline.format import keys
 from weightline.store import open_store
 from weightline.store.local import LocalStore
 
-#: Depth below a folder to which chains are searched, as in `runs/<run>/bucket/<chain>`.
-_MAX_DEPTH = 3
 #: Number of chains that are shown at most.
 MAX_CHAINS = 200
 #: Retry deadline of the stores. It is short, since the page reports an unavailable bucket and retries by itself.
@@ -69,18 +66,4 @@ def chain_id(chain: Chain) -> str:
 def _chains_below(root: Path) -> Iterator[Path]:
     """Yields the folders below `root` that hold commits; none if `root` itself does."""
     if not (root / keys.COMMITS).is_dir():
-        yield from _search(root, _MAX_DEPTH)
-
-
-def _search(folder: Path, depth: int) -> Iterator[Path]:
-    try:
-        entries = sorted(e.path for e in os.scandir(folder) if e.is_dir() and not e.name.startswith("."))
-    except (FileNotFoundError, NotADirectoryError, PermissionError):
-        return
-    except OSError as error:
-        raise StorageError(f"{folder}: {error.strerror}", url=folder.as_uri(), key="") from error
-    for path in entries:
-        if Path(path, keys.COMMITS).is_dir():
-            yield Path(path)
-        elif depth > 1:
-            yield from _search(Path(path), depth - 1)
+        yield from folders_below(root)

@@ -17,10 +17,11 @@ from weightline.chain import Chain
 from weightline.chain.read.leases import read_leases
 from weightline.chain.read.records import EVALUATIONS, LOGGED, REFRESHES
 from weightline.dashboard.objects import KeptObjects, fetch_all
+from weightline.dashboard.plain import plain_row, text
 from weightline.dashboard.records import Document, finite, parse_object, parse_record
 from weightline.dashboard.replicas import known_replicas, lease_document
 from weightline.dashboard.snapshot import Snapshot
-from weightline.errors import ManifestError, UnsupportedFeatureError, WeightlineError
+from weightline.errors import ManifestError, WeightlineError
 from weightline.format import keys
 from weightline.format.manifest import Manifest
 from weightline.lineage.edges import Shortcut
@@ -157,14 +158,12 @@ class ChainIndex:
         for key, raw in fetch_all(self.chain.store, wanted, self._pool):
             version = wanted[key]
             try:
-                manifest = Manifest.from_bytes(raw)
-            except (ManifestError, UnsupportedFeatureError) as error:
-                self._broken[version] = str(error)
-                continue
-            if manifest.version == version:
-                self._rows[version] = row_of(manifest)
-            else:
-                self._broken[version] = f"{key} holds the manifest of version {manifest.version}"
+                self._rows[version] = _row(key, version, raw)
+            except WeightlineError as error:
+                self._broken[version] = text(str(error))
+            except Exception as error:
+                logger.exception("%s of %s cannot be read", key, self.chain.url)
+                self._broken[version] = text(f"{key} cannot be read: {error!r}")
         return any(version in self._rows for version in wanted.values()), len(unread) > size
 
     def _read_leases(self) -> list[Document]:
@@ -175,6 +174,14 @@ class ChainIndex:
     def _publish(self, snapshot: Snapshot) -> None:
         if snapshot != self.snapshot:
             self.snapshot = replace(snapshot, generation=self.snapshot.generation + 1)
+
+
+def _row(key: str, version: int, raw: bytes) -> LineageRow:
+    """Returns the row of a manifest. ManifestError, UnsupportedFeatureError."""
+    manifest = Manifest.from_bytes(raw)
+    if manifest.version != version:
+        raise ManifestError(f"{key} holds the manifest of version {manifest.version}", rule="version-is-key")
+    return plain_row(row_of(manifest))
 
 
 def _parse_plain(_: str, raw: bytes) -> Document | None:
@@ -190,7 +197,7 @@ def _by_version(records: Iterable[Document]) -> Mapping[int, list[Document]]:
 
 def _current(moves: Iterable[Document]) -> dict[str, int]:
     """Returns the version of every ref after its moves, which come in order."""
-    return {str(move["name"]): _whole(move, "version") for move in moves if "name" in move}
+    return {text(str(move["name"])): _whole(move, "version") for move in moves if "name" in move}
 
 
 def _whole(document: Mapping[str, Any], name: str) -> int:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor
 from typing import Generic, TypeVar
 
 from weightline.errors import NotFoundError
 from weightline.store import Store
+
+logger = logging.getLogger(__name__)
 
 Parsed = TypeVar("Parsed")
 
@@ -34,8 +37,16 @@ class KeptObjects(Generic[Parsed]):
             del self.found[key]
         fresh = sorted(listed - self.found.keys(), reverse=True)
         for key, raw in fetch_all(self._store, fresh[:limit], self._pool):
-            self.found[key] = self._parse(key, raw)
+            self.found[key] = self._parsed(key, raw)
         return bool(gone or fresh), len(fresh) > limit
+
+    def _parsed(self, key: str, raw: bytes) -> Parsed | None:
+        """Returns the object; None for one that cannot be parsed, which must not hide the others."""
+        try:
+            return self._parse(key, raw)
+        except Exception:
+            logger.exception("%s of %s cannot be read", key, self._store.url)
+            return None
 
     def values(self) -> Iterator[Parsed]:
         """Yields the objects that could be parsed, in key order."""

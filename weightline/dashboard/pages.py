@@ -47,6 +47,11 @@ def card(identifier: str, name: str, url: str, snapshot: Snapshot) -> dict[str, 
     }
 
 
+def unshown_card(identifier: str, name: str, url: str, problem: str) -> dict[str, Any]:
+    """Returns the summary of a chain that cannot be drawn: an empty one, with the reason."""
+    return card(identifier, name, url, Snapshot(state="unreachable", problem=problem))
+
+
 def glance(snapshot: Snapshot, max_bins: int) -> dict[str, Any]:
     """Returns the whole chain in at most `max_bins` bins of consecutive versions, with a summary of each."""
     if not snapshot.versions:

@@ -17,6 +17,8 @@ Document = dict[str, Any]
 
 _RECORD = re.compile(rf"{keys.RECORDS}[^/]+/(?P<version>[0-9]{{20}})/(?P<name>[^/]+)\.json")
 _MAX_TEXT = 500
+#: Integers up to it are floats without loss. Arithmetic with larger ones may end in an OverflowError.
+_MAX_EXACT = 2**53
 _TEXTS = ("status", "recorded_at", "served_at", "commit_id", "state_digest", "reason", "error")
 _NUMBERS = (
     "score", "num_problems", "seconds", "newer_version", "from_version", "pause_seconds", "drain_seconds",
@@ -54,7 +56,13 @@ def parse_object(raw: bytes) -> Document | None:
 
 
 def finite(value: object) -> float | int | None:
-    """Returns a finite number unchanged; None for any other value."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    """Returns a finite number, as a float where it is a large integer; None for any other value."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    return value
+    try:
+        is_finite = math.isfinite(value)
+    except OverflowError:  # an integer beyond all floats
+        return None
+    if not is_finite:
+        return None
+    return float(value) if abs(value) > _MAX_EXACT else value

@@ -11,6 +11,7 @@ import uvicorn
 from weightline.dashboard.app import make_app
 from weightline.dashboard.board import Board
 from weightline.errors import InputError
+from weightline.serving.http.protocol import server_config
 
 _LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 
@@ -32,8 +33,7 @@ def serve(urls: Sequence[str], listener: socket.socket, *, host: str, prefect_ui
     """
     board = Board(urls)
     app = make_app(board, prefect_ui=prefect_ui, hosts=allowed_hosts(host))
-    config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=2)
-    BoardServer(config, board).run(sockets=[listener])
+    BoardServer(server_config(app, graceful_seconds=2), board).run(sockets=[listener])
 
 
 class BoardServer(uvicorn.Server):
