@@ -13,10 +13,15 @@ import pytest
 from typer.testing import CliRunner
 
 from tests.chains import commit_state, nudged, random_state
-from weightline.chain.read.history import Chain, open_chain
+from weightline.chain.read.history import open_chain
+from weightline.chain.read.records import EVALUATIONS, REFRESHES, write_record
+from weightline.chain.read.refs import move_ref
 from weightline.chain.replay.state import read_state
-from weightline.cli.main import app
-from weightline.errors import InputError, NotFoundError
+from weightline.cli import output
+from weightline.cli.main import app, main
+from weightline.errors import ChainEmptyError, InputError, NotFoundError
+from weightline.format import keys
+from weightline.serving.http.server import warn_if_empty
 
 
 @pytest.fixture
@@ -178,6 +183,182 @@ def test_plan_cluster() -> None:
     )
 
 
-def test_a_chain_without_versions_is_said_to_be_empty(tmp_path: Path) -> None:
-    assert Chain(open_chain(str(tmp_path)).store).tip_version() is None
-    assert run_json("log", str(tmp_path))["versions"] == []
+VERBS_OF_A_CHAIN = [
+    ("log",), ("show",), ("diff", "0", "1"), ("plan",), ("pull", "--out", "OUT"), ("revert", "0"), ("fork", "OUT"),
+    ("tag",), ("tag", "name"), ("verify",), ("verify", "--quick"), ("compact",), ("compact", "--dry-run"),
+    ("expire", "0"), ("expire", "--keep", "1"), ("gc",), ("gc", "--delete"), ("sign", "--key", "KEY"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("verb", VERBS_OF_A_CHAIN, ids=" ".join)
+def test_a_misspelt_chain_is_the_same_error_in_every_verb(
+    bucket: str, tmp_path: Path, verb: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    key = tmp_path / "key"
+    run("keygen", str(key))
+    names = {"OUT": str(tmp_path / "out"), "KEY": str(key)}
+    wrong = bucket.replace("toy", "tyo")
+    argv = ["weightline", verb[0], wrong, *(names.get(part, part) for part in verb[1:])]
+    monkeypatch.setattr(sys, "argv", argv)
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 1
+    root = (tmp_path / "bucket").as_uri()
+    assert capsys.readouterr().err == f"error (chain-empty): {wrong} holds no version. Chains below {root}: toy\n"
+    assert not (tmp_path / "bucket" / "tyo").exists()
+
+
+def test_a_server_says_for_which_chain_it_waits(bucket: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    wrong = bucket.replace("toy", "tyo")
+    expected = f"{wrong} holds no version. Chains below {(tmp_path / 'bucket').as_uri()}: toy"
+    warn_if_empty(open_chain(wrong))
+    warn_if_empty(open_chain(bucket))
+    assert [record.message for record in caplog.records] == [f"waiting for the first version: {expected}"]
+    with pytest.raises(ChainEmptyError, match=f"^{expected}$"):
+        run("serve", "sglang", "--follow", wrong, "--out", str(tmp_path / "out"), "--every", "0")
+
+
+def test_a_folder_of_chains_is_refused_with_their_names(bucket: str, tmp_path: Path) -> None:
+    commit_state(open_chain(f"file://{tmp_path}/bucket/runs/other"), random_state(0))
+    root = (tmp_path / "bucket").as_uri()
+    with pytest.raises(ChainEmptyError, match=rf"^{root} holds no version. Chains below {root}: runs/other, toy$"):
+        run("log", str(tmp_path / "bucket"))
+    with pytest.raises(ChainEmptyError, match=rf"Chains below {tmp_path.as_uri()}: bucket/runs/other, bucket/toy$"):
+        run("show", str(tmp_path / "buckte" / "toy"))
+    (tmp_path / "empty" / "inner").mkdir(parents=True)
+    with pytest.raises(ChainEmptyError, match=r"There is no chain below .*/empty either$"):
+        run("log", str(tmp_path / "empty" / "inner" / "x").replace("/inner/x", "/x"))
+
+
+def test_versions_are_named_as_an_argument_or_with_version(bucket: str, tmp_path: Path) -> None:
+    for form in (["1"], ["--version", "1"]):
+        assert run_json("show", bucket, *form)["version"] == 1
+        assert run_json("plan", bucket, *form)["want"] == 1
+        assert run_json("diff", bucket, *form)["a"] == 1
+        assert run_json("pull", bucket, *form, "--out", str(tmp_path / form[0]))["version"] == 1
+        assert run_json("fork", bucket, f"file://{tmp_path}/fork{form[0]}", *form)["forked_from"]["version"] == 1
+        assert run_json("revert", bucket, *form)["reverts_to"] == 1
+        run("tag", bucket, f"named-{len(form)}", *form)
+    assert {ref["version"] for ref in run_json("tag", bucket)["refs"]} == {1}
+    both = run_json("diff", bucket, "--version", "0", "--version", "2")
+    assert (both["a"], both["b"]) == (0, 2)
+    assert run_json("plan", bucket, "--to", "2")["want"] == 2
+    for form in (["2"], ["--before", "2"], ["--version", "2"]):
+        assert run_json("expire", bucket, *form)["oldest_kept"] == 2
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("show", "1", "--version", "2"), ("revert",), ("revert", "1", "--version", "1"), ("expire",),
+        ("expire", "1", "--keep", "2"), ("expire", "--keep-best", "1"), ("expire", "--keep", "1", "--metric", "x"),
+        ("expire", "1", "--before", "1"), ("diff",), ("diff", "0", "1", "--version", "2"), ("expire", "--keep", "0"),
+    ],
+    ids=" ".join,
+)  # fmt: skip
+def test_a_version_that_is_named_twice_or_not_at_all_is_wrong_usage(bucket: str, arguments: tuple[str, ...]) -> None:
+    result = CliRunner().invoke(app, [arguments[0], bucket, *arguments[1:]])
+    assert result.exit_code == 2
+    assert open_chain(bucket).tip_version() == 3
+
+
+def test_log_shows_a_screenful_with_scores_and_refs(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    chain = open_chain(bucket)
+    write_record(chain, EVALUATIONS, 2, "gsm8k", {"status": "done", "score": 0.7312341})
+    write_record(chain, EVALUATIONS, 1, "gsm8k", {"status": "skipped", "newer_version": 2})
+    move_ref(chain, "best", 2)
+    move_ref(chain, "v1", 2, is_tag=True)
+    header, newest, second, third, *_ = run("log", bucket).splitlines()
+    assert header.split() == (
+        ["version", "kind", "stage", "step", "changed", "bytes", "of", "full", "score", "refs", "committed"]
+    )
+    assert second.split()[-5:-2] == ["0.731234", "best,", "v1"]
+    assert newest.split()[-4:-2] == ["-", "-"]
+    assert "skipped" in third
+    told = run_json("log", bucket)["versions"]
+    assert [(one["score"], one["refs"]) for one in told] == [
+        (None, []),
+        (0.7312341, ["best", "v1"]),
+        (None, []),
+        (None, []),
+    ]
+    monkeypatch.setenv("LINES", "9")
+    for seed in range(4, 9):
+        commit_state(chain, nudged(random_state(0), seed), random_state(0))
+    lines = run("log", bucket).splitlines()
+    assert [line.split()[0] for line in lines[1:-1]] == ["8", "7", "6", "5", "4"]
+    assert lines[-1] == "5 of 9 versions; --limit 9 shows all"
+    assert len(run("log", bucket, "--limit", "9").splitlines()) == 10
+    assert len(run_json("log", bucket)["versions"]) == run_json("log", bucket, "--limit", "1")["num_versions"] == 9
+
+
+def test_a_bad_record_or_ref_hides_no_version(bucket: str) -> None:
+    chain = open_chain(bucket)
+    for key, body in (
+        (keys.record(EVALUATIONS, 2, "broken"), b"{"),
+        (
+            keys.record(EVALUATIONS, 3, "huge"),
+            b'{"version":3,"name":"huge","status":"done","score":1' + b"0" * 400 + b"}",
+        ),
+        (f"{keys.RECORDS}{EVALUATIONS}/other", b"{}"),
+        (keys.ref("x", 0), b"{}"),
+    ):
+        chain.store.put(key, body)
+    result = CliRunner().invoke(app, ["log", bucket], catch_exceptions=False)
+    assert (result.exit_code, len(result.stdout.splitlines())) == (0, 5)
+    assert "warning: records/evaluations/00000000000000000002/broken.json" in result.stderr
+    assert "warning: refs/x/" in result.stderr
+
+
+def test_show_is_a_page_and_no_spelling_of_python(bucket: str) -> None:
+    chain = open_chain(bucket)
+    key = keys.commit(3)
+    labels = {"metrics": {"loss": 0.25, "reward": 1.5}, "provenance": {"host": "a\x1b[2Jb"}}
+    chain.store.put(key, json.dumps(json.loads(chain.store.get(key)) | labels).encode())
+    told = {"status": "done", "score": 0.5, "metrics": {"exact_match": 0.5}, "seconds": 2.0}
+    write_record(chain, EVALUATIONS, 3, "gsm8k", told)
+    served = {"status": "done", "served_at": "2026-11-30T06:00:00Z", "pause_seconds": 0.011}
+    write_record(chain, REFRESHES, 3, "replica-0", served)
+    page = run("show", bucket)
+    assert not set("{}[]'\x1b") & set(page.replace("a?[2Jb", ""))
+    assert "None" not in page
+    lines = [line.split() for line in page.splitlines()]
+    for expected in (
+        ["version", "3"], ["global", "step", "3"], ["loss", "0.25"], ["host", "a?[2Jb"],
+        ["evaluation", "status", "score", "seconds", "recorded", "at", "exact_match"],
+        ["replica", "status", "served", "at", "pause", "seconds"], ["tensor", "dtype", "shape", "digest"],
+    ):  # fmt: skip
+        assert expected in lines or expected[:2] in [line[:2] for line in lines], expected
+    document = run_json("show", bucket)
+    assert document["evaluations"][0]["score"] == 0.5
+    assert document["refreshes"][0]["pause_seconds"] == 0.011
+
+
+def test_expire_keeps_the_newest_and_the_best(bucket: str) -> None:
+    chain = open_chain(bucket)
+    for version, score in enumerate((0.9, 0.1, 0.8, 0.2)):
+        write_record(chain, EVALUATIONS, version, "gsm8k", {"status": "done", "score": score})
+    told = run_json("expire", bucket, "--keep", "1", "--keep-best", "2", "--metric", "score")
+    assert told["oldest_kept"] == 3
+    assert told["best"] == [
+        {"ref": "best-score-1", "version": 0, "value": 0.9}, {"ref": "best-score-2", "version": 2, "value": 0.8},
+    ]  # fmt: skip
+    run("gc", bucket, "--grace-hours", "0", "--delete")
+    assert run_json("verify", bucket)["holds"]
+    for version in (0, 2, 3):
+        read_state(open_chain(bucket), version)
+    # A smaller number later keeps no more than it says.
+    told = run_json("expire", bucket, "--keep-best", "1", "--metric", "score")
+    assert [ref["version"] for ref in run_json("tag", bucket)["refs"]] == [0, 0]
+    lowest = run_json("expire", bucket, "--keep-best", "1", "--metric", "score", "--lowest")["best"]
+    assert lowest == [{"ref": "best-score-1", "version": 3, "value": 0.2}]
+    with pytest.raises(InputError, match="no version has the metric 'loss': known are score"):
+        run("expire", bucket, "--keep-best", "1", "--metric", "loss")
+    assert "best-score-1" in run("expire", bucket, "--keep-best", "1", "--metric", "score")
+
+
+def test_a_label_cannot_write_to_the_terminal() -> None:
+    assert output.printable("a\x1b[31m\nb\ud800") == "a?[31m?b?"
+    assert output.printable("x" * 200) == "x" * 117 + "..."
+    assert output.table(["a"], [["\x07"]])[1] == "?"

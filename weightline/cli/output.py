@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,6 +18,11 @@ Bucket = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document instead of text.")]
 Coding = Annotated[str, typer.Option(help="Coding of payloads: gap or gap-by-magnitude.")]
+Version = Annotated[str | None, typer.Argument(metavar="VERSION", help="A number, 'tip', or the name of a ref.")]
+VersionOption = Annotated[str | None, typer.Option("--version", metavar="VERSION", help="Same as the argument.")]
+#: Longest cell of a table, and longest line of other text.
+MAX_CELL = 120
+MAX_LINE = 1000
 #: Equals that of weightline.chain.write.standalone, which a help text shall not import.
 DEFAULT_CODING = "gap-by-magnitude"
 
@@ -30,9 +36,38 @@ def emit(document: dict[str, Any], text: Iterable[str], *, as_json: bool) -> Non
             typer.echo(line)
 
 
+def one_version(argument: str | None, option: str | None, default: str | None = None) -> str:
+    """Returns the version that a command names, as its argument or with --version. Usage error for both, or neither."""
+    if argument is not None and option is not None:
+        raise typer.BadParameter("name the version once: as the argument or with --version", param_hint="VERSION")
+    named = argument if option is None else option
+    if named is None:
+        named = default
+    if named is None:
+        raise typer.BadParameter("name a version: as the argument or with --version", param_hint="VERSION")
+    return named
+
+
+def screenful() -> int:
+    """Returns how many rows of a table a terminal shows beside its prompt, header and last line; 20 without one."""
+    return max(5, shutil.get_terminal_size((80, 24)).lines - 4)
+
+
+def warn(problems: Iterable[str]) -> None:
+    """Prints what could not be read to stderr, where it is no part of a document."""
+    for problem in problems:
+        typer.echo(f"warning: {printable(problem, MAX_LINE)}", err=True)
+
+
+def printable(text: str, max_length: int = MAX_CELL) -> str:
+    """Returns the text as one line that any terminal can show: writers of manifests choose labels freely."""
+    line = "".join(c if c.isprintable() else "?" for c in text[: max_length + 1])
+    return line if len(line) <= max_length else f"{line[: max_length - 3]}..."
+
+
 def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:
     """Returns lines with aligned columns. Columns of numbers are aligned to the right."""
-    cells = [[str(cell) for cell in row] for row in rows]
+    cells = [[printable(str(cell)) for cell in row] for row in rows]
     widths = [max(len(row[i]) for row in [list(header), *cells]) for i in range(len(header))]
     right = [bool(cells) and all(row[i][:1].isdigit() or row[i] == "-" for row in cells) for i in range(len(header))]
 
@@ -58,7 +93,7 @@ def fail(error: WeightlineError | OSError) -> NoReturn:
         texts = {name: str(value) for name, value in facts.items()}
         typer.echo(json.dumps({"error": {"kind": kind, "message": str(error), "facts": texts}}), err=True)
     else:
-        typer.echo(f"error ({kind}): {error}", err=True)
+        typer.echo(f"error ({kind}): {printable(' '.join(str(error).split()), MAX_LINE)}", err=True)
     raise SystemExit(1)
 
 

@@ -8,31 +8,54 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from weightline.cli.output import Bucket, Json, emit, percent, table, transferring
+from weightline.cli.chains import open_existing
+from weightline.cli.output import (
+    Bucket,
+    Json,
+    Version,
+    VersionOption,
+    emit,
+    one_version,
+    percent,
+    screenful,
+    table,
+    transferring,
+    warn,
+)
 from weightline.lineage.text import format_nbytes
 
 if TYPE_CHECKING:
     from weightline.format.manifest import Manifest
+    from weightline.lineage.rows import Record
 
 
 def log(
     bucket: Bucket,
-    limit: Annotated[int, typer.Option(min=1, help="Newest versions to show.")] = 1_000_000,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Newest versions to show. [default: a screenful; with --json, all]")
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """List the versions of a chain, newest first."""
-    from weightline.chain import open_chain
+    """List the versions of a chain, newest first, with their scores and refs."""
+    from weightline.cli.pages import LOG_HEADER, log_cells
+    from weightline.lineage.listing import list_versions
 
-    chain = open_chain(bucket)
-    versions = chain.versions()[-limit:]
-    manifests = [chain.manifest(version) for version in reversed(versions)]
-    rows = [
-        (m.version, m.kind, m.stage, m.global_step, percent(m.num_changed, m.num_elements),
-         format_nbytes(m.payload_nbytes), percent(m.payload_nbytes, m.full_nbytes), m.created_at)
-        for m in manifests
-    ]  # fmt: skip
-    header = ("version", "kind", "stage", "step", "changed", "bytes", "of full", "committed")
-    emit({"versions": [summary(m) for m in manifests]}, table(header, rows), as_json=as_json)
+    chain = open_existing(bucket)
+    versions = chain.versions()
+    num_shown = limit or (len(versions) if as_json else screenful())
+    listed, problems = list_versions(chain, versions[-num_shown:][::-1])
+    warn(problems)
+    document = {
+        "num_versions": len(versions),
+        "versions": [
+            summary(one.manifest) | {"score": one.row.score, "evaluation": one.row.evaluation, "refs": one.refs}
+            for one in listed
+        ],
+    }
+    lines = table(LOG_HEADER, [log_cells(one) for one in listed])
+    if len(listed) < len(versions):
+        lines.append(f"{len(listed)} of {len(versions)} versions; --limit {len(versions)} shows all")
+    emit(document, lines, as_json=as_json)
 
 
 def summary(manifest: Manifest) -> dict[str, Any]:
@@ -42,49 +65,50 @@ def summary(manifest: Manifest) -> dict[str, Any]:
 
 def show(
     bucket: Bucket,
-    version: Annotated[str, typer.Argument(help="A number, 'tip', or the name of a ref.")] = "tip",
+    version: Version = None,
+    version_option: VersionOption = None,
     as_json: Json = False,
 ) -> None:
-    """Show one version: manifest, payloads, tensors, refs, evaluations and refreshes."""
-    from weightline.chain import open_chain
-    from weightline.chain.read.records import EVALUATIONS, LOGGED, REFRESHES, read_version_records
-    from weightline.chain.read.refs import current_refs, resolve
+    """Show one version: manifest, refs, evaluations, refreshes, payloads and tensors. Default: the tip."""
+    from weightline.chain.read.records import EVALUATIONS, LOGGED, REFRESHES
+    from weightline.chain.read.refs import resolve
+    from weightline.cli.pages import version_lines
+    from weightline.lineage.listing import read_good_records, refs_by_version
 
-    chain = open_chain(bucket)
-    manifest = chain.manifest(resolve(chain, version))
-    records = {
-        kind: read_version_records(chain, kind, manifest.version) for kind in (EVALUATIONS, REFRESHES, LOGGED)
-    }
-    refs = [ref.name for ref in current_refs(chain).values() if ref.commit_id == manifest.commit_id]
-    document = manifest.model_dump() | {"refs": refs, **records}
-    lines = [f"{name:<15} {value}" for name, value in summary(manifest).items() if value not in (None, {}, False)]
-    lines += [
-        f"{'changed':<15} {percent(manifest.num_changed, manifest.num_elements)}",
-        f"{'refs':<15} {', '.join(refs)}",
-    ]
-    lines += [
-        "",
-        *table(("payload", "rank", "bytes"), [(p.key, p.rank, format_nbytes(p.nbytes)) for p in manifest.payloads]),
-    ]
-    tensors = [(n, t.dtype, "x".join(map(str, t.shape)) or "scalar", t.digest) for n, t in manifest.tensors.items()]
-    lines += ["", *table(("tensor", "dtype", "shape", "digest"), tensors)]
-    lines += [f"{kind}: {record}" for kind, found in records.items() for record in found]
-    emit(document, lines, as_json=as_json)
+    chain = open_existing(bucket)
+    manifest = chain.manifest(resolve(chain, one_version(version, version_option, "tip")))
+    number = manifest.version
+    records: dict[str, list[Record]] = {}
+    for kind in (EVALUATIONS, REFRESHES, LOGGED):
+        found = read_good_records(chain, kind, number, number)
+        warn(found.problems)
+        records[kind] = list(found.of.get(number, ()))
+    refs = refs_by_version(chain).get(number, ())
+    emit(
+        manifest.model_dump() | {"refs": refs, **records},
+        version_lines(manifest, refs, *records.values()),
+        as_json=as_json,
+    )
 
 
 def diff(
     bucket: Bucket,
-    a: Annotated[str, typer.Argument(help="A version, 'tip', or a ref.")],
-    b: Annotated[str, typer.Argument(help="A version, 'tip', or a ref.")] = "tip",
+    a: Annotated[str | None, typer.Argument(help="A version, 'tip', or a ref.")] = None,
+    b: Annotated[str | None, typer.Argument(help="The other one. [default: tip]")] = None,
+    version: Annotated[
+        list[str] | None, typer.Option("--version", metavar="VERSION", help="Same as an argument; may be given twice.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Count the elements of every tensor whose bits differ between two versions."""
-    from weightline.chain import open_chain
     from weightline.chain.read.refs import resolve
     from weightline.chain.replay.diff import diff_versions
 
-    chain = open_chain(bucket)
-    first, second = resolve(chain, a), resolve(chain, b)
+    named = [one for one in (a, b, *(version or ())) if one is not None]
+    if not 1 <= len(named) <= 2:
+        raise typer.BadParameter("name one or two versions: as arguments or with --version", param_hint="A")
+    chain = open_existing(bucket)
+    first, second = (resolve(chain, one) for one in (*named, "tip")[:2])
     diffs = diff_versions(chain, first, second)
     num_changed, num_elements = sum(d.num_changed for d in diffs), sum(d.num_elements for d in diffs)
     document = {
@@ -98,18 +122,20 @@ def diff(
 
 def plan(
     bucket: Bucket,
+    version: Version = None,
     start: Annotated[str, typer.Option("--from", help="The reader's version; 'nothing' for a new reader.")] = "nothing",
-    to: Annotated[str, typer.Option("--to", help="The wanted version.")] = "tip",
+    to: Annotated[
+        str | None, typer.Option("--to", "--version", metavar="VERSION", help="Same as the argument. [default: tip]")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Print the cheapest path from one version to another, forward or backward. Fetches no payload."""
-    from weightline.chain import open_chain
     from weightline.chain.read.refs import resolve
     from weightline.chain.replay.plan import plan_between
 
-    chain = open_chain(bucket)
+    chain = open_existing(bucket)
     have = None if start == "nothing" else resolve(chain, start)
-    found = plan_between(chain, have, resolve(chain, to))
+    found = plan_between(chain, have, resolve(chain, one_version(version, to, "tip")))
     hops = [
         {
             "from": hop.start, "to": hop.target, "is_backward": hop.is_backward, "is_shortcut": hop.is_shortcut,
@@ -138,17 +164,20 @@ def plan(
 def pull(
     bucket: Bucket,
     out: Annotated[Path, typer.Option(help="New folder for the checkpoint.")],
-    version: Annotated[str, typer.Option(help="A number, 'tip', or the name of a ref.")] = "tip",
+    version: Version = None,
+    version_option: VersionOption = None,
     as_json: Json = False,
 ) -> None:
-    """Write a version as a checkpoint folder that transformers loads; every tensor's digest is checked."""
-    from weightline.chain import open_chain
+    """Write a version as a checkpoint folder that transformers loads; every tensor's digest is checked.
+
+    Default: the tip.
+    """
     from weightline.chain.files.checkpoint import write_checkpoint
     from weightline.chain.read.refs import resolve
     from weightline.chain.replay.plan import plan_between
 
-    chain = open_chain(bucket)
-    number = resolve(chain, version)
+    chain = open_existing(bucket)
+    number = resolve(chain, one_version(version, version_option, "tip"))
     with transferring("pulling", lambda: plan_between(chain, None, number).payload_nbytes):
         write_checkpoint(chain, number, out)
     manifest = chain.manifest(number)

@@ -5,13 +5,28 @@ from __future__ import annotations
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from weightline.cli.output import DEFAULT_CODING, Bucket, Coding, Json, emit, table
-from weightline.errors import ChainEmptyError
+from weightline.cli.chains import open_existing
+from weightline.cli.output import (
+    DEFAULT_CODING,
+    Bucket,
+    Coding,
+    Json,
+    Version,
+    emit,
+    one_version,
+    table,
+    warn,
+)
 from weightline.lineage.text import format_nbytes
+
+if TYPE_CHECKING:
+    from weightline.chain import Chain
+    from weightline.chain.upkeep.verify import VerifyReport
+    from weightline.format.signature import TrustedKeys
 
 
 def compact(
@@ -21,10 +36,9 @@ def compact(
     as_json: Json = False,
 ) -> None:
     """Write shortcuts to the tip, and an anchor, when they save readers enough bytes or time."""
-    from weightline.chain import open_chain
     from weightline.chain.upkeep.compact import plan_compaction, write_compaction
 
-    chain = open_chain(bucket)
+    chain = open_existing(bucket)
     plan = plan_compaction(chain, coding=coding)
     written = [] if dry_run else write_compaction(chain, plan, coding=coding)
     document = {
@@ -42,19 +56,69 @@ def compact(
 
 def expire(
     bucket: Bucket,
-    before: Annotated[str, typer.Option(help="Keep this version and later ones: a number or a ref.")],
+    version: Version = None,
+    before: Annotated[
+        str | None, typer.Option("--before", "--version", metavar="VERSION", help="Same as the argument.")
+    ] = None,
+    keep: Annotated[int | None, typer.Option(min=1, metavar="N", help="Keep the N newest versions.")] = None,
+    keep_best: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Also keep the N best by --metric: refs best-METRIC-1..N.")
+    ] = None,
+    metric: Annotated[
+        str | None, typer.Option(metavar="NAME", help="score, a metric of the evaluation, or one that training logged.")
+    ] = None,
+    lowest: Annotated[bool, typer.Option("--lowest", help="The lowest value is the best one, as for a loss.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Move the horizon: gc may delete the versions before it, except those that refs or live replicas name."""
-    from weightline.chain import open_chain
-    from weightline.chain.read.refs import oldest_kept, resolve
-    from weightline.chain.upkeep.retention import expire_before
+    """Keep VERSION and later ones, or the newest (--keep). Then gc may delete those before, but none that has a name.
 
-    chain = open_chain(bucket)
+    With --keep-best alone, the tip and the best versions stay. gc also keeps what live replicas serve.
+    """
+    from weightline.chain.read.refs import oldest_kept, resolve
+    from weightline.chain.upkeep.retention import expire_before, first_of_newest
+
+    if (keep_best is None) != (metric is None):
+        raise typer.BadParameter("--keep-best and --metric belong together", param_hint="--keep-best")
+    if keep is not None and (version is not None or before is not None):
+        raise typer.BadParameter("give a version or --keep, not both", param_hint="--keep")
+    named = one_version(version, before, None if keep is None and keep_best is None else "tip")
+    chain = open_existing(bucket)
+    horizon = resolve(chain, named) if keep is None else first_of_newest(chain, keep)
+    # Names first: once the horizon has moved, gc may delete a version without one.
+    best = [] if keep_best is None or metric is None else _name_best(chain, metric, keep_best, is_lowest=lowest)
     earlier = oldest_kept(chain)
-    horizon = expire_before(chain, resolve(chain, before))
-    line = f"oldest kept version: {horizon} (was {earlier}); weightline gc frees the space"
-    emit({"oldest_kept": horizon, "was": earlier}, [line], as_json=as_json)
+    moved = expire_before(chain, horizon)
+    lines = table(("ref", "version", metric or ""), [(name, n, f"{value:.6g}") for name, n, value in best])
+    line = f"oldest kept version: {moved} (was {earlier}); weightline gc frees the space"
+    document = {
+        "oldest_kept": moved, "was": earlier,
+        "best": [{"ref": name, "version": n, "value": value} for name, n, value in best],
+    }  # fmt: skip
+    emit(document, [*(lines if best else []), line], as_json=as_json)
+
+
+def _name_best(chain: Chain, metric: str, num_best: int, *, is_lowest: bool) -> list[tuple[str, int, float]]:
+    """Moves the refs best-METRIC-1..N to the N best versions. Returns (ref, version, value) of each."""
+    from weightline.chain.read.refs import current_refs, move_ref, oldest_kept
+    from weightline.lineage.listing import best_versions, list_versions
+    from weightline.lineage.text import slug
+
+    refs, horizon = current_refs(chain), oldest_kept(chain)
+    named = {ref.version for ref in refs.values()}
+    # A version before the horizon that has no name may be deleted at any moment.
+    versions = [version for version in chain.versions() if version >= horizon or version in named]
+    listed, problems = list_versions(chain, versions)
+    warn(problems)
+    best = best_versions(listed, metric, num_best, is_lowest=is_lowest)
+    prefix = f"best-{slug(metric)[:100]}-"
+    for rank, (version, _) in enumerate(best, start=1):
+        move_ref(chain, f"{prefix}{rank}", version)
+    for name in refs:
+        rank_text = name.removeprefix(prefix)
+        if name != rank_text and rank_text.isdecimal() and int(rank_text) > len(best):
+            # A ref cannot be removed. At the best version, one of an earlier, larger N keeps nothing of its own.
+            move_ref(chain, name, best[0][0])
+    return [(f"{prefix}{rank}", version, value) for rank, (version, value) in enumerate(best, start=1)]
 
 
 def gc(
@@ -64,10 +128,9 @@ def gc(
     as_json: Json = False,
 ) -> None:
     """Delete objects that no kept version, ref or live replica can reach."""
-    from weightline.chain import open_chain
     from weightline.chain.upkeep.gc import collect, plan_gc, view_chain
 
-    chain = open_chain(bucket)
+    chain = open_existing(bucket)
     plan = plan_gc(view_chain(chain), grace=timedelta(hours=grace_hours))
     if delete:
         collect(chain, plan)
@@ -91,14 +154,10 @@ def verify(
     as_json: Json = False,
 ) -> None:
     """Check manifests, objects and digests, and replay every version. Checks signatures when a key is given."""
-    from weightline.chain import open_chain
-    from weightline.chain.upkeep.verify import verify_chain
     from weightline.format.signature import load_trusted_keys
 
-    chain = open_chain(bucket, None if require_signature is None else load_trusted_keys(require_signature))
-    report = verify_chain(chain, is_deep=not quick)
-    if report.num_versions == 0 and report.holds:
-        raise ChainEmptyError(f"{chain.url} holds no version: check the URL", chain=chain.url)
+    trusted = None if require_signature is None else load_trusted_keys(require_signature)
+    _, report = _verified(bucket, trusted, is_deep=not quick)
     verdict = "all holds" if report.holds else f"{len(report.findings)} findings"
     counts = f"{report.num_versions} versions, {report.num_shortcuts} shortcuts, {report.num_objects} objects"
     extent = f"{counts}, commit mode {report.commit_mode}"
@@ -115,12 +174,10 @@ def repair(
     as_json: Json = False,
 ) -> None:
     """Remove shortcuts that are broken and names of versions that are gone. Exit code 1 when other faults remain."""
-    from weightline.chain import open_chain
     from weightline.chain.upkeep.repair import plan_repair, write_repair
-    from weightline.chain.upkeep.verify import verify_chain
 
-    chain = open_chain(bucket)
-    plan = plan_repair(verify_chain(chain, is_deep=not quick).findings)
+    chain, report = _verified(bucket, is_deep=not quick)
+    plan = plan_repair(report.findings)
     if delete:
         write_repair(chain, plan)
     verb = "removed" if delete else "would be removed (add --delete)"
@@ -133,3 +190,16 @@ def repair(
     emit(document, lines, as_json=as_json)
     if plan.left:
         raise typer.Exit(1)
+
+
+def _verified(bucket: str, trusted: TrustedKeys | None = None, *, is_deep: bool) -> tuple[Chain, VerifyReport]:
+    """Opens and checks a chain. ChainEmptyError when there is none; one that lost all its versions has findings."""
+    from weightline.chain import open_chain
+    from weightline.chain.read.discovery import empty_chain_error
+    from weightline.chain.upkeep.verify import verify_chain
+
+    chain = open_chain(bucket, trusted)
+    report = verify_chain(chain, is_deep=is_deep)
+    if report.num_versions == 0 and report.holds:
+        raise empty_chain_error(bucket)
+    return chain, report

@@ -7,9 +7,22 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from weightline.cli.output import DEFAULT_CODING, Bucket, Coding, Json, emit, percent, table, transferring
+from weightline.cli.chains import open_existing
+from weightline.cli.output import (
+    DEFAULT_CODING,
+    Bucket,
+    Coding,
+    Json,
+    Version,
+    VersionOption,
+    emit,
+    one_version,
+    percent,
+    table,
+    transferring,
+)
 from weightline.cli.read import summary
-from weightline.errors import ChainEmptyError, CorruptError
+from weightline.errors import CorruptError
 from weightline.lineage.text import format_nbytes
 
 if TYPE_CHECKING:
@@ -55,49 +68,56 @@ def _report(manifest: Manifest, as_json: bool) -> None:
 
 def revert(
     bucket: Bucket,
-    version: Annotated[str, typer.Argument(help="The version to go back to: a number or a ref.")],
+    version: Version = None,
+    version_option: VersionOption = None,
     as_json: Json = False,
 ) -> None:
     """Commit a new version whose bits equal those of an earlier one."""
-    from weightline.chain import open_chain
     from weightline.chain.read.refs import resolve
     from weightline.chain.write.standalone import commit_revert
 
-    chain = open_chain(bucket)
-    _report(commit_revert(chain, resolve(chain, version)), as_json)
+    named = one_version(version, version_option)
+    chain = open_existing(bucket)
+    _report(commit_revert(chain, resolve(chain, named)), as_json)
 
 
 def fork(
     bucket: Bucket,
     new_bucket: Annotated[str, typer.Argument(help="URL of the new, empty chain.")],
-    version: Annotated[str, typer.Option(help="A number, 'tip', or the name of a ref.")] = "tip",
+    version: Version = None,
+    version_option: VersionOption = None,
     as_json: Json = False,
 ) -> None:
-    """Start a new chain whose version 0 is a version of this one."""
+    """Start a new chain whose version 0 is a version of this one. Default: the tip."""
     from weightline.chain import open_chain
     from weightline.chain.read.refs import resolve
     from weightline.chain.write.standalone import commit_fork
 
-    chain = open_chain(bucket)
-    _report(commit_fork(chain, resolve(chain, version), open_chain(new_bucket)), as_json)
+    chain = open_existing(bucket)
+    number = resolve(chain, one_version(version, version_option, "tip"))
+    _report(commit_fork(chain, number, open_chain(new_bucket)), as_json)
 
 
 def tag(
     bucket: Bucket,
     name: Annotated[str | None, typer.Argument(help="The name. Without it, names are listed.")] = None,
-    version: Annotated[str, typer.Option(help="A number, 'tip', or another name.")] = "tip",
+    version: Version = None,
+    version_option: VersionOption = None,
     move: Annotated[
         bool, typer.Option("--move", help="Make a ref, which may be moved later, instead of a tag.")
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Name a version, or list the names. A tag never moves. A ref (--move) may, until it is named without --move."""
-    from weightline.chain import open_chain
+    """Name a version (default: the tip), or list the names.
+
+    A tag never moves. A ref (--move) may, until it is named without --move.
+    """
     from weightline.chain.read.refs import current_refs, move_ref, resolve
 
-    chain = open_chain(bucket)
+    named = one_version(version, version_option, "tip")
+    chain = open_existing(bucket)
     if name is not None:
-        move_ref(chain, name, resolve(chain, version), is_tag=not move)
+        move_ref(chain, name, resolve(chain, named), is_tag=not move)
     refs = sorted(current_refs(chain).values(), key=lambda ref: ref.name)
     rows = [(ref.name, ref.version, "tag" if ref.is_tag else "ref", ref.created_at) for ref in refs]
     emit(
@@ -135,6 +155,7 @@ def sign(
 ) -> None:
     """Verify a chain, then sign every manifest and shortcut in it. Writers sign later ones when they write them."""
     from weightline.chain import Chain
+    from weightline.chain.read.discovery import empty_chain_error
     from weightline.chain.upkeep.verify import verify_chain
     from weightline.chain.write.commit import sign_existing
     from weightline.format.signature import load_signer
@@ -143,7 +164,7 @@ def sign(
     signer, store = load_signer(key), open_store(bucket)
     found = verify_chain(Chain(store), is_deep=not quick)
     if found.num_versions == 0:
-        raise ChainEmptyError(f"{store.url} holds no version: check the URL", chain=store.url)
+        raise empty_chain_error(bucket)
     if not found.holds:
         first = found.findings[0]
         raise CorruptError(f"{store.url} does not verify, so it is not signed: {first.subject} {first.message}")
