@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 
+from tests.chains import commit_state, nudged, random_state
 from tests.store.racers import write_checkpoint_folder
-from weightline.chain.files.assets import upload_files
+from weightline.chain.files.assets import assets_of, upload_files
+from weightline.chain.files.checkpoint import write_checkpoint
 from weightline.chain.read.history import Chain
 from weightline.chain.upkeep.gc import collect, plan_gc, view_chain
 from weightline.chain.upkeep.retention import expire_before
@@ -94,6 +97,35 @@ def test_gc_leaves_the_files_of_an_expired_version_to_a_revert(store: AgedStore,
     commit_revert(_collecting_before_commit(store), 0)
     assert verify_chain(Chain(store)).findings == ()
     assert Chain(store).tip().assets != Chain(store).manifest(1).assets
+
+
+@pytest.mark.parametrize("read", [
+    lambda chain, out: assets_of(chain, 5),
+    lambda chain, out: write_checkpoint(chain, 5, out),
+    lambda chain, out: commit_revert(chain, 5),
+], ids=["search", "pull", "revert"])  # fmt: skip
+def test_the_search_for_files_goes_through_what_gc_is_deleting(
+    store: AgedStore, folder: Path, tmp_path: Path, read: Callable[[Chain, Path], object]
+) -> None:
+    """Versions 1 to 3 are collected after they were listed. Version 0 stays, since it names the files."""
+    state = random_state(0)
+    commit_state(Chain(store), state, assets=upload_files(store, folder))
+    for seed in range(6):
+        before, state = state, nudged(state, seed)
+        commit_state(Chain(store), state, before)
+    expire_before(Chain(store), 4)
+    store.age()
+    collected: list[str] = []
+
+    def plan(number: int, verb: str, key: str) -> None:
+        if not collected and (verb, key) == ("get", keys.commit(3)):
+            collected.extend(info.key for info in _collect(store))
+
+    read(Chain(FaultStore(store, plan)), tmp_path / "pulled")
+    assert {keys.commit(version) for version in (1, 2, 3)} <= set(collected)
+    chain = Chain(store)
+    assert assets_of(chain, 5) == assets_of(chain, chain.tip().version) == chain.manifest(0).assets
+    assert verify_chain(chain).findings == ()
 
 
 def test_a_fork_carries_every_file(store: AgedStore, folder: Path) -> None:
