@@ -130,12 +130,14 @@ def _measure(chain: Chain, model: Path, num_versions: int, pause_seconds: float)
 
 def _wait_for_end(client: Any, deployment: str, chain: str, version: int, committed_at: float) -> Start:
     from prefect.client.schemas.filters import DeploymentFilter, DeploymentFilterName
+    from prefect.client.schemas.sorting import FlowRunSort
 
     named = DeploymentFilter(name=DeploymentFilterName(any_=[deployment]))
     deadline = time.monotonic() + _SETTLE_SECONDS
     while time.monotonic() < deadline:
         time.sleep(0.5)
-        for run in client.read_flow_runs(deployment_filter=named, limit=20):
+        latest = client.read_flow_runs(deployment_filter=named, sort=FlowRunSort.EXPECTED_START_TIME_DESC, limit=20)
+        for run in latest:
             if run.parameters == {"chain": chain, "version": version} and run.state and run.state.is_final():
                 latest_first = sorted(
                     client.read_flow_run_states(run.id), key=lambda state: state.timestamp, reverse=True

@@ -17,11 +17,14 @@ from safetensors.numpy import save_file
 from weightline.chain import open_chain
 from weightline.chain.upkeep.verify import verify_chain
 from weightline.chain.write.standalone import commit_folder
+from weightline.codec.digest import tensor_digest
 from weightline.errors import CommitConflictError
+from weightline.types import Segment, TensorSpec
 
-NUM_WRITERS = 4
-#: By each writer; the processes of one race have one environment.
-NUM_COMMITS = 16 if os.environ.get("HYPOTHESIS_PROFILE") == "nightly" else 4
+#: Commits the versions of one writer to the chain, and puts (version, commit id) of each into the queue.
+CommitVersions = Callable[[str, int, Any], None]
+#: Writers of a race, and commits by each; the processes of one race have one environment.
+NUM_WRITERS, NUM_COMMITS = (4, 16) if os.environ.get("HYPOTHESIS_PROFILE") == "nightly" else (3, 3)
 _SECONDS = 300
 
 
@@ -42,8 +45,8 @@ def same_weights(one: Path, other: Path) -> bool:
     return ours == theirs
 
 
-def commit_versions(url: str, writer: int, acknowledged: Any) -> None:
-    """One writer: commits NUM_COMMITS checkpoints, starting again from the tip whenever another one won."""
+def commit_folders(url: str, writer: int, acknowledged: Any) -> None:
+    """One writer: commits checkpoint folders, starting again from the tip whenever another one won."""
     chain = open_chain(url)
     with tempfile.TemporaryDirectory() as name:
         for number in range(NUM_COMMITS):
@@ -57,23 +60,45 @@ def commit_versions(url: str, writer: int, acknowledged: Any) -> None:
                 break
 
 
-def race(url: str, *, in_threads: bool = False) -> None:
-    """NUM_WRITERS x NUM_COMMITS commits; none may be lost, none duplicated, and the chain must verify."""
+def race(url: str, commit_versions: CommitVersions = commit_folders) -> None:
+    """NUM_WRITERS x NUM_COMMITS commits by processes; none may be lost, none duplicated, and the chain must verify."""
     context = multiprocessing.get_context("spawn")
     acknowledged = context.Queue()
-    start: Callable[..., Any] = threading.Thread if in_threads else context.Process
-    writers = [start(target=commit_versions, args=(url, writer, acknowledged)) for writer in range(NUM_WRITERS)]
+    writers = context.Process(target=_fork_writers, args=(url, commit_versions, acknowledged))
+    writers.start()
+    writers.join(_SECONDS)
+    assert writers.exitcode == 0
+    _check_race(url, acknowledged)
+
+
+def race_in_threads(url: str, commit_versions: CommitVersions = commit_folders) -> None:
+    """The same race by threads of this process."""
+    acknowledged = multiprocessing.get_context("spawn").Queue()
+    writers = [threading.Thread(target=commit_versions, args=(url, n, acknowledged)) for n in range(NUM_WRITERS)]
     for writer in writers:
         writer.start()
-    told = [acknowledged.get(timeout=_SECONDS) for _ in range(NUM_WRITERS * NUM_COMMITS)]
     for writer in writers:
         writer.join(_SECONDS)
-    check_outcome(url, told)
+    _check_race(url, acknowledged)
 
 
-def check_outcome(url: str, told: list[tuple[int, str]]) -> None:
+def _fork_writers(url: str, commit_versions: CommitVersions, acknowledged: Any) -> None:
+    """In a new process, which loads Numba's kernels before it forks: that takes longer than a race."""
+    tensor_digest(Segment(TensorSpec("x", "BF16", (1,)), 0, 1), np.zeros(1, np.uint16))
+    assert threading.active_count() == 1, "a fork would lack the other threads"
+    context = multiprocessing.get_context("fork")
+    writers = [context.Process(target=commit_versions, args=(url, n, acknowledged)) for n in range(NUM_WRITERS)]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+    assert [writer.exitcode for writer in writers] == [0] * NUM_WRITERS
+
+
+def _check_race(url: str, acknowledged: Any) -> None:
+    commits = [acknowledged.get(timeout=10) for _ in range(NUM_WRITERS * NUM_COMMITS)]
     manifests = open_chain(url).manifests()
-    assert sorted(told) == [(manifest.version, manifest.commit_id) for manifest in manifests]
+    assert sorted(commits) == [(manifest.version, manifest.commit_id) for manifest in manifests]
     assert [manifest.version for manifest in manifests] == list(range(NUM_WRITERS * NUM_COMMITS))
     report = verify_chain(open_chain(url))
     assert report.holds, report.findings

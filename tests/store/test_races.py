@@ -8,7 +8,7 @@ import pytest
 
 from tests.hub_emulator.faults import Fault, LoseReply
 from tests.store.proxy import Proxy
-from tests.store.racers import race
+from tests.store.racers import race, race_in_threads
 
 
 @pytest.fixture(autouse=True)
@@ -18,7 +18,7 @@ def _no_cache(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("any_url", ["memory"], indirect=True)
 def test_threads_race_in_memory(any_url: str) -> None:
-    race(any_url, in_threads=True)
+    race_in_threads(any_url)
 
 
 @pytest.mark.process
@@ -38,7 +38,7 @@ def test_processes_race_while_replies_get_lost(s3_url: str, s3_proxy: Proxy) -> 
 
     s3_proxy.plan = plan
     race(s3_url)
-    assert len(lost) > 3
+    assert len(lost) >= 3
 
 
 def test_processes_race_while_listings_lag(s3_url: str, s3_proxy: Proxy) -> None:

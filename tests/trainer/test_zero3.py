@@ -11,8 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.ranks import RankGroup, start_stage
-from tests.waiting import wait_until
+from tests.ranks import run_stage, start_stage
+from tests.trainer import killed_ranks
+from tests.trainer.killed_ranks import KILLED_AT_STEP
 from weightline.chain import open_chain
 from weightline.chain.replay.state import read_state
 from weightline.codec.torch_ops import bits_of
@@ -22,7 +23,7 @@ from weightline.stages.recipe import DatasetConfig, ModelConfig, StageConfig, St
 
 pytestmark = pytest.mark.train
 
-_MAX_STEPS, _SAVE_STEPS = 16, 4
+_MAX_STEPS, _SAVE_STEPS = 10, 4
 
 
 @pytest.fixture(scope="module")
@@ -55,12 +56,8 @@ class Stage:
             chain_url=chain_url,
         )
 
-    def start(self) -> RankGroup:
-        return start_stage(self.job, self.folder / "ranks.log")
-
     def run(self) -> StageResult:
-        ranks = self.start()
-        assert ranks.wait() == [0, 0], ranks.log_tail
+        run_stage(self.job, self.folder / "ranks.log")
         result = StageResult.load(self.job)
         assert result is not None
         return result
@@ -79,18 +76,6 @@ class Stage:
         assert self.job.chain_url is not None
         chain = open_chain(self.job.chain_url)
         return {name: bits.tobytes() for name, bits in read_state(chain, chain.tip().version).bits.items()}
-
-
-def _kill_a_rank_at(stage: Stage, step: int) -> None:
-    """kill -9 rank 1 once that step is logged, and wait until the other has been ended."""
-    ranks = stage.start()
-    wait_until(
-        lambda: not ranks.is_running or (stage.job.metrics_path.exists() and len(stage.losses()) >= step),
-        pause_seconds=0.02,
-    )
-    assert ranks.is_running, ranks.log_tail
-    ranks.kill(1)
-    assert ranks.wait()[1] == -signal.SIGKILL
 
 
 @pytest.fixture(scope="module", params=["sft", "dpo"])
@@ -113,21 +98,23 @@ def test_the_tip_is_what_save_model_wrote(undisturbed: Stage) -> None:
     assert undisturbed.job.chain_url is not None
     manifests = open_chain(undisturbed.job.chain_url).manifests()
     # Every third step, every checkpoint, and the end.
-    assert [m.global_step for m in manifests] == [0, 3, 4, 6, 8, 9, 12, 15, 16]
-    assert [m.is_milestone for m in manifests] == [True] + [False] * 7 + [True]
+    assert [m.global_step for m in manifests] == [0, 3, 4, 6, 8, 9, 10]
+    assert [m.is_milestone for m in manifests] == [True] + [False] * 5 + [True]
     assert all(m.world_size == 2 for m in manifests)
 
 
 def test_a_killed_rank_costs_no_bit(undisturbed: Stage, tmp_path: Path) -> None:
     stage = Stage(undisturbed.kind, undisturbed.model_dir, tmp_path)
-    _kill_a_rank_at(stage, _SAVE_STEPS + 3)
+    ranks = start_stage(stage.job, stage.folder / "ranks.log", killed_ranks.main)
+    assert ranks.wait()[1] == -signal.SIGKILL, ranks.log_tail
+    assert len(stage.losses()) in (KILLED_AT_STEP - 1, KILLED_AT_STEP)
     assert stage.job.chain_url is not None
     chain = open_chain(stage.job.chain_url)
     before = chain.tip().version
     read_state(chain, before)
     assert StageResult.load(stage.job) is None
     result = stage.run()
-    assert result.resumed_from_step in (_SAVE_STEPS, 2 * _SAVE_STEPS)
+    assert result.resumed_from_step == _SAVE_STEPS
     assert stage.weights() == undisturbed.weights()
     assert stage.tip() == undisturbed.weights()
     after = open_chain(stage.job.chain_url).manifests(first=before + 1)
