@@ -35,7 +35,7 @@ test: $(VENV)/.test-ready lint  ## Everything that CI checks
 test-fast: $(VENV)/.test-ready  ## Tests that start no process and no server
 	$(BIN)/python -m pytest $(PYTEST_WORKERS) -m "not (process or store or train or flows or browser)" $(PYTEST_ARGS)
 
-test-nightly: $(VENV)/.test-ready  ## As `test`, with twenty times as many examples and a deeper state machine
+test-nightly: $(VENV)/.test-ready  ## As `test`, with slow tests, twenty times as many examples and a deeper state machine
 	HYPOTHESIS_PROFILE=nightly $(BIN)/python -m pytest $(PYTEST_WORKERS) --durations=30 -o timeout=7200 $(PYTEST_ARGS)
 
 # The environment extends the tested one and contains only packages that differ, which saves a second installation. Every run

@@ -19,6 +19,7 @@ os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 settings.register_profile("default", max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("nightly", max_examples=1000, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+_IS_NIGHTLY = os.environ.get("HYPOTHESIS_PROFILE") == "nightly"
 
 #: Marks of tests that start processes. `make test-fast` leaves all of them out.
 _MARKS = {"process", "store", "train", "flows", "browser"}
@@ -31,12 +32,16 @@ _unmarked_test: str | None = None
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Mark tests by the servers that their fixtures start, and let one worker of xdist run all tests of a group.
 
     A group is a module, whose fixtures are then made once. All tests of one Prefect server are one group, and so are
-    all tests whose ranks one fork server starts.
+    all tests whose ranks one fork server starts. Tests of the mark `nightly` are left out by day.
     """
+    nightly = [] if _IS_NIGHTLY else [item for item in items if item.get_closest_marker("nightly")]
+    if nightly:
+        config.hook.pytest_deselected(items=nightly)
+        items[:] = [item for item in items if item not in nightly]
     for item in items:
         used = set(getattr(item, "fixturenames", ()))
         for fixture in used & _MARK_OF_FIXTURE.keys():

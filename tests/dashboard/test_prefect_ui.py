@@ -8,17 +8,20 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from uuid import UUID
 
 import httpx
 import pytest
 from playwright.sync_api import Browser, Locator, Page, expect
+from prefect.client.orchestration import SyncPrefectClient
 
 from tests import ROOT
 from tests.runs.recipes import write_recipe
 from weightline.deployments.server.artifacts import lineage_key
+from weightline.deployments.server.deploy import deploy_all
 from weightline.deployments.stack.folder import StackFolder, StackRecord
 
-pytestmark = [pytest.mark.browser, pytest.mark.flows, pytest.mark.train, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.browser, pytest.mark.flows, pytest.mark.timeout(900)]
 
 #: For what trains, and for what only has to be drawn.
 _TRAIN_SECONDS = 600
@@ -71,17 +74,41 @@ def _wait_for_artifact(api_url: str, key: str) -> None:
         time.sleep(2)
 
 
-def test_a_person_trains_from_the_ui_and_sees_what_came_of_it(
-    stack: StackRecord, page: Page, runs_dir: Path, tmp_path: Path, picture: Callable[[Page, str], None]
-) -> None:
-    recipe = write_recipe(tmp_path, stages=[{"kind": "sft", "max_steps": 2, "learning_rate": 1e-3, "sync_steps": 1}])
-    page.goto(f"{stack.ui_url}/v2/deployments", timeout=_DRAW_MILLISECONDS)
+def _fill_form(page: Page, ui_url: str, recipe: Path) -> None:
+    """The way to the form of a training, with the recipe entered."""
+    page.goto(f"{ui_url}/v2/deployments", timeout=_DRAW_MILLISECONDS)
     page.get_by_role("link", name="post-training", exact=True).first.click()
     page.get_by_role("button", name="Run", exact=True).click()
     page.get_by_role("menuitem", name="Custom run").click()
     for label in ("Recipe", "Stages", "Start from", "Run", "Folder of all runs", "Chain"):
         expect(page.locator("label", has_text=label).first).to_be_visible(timeout=_DRAW_MILLISECONDS)
     _field(page, "Recipe").fill(str(recipe))
+
+
+def test_a_person_starts_a_training_from_its_form(
+    server: str, client: SyncPrefectClient, page: Page, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is submitted is a run with the entered parameters. No worker is there to train."""
+    monkeypatch.setenv("PREFECT_API_URL", server)
+    deploy_all()
+    recipe = write_recipe(tmp_path)
+    _fill_form(page, server.removesuffix("/api"), recipe)
+    page.get_by_role("button", name="Submit").click()
+    page.get_by_role("link", name="View run").click()
+    page.wait_for_url("**/runs/flow-run/*")
+    run = client.read_flow_run(UUID(page.url.partition("/flow-run/")[2].partition("?")[0]))
+    client.delete_flow_run(run.id)
+    assert run.parameters["recipe"] == str(recipe)
+    assert run.work_queue_name == "training"
+
+
+@pytest.mark.nightly
+@pytest.mark.train
+def test_a_person_trains_from_the_ui_and_sees_what_came_of_it(
+    stack: StackRecord, page: Page, runs_dir: Path, tmp_path: Path, picture: Callable[[Page, str], None]
+) -> None:
+    recipe = write_recipe(tmp_path, stages=[{"kind": "sft", "max_steps": 2, "learning_rate": 1e-3, "sync_steps": 1}])
+    _fill_form(page, stack.ui_url, recipe)
     picture(page, "prefect-form")
     page.get_by_role("button", name="Submit").click()
     page.get_by_role("link", name="View run").click()
