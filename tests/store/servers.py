@@ -17,6 +17,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from tests.waiting import PATIENCE_SECONDS, wait_until
+from weightline.store.objects.clients import open_s3
+from weightline.store.objects.store import ObjectStore, Patience
 
 S3_ENVIRONMENT = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_REGION": "us-east-1"}
 #: The account and key that every Azure emulator knows: they are published, and secret nowhere.
@@ -105,3 +107,9 @@ def _free_port() -> int:
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
         return int(one.getsockname()[1])
+
+
+def open_patiently(url: str, patience: Patience) -> ObjectStore:
+    """The bucket that an `s3://` URL names, without our repeating around it, and with this patience of the client."""
+    bucket, _, prefix = url.removeprefix("s3://").partition("/")
+    return open_s3(url, bucket, prefix, patience=patience)

@@ -175,13 +175,10 @@ def test_an_operation_that_fails_inside_a_200_is_not_silent(hub: HubEmulator, st
     assert store.get("payloads/x") == payload.read_bytes()
 
 
-def test_an_upload_that_does_not_show_is_an_error(
-    hub: HubEmulator, hub_url: str, payload: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("weightline.store.hub.bucket._VISIBLE_AFTER_SECONDS", (0.0, 0.01))
+def test_an_upload_that_does_not_show_is_an_error(hub: HubEmulator, hub_url: str, payload: Path) -> None:
     hub.info_lag_seconds = 60.0
     with pytest.raises(TransientStorageError, match="is missing"):
-        open_hub(hub_url).put_file("payloads/x", payload)
+        open_hub(hub_url, write_visible_pauses_seconds=(0.0, 0.01)).put_file("payloads/x", payload)
 
 
 @pytest.mark.parametrize("fault", [Cut(), LoseReply(), Status(429), Status(503)], ids=str)

@@ -179,12 +179,9 @@ def test_listings_that_lag_only_cost_time(hub: HubEmulator, store: HubStore) -> 
     assert store.get(KEY) == b"first"
 
 
-def test_a_claim_that_never_shows_decides_nothing(
-    hub: HubEmulator, store: HubStore, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("weightline.store.hub.claims._VISIBLE_SECONDS", 0.3)
+def test_a_claim_that_never_shows_decides_nothing(hub: HubEmulator, store: HubStore) -> None:
     hub.list_lag_seconds = 60.0
-    assert _attempt(store, b"first") == "unknown"
+    assert _attempt(open_hub(store.url, claim_visible_seconds=0.3), b"first") == "unknown"
     assert store.head(KEY) is None
     hub.list_lag_seconds = 0.0
     assert [contest.kind for contest in store.contests()] == ["unpublished"]

@@ -126,7 +126,7 @@ def test_a_write_that_fails_ends_at_once(body: bytes, tmp_path: Path, nbytes_bef
     start = time.monotonic()
     with pytest.raises(TransientStorageError, match="cut"):
         hash_arriving(path, NBYTES, write)
-    assert time.monotonic() - start < hub_hash._END_SECONDS / 2
+    assert time.monotonic() - start < hub_hash.END_SECONDS / 2
 
 
 def test_a_file_system_without_sendfile_costs_a_second_look(
@@ -145,7 +145,6 @@ def test_a_process_that_holds_the_pipe_is_not_waited_for(
     body: bytes, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As a child does that is forked during a download: the end of the pipe does not show."""
-    monkeypatch.setattr(hub_hash, "_END_SECONDS", 0.3)
     path, held = tmp_path / "arriving", []
     pipe = os.pipe
 
@@ -155,7 +154,7 @@ def test_a_process_that_holds_the_pipe_is_not_waited_for(
         return reader, writer
 
     monkeypatch.setattr(os, "pipe", holding)
-    assert hash_arriving(path, NBYTES, lambda: path.write_bytes(body) and None) == expected
+    assert hash_arriving(path, NBYTES, lambda: path.write_bytes(body) and None, end_seconds=0.3) == expected
     os.close(held[0])
     for thread in threading.enumerate():
         if thread.name == "weightline-hash":
@@ -290,12 +289,11 @@ def test_an_upload_of_another_file_than_was_hashed_is_an_error(
     hub: HubEmulator, hub_url: str, body: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As when the file changes on its way."""
-    monkeypatch.setattr("weightline.store.hub.bucket._VISIBLE_AFTER_SECONDS", (0.0, 0.01))
     source = tmp_path / "source"
     source.write_bytes(body)
     monkeypatch.setattr(hub_content, "hash_beside", lambda path, work: work() or "f" * 64)
     with pytest.raises(TransientStorageError, match="was written"):
-        open_hub(hub_url).put_file("payloads/x", source)
+        open_hub(hub_url, write_visible_pauses_seconds=(0.0, 0.01)).put_file("payloads/x", source)
 
 
 def test_a_missing_file_is_a_storage_error(hub: HubEmulator, hub_url: str, tmp_path: Path) -> None:

@@ -11,13 +11,14 @@ import pytest
 from tests.hub_emulator.faults import Cut, Fault, LoseReply, Truncate
 from tests.store.proxy import Proxy
 from tests.store.racers import same_weights, write_checkpoint_folder
+from tests.store.servers import open_patiently
 from weightline.chain.files.checkpoint import write_checkpoint
 from weightline.chain.read.history import Chain
 from weightline.chain.upkeep.verify import verify_chain
 from weightline.chain.write.standalone import commit_folder
 from weightline.errors import DigestMismatchError, TransientStorageError
 from weightline.store import Store, open_store
-from weightline.store.objects import store as objects
+from weightline.store.objects.store import Patience
 
 
 @pytest.fixture(autouse=True)
@@ -31,10 +32,9 @@ def folders(tmp_path: Path) -> list[Path]:
 
 
 @pytest.fixture
-def impatient(s3_proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Store]:
+def impatient(s3_proxy: Proxy) -> Callable[[str], Store]:
     """Opens the bucket with a client that asks for everything once: each failure reaches the caller."""
-    monkeypatch.setattr(objects, "_REPEATS", objects._ONCE)
-    return lambda url: open_store(url).inner  # type: ignore[attr-defined]
+    return lambda url: open_patiently(url, Patience(num_retries=0))
 
 
 def _commit_and_pull(store: Store, folder: Path, out: Path) -> None:

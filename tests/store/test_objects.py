@@ -19,6 +19,7 @@ import pytest
 from tests.hub_emulator.faults import Cut, LoseReply, Status, Truncate
 from tests.store.proxy import Proxy, Slow, Stall
 from tests.store.racers import write_checkpoint_folder
+from tests.store.servers import open_patiently
 from tests.waiting import PATIENCE_SECONDS
 from weightline.chain.read.history import Chain
 from weightline.chain.write.standalone import commit_folder
@@ -32,7 +33,7 @@ from weightline.errors import (
 from weightline.store import open_store
 from weightline.store.objects import store as objects
 from weightline.store.objects.clients import open_s3
-from weightline.store.objects.store import ObjectStore
+from weightline.store.objects.store import ObjectStore, Patience
 from weightline.store.open import check_writable
 from weightline.store.retry import RetryingStore
 from weightline.store.transfers import note_of
@@ -157,12 +158,9 @@ def _is_late(proxy: Proxy) -> bool:
     return len([1 for method, _ in proxy.requests if method == "GET"]) > 3
 
 
-def test_slow_links_are_waited_for(
-    s3_url: str, s3_proxy: Proxy, large: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_slow_links_are_waited_for(s3_url: str, s3_proxy: Proxy, large: Path, tmp_path: Path) -> None:
     """What moves slowly is not taken for what stalls: parts up may take long, and so may ranges that trickle."""
-    monkeypatch.setitem(objects._READING, "read_timeout", timedelta(seconds=1))
-    store = _bare(s3_url)
+    store = open_patiently(s3_url, Patience(read_seconds=1))
     s3_proxy.plan = lambda number, method, path: Slow(1.5)
     store.put_file("payloads/x", large)
     store.get_file("payloads/x", tmp_path / "copy")
@@ -173,17 +171,13 @@ def test_slow_links_are_waited_for(
 
 def test_parts_under_way_fit_the_time_of_a_request_on_a_link_of_3_mbit_a_second() -> None:
     nbytes = objects._NUM_PARALLEL * 16 * 1024 * 1024
-    for options in (objects._SENDING, objects._READING):
-        timeout = options["timeout"]
-        assert isinstance(timeout, timedelta)
-        assert 8 * nbytes / timeout.total_seconds() <= 3e6
+    timeout = objects._SENDING["timeout"]
+    assert isinstance(timeout, timedelta)
+    assert 8 * nbytes / timeout.total_seconds() <= 3e6
 
 
-def test_a_download_that_stalls_goes_on_soon(
-    s3_url: str, s3_proxy: Proxy, large: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(objects._READING, "read_timeout", timedelta(seconds=0.5))
-    store = open_store(s3_url)
+def test_a_download_that_stalls_goes_on_soon(s3_url: str, s3_proxy: Proxy, large: Path, tmp_path: Path) -> None:
+    store = RetryingStore(open_patiently(s3_url, Patience(read_seconds=0.5)))
     store.put_file("payloads/x", large)
     is_first = iter([True])
     s3_proxy.plan = lambda number, method, path: Stall(120) if method == "GET" and next(is_first, False) else None
@@ -282,11 +276,8 @@ def test_a_request_that_the_service_gave_up_on_is_asked_for_again(s3_url: str, s
     assert not isinstance(caught.value, TransientStorageError)
 
 
-def test_a_bucket_that_stays_away_is_a_transient_error_in_bounded_time(
-    s3_url: str, s3_proxy: Proxy, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(objects, "_REPEATS", objects._ONCE)
-    store = RetryingStore(_bare(s3_url), patience_seconds=0.5)
+def test_a_bucket_that_stays_away_is_a_transient_error_in_bounded_time(s3_url: str, s3_proxy: Proxy) -> None:
+    store = RetryingStore(open_patiently(s3_url, Patience(num_retries=0)), patience_seconds=0.5)
     s3_proxy.plan = lambda number, method, path: Cut()
     for ask in (lambda: store.get("x"), lambda: store.put_if_absent("x", b""), lambda: list(store.list(""))):
         with pytest.raises(TransientStorageError):

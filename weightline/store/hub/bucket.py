@@ -34,7 +34,7 @@ _HTTP_TIMEOUT_SECONDS = 60.0
 _NUM_REPEATS = 5
 
 #: Pauses between reads of a path that was just written, until the read shows the write.
-_VISIBLE_AFTER_SECONDS = (0.0, 0.1, 0.3, 0.6, 1.0, 2.0, 4.0)
+VISIBLE_PAUSES_SECONDS = (0.0, 0.1, 0.3, 0.6, 1.0, 2.0, 4.0)
 
 #: Parts of the Hub's error messages that mark a failure as permanent.
 _PERMANENT = ("invalid", "forbidden", "not allowed", "permission", "quota", "exceed", "too large")
@@ -58,10 +58,19 @@ class HubBucket:
     project's errors, whose messages name `url`.
     """
 
-    def __init__(self, bucket_id: str, url: str, *, endpoint: str, token: str | bool | None) -> None:
+    def __init__(
+        self,
+        bucket_id: str,
+        url: str,
+        *,
+        endpoint: str,
+        token: str | bool | None,
+        visible_pauses_seconds: Sequence[float] = VISIBLE_PAUSES_SECONDS,
+    ) -> None:
         self.url = url
         self.bucket_id = bucket_id
         self._token = token
+        self._visible_pauses_seconds = visible_pauses_seconds
         self._api = HfApi(endpoint=endpoint, token=token)
         self._batch_url = f"{endpoint}/api/buckets/{bucket_id}/batch"
         self._content = HubContent(bucket_id, endpoint, token)
@@ -162,7 +171,7 @@ class HubBucket:
     def await_content(self, path: str, expected: Content) -> None:
         """Waits until reads show that the path refers to this content. TransientStorageError when they never do."""
         found: HubFile | None = None
-        for pause in _VISIBLE_AFTER_SECONDS:
+        for pause in self._visible_pauses_seconds:
             time.sleep(pause)
             found = self.find([path]).get(path)
             if found is not None and found.content == expected:

@@ -58,7 +58,7 @@ _NEVER = datetime.max.replace(tzinfo=UTC)
 _MAX_ATTEMPTS = 3
 
 #: Time that a claim confirmed by the Hub may take to show in a listing.
-_VISIBLE_SECONDS = 30.0
+VISIBLE_SECONDS = 30.0
 
 _PUBLISH_PAUSES_SECONDS = (0.0, 0.0, 0.1, 0.3, 0.6, 1.0, 2.0, 4.0)
 
@@ -100,10 +100,13 @@ def judge(key: str, claims: Collection[HubFile], published: HubFile | None) -> C
 class ClaimLog:
     """Create-only puts below one root of a bucket."""
 
-    def __init__(self, bucket: HubBucket, root: str, settle_seconds: float) -> None:
+    def __init__(
+        self, bucket: HubBucket, root: str, settle_seconds: float, visible_seconds: float = VISIBLE_SECONDS
+    ) -> None:
         self._bucket = bucket
         self._root = root
         self._settle_seconds = settle_seconds
+        self._visible_seconds = visible_seconds
 
     def folder(self, key: str) -> str:
         """Returns the path of the folder that holds the claims of a key, with a slash at its end."""
@@ -194,7 +197,7 @@ class ClaimLog:
         `confirmed` is the claim whose reply arrived, if any: its settling time starts at that reply. A claim that shows
         although its reply was lost may have arrived just now, so its settling time starts when it shows.
         """
-        deadline = time.monotonic() + self._settle_seconds + (_VISIBLE_SECONDS if confirmed else 0.0)
+        deadline = time.monotonic() + self._settle_seconds + (self._visible_seconds if confirmed else 0.0)
         pause = self._settle_seconds
         settled = {confirmed} if confirmed else set()
         while True:

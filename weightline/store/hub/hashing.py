@@ -23,7 +23,7 @@ _POLL_SECONDS = 0.002
 _PIECE_NBYTES = 2**20
 
 #: Bound of the wait for the hash. A process that was forked meanwhile holds the pipe open, so its end may never show.
-_END_SECONDS = 10.0
+END_SECONDS = 10.0
 
 
 def xet_hash(path: Path) -> str:
@@ -48,7 +48,7 @@ def hash_beside(path: Path, work: Callable[[], None]) -> str:
     return hashing.xet_hash or xet_hash(path)
 
 
-def hash_arriving(path: Path, nbytes: int, write: Callable[[], None]) -> str:
+def hash_arriving(path: Path, nbytes: int, write: Callable[[], None], end_seconds: float = END_SECONDS) -> str:
     """Runs `write`, which fills the new file `path`, and returns the hash of the bytes as they were written.
 
     It is the hash of the file when `write` wrote each byte once and in order. If the hash does not match, hash the file
@@ -70,7 +70,7 @@ def hash_arriving(path: Path, nbytes: int, write: Callable[[], None]) -> str:
     finally:
         feeding.is_written.set()
         feeding.join()
-        hashing.join(_END_SECONDS)
+        hashing.join(end_seconds)
     return hashing.xet_hash or xet_hash(path)
 
 

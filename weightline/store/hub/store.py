@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -24,8 +24,8 @@ from huggingface_hub import get_token
 from weightline.errors import InputError, NotFoundError, TransientStorageError
 from weightline.store import transfers
 from weightline.store.base import MAX_GET_NBYTES, Contest, ObjectInfo, Store, checked_key, require_nbytes
-from weightline.store.hub.bucket import HubBucket, HubFile
-from weightline.store.hub.claims import CLAIMS, ClaimLog
+from weightline.store.hub.bucket import VISIBLE_PAUSES_SECONDS, HubBucket, HubFile
+from weightline.store.hub.claims import CLAIMS, VISIBLE_SECONDS, ClaimLog
 from weightline.store.transfers import moved
 
 _SCHEME = "hf://"
@@ -185,12 +185,24 @@ class HubStore:
         return ObjectInfo(file.path.removeprefix(self._root), file.content.nbytes, modified_at)
 
 
-def open_hub(url: str) -> HubStore:
-    """Returns the store that a Hub URL names. Reads and writes nothing. InputError for a bad URL, token or setting."""
+def open_hub(
+    url: str,
+    *,
+    claim_visible_seconds: float = VISIBLE_SECONDS,
+    write_visible_pauses_seconds: Sequence[float] = VISIBLE_PAUSES_SECONDS,
+) -> HubStore:
+    """Returns the store that a Hub URL names. Reads and writes nothing. InputError for a bad URL, token or setting.
+
+    `claim_visible_seconds`: the time that a claim may take to show in a listing. `write_visible_pauses_seconds`: the
+    pauses between reads of a path that was just written, until the read shows the write.
+    """
     parsed = parse_hub_url(url)
     endpoint = (os.environ.get("HF_ENDPOINT") or DEFAULT_ENDPOINT).rstrip("/")
-    bucket = HubBucket(parsed.bucket_id, parsed.text, endpoint=endpoint, token=_token(url))
-    claims = ClaimLog(bucket, parsed.root, _settle_seconds())
+    bucket = HubBucket(
+        parsed.bucket_id, parsed.text, endpoint=endpoint, token=_token(url),
+        visible_pauses_seconds=write_visible_pauses_seconds,
+    )  # fmt: skip
+    claims = ClaimLog(bucket, parsed.root, _settle_seconds(), claim_visible_seconds)
     return HubStore(parsed, bucket, claims, _gateway(parsed))
 
 

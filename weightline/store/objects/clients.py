@@ -10,7 +10,7 @@ from obstore.exceptions import BaseError
 from obstore.store import AzureStore, GCSStore, S3Store
 
 from weightline.errors import InputError
-from weightline.store.objects.store import ObjectStore
+from weightline.store.objects.store import DEFAULT_PATIENCE, ObjectStore, Patience
 
 if TYPE_CHECKING:
     from weightline.store.objects.store import Connect
@@ -25,6 +25,7 @@ def open_s3(
     access_key_id: str | None = None,
     secret_access_key: str | None = None,
     region: str | None = None,
+    patience: Patience = DEFAULT_PATIENCE,
 ) -> ObjectStore:
     """Opens an S3-compatible bucket. Settings that are not given come from the environment.
 
@@ -45,7 +46,7 @@ def open_s3(
         config["region"] = region
     return _open(url, prefix, endpoint.startswith("http://"), lambda options, retry: S3Store(
         bucket, client_options=options, retry_config=retry, **config
-    ))  # fmt: skip
+    ), patience)  # fmt: skip
 
 
 def open_gs(url: str, bucket: str, prefix: str) -> ObjectStore:
@@ -68,10 +69,14 @@ def open_az(url: str, container: str, prefix: str) -> ObjectStore:
     ))  # fmt: skip
 
 
-def _open(url: str, prefix: str, is_plain: bool, connect: Connect) -> ObjectStore:
+def _open(
+    url: str, prefix: str, is_plain: bool, connect: Connect, patience: Patience = DEFAULT_PATIENCE
+) -> ObjectStore:
     """Opens a store. `is_plain`: allow http without TLS. InputError for settings that the client rejects."""
     try:
-        return ObjectStore(url, prefix, lambda options, retry: connect({**options, "allow_http": is_plain}, retry))
+        return ObjectStore(
+            url, prefix, lambda options, retry: connect({**options, "allow_http": is_plain}, retry), patience
+        )
     except (BaseError, ValueError) as error:
         reason = str(error).partition("\n")[0]
         raise InputError(f"{url}: {reason}. docs/buckets.md lists the settings of each store", url=url) from error

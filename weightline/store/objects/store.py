@@ -17,6 +17,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
@@ -48,16 +49,25 @@ _MAX_PARTS = 9_000
 #: The timeout applies to all parts in flight together, which suffices for links down to 3 Mbit/s.
 _SENDING: ClientConfig = {"connect_timeout": timedelta(seconds=10), "timeout": timedelta(minutes=5)}
 
-#: Requests without a body fail sooner when no answer comes. For uploads this timeout would bound the whole request.
-_READING: ClientConfig = {**_SENDING, "read_timeout": timedelta(seconds=20)}
-
 _REPEATS: RetryConfig = {
-    "max_retries": 3,
     "retry_timeout": timedelta(seconds=20),
     "backoff": {"init_backoff": timedelta(milliseconds=100), "max_backoff": timedelta(seconds=2)},
 }
 
 _ONCE: RetryConfig = {"max_retries": 0}
+
+
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """What a client does by itself about a slow or failing bucket, before the caller sees a TransientStorageError."""
+
+    num_retries: int = 3
+    """How often a request that may be repeated is sent again."""
+    read_seconds: float = 20.0
+    """Requests without a body fail when nothing arrives for this time. It would bound a whole upload, so not there."""
+
+
+DEFAULT_PATIENCE = Patience()
 
 _logger = logging.getLogger(__name__)
 
@@ -71,13 +81,15 @@ class ObjectStore(DecisiveStore):
     `connect(client_config, retry_config)` makes an obstore client of the bucket.
     """
 
-    def __init__(self, url: str, prefix: str, connect: Connect) -> None:
+    def __init__(self, url: str, prefix: str, connect: Connect, patience: Patience = DEFAULT_PATIENCE) -> None:
         _require_home(url)
         self.url = url
         self._root = f"{prefix.strip('/')}/" if prefix.strip("/") else ""
-        self._client = connect(_READING, _REPEATS)
-        self._sender = connect(_SENDING, _REPEATS)
-        self._once = connect(_READING, _ONCE)
+        reading: ClientConfig = {**_SENDING, "read_timeout": timedelta(seconds=patience.read_seconds)}
+        repeats: RetryConfig = {**_REPEATS, "max_retries": patience.num_retries}
+        self._client = connect(reading, repeats)
+        self._sender = connect(_SENDING, repeats)
+        self._once = connect(reading, _ONCE)
 
     def get(self, key: str, max_nbytes: int = MAX_GET_NBYTES) -> bytes:
         with self._storage_errors(key):
