@@ -1,8 +1,7 @@
 """Publishes versions from the training thread: captures at each sync and hands the changes to a background thread.
 
-Every decision depends only on numbers that all ranks share: how many syncs were captured, and how many are settled on
-all ranks (one int64 all-reduce over gloo per sync). So all ranks capture at the same syncs. The training thread blocks
-only for the bounds in `PublishSettings`.
+All ranks capture at the same syncs (see `weightline.trainer.pipeline`). The training thread blocks only for the bounds
+in `PublishSettings`.
 
 Errors follow the policy in `weightline.trainer.group`.
 """
@@ -10,7 +9,6 @@ Errors follow the policy in `weightline.trainer.group`.
 from __future__ import annotations
 
 import logging
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import TracebackType
@@ -18,11 +16,10 @@ from typing import Any, Literal, Self
 
 from weightline.chain.files.checkpoint import VersionMark
 from weightline.chain.read.history import Chain
-from weightline.chain.read.records import GAPS, LOGGED, write_record
+from weightline.chain.read.records import LOGGED, write_record
 from weightline.codec.coding import coding_named
 from weightline.codec.digest import parse_digest
-from weightline.errors import CommitConflictError, PublishError
-from weightline.format.manifest import AssetRef
+from weightline.errors import PublishError
 from weightline.trainer.anchoring import LateJoiner
 from weightline.trainer.baseline import Baseline
 from weightline.trainer.earlier import Trail, finish_left_sessions, forget, leave_trail, register, unfinished_trail
@@ -31,6 +28,7 @@ from weightline.trainer.located import LocatedTensors
 from weightline.trainer.metrics import MetricsLog, numbers_in
 from weightline.trainer.model_files import ModelFiles
 from weightline.trainer.partition import shards_of
+from weightline.trainer.pipeline import SyncPipeline
 from weightline.trainer.published_dtype import decide_rule, describe_cast, main_dtype
 from weightline.trainer.settings import PublishSettings
 from weightline.trainer.start import (
@@ -43,7 +41,7 @@ from weightline.trainer.start import (
     tensors_and_base,
 )
 from weightline.trainer.steps import NoObserver, StepObserver
-from weightline.trainer.sync import Sync, SyncOutcome, SyncPublisher
+from weightline.trainer.sync import SyncPublisher
 from weightline.trainer.writer import VersionWriter
 from weightline.types import Changes, TensorSpec
 
@@ -76,27 +74,15 @@ class PublishSession:
         self._located: LocatedTensors
         self._baseline: Baseline
         self._publisher: SyncPublisher
+        self._pipeline: SyncPipeline
         self._is_started = False
         self._is_closed = False
-        self._assets: tuple[AssetRef, ...] = ()
         self._model_files: ModelFiles | None = None
-        self._in_flight: deque[Sync] = deque()
-        self._num_captured = 0
-        self._num_settled = 0
-        self._epoch = 0
-        self._wants_anchor = False
         self._metrics = MetricsLog()
         self._num_records = 0
         self._trail = Trail(chain.url, "", None)
         self.last_step = -1
         """Training step of the newest capture."""
-        self.settled: VersionMark | None = None
-        """The newest version that every rank knows to be committed by this session, or the one that it started from."""
-        self._is_milestone = False
-        self.committed: list[int] = []
-        """Versions that this session committed, in order."""
-        self.payload_nbytes = 0
-        """Bytes of the payloads of these versions, of all ranks."""
         self.cast_note: str | None = None
         """Which weights are published in another dtype than training holds them in, where there are such."""
         register(self)
@@ -132,7 +118,6 @@ class PublishSession:
                     unfinished_trail(model), dtype,
                 )
             )  # fmt: skip
-            self.settled, self._is_milestone = start.tip, start.is_milestone
             self._trail = Trail(self.chain.url, start.session_id, start.tip.commit_id if start.tip else None)
             leave_trail(model, self._trail)
             writer = group.on_all(lambda: self._writer(start, specs))
@@ -141,7 +126,11 @@ class PublishSession:
             )
             self._is_training = None
             self._is_started = True
-            self._assets = start.assets if start.has_new_assets else ()
+            self._pipeline = SyncPipeline(
+                self.chain, self.settings, group, self._publisher, self._baseline, start.tip,
+                is_milestone=start.is_milestone,
+            )  # fmt: skip
+            self._pipeline.assets = start.assets if start.has_new_assets else ()
             if group.rank == 0:
                 self._model_files = ModelFiles(self.chain, model, processing_class, dtype)
             if start.plan.action != "continue":
@@ -191,8 +180,7 @@ class PublishSession:
         """
         with self._closing_on_error():
             self._metrics.finish()
-            self._settle(self.group.minimum(self._publisher.num_outcomes))
-            if not self._make_room(must_capture=is_milestone or must_capture):
+            if not self._pipeline.make_room(must_capture=is_milestone or must_capture):
                 return False
             changes, failure = self._capture()
             self._submit(
@@ -216,20 +204,19 @@ class PublishSession:
                 self._metrics.drop()
             changes, failure = self._capture()
             self._look_at_files()
-            has_changed = self.group.minimum(0 if changes or failure or self._assets else 1) == 0
-            if not has_changed and (self._is_milestone or not is_milestone):
-                return self.settled
+            has_changed = self.group.minimum(0 if changes or failure or self._pipeline.assets else 1) == 0
+            if not has_changed and (self._pipeline.is_milestone or not is_milestone):
+                return self._pipeline.settled
             self._submit("delta", changes, global_step, is_milestone=is_milestone, failure=failure)
             self.flush()
-            is_committed = self._publisher.outcome(self._num_captured - 1).status == "committed"
-            return self.settled if is_committed else None
+            is_committed = self._pipeline.version_of(self._pipeline.num_captured - 1) is not None
+            return self._pipeline.settled if is_committed else None
 
     def flush(self) -> None:
         """Waits until all captured syncs are settled on every rank. Raises the errors of `sync`."""
         with self._closing_on_error():
             self._metrics.finish()
-            self._publisher.wait_for(self._num_captured)
-            self._settle(self.group.minimum(self._publisher.num_outcomes))
+            self._pipeline.flush()
 
     def log(self, global_step: int, logs: Mapping[str, Any]) -> None:
         """Takes numbers that training logged for a step. Not collective.
@@ -240,7 +227,7 @@ class PublishSession:
         numbers = numbers_in(logs)
         if self._metrics.add(global_step, numbers) or self.group.rank != 0 or not numbers:
             return
-        sequence = self._num_captured - 1
+        sequence = self._pipeline.num_captured - 1
         self._num_records += 1
         name = f"step-{global_step}-{self._trail.session_id[:8]}-{self._num_records}"
         record = {
@@ -249,7 +236,7 @@ class PublishSession:
         }  # fmt: skip
 
         def write() -> None:
-            version = self._version_of(sequence)
+            version = self._pipeline.version_of(sequence)
             if version is not None:
                 write_record(self.chain, LOGGED, version, name, record)
 
@@ -268,9 +255,17 @@ class PublishSession:
         """
         with self._closing_on_error():
             self._metrics.finish()
-            self._publisher.wait_for(self._num_captured)
-            for sync in self._in_flight:
-                self._raise_if_fatal(self._publisher.outcome(sync.sequence), sync)
+            self._pipeline.wait()
+
+    @property
+    def committed(self) -> tuple[int, ...]:
+        """Versions that this session committed, in order."""
+        return tuple(self._pipeline.committed) if self._is_started else ()
+
+    @property
+    def payload_nbytes(self) -> int:
+        """Bytes of the payloads of these versions, of all ranks."""
+        return self._pipeline.payload_nbytes if self._is_started else 0
 
     @property
     def is_closed(self) -> bool:
@@ -370,14 +365,7 @@ class PublishSession:
     def _look_at_files(self) -> None:
         """Takes note of small files that have changed since the last version. Only rank 0 has any."""
         if self._model_files is not None:
-            self._assets = self._model_files.changed() or self._assets
-
-    def _version_of(self, sequence: int) -> int | None:
-        """Returns the version that a settled sync became, -1 being the start; None when it became none."""
-        if sequence < 0:
-            return self.settled.version if self.settled else None
-        outcome = self._publisher.outcome(sequence)
-        return outcome.version if outcome.status == "committed" else None
+            self._pipeline.assets = self._model_files.changed() or self._pipeline.assets
 
     def _submit(
         self,
@@ -395,76 +383,12 @@ class PublishSession:
         if kind == "delta":
             self._look_at_files()
         own_metrics = self._metrics.take(global_step, metrics or {}, awaits_more=awaits_log)
-        sync = Sync(
-            self._num_captured, self._epoch, global_step, kind, changes, reverts_to, is_milestone, own_metrics,
-            self._assets, with_anchor=self._wants_anchor and kind == "delta", at_start=at_start, failure=failure,
+        self._pipeline.submit(
+            kind, changes, global_step, own_metrics, is_milestone=is_milestone, reverts_to=reverts_to, failure=failure,
+            at_start=at_start,
         )  # fmt: skip
-        self._assets = ()
-        self._wants_anchor = False
-        self._num_captured += 1
-        self._trail.num_captured = self._num_captured
-        self._in_flight.append(sync)
-        self._publisher.submit(sync)
+        self._trail.num_captured = self._pipeline.num_captured
         self.last_step = global_step
-
-    def _make_room(self, *, must_capture: bool) -> bool:
-        # An anchor is read from the baseline, which a capture would change. So no sync may follow one with an anchor.
-        limit = 1 if any(sync.with_anchor for sync in self._in_flight) else self.settings.max_in_flight
-        if len(self._in_flight) < limit:
-            return True
-        if self.settings.on_backlog == "fold" and not must_capture:
-            return False
-        self._publisher.wait_for(self._num_captured - limit + 1)
-        self._settle(self.group.minimum(self._publisher.num_outcomes))
-        return True
-
-    def _settle(self, num_settled: int) -> None:
-        """Processes outcomes that every rank has. After a failure, rewinds the baseline over all syncs in flight."""
-        for sequence in range(self._num_settled, num_settled):
-            outcome = self._publisher.outcome(sequence)
-            self._num_settled = sequence + 1
-            if outcome.status == "committed":
-                sync = self._in_flight.popleft()
-                is_under_way = any(sync.with_anchor for sync in self._in_flight)
-                self._wants_anchor = outcome.wants_anchor and not is_under_way
-                self.committed.append(outcome.version)
-                self.settled = VersionMark(
-                    self.chain.url, outcome.version, outcome.commit_id, self.settings.run_id, self.settings.stage,
-                    sync.global_step,
-                )  # fmt: skip
-                self._is_milestone = sync.is_milestone
-                self.payload_nbytes += outcome.payload_nbytes
-            elif outcome.status == "failed":
-                self._handle_failure(outcome)
-
-    def _raise_if_fatal(self, outcome: SyncOutcome, failed: Sync) -> None:
-        if outcome.status != "failed":
-            return
-        if outcome.is_conflict:
-            raise CommitConflictError(outcome.reason, version=outcome.version)
-        if self.settings.on_publish_error == "stop":
-            raise PublishError(
-                f"version {outcome.version} (step {failed.global_step}) could not be committed: {outcome.reason}. "
-                "Fix the cause and run again: training resumes from its last checkpoint",
-                version=outcome.version,
-                reason=outcome.reason,
-            )
-
-    def _handle_failure(self, outcome: SyncOutcome) -> None:
-        failed = self._in_flight[0]
-        self._raise_if_fatal(outcome, failed)
-        for sync in reversed(self._in_flight):
-            self._baseline.rewind(sync.changes)
-        self._assets = next((s.assets for s in self._in_flight if s.assets), ())
-        self._in_flight.clear()
-        self._epoch += 1
-        if self.group.rank == 0:
-            # Best effort: the bucket may be the cause of the failure.
-            best_effort(f"recording that version {outcome.version} was skipped", lambda: self._record(outcome, failed))
-
-    def _record(self, outcome: SyncOutcome, failed: Sync) -> None:
-        record = {"status": "skipped", "reason": outcome.reason, "global_step": failed.global_step}
-        write_record(self.chain, GAPS, outcome.version, f"step-{failed.global_step}", record)
 
 
 def _ended() -> bool:
