@@ -166,6 +166,14 @@ def test_a_checkpoint_that_was_loaded_in_float32_is_asked_for_its_dtype(tmp_path
     assert (rule.target, rule.base) == ("F16", "F16")
 
 
+def test_a_checkpoint_that_names_float32_is_published_in_the_dtype_that_training_computes_in(tmp_path: Path) -> None:
+    _llama().save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "float32"
+    model = LlamaForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    rule = decide_rule("auto", model, "bf16", Chain(MemoryStore()))
+    assert (rule.target, rule.reason, rule.base) == ("BF16", "in which training computes", None)
+
+
 def test_auto_goes_on_in_the_dtype_that_the_chain_has() -> None:
     chain, model = Chain(MemoryStore()), _llama(dtype="bfloat16")
     _session(chain, model, dtype="held").close()

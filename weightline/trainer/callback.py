@@ -71,10 +71,10 @@ class WeightlineCallback(TrainerCallback):
                 name when a run resumes.
             sync_steps: Optimizer steps between two versions. Default: 1.
             coding: How payloads are coded: gap-by-magnitude (the default, smallest) or gap (fastest).
-            dtype: Dtype of the published weights. auto (the default): the 16-bit dtype in which the model is served,
-                for float32 weights under bf16 or fp16 mixed precision, and else as training holds them. held: always
-                as training holds them. bfloat16, float16 or float32: that one. Buffers and what the architecture keeps
-                in float32 are never cast.
+            dtype: Dtype of the published weights. auto (the default): float32 weights under bf16 or fp16 mixed
+                precision in the 16-bit dtype that the model's config names, or else in the one that training computes
+                in; everything else as training holds it. held: always as training holds them. bfloat16, float16 or
+                float32: that one. Buffers and what the architecture keeps in float32 are never cast.
             max_in_flight: Versions that may be captured and not yet committed; each holds its changes in host memory.
                 Default: 2.
             on_backlog: What to do when the bucket is slower than training: wait (the default), or fold the changes

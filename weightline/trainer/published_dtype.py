@@ -4,6 +4,11 @@ Mixed precision keeps float32 master weights, of which an optimizer step changes
 or fp16. The model is served in 16 bits as well, so the chain holds the masters rounded: a version is then the cast of
 what `save_model` writes, bit for bit, and most elements keep their bits between two versions.
 
+The rule of `auto`: where training computes in bf16 or fp16, weights that are held in float32 are published in the
+16-bit dtype that the model's config names, as loaded or as on disk, or else in the one that training computes in;
+everything else is published as it is held. A config that names float32 counts as naming none, because every trainer
+that holds float32 masters writes it, and servers make 16-bit weights of such a checkpoint.
+
 Buffers, router biases and what a model's class names in `_keep_in_fp32_modules` or `_keep_in_fp32_modules_strict` are
 never cast, whatever the setting is.
 """
@@ -167,10 +172,10 @@ def _float32_patterns(module: torch.nn.Module) -> list[re.Pattern[str]]:
 
 
 def _config_dtype(model: Any) -> str | None:
-    """The 16-bit dtype that the model's config names, or else the config of the checkpoint that it was loaded from.
+    """Returns the 16-bit dtype that the model's config names, or else that of the checkpoint it was loaded from.
 
-    `from_pretrained` writes the dtype that it loads into the config, so a checkpoint that was loaded in float32 is
-    asked itself: its config is looked for on disk and in the Hub's cache.
+    `from_pretrained` writes the dtype that it loads into the model's config, so that the config of a model that TRL
+    loaded says float32. The config of its checkpoint is read from disk or from the Hub's cache.
     """
     config = getattr(model, "config", None)
     if config is None:
