@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from huggingface_hub.utils import filter_repo_objects
 
 from tests.store.racers import write_checkpoint_folder
 from weightline.chain.files.assets import upload_file, upload_files
 from weightline.chain.files.checkpoint import write_checkpoint
 from weightline.chain.files.meaning import have_same_meaning, meaning_of, without_local_keys
-from weightline.chain.files.small_files import find_small_files
+from weightline.chain.files.small_files import find_small_files, foreign_patterns
 from weightline.chain.read.history import Chain
 from weightline.chain.write.standalone import commit_folder, commit_fork, commit_revert
 from weightline.errors import InputError
@@ -81,6 +82,14 @@ def test_the_pulled_folder_has_every_small_file_at_its_path(
     assert found == {*_OURS, "model.safetensors", "weightline.json"}
     for name in _OURS:
         assert pulled[name].read_bytes() == (folder / name).read_bytes(), name
+
+
+def test_the_hubs_client_downloads_what_belongs_to_a_version_and_no_other_formats() -> None:
+    kept = set(filter_repo_objects([*_OURS, *_FOREIGN, "model.safetensors"], ignore_patterns=foreign_patterns()))
+    # The rest is told apart once it is on disk: by sizes, by the index, and by what lies beside it.
+    assert kept == {
+        *_OURS, "model.safetensors", "consolidated.safetensors", "other/adapter_config.json", "what?.json",
+    }  # fmt: skip
 
 
 def test_a_fork_and_a_revert_carry_the_paths(folder: Path) -> None:

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.serving.model_chains import assert_same_bits, make_chain, state_of
+from weightline.dtypes import DtypeSetting
 from weightline.errors import RecipeError
 from weightline.stages.cpu import compute_in_float32
 from weightline.stages.model import VOCAB_SIZE, build_byte_tokenizer, build_tiny_model, materialize_model
@@ -129,6 +130,46 @@ def test_a_bf16_model_is_linked_and_its_source_stays_whole(tmp_path: Path) -> No
         taken = materialize_model(ModelConfig(path=str(source)), tmp_path / "taken", seed=0)
     assert (taken / "model.safetensors").read_bytes() == before
     assert (source / "model.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
+def test_the_start_model_has_every_small_file_at_its_path(
+    dtype: DtypeSetting, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    source = _saved(tmp_path / "hub", torch.float32, max_shard_size="8KB")
+    ours = {
+        "additional_chat_templates/rag.jinja", "custom_generate/generate.py", "layers/deep/attention.py",
+        "modeling_toy.py", "vocab.bpe", "model.safetensors.index.json",
+    }  # fmt: skip
+    foreign = {"checkpoint-5/config.json", "optimizer.pt", "consolidated.safetensors", "weightline.json"}
+    for name in ours | foreign:
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        if not (source / name).exists():
+            (source / name).write_text(f"{name}\n")
+    before = {path.relative_to(source).as_posix() for path in source.rglob("*") if path.is_file()}
+    taken = materialize_model(ModelConfig(path=str(source)), tmp_path / "start", 0, dtype)
+    found = {path.relative_to(taken).as_posix() for path in taken.rglob("*") if path.is_file()}
+    assert found == before - foreign
+    assert all((taken / name).read_bytes() == (source / name).read_bytes() for name in ours)
+    assert (
+        f"{source}: left out of the start model: checkpoint-5/ (a checkpoint of its own), "
+        "consolidated.safetensors (weights that the index does not name), optimizer.pt (of a training)"
+    ) in caplog.messages
+    wanted = torch.float32 if dtype == "auto" else torch.bfloat16
+    assert AutoModelForCausalLM.from_pretrained(taken).dtype == wanted
+
+
+def test_a_model_in_another_format_keeps_its_files(tmp_path: Path) -> None:
+    source = _saved(tmp_path / "hub", torch.bfloat16)
+    tensors = load_file(source / "model.safetensors")
+    (source / "model.safetensors").unlink()
+    torch.save(tensors, source / "pytorch_model.bin")
+    (source / "layers").mkdir()
+    (source / "layers" / "attention.py").write_text("x = 1\n")
+    taken = materialize_model(ModelConfig(path=str(source)), tmp_path / "start", seed=0)
+    assert bits(taken / "model.safetensors") == {n: t.view(torch.int16).numpy().tobytes() for n, t in tensors.items()}
+    assert (taken / "layers" / "attention.py").read_text() == "x = 1\n"
+    assert not (taken / "pytorch_model.bin").exists()
 
 
 def test_a_folder_with_something_else_is_refused_before_anything_is_copied(tmp_path: Path) -> None:

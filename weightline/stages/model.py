@@ -1,6 +1,7 @@
 """Writes the folder that the first stage starts from: weights, config and tokenizer.
 
-Files of a checkpoint whose tensors need no cast are linked or copied. Where the recipe names a dtype, floating-point
+The weights that a loader reads, and the small files that a version of the checkpoint would have, are linked or copied
+with their paths: code and chat templates in subfolders, too. Where the recipe names a dtype, floating-point
 tensors of another one are cast, one file in memory at a time, except for those that the architecture keeps in float32.
 Ranks then load the folder under ZeRO-3, each keeping its own part.
 """
@@ -9,7 +10,6 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
 import tempfile
 from pathlib import Path
 
@@ -29,19 +29,19 @@ from transformers import (
 
 from weightline.chain import open_chain
 from weightline.chain.files.checkpoint import write_checkpoint
+from weightline.chain.files.small_files import find_small_files, foreign_patterns
+from weightline.chain.files.weight_files import index_of, weight_files
 from weightline.chain.read.refs import resolve
 from weightline.dtypes import DtypeSetting
-from weightline.files import link_or_copy
+from weightline.errors import InputError
+from weightline.files import copy_file, link_or_copy
 from weightline.stages.load import recipe_error
 from weightline.stages.preflight import is_local_path
 from weightline.stages.recipe import ModelConfig, TinyModelConfig
 from weightline.stages.start_dtype import cast_dtype, is_cast, uncast_names
 
 _logger = logging.getLogger(__name__)
-#: Suffixes of a model's files besides its weights: config, tokenizer, chat template, custom code.
-_SUFFIXES = frozenset({".json", ".jinja", ".model", ".txt", ".tiktoken", ".py"})
 _CONFIG = "config.json"
-HUB_PATTERNS = ["*.safetensors", *(f"*{suffix}" for suffix in sorted(_SUFFIXES))]
 
 EOS_TOKEN = "<|endoftext|>"  # noqa: S105 - a token of text
 PAD_TOKEN = "<|pad|>"  # noqa: S105 - a token of text
@@ -65,7 +65,7 @@ def materialize_model(config: ModelConfig, folder: str | Path, seed: int, dtype:
         return _materialize_version(config.chain, config.version, folder, dtype)
     try:
         _materialize_path(config, folder, dtype)
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, SafetensorError, InputError) as error:
         remedy = "give a folder or a Hub id of a causal language model, and log in if it is gated"
         raise recipe_error("model.path", f"{config.path} cannot be loaded: {error}", remedy) from error
     return folder
@@ -77,6 +77,7 @@ def _materialize_path(config: ModelConfig, folder: Path, dtype: DtypeSetting) ->
     source = Path(path).expanduser() if is_local_path(path) else _downloaded(path, config.revision)
     if not has_safetensors(source):
         model = AutoModelForCausalLM.from_pretrained(path, revision=config.revision, dtype=cast_dtype(dtype) or "auto")
+        _take_small_files(source, folder, weights=frozenset(path.name for path in source.glob("*.bin*")))
         model.save_pretrained(folder)
         AutoTokenizer.from_pretrained(path, revision=config.revision).save_pretrained(folder)
         return
@@ -91,7 +92,7 @@ def _materialize_path(config: ModelConfig, folder: Path, dtype: DtypeSetting) ->
 
 def _downloaded(repo_id: str, revision: str | None) -> Path:
     """Downloads the Hub model's files and returns their folder in the Hub's own cache."""
-    return Path(snapshot_download(repo_id, revision=revision, allow_patterns=HUB_PATTERNS))
+    return Path(snapshot_download(repo_id, revision=revision, ignore_patterns=foreign_patterns()))
 
 
 def _materialize_version(chain_url: str, version: str, folder: Path, dtype: DtypeSetting) -> Path:
@@ -158,18 +159,28 @@ def take_files(
 
     With a `dtype`, floating-point tensors of another one are cast, except for those named in `uncast`. Files without a
     cast are hard-linked if possible. Safe to repeat; after a crash, repeat the call. OSError without enough space;
-    ValueError or SafetensorError for broken files.
+    InputError for a folder that is no checkpoint; ValueError or SafetensorError for broken files.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    num_cast = 0
-    for path in sorted(source.iterdir()):
-        if path.suffix == ".safetensors":
-            num_cast += _take_weights(path.resolve(), folder / path.name, dtype, uncast)
-        elif path.name == _CONFIG and dtype is not None:
-            (folder / _CONFIG).write_text(_with_dtype(path.read_text(encoding="utf-8"), dtype), encoding="utf-8")
-        elif path.suffix in _SUFFIXES and path.is_file():
-            shutil.copyfile(path, folder / path.name)
+    weights = weight_files(source)
+    num_cast = sum(_take_weights(path.resolve(), folder / path.name, dtype, uncast) for path in weights)
+    index = index_of(source)
+    if index is not None:
+        copy_file(index, folder / index.name)
+    _take_small_files(source, folder, frozenset(path.name for path in weights))
+    if dtype is not None:
+        config = folder / _CONFIG
+        config.write_text(_with_dtype(config.read_text(encoding="utf-8"), dtype), encoding="utf-8")
     return num_cast
+
+
+def _take_small_files(source: Path, folder: Path, weights: frozenset[str] = frozenset()) -> None:
+    """Copies what a loader may read beside the weights. Names in one line of the log what is left out."""
+    found = find_small_files(source, weights=weights)
+    if found.left_out:
+        _logger.warning("%s: left out of the start model: %s", source, ", ".join(found.left_out))
+    for name in found.taken:
+        copy_file(source / name, folder / name)
 
 
 def _take_weights(source: Path, target: Path, dtype: torch.dtype | None, uncast: frozenset[str]) -> int:

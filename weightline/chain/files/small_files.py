@@ -93,6 +93,16 @@ def find_small_files(folder: Path, *, weights: frozenset[str] = frozenset(), is_
     return SmallFiles(tuple(taken), tuple(left_out))
 
 
+def foreign_patterns() -> list[str]:
+    """Returns patterns of paths, as the Hub's client takes them, of what is never a small file nor safetensors.
+
+    `*` stands for slashes as well.
+    """
+    names = [pattern for of_kind in _FOREIGN.values() for pattern in of_kind]
+    names += [f"{pattern}/*" for of_kind in _FOREIGN_FOLDERS.values() for pattern in of_kind]
+    return [path for name in names for path in (name, f"*/{name}")]
+
+
 def _entries(folder: Path, below: str, weights: frozenset[str], is_saved: bool) -> Iterator[tuple[str, str | None]]:
     """Yields every file, and every folder that is left out as a whole, with the reason to leave it out."""
     for path in sorted((folder / below).iterdir()):

@@ -45,7 +45,7 @@ def weight_files(folder: Path) -> WeightFiles:
         raise InputError(f"{folder} does not exist: name a checkpoint folder", path=str(folder))
     if is_file_there(folder / ADAPTER_CONFIG) and is_file_there(folder / _ADAPTER):
         return {folder / _ADAPTER: None}
-    index = _index_of(folder)
+    index = index_of(folder)
     if index is not None:
         return _indexed(folder, index)
     found = [path for path in sorted(folder.glob("*.safetensors")) if is_file_there(path)]
@@ -75,8 +75,11 @@ def is_file_there(path: Path) -> bool:
     return path.is_file()
 
 
-def _index_of(folder: Path) -> Path | None:
-    """Returns the index of the folder: the model's own one, else one of another name without a model.safetensors."""
+def index_of(folder: Path) -> Path | None:
+    """Returns the index of the folder: the model's own one, else one of another name without a model.safetensors.
+
+    InputError for two indexes without the model's own one.
+    """
     own = folder / f"model{_INDEX_SUFFIX}"
     if is_file_there(own):
         return own
