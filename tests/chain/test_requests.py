@@ -14,7 +14,7 @@ from weightline.chain.read.records import EVALUATIONS, REFRESHES, newest_records
 from weightline.chain.replay.plan import plan_between
 from weightline.chain.replay.state import read_state
 from weightline.chain.upkeep.compact import AnchorPolicy, plan_compaction, write_compaction
-from weightline.chain.upkeep.gc import collect, plan_gc, view_chain
+from weightline.chain.upkeep.gc import collect, host_clock, plan_gc, view_chain
 from weightline.chain.upkeep.retention import expire_before
 from weightline.chain.upkeep.verify import verify_chain
 from weightline.format import keys
@@ -124,6 +124,16 @@ def test_garbage_goes_in_batches_after_one_more_look(store: CountingStore) -> No
     assert len(calls) <= len([group for group in plan.groups if group])
     assert verify_chain(Chain(store)).holds
     assert plan_gc(view_chain(Chain(store)), grace=AT_ONCE).objects == ()
+
+
+def test_a_plan_that_is_only_shown_writes_nothing(store: CountingStore) -> None:
+    expire_before(Chain(store), NUM_VERSIONS - 1)
+    store.reset()
+    shown = plan_gc(view_chain(Chain(store), host_clock), grace=AT_ONCE)
+    writes = ("put", "put_if_absent", "put_file", "delete")
+    assert sum(store.num(verb) for verb in writes) == 0
+    assert shown.objects == plan_gc(view_chain(Chain(store)), grace=AT_ONCE).objects
+    assert list(store.list(keys.PROBES)) == []
 
 
 def test_a_horizon_is_read_once(store: CountingStore) -> None:

@@ -128,17 +128,19 @@ def gc(
     as_json: Json = False,
 ) -> None:
     """Delete objects that no kept version, ref or live replica can reach."""
-    from weightline.chain.upkeep.gc import collect, plan_gc, view_chain
+    from weightline.chain.upkeep.gc import collect, host_clock, plan_gc, view_chain
+    from weightline.store.base import read_clock
 
     chain = open_existing(bucket)
-    plan = plan_gc(view_chain(chain), grace=timedelta(hours=grace_hours))
+    view = view_chain(chain, read_clock if delete else host_clock)
+    plan = plan_gc(view, grace=timedelta(hours=grace_hours))
     if delete:
         collect(chain, plan)
     document = {
         "deleted": delete, "num_objects": len(plan.objects), "nbytes": plan.nbytes,
         "keys": [info.key for info in plan.objects],
     }  # fmt: skip
-    verb = "deleted" if delete else "would be deleted (add --delete)"
+    verb = "deleted" if delete else "would be deleted, by this host's clock (add --delete)"
     lines = [f"{info.key}  {format_nbytes(info.nbytes)}" for info in plan.objects]
     emit(document, [*lines, f"{len(plan.objects)} objects, {format_nbytes(plan.nbytes)} {verb}"], as_json=as_json)
 

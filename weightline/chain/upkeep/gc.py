@@ -2,7 +2,7 @@
 
 Never collected: objects that a kept version needs, versions that a ref or a live replica's lease names, and any object
 younger than the grace period, since a commit under way has payloads that no manifest names yet. Ages are by the store's
-clock.
+clock, which is read from an object that this writes; a plan that is only shown writes nothing, and takes `host_clock`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 
 from weightline.chain.read.history import Chain
 from weightline.chain.read.refs import current_refs, oldest_kept, require_horizon
@@ -55,7 +55,7 @@ class GcPlan:
 
     grace: timedelta
     now: datetime
-    """By the store's clock, when the plan was made."""
+    """The time of the clock when the plan was made."""
     horizon: int
     pinned: frozenset[int]
     """The versions that refs and leases named then."""
@@ -86,7 +86,7 @@ class GcView:
     shortcuts: tuple[Shortcut, ...]
     kept: Kept
     now: datetime
-    """By the store's clock."""
+    """The time of the clock."""
     horizon: int
     pinned: frozenset[int]
     """The versions that refs and live leases name."""
@@ -117,6 +117,11 @@ def plan_gc(view: GcView, *, grace: timedelta = DEFAULT_GRACE) -> GcPlan:
         staged=tuple(info for info in view.staged if view.now - info.modified_at >= grace),
         grace=grace, now=view.now, horizon=view.horizon, pinned=view.pinned,
     )  # fmt: skip
+
+
+def host_clock(_: Store) -> datetime:
+    """Returns the present time by this host's clock: for a plan that is shown and not collected."""
+    return datetime.now(UTC)
 
 
 def view_chain(chain: Chain, clock: Clock = read_clock) -> GcView:
