@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import datetime, timedelta, tzinfo
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from weightline.chain.upkeep.retention import expire_before
 from weightline.chain.upkeep.verify import verify_chain
 from weightline.errors import ConflictError, CorruptError, InputError, StorageError, VersionNotFoundError
 from weightline.format import keys
+from weightline.lineage.listing import list_versions
 from weightline.store.local import LocalStore
 from weightline.store.memory import MemoryStore
 from weightline.testing.faults import FaultStore
@@ -177,6 +178,30 @@ def test_a_version_collected_while_it_is_named_is_said_so(chain: Chain) -> None:
 
     with pytest.raises(ConflictError, match="was collected"):
         move_ref(Chain(Collected(chain.store, lambda *_: None)), "best", 2)
+
+
+@pytest.mark.parametrize("read", [
+    lambda chain: [m.version for m in chain.manifests()],
+    lambda chain: [m.version for m in chain.newest_first()][::-1],
+    lambda chain: [one.manifest.version for one in list_versions(chain, chain.versions())[0]],
+], ids=["manifests", "newest first", "log"])  # fmt: skip
+def test_what_is_collected_after_it_was_listed_is_left_out(
+    chain: Chain, read: Callable[[Chain], Sequence[int]]
+) -> None:
+    expire_before(chain, 4)
+
+    def plan(number: int, verb: str, key: str) -> None:
+        if verb == "get" and key.startswith(keys.COMMITS):
+            collect(chain, plan_gc(view_chain(chain), grace=AT_ONCE))
+
+    assert read(Chain(FaultStore(chain.store, plan))) == [4, 5, 6]
+
+    def losing(number: int, verb: str, key: str) -> None:
+        if (verb, key) == ("get", keys.commit(5)):
+            chain.store.delete(key)
+
+    with pytest.raises(VersionNotFoundError, match="no version 5"):
+        read(Chain(FaultStore(chain.store, losing)))
 
 
 def test_links_are_not_followed_out_of_a_folder(tmp_path: Path) -> None:

@@ -28,7 +28,6 @@ from weightline.runs.stage import (
     differing_tensors,
     finished_version,
     last_version,
-    newest_first,
     prove_stage,
     read_proof,
 )
@@ -72,7 +71,7 @@ def test_a_stage_is_finished_when_marker_and_chain_agree(run: Run) -> None:
 
 
 def test_versions_of_other_stages_and_runs_do_not_count(run: Run) -> None:
-    manifests = list(newest_first(_trained(run)))
+    manifests = list(_trained(run).newest_first())
     assert [manifest.version for manifest in manifests] == [1, 0]
     assert last_version(manifests, "sft", "run-1") == manifests[0]
     assert last_version(manifests, "dpo", "run-1") is None

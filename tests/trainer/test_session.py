@@ -11,12 +11,15 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
+from tests.chains import AT_ONCE
 from weightline.chain.files.checkpoint import VersionMark
 from weightline.chain.read.history import Chain
 from weightline.chain.read.records import GAPS, read_records
 from weightline.chain.replay.plan import Ways, plan_between
 from weightline.chain.replay.state import read_state
 from weightline.chain.upkeep.compact import AnchorPolicy
+from weightline.chain.upkeep.gc import collect, plan_gc, view_chain
+from weightline.chain.upkeep.retention import expire_before
 from weightline.chain.upkeep.verify import verify_chain
 from weightline.codec.digest import parse_digest
 from weightline.codec.torch_ops import bits_of
@@ -240,6 +243,20 @@ def test_resume_from_a_state_that_was_never_committed_commits_the_way_to_it() ->
     session = _session(chain)
     assert session.start(model, None, 5).action == "delta"
     _assert_version_is(chain, 1, model)
+
+
+def test_resume_from_a_version_that_was_collected_commits_the_way_to_it() -> None:
+    chain, model = Chain(MemoryStore()), Model()
+    session = _session(chain)
+    session.start(model, None, 0)
+    _train(session, model, 4)
+    expire_before(chain, 3)
+    collect(chain, plan_gc(view_chain(chain), grace=AT_ONCE))
+    assert Chain(chain.store).versions() == (3, 4)
+    resumed = Model()
+    resumed.step(1)
+    assert _session(Chain(chain.store)).start(resumed, None, 1).action == "delta"
+    _assert_version_is(chain, 5, resumed)
 
 
 def test_policy_stop_raises_and_commits_nothing() -> None:

@@ -43,7 +43,10 @@ class ListedVersion:
 
 
 def list_versions(chain: Chain, versions: Sequence[int]) -> tuple[tuple[ListedVersion, ...], tuple[str, ...]]:
-    """Returns (versions in the given order, problems of their records). VersionNotFoundError, CorruptError."""
+    """Returns (versions in the given order, problems of their records). VersionNotFoundError, CorruptError.
+
+    A version that was collected since it was listed is left out.
+    """
     if not versions:
         return (), ()
     evaluations, logged = (
@@ -57,7 +60,9 @@ def list_versions(chain: Chain, versions: Sequence[int]) -> tuple[tuple[ListedVe
         problems.append(str(error))
     listed = []
     for version in versions:
-        manifest = chain.manifest(version)
+        manifest = chain.manifest_if_kept(version)
+        if manifest is None:
+            continue
         found = tuple(evaluations.of.get(version, ()))
         row = with_records(row_of(manifest), found, (), logged.of.get(version, ()))
         listed.append(ListedVersion(manifest, row, refs.get(version, ()), found))

@@ -44,11 +44,6 @@ def run_stage(
         run_ranks(with_rank_logs(argv, job.output_dir / "rank-logs"), env, job.output_dir / "ranks.log", show, tick)
 
 
-def newest_first(chain: Chain) -> Iterator[Manifest]:
-    """Yields the chain's manifests, newest first. Each is read on demand, since callers search near the tip."""
-    return (chain.manifest(version) for version in reversed(chain.versions()))
-
-
 def last_version(manifests: Iterable[Manifest], stage: str, run_id: str) -> Manifest | None:
     """Returns the newest version that this stage of this run committed. `manifests`: newest first. Pure."""
     return next((m for m in manifests if m.stage == stage and m.run_id == run_id), None)
@@ -57,7 +52,7 @@ def last_version(manifests: Iterable[Manifest], stage: str, run_id: str) -> Mani
 def finished_version(job: StageJob, chain: Chain) -> Manifest | None:
     """Returns the stage's last version if the stage is finished: its marker and the chain name the same step."""
     result = StageResult.load(job)
-    manifest = None if result is None else last_version(newest_first(chain), job.stage.kind, job.run_id)
+    manifest = None if result is None else last_version(chain.newest_first(), job.stage.kind, job.run_id)
     if result is None or manifest is None or not manifest.is_milestone:
         return None
     return manifest if manifest.global_step == result.global_step else None
@@ -79,7 +74,7 @@ def prove_stage(run: Run, job: StageJob) -> StageProof:
     Raises DigestMismatchError with the names of the tensors that differ; nothing is written then.
     """
     chain = run.open_chain()
-    manifest = last_version(newest_first(chain), job.stage.kind, run.run_id)
+    manifest = last_version(chain.newest_first(), job.stage.kind, run.run_id)
     if manifest is None:
         raise InputError(f"{chain.url} has no version of stage {job.stage.kind} of run {run.run_id}")
     different = differing_tensors(chain, manifest.version, job.final_model_dir)

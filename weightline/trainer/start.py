@@ -208,7 +208,7 @@ def plan_start(
         return StartPlan("continue", tip_version)
     earlier = _marked_version(chain, written, mark)
     if earlier is None:
-        earlier = next((v for v in range(tip_version - 1, -1, -1) if chain.manifest(v).digests == written), None)
+        earlier = next((m.version for m in chain.newest_first(tip_version - 1) if m.digests == written), None)
     if earlier is not None and (is_resumed or _are_of(chain.manifests(earlier + 1, tip_version), run_id, stage)):
         return StartPlan("revert", tip_version, earlier)
     if is_resumed:

@@ -122,8 +122,32 @@ class Chain:
         return raw
 
     def manifests(self, first: int = 0, last: int | None = None) -> tuple[Manifest, ...]:
-        """Returns the manifests of versions first..last (both included; the tip when last is None), oldest first."""
-        return tuple(self.manifest(version) for version in self.versions(first, last))
+        """Returns the manifests of versions first..last (both included; the tip when last is None), oldest first.
+
+        A version that was collected since it was listed is left out.
+        """
+        found = (self.manifest_if_kept(version) for version in self.versions(first, last))
+        return tuple(manifest for manifest in found if manifest is not None)
+
+    def newest_first(self, last: int | None = None) -> Iterator[Manifest]:
+        """Yields the manifests up to `last`, newest first. Each is read when asked for, if it was not collected."""
+        for version in reversed(self.versions(last=last)):
+            if (manifest := self.manifest_if_kept(version)) is not None:
+                yield manifest
+
+    def manifest_if_kept(self, version: int) -> Manifest | None:
+        """Returns the manifest of a version that was listed; None when it is behind the horizon and was collected.
+
+        Raises as `manifest` does for any other version that is missing.
+        """
+        from weightline.chain.read.refs import oldest_kept  # which imports this module
+
+        try:
+            return self.manifest(version)
+        except VersionNotFoundError:
+            if version >= oldest_kept(self):
+                raise
+            return None
 
     def versions(self, first: int = 0, last: int | None = None) -> tuple[int, ...]:
         """Returns the committed versions among first..last, oldest first. Costs one listing; no manifest is read."""
