@@ -9,8 +9,17 @@ from typing import Any
 import pytest
 from transformers import EarlyStoppingCallback, TrainerCallback
 
-from tests.trainer.small import Editor, Worsening, assert_ends_at_the_tip, bits_of_folder, small_trainer
-from weightline.chain.files.checkpoint import write_checkpoint
+from tests.ranks import run_ranks_to_end
+from tests.trainer import best_ranks
+from tests.trainer.small import (
+    Editor,
+    Worsening,
+    assert_ends_at_the_tip,
+    bits_of_folder,
+    bits_of_version,
+    small_trainer,
+)
+from weightline.chain.files.checkpoint import VersionMark, write_checkpoint
 from weightline.chain.read.history import open_chain
 from weightline.chain.upkeep.verify import verify_chain
 from weightline.errors import InputError
@@ -41,6 +50,21 @@ def test_the_best_model_that_is_loaded_at_the_end_is_the_last_version(url: str, 
     # A next stage goes on from the model at hand.
     small_trainer(tmp_path, WeightlineCallback(url, stage="dpo"), model=trainer.model, max_steps=1).train()
     assert [(m.stage, m.kind) for m in open_chain(url).manifests(6)] == [("dpo", "delta")]
+
+
+@pytest.mark.train
+def test_the_best_model_that_two_ranks_load_at_the_end_is_the_last_version(url: str, tmp_path: Path) -> None:
+    run_ranks_to_end(best_ranks.main, [url, str(tmp_path)], tmp_path / "ranks.log")
+    chain = open_chain(url)
+    assert [(m.global_step, m.is_milestone, m.world_size) for m in chain.manifests()] == [
+        (0, True, 2), (1, False, 2), (2, False, 2), (3, False, 2), (4, False, 2), (4, True, 2),
+    ]  # fmt: skip
+    best = bits_of_folder(tmp_path / "out" / "checkpoint-1")
+    assert bits_of_version(chain, 5) == bits_of_folder(tmp_path / "end") == best
+    assert bits_of_version(chain, 4) == bits_of_folder(tmp_path / "out" / "checkpoint-4") != best
+    marks = [VersionMark.read(tmp_path / "out" / f"checkpoint-{step}") for step in range(1, 5)]
+    assert [mark.version for mark in marks if mark] == [1, 2, 3, 4]
+    assert verify_chain(chain).holds
 
 
 @pytest.mark.parametrize("sync_steps", [1, 10])
