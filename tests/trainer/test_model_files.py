@@ -156,6 +156,21 @@ def test_what_only_looks_different_is_no_change(caplog: pytest.LogCaptureFixture
     assert upload_assets(chain.store, model, tokenizer, held) == held
 
 
+def test_saving_a_checkpoint_in_training_makes_no_version(tmp_path: Path) -> None:
+    """`save_pretrained` writes the dtype of the weights into the config of the model at hand."""
+    model, chain = _model().to(torch.bfloat16), Chain(MemoryStore("memory://dtype"))
+    model.config.dtype = None
+    with PublishSession(chain, PublishSettings()) as session:
+        session.start(model)
+        model.save_pretrained(tmp_path / "saved")
+        assert model.config.dtype == "bfloat16"
+        mark = session.settle(1)
+    assert mark is not None
+    assert (mark.version, chain.tip_version()) == (0, 0)
+    write_checkpoint(chain, 0, tmp_path / "pulled")
+    assert _small_files(tmp_path / "pulled") == _small_files(tmp_path / "saved")
+
+
 def test_files_that_cannot_be_saved_do_not_stop_the_weights(caplog: pytest.LogCaptureFixture) -> None:
     model, chain = _model(), Chain(MemoryStore("memory://broken"))
     files = ModelFiles(chain, model, None)

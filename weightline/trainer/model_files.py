@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from weightline.chain.files.assets import assets_of, upload_files
 from weightline.chain.read.history import Chain
 from weightline.errors import InputError
@@ -120,12 +122,14 @@ def _save_model_files(model: Any, folder: Path, dtype: str | None) -> None:
 
 
 def _config_of(model: Any) -> Any:
-    """Returns the config as the model's `save_pretrained` would write it, with the name of its class."""
+    """Returns the config as the model's `save_pretrained` would write it, with the names of its class and its dtype."""
     config = copy.deepcopy(getattr(model, "config", None))
     # A wrapper, such as that of torch.compile, has the config of its model but not its class.
     is_model = hasattr(type(model), "save_pretrained")
     if config is not None and (is_model or not getattr(config, "architectures", None)):
         config.architectures = [type(model).__name__.removeprefix("FSDP")]
+    if config is not None and is_model and isinstance(getattr(model, "dtype", None), torch.dtype):
+        config.dtype = str(model.dtype).removeprefix("torch.")
     return config
 
 
