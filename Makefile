@@ -4,8 +4,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN_ARGS ?=
 PYTEST_ARGS ?=
-# One worker per core. Tests that share a server or a training stay in one worker (tests/conftest.py).
-PYTEST_WORKERS ?= -n logical --maxprocesses 4 --dist loadgroup --no-loadscope-reorder
+# One worker more than there are cores, four at most: a test that waits for a process leaves its core to another one.
+# Tests that share a server or a training stay in one worker (tests/conftest.py).
+NUM_CORES := $(shell nproc 2>/dev/null || echo 2)
+PYTEST_WORKERS ?= -n $(shell echo $$(( $(NUM_CORES) < 3 ? $(NUM_CORES) + 1 : 4 ))) --dist loadgroup --no-loadscope-reorder
 FUZZ_SECONDS ?= 60
 VLLM_VENV := .venv-vllm
 LATEST_VENV := .venv-latest
