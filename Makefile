@@ -11,10 +11,11 @@ PYTEST_WORKERS ?= -n $(shell echo $$(( $(NUM_CORES) < 3 ? $(NUM_CORES) + 1 : 4 )
 FUZZ_SECONDS ?= 60
 VLLM_VENV := .venv-vllm
 LATEST_VENV := .venv-latest
+LOWEST_VENV := .venv-lowest
 AZURITE := 3.35.0
 
 .DEFAULT_GOAL := help
-.PHONY: help run up down deploy test test-fast test-nightly test-unconstrained test-vllm lint bench fuzz clean
+.PHONY: help run up down deploy test test-fast test-nightly test-unconstrained test-lowest test-vllm lint bench fuzz clean
 
 help:  ## This list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -52,6 +53,17 @@ test-unconstrained: $(VENV)/.test-ready  ## The fast tests with what a plain `pi
 	touch $(LATEST_VENV)/.run-ready $(LATEST_VENV)/.test-ready
 	$(MAKE) test-fast VENV=$(LATEST_VENV)
 
+# Old releases use what newer releases of their own dependencies deprecate, so warnings are no errors here.
+test-lowest: $(VENV)/.test-ready  ## The fast tests with the oldest releases that pyproject.toml allows
+	rm -rf $(LOWEST_VENV)
+	$(PYTHON) -m venv --without-pip $(LOWEST_VENV)
+	realpath $(VENV)/lib/python*/site-packages > $$(echo $(LOWEST_VENV)/lib/python*/site-packages)/tested.pth
+	$(BIN)/python infra/lowest_constraints.py pyproject.toml > $(LOWEST_VENV)/lowest.txt
+	$(LOWEST_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile \
+		-c $(LOWEST_VENV)/lowest.txt torch==2.13.0 -e '.[all,dev]'
+	touch $(LOWEST_VENV)/.run-ready $(LOWEST_VENV)/.test-ready
+	$(MAKE) test-fast VENV=$(LOWEST_VENV) PYTEST_ARGS='-W default $(PYTEST_ARGS)'
+
 test-vllm: $(VLLM_VENV)/.ready  ## A real vLLM on the CPU, in an environment of its own, as a replica
 	$(VLLM_VENV)/bin/python -m pytest tests/vllm $(PYTEST_ARGS)
 
@@ -71,7 +83,7 @@ fuzz: $(VENV)/.test-ready  ## Hostile payloads, manifests and chains, FUZZ_SECON
 	$(BIN)/python -m fuzz.chain -max_total_time=$(FUZZ_SECONDS)
 
 clean:  ## Remove the environment and caches; runs/ stays
-	rm -rf $(VENV) $(VLLM_VENV) $(LATEST_VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(VLLM_VENV) $(LATEST_VENV) $(LOWEST_VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
 
 # An environment is rebuilt when the files that define it change. Constraints make an install repeatable.
 $(VENV)/.run-ready: pyproject.toml constraints.txt

@@ -15,9 +15,7 @@ import psutil
 import pytest
 
 from tests.waiting import wait_until
-from weightline.deployments.stack.database import CONNECTION_VARIABLE, Postgres, find_postgres
-from weightline.deployments.stack.folder import StackFolder, StackRecord
-from weightline.deployments.stack.stack import Stack, free_port
+from weightline.deployments.stack.database import Postgres, find_postgres
 from weightline.errors import LaunchError
 
 pytestmark = pytest.mark.process
@@ -100,19 +98,3 @@ def test_why_there_is_none_is_said(tmp_path: Path) -> None:
     file.touch()
     with pytest.raises(LaunchError, match="PostgreSQL cannot use"):
         _postgres(file / "below").initialize()
-
-
-@pytest.mark.flows
-def test_a_database_that_the_environment_names_is_used_instead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "own.db"
-    monkeypatch.setenv(CONNECTION_VARIABLE, f"sqlite+aiosqlite:///{path}")
-    folder = StackFolder.under(tmp_path)
-    stack = Stack(folder, free_port(0))
-    try:
-        stack.start_server()
-        record = StackRecord.load(folder.record_path)
-        assert record is not None
-        assert set(record.processes) == {"server"}
-        assert path.exists()
-    finally:
-        stack.end()

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 
+import pytest
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.actions import WorkPoolCreate
 
@@ -13,6 +14,7 @@ from tests import ROOT
 from weightline.deployments.server.deploy import deploy_all
 
 
+@pytest.mark.nightly
 def test_training_moves_to_the_pool_of_pods_with_its_schedule(
     client: SyncPrefectClient, server_environment: None
 ) -> None:

@@ -37,7 +37,8 @@ from weightline.deployments.ranks.context import (
 from weightline.deployments.ranks.outbox import EventOutbox
 from weightline.deployments.ranks.recorder import MAX_WAITING, StepRecorder, is_recorded
 from weightline.deployments.server.events import event_id
-from weightline.deployments.stack.folder import StackFolder
+from weightline.deployments.stack.database import CONNECTION_VARIABLE
+from weightline.deployments.stack.folder import StackFolder, StackRecord
 from weightline.deployments.stack.stack import Stack, free_port
 from weightline.errors import StorageError
 from weightline.tasks.sync_steps import describe, prefect_observer
@@ -256,10 +257,17 @@ def test_a_refusal_that_may_pass_keeps_the_events_and_is_logged_once(caplog: pyt
 
 @pytest.mark.flows
 def test_events_reach_a_server_that_has_a_password(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its database is the one that the environment names, so the stack starts none."""
     monkeypatch.setenv("PREFECT_SERVER_API_AUTH_STRING", "weightline:secret")
-    stack = Stack(StackFolder.under(tmp_path), free_port(0))
+    monkeypatch.setenv(CONNECTION_VARIABLE, f"sqlite+aiosqlite:///{tmp_path}/own.db")
+    folder = StackFolder.under(tmp_path)
+    stack = Stack(folder, free_port(0))
     try:
         stack.start_server()
+        record = StackRecord.load(folder.record_path)
+        assert record is not None
+        assert set(record.processes) == {"server"}
+        assert (tmp_path / "own.db").exists()
         wrong = EventOutbox(stack.api_url, retry_seconds=0.1)
         wrong.put(("event", _event(0)))
         with temporary_settings({PREFECT_API_URL: stack.api_url, PREFECT_API_AUTH_STRING: "weightline:secret"}):

@@ -318,6 +318,7 @@ def test_the_clients_blocks_are_small_unless_the_user_says_otherwise(
     assert config.get("client.retry_max_attempts") == 3
 
 
+@pytest.mark.nightly
 def test_the_memory_of_a_download_does_not_grow_with_the_file(hub: HubEmulator, hub_url: str, tmp_path: Path) -> None:
     """At its peak, in a process of its own; the client by its own choice holds most of such a file."""
     source = tmp_path / "source"

@@ -126,7 +126,7 @@ def test_held_publishes_float32_and_says_once_that_everything_changes(
     session.close()
     assert set(_dtypes(chain).values()) == {"F32"}
     assert _state_bits(chain, 3) == _bits({n: p.detach() for n, p in model.named_parameters()})
-    warnings = [record.message for record in caplog.records if "changed in one sync" in record.message]
+    warnings = [record.message for record in caplog.records if "changed in one sync: nearly every" in record.message]
     assert len(warnings) == 1
     assert "dtype='bfloat16'" in warnings[0]
 
@@ -215,8 +215,11 @@ def test_what_the_architecture_keeps_in_float32_stays_float32(setting: str) -> N
     chain, model = Chain(MemoryStore()), _deepseek()
     _session(chain, model, dtype=setting).close()
     dtypes = _dtypes(chain)
-    assert dtypes[_BIAS] == dtypes["model.layers.1.mlp.gate.weight"] == "F32"
     wanted = {"auto": "BF16", "bfloat16": "BF16", "float16": "F16"}.get(setting, "F32")
+    assert dtypes[_BIAS] == "F32"
+    # transformers 5.23 keeps the bias only.
+    is_kept = any("gate.weight" in name for name in model._keep_in_fp32_modules_strict or ())
+    assert dtypes["model.layers.1.mlp.gate.weight"] == ("F32" if is_kept else wanted)
     assert dtypes["model.layers.1.mlp.experts.3.down_proj.weight"] == dtypes["lm_head.weight"] == wanted
     assert _state_bits(chain, 0)[_BIAS] == _bits({_BIAS: model.get_buffer(_BIAS)})[_BIAS]
 
