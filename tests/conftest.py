@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from typing import Any
@@ -10,6 +11,9 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 pytest_plugins = ["tests.prefect_server"]
+
+# What is imported while tests are collected stays to the end: to look for garbage in it again and again costs seconds.
+gc.disable()
 
 # The Hub's client reads it once a process, when it first moves content: a cut connection is tried again soon.
 os.environ.setdefault("HF_XET_CLIENT_RETRY_BASE_DELAY", "20ms")
@@ -55,6 +59,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Fail when pytest-xdist has not seen the groups: every worker would start every server."""
+    gc.freeze()
+    gc.enable()
     if getattr(session.config.option, "loadgroup", False) and not all("@" in item.nodeid for item in session.items):
         raise pytest.UsageError("pytest-xdist does not know the groups of these tests: see pytest's range in pyproject")
 

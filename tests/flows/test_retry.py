@@ -36,7 +36,7 @@ POOL, QUEUE = "retry-pool", "retry"
 _STAGES = [
     {"kind": "sft", "max_steps": 2, "learning_rate": 1e-3, "sync_steps": 2, "dataset": {"num_examples": 200}},
     {
-        "kind": "grpo", "max_steps": 12, "learning_rate": 1e-3, "sync_steps": 2, "save_steps": 4,
+        "kind": "grpo", "max_steps": 6, "learning_rate": 1e-3, "sync_steps": 1, "save_steps": 2,
         "dataset": {"num_examples": 200}, "per_device_batch_size": 8,
         "reward": "tests.stages.rewards:held_share_of_even_bytes",
         "trainer_args": {"num_generations": 4, "max_completion_length": 4},
@@ -120,7 +120,7 @@ def test_a_training_survives_cancel_and_kill(
     recipe = write_recipe(tmp_path, stages=_STAGES)
     folder = _first_stage_is_done(recipe, runs_dir).folder
     sft_done = (folder / "stages" / "sft" / "done.json").stat().st_mtime_ns
-    (holds / "hold-5").touch()
+    (holds / "hold-3").touch()
     flow_run_id = _start(client, recipe, open_run(folder))
 
     def state() -> State:
@@ -128,15 +128,15 @@ def test_a_training_survives_cancel_and_kill(
         assert found is not None
         return found
 
-    ranks = ranks_at(5)
+    ranks = ranks_at(3)
     client.set_flow_run_state(flow_run_id, Cancelling())
     wait(lambda: state().is_cancelled())
     _assert_gone(ranks)
     assert verify_chain(open_run(folder).open_chain()).holds
 
-    (holds / "hold-5").rename(holds / "hold-9")
+    (holds / "hold-3").rename(holds / "hold-5")
     _retry(flow_run_id)
-    ranks = ranks_at(9)
+    ranks = ranks_at(5)
     # Launcher and flow at once: no process is left that could end the ranks.
     flow_process = psutil.Process(int(client.read_flow_run(flow_run_id).infrastructure_pid or 0))
     for process in (*_processes("accelerate.commands.launch"), flow_process):
@@ -146,7 +146,7 @@ def test_a_training_survives_cancel_and_kill(
     assert state().is_crashed()
     assert verify_chain(open_run(folder).open_chain()).holds
 
-    (holds / "hold-9").unlink()
+    (holds / "hold-5").unlink()
     _retry(flow_run_id)
     wait(lambda: state().is_final() and not state().is_crashed())
     assert state().is_completed(), state().message
@@ -155,7 +155,7 @@ def test_a_training_survives_cancel_and_kill(
     assert (folder / "stages" / "sft" / "done.json").stat().st_mtime_ns == sft_done  # the finished stage was skipped
     result = StageResult.load(run.job("grpo"))
     assert result is not None
-    assert result.resumed_from_step == 8
+    assert result.resumed_from_step == 4
     assert verify_chain(run.open_chain()).holds
     reference = _undisturbed(run, tmp_path / "undisturbed")
     weights = "model.safetensors"
