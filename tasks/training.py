@@ -36,10 +36,10 @@ def open_or_prepare_run(
 @task(task_run_name="make start model", cache_policy=NO_CACHE, persist_result=False)
 def make_start_model(run: Run) -> Path:
     """Writes the folder that the first stage starts from. Safe to repeat: a finished folder is left as it is."""
-    from weightline.stages.model import materialize_model
-
     marker = run.start_model_dir / ".complete"
     if not marker.exists():
+        from weightline.stages.model import materialize_model  # imports torch, which a resumed run does without
+
         materialize_model(run.recipe.model, run.start_model_dir, run.recipe.seed, run.recipe.dtype)
         marker.touch()
     return run.start_model_dir
