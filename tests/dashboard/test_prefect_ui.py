@@ -6,7 +6,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from uuid import UUID
 
@@ -17,6 +17,7 @@ from prefect.client.orchestration import SyncPrefectClient
 
 from tests import ROOT
 from tests.runs.recipes import write_recipe
+from tests.waiting import wait_until
 from weightline.deployments.server.artifacts import lineage_key
 from weightline.deployments.server.deploy import deploy_all
 from weightline.deployments.stack.folder import StackFolder, StackRecord
@@ -74,6 +75,17 @@ def _wait_for_artifact(api_url: str, key: str) -> None:
         time.sleep(2)
 
 
+def _wait_for_steps(api_url: str, names: Sequence[str]) -> None:
+    """The server records the ranks' steps after the run that they belong to; the page does not ask for them again."""
+    named = {"task_runs": {"name": {"any_": list(names)}}}
+
+    def recorded() -> set[str]:
+        answer = httpx.post(f"{api_url}/task_runs/filter", json=named, trust_env=False, timeout=60)
+        return {run["name"] for run in answer.raise_for_status().json()}
+
+    wait_until(recorded, lambda found: found == set(names))
+
+
 def _fill_form(page: Page, ui_url: str, recipe: Path) -> None:
     """The way to the form of a training, with the recipe entered."""
     page.goto(f"{ui_url}/v2/deployments", timeout=_DRAW_MILLISECONDS)
@@ -114,10 +126,12 @@ def test_a_person_trains_from_the_ui_and_sees_what_came_of_it(
     page.get_by_role("link", name="View run").click()
 
     expect(page.get_by_text("Completed", exact=True).first).to_be_visible(timeout=1000 * _TRAIN_SECONDS)
+    steps = ("commit v1", "upload payload v1 r0", "upload payload v1 r1")
+    _wait_for_steps(stack.api_url, (*steps, "commit v2"))
     page.get_by_role("tab", name="Subflow Runs").click()
     page.get_by_role("link", name=re.compile(r"^sft of toy")).first.click()
     page.get_by_role("tab", name="Task Runs").click()
-    for step in ("commit v1", "upload payload v1 r0", "upload payload v1 r1"):
+    for step in steps:
         page.get_by_placeholder("Search by run name").last.fill(step)
         expect(page.get_by_text(step).first).to_be_visible(timeout=_DRAW_MILLISECONDS)
     page.get_by_placeholder("Search by run name").last.fill("")
