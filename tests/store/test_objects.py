@@ -169,6 +169,26 @@ def test_slow_links_are_waited_for(s3_url: str, s3_proxy: Proxy, large: Path, tm
     assert (methods.count("PUT"), methods.count("GET")) == (4, 4)
 
 
+def test_objects_are_deleted_by_one_request(s3_url: str, s3_proxy: Proxy) -> None:
+    """One by one where the service refuses that, and a single object always by itself: every service can do it."""
+    store, keys = _bare(s3_url), [f"payloads/{number}" for number in range(3)]
+    for plan, wanted in (
+        (None, ["POST"]),
+        (lambda n, method, path: Status(405) if n == 0 else None, ["POST"] + 3 * ["DELETE"]),
+    ):
+        for key in keys:
+            store.put(key, b"x")
+        s3_proxy.reset()
+        s3_proxy.plan = plan
+        store.delete(*keys)
+        assert [method for method, _ in s3_proxy.requests] == wanted
+        s3_proxy.plan = None
+        assert list(store.list("")) == []
+    s3_proxy.reset()
+    store.delete(keys[0])
+    assert [method for method, _ in s3_proxy.requests] == ["DELETE"]
+
+
 def test_parts_under_way_fit_the_time_of_a_request_on_a_link_of_3_mbit_a_second() -> None:
     nbytes = objects._NUM_PARALLEL * 16 * 1024 * 1024
     timeout = objects._SENDING["timeout"]

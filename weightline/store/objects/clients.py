@@ -13,6 +13,8 @@ from weightline.errors import InputError
 from weightline.store.objects.store import DEFAULT_PATIENCE, ObjectStore, Patience
 
 if TYPE_CHECKING:
+    from obstore.store import ClientConfig, RetryConfig
+
     from weightline.store.objects.store import Connect
 
 
@@ -34,7 +36,7 @@ def open_s3(
     rejects. Reads and writes nothing.
     """
     endpoint = endpoint or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
-    config: dict[str, Any] = {"disable_bulk_delete": True}
+    config: dict[str, Any] = {}
     if endpoint:
         config |= {"endpoint": endpoint, "aws_endpoint_url_s3": endpoint}
     if access_key_id and secret_access_key:
@@ -44,15 +46,17 @@ def open_s3(
         config |= _aws_profile()
     if region:
         config["region"] = region
-    return _open(url, prefix, endpoint.startswith("http://"), lambda options, retry: S3Store(
-        bucket, client_options=options, retry_config=retry, **config
-    ), patience)  # fmt: skip
+
+    def connect(options: ClientConfig, retry: RetryConfig, *, in_batches: bool) -> S3Store:
+        return S3Store(bucket, client_options=options, retry_config=retry, disable_bulk_delete=not in_batches, **config)
+
+    return _open(url, prefix, endpoint.startswith("http://"), connect, patience)
 
 
 def open_gs(url: str, bucket: str, prefix: str) -> ObjectStore:
     """Opens a Google Cloud Storage bucket. Credentials come from the environment or the application defaults."""
     is_plain = os.environ.get("GOOGLE_BASE_URL", "").startswith("http://")
-    return _open(url, prefix, is_plain, lambda options, retry: GCSStore(
+    return _open(url, prefix, is_plain, lambda options, retry, in_batches: GCSStore(
         bucket, client_options=options, retry_config=retry
     ))  # fmt: skip
 
@@ -64,7 +68,7 @@ def open_az(url: str, container: str, prefix: str) -> ObjectStore:
     """
     is_emulator = os.environ.get("AZURE_STORAGE_USE_EMULATOR", "").lower() in ("1", "true")
     is_plain = os.environ.get("AZURE_STORAGE_ENDPOINT", "").startswith("http://")
-    return _open(url, prefix, is_emulator or is_plain, lambda options, retry: AzureStore(
+    return _open(url, prefix, is_emulator or is_plain, lambda options, retry, in_batches: AzureStore(
         container, client_options=options, retry_config=retry
     ))  # fmt: skip
 
@@ -73,10 +77,12 @@ def _open(
     url: str, prefix: str, is_plain: bool, connect: Connect, patience: Patience = DEFAULT_PATIENCE
 ) -> ObjectStore:
     """Opens a store. `is_plain`: allow http without TLS. InputError for settings that the client rejects."""
+
+    def connect_allowed(options: ClientConfig, retry: RetryConfig, *, in_batches: bool) -> Any:
+        return connect(options | {"allow_http": is_plain}, retry, in_batches=in_batches)
+
     try:
-        return ObjectStore(
-            url, prefix, lambda options, retry: connect({**options, "allow_http": is_plain}, retry), patience
-        )
+        return ObjectStore(url, prefix, connect_allowed, patience)
     except (BaseError, ValueError) as error:
         reason = str(error).partition("\n")[0]
         raise InputError(f"{url}: {reason}. docs/buckets.md lists the settings of each store", url=url) from error

@@ -14,14 +14,14 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, cast
+from typing import TYPE_CHECKING, Any, BinaryIO, Protocol, cast
 
 import obstore
 from obstore.exceptions import AlreadyExistsError, BaseError, PermissionDeniedError, UnauthenticatedError
@@ -35,7 +35,11 @@ from weightline.store.transfers import moved
 if TYPE_CHECKING:
     from obstore.store import ClientConfig, RetryConfig
 
-    Connect = Callable[[ClientConfig, RetryConfig], Any]
+    class Connect(Protocol):
+        """Makes a client of a bucket. `in_batches`: it deletes by requests of many objects, where the service can."""
+
+        def __call__(self, options: ClientConfig, retry: RetryConfig, *, in_batches: bool) -> Any: ...
+
 
 PART_NBYTES = 16 * 1024 * 1024
 
@@ -78,7 +82,7 @@ _home_pid: int | None = None
 class ObjectStore(DecisiveStore):
     """Implements `Store` on a bucket prefix. Safe for threads; the module's docstring covers processes.
 
-    `connect(client_config, retry_config)` makes an obstore client of the bucket.
+    `connect` makes the obstore clients of the bucket.
     """
 
     def __init__(self, url: str, prefix: str, connect: Connect, patience: Patience = DEFAULT_PATIENCE) -> None:
@@ -87,9 +91,10 @@ class ObjectStore(DecisiveStore):
         self._root = f"{prefix.strip('/')}/" if prefix.strip("/") else ""
         reading: ClientConfig = {**_SENDING, "read_timeout": timedelta(seconds=patience.read_seconds)}
         repeats: RetryConfig = {**_REPEATS, "max_retries": patience.num_retries}
-        self._client = connect(reading, repeats)
-        self._sender = connect(_SENDING, repeats)
-        self._once = connect(reading, _ONCE)
+        self._client = connect(reading, repeats, in_batches=False)
+        self._sender = connect(_SENDING, repeats, in_batches=False)
+        self._once = connect(reading, _ONCE, in_batches=False)
+        self._connect_in_batches = partial(connect, reading, repeats, in_batches=True)
 
     def get(self, key: str, max_nbytes: int = MAX_GET_NBYTES) -> bytes:
         with self._storage_errors(key):
@@ -163,7 +168,7 @@ class ObjectStore(DecisiveStore):
         if len(keys) > 1:
             try:
                 with self._storage_errors(keys[0]):
-                    obstore.delete(self._client, [self._path(key) for key in keys])
+                    obstore.delete(self._in_batches, [self._path(key) for key in keys])
                 return
             except TransientStorageError:
                 raise
@@ -217,6 +222,11 @@ class ObjectStore(DecisiveStore):
             raise TransientStorageError(
                 f"{self.url} sent {at - wanted[0]} of the bytes {wanted[0]} to {end} of {key}", key=key, url=self.url
             )
+
+    @cached_property
+    def _in_batches(self) -> Any:
+        """Returns the client that deletes many objects by one request. Few processes need it."""
+        return self._connect_in_batches()
 
     @cached_property
     def _readers(self) -> ThreadPoolExecutor:
