@@ -11,7 +11,8 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -90,8 +91,25 @@ class BodyReader:
     max_held_nbytes: int = MAX_HELD_NBYTES
     held_nbytes: int = field(default=0, init=False)
 
-    async def read(self, scope: Scope, receive: Receive, max_nbytes: int) -> bytes | JSONResponse:
-        """Returns the whole body, or the refusal. ClientDisconnect when the client left. Call `release` afterwards."""
+    @asynccontextmanager
+    async def holding(self, scope: Scope, receive: Receive, send: Send, max_nbytes: int) -> AsyncIterator[bytes | None]:
+        """Yields the whole body, held to the end of the block. None when it was refused, or the client left."""
+        try:
+            body = await self._read(scope, receive, max_nbytes)
+        except ClientDisconnect:
+            yield None
+            return
+        if isinstance(body, JSONResponse):
+            await body(scope, receive, send)
+            yield None
+            return
+        try:
+            yield body
+        finally:
+            self._release(len(body))
+
+    async def _read(self, scope: Scope, receive: Receive, max_nbytes: int) -> bytes | JSONResponse:
+        """Returns the whole body, or the refusal. ClientDisconnect when the client left. Call `_release` afterwards."""
         too_large = f"the body has more than {max_nbytes} bytes"
         announced = Headers(scope=scope).get("content-length", "")
         if announced.isdecimal() and int(announced[:20]) > max_nbytes:
@@ -110,16 +128,15 @@ class BodyReader:
         except TimeoutError:
             return self._given_up(body, refusal(408, f"the body did not arrive within {self.max_seconds:g} s"))
         except BaseException:
-            self.release(len(body))
+            self._release(len(body))
             raise
         return bytes(body)
 
-    def release(self, nbytes: int) -> None:
-        """Says that a body which was read is not held any more."""
+    def _release(self, nbytes: int) -> None:
         self.held_nbytes -= nbytes
 
     def _given_up(self, body: bytearray, answer: JSONResponse) -> JSONResponse:
-        self.release(len(body))
+        self._release(len(body))
         return answer
 
 
@@ -130,17 +147,9 @@ class ReadFirst:
         self._app, self._max_nbytes, self._reader = app, max_nbytes, reader or BodyReader()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            body = await self._reader.read(scope, receive, self._max_nbytes)
-        except ClientDisconnect:
-            return
-        if isinstance(body, JSONResponse):
-            await body(scope, receive, send)
-            return
-        try:
-            await self._app(scope, replaying(body, receive), send)
-        finally:
-            self._reader.release(len(body))
+        async with self._reader.holding(scope, receive, send, self._max_nbytes) as body:
+            if body is not None:
+                await self._app(scope, replaying(body, receive), send)
 
 
 class BoundedApp:

@@ -26,7 +26,7 @@ from fastapi import FastAPI
 from fastapi.responses import JSONResponse
 from prometheus_client import REGISTRY, Counter
 from starlette.datastructures import Headers
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from weightline.errors import ApplyError, ErrorKind, InputError
@@ -233,17 +233,9 @@ class VersionedApp:
         self._max_send_seconds = max_send_seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            body = await self._reader.read(scope, receive, self._max_body_nbytes)
-        except ClientDisconnect:
-            return
-        if isinstance(body, JSONResponse):
-            await body(scope, receive, send)
-            return
-        try:
-            await self._answer(scope, receive, send, body)
-        finally:
-            self._reader.release(len(body))
+        async with self._reader.holding(scope, receive, send, self._max_body_nbytes) as body:
+            if body is not None:
+                await self._answer(scope, receive, send, body)
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send, body: bytes) -> None:
         if _is_background(scope["path"], body):
