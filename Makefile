@@ -32,8 +32,13 @@ down: $(VENV)/.run-ready  ## End what `make up` started
 deploy: $(VENV)/.run-ready  ## Deploy every flow to the Prefect server at PREFECT_API_URL, or to the one that `make up` started
 	$(BIN)/weightline deploy
 
-test: $(VENV)/.test-ready lint  ## Everything that CI checks
-	$(BIN)/python -m pytest $(PYTEST_WORKERS) --durations=30 $(PYTEST_ARGS)
+# mypy keeps one core busy for a minute, so lint runs beside the tests. It is shown when they have ended.
+test: $(VENV)/.test-ready  ## Everything that CI checks
+	@$(MAKE) --no-print-directory lint > $(VENV)/lint.log 2>&1 & lint=$$!; \
+	$(BIN)/python -m pytest $(PYTEST_WORKERS) --durations=30 $(PYTEST_ARGS); tests=$$?; \
+	wait $$lint; lint=$$?; cat $(VENV)/lint.log; \
+	test $$lint -eq 0 || echo 'make lint failed: see above' >&2; \
+	exit $$(( tests ? tests : lint ))
 
 test-fast: $(VENV)/.test-ready  ## Tests that start no process and no server
 	$(BIN)/python -m pytest $(PYTEST_WORKERS) -m "not (process or store or train or flows or browser)" $(PYTEST_ARGS)

@@ -110,20 +110,23 @@ def run_ranks_to_end(
     assert group.wait() == [0, 0], group.log_tail
 
 
-def start_stage(job: StageJob, log_path: Path, main: Callable[[], None] = run_stage_program) -> RankGroup:
+def start_stage(
+    job: StageJob, log_path: Path, main: Callable[[], None] = run_stage_program, num_ranks: int = 2
+) -> RankGroup:
     """Start a stage on two ranks under ZeRO-3, with the environment that `accelerate launch` gives them.
 
     `main` is the rank program; it reads the path of the job file from its command line.
     """
     job_path = log_path.with_suffix(".job.json")
     job.save(job_path)
-    return RankGroup(_run_with_argv, (main, ["rank", "--job", str(job_path)]), log_path, zero3_environment(job))
+    argv = ["rank", "--job", str(job_path)]
+    return RankGroup(_run_with_argv, (main, argv), log_path, zero3_environment(job), num_ranks)
 
 
-def run_stage(job: StageJob, log_path: Path, main: Callable[[], None] = run_stage_program) -> None:
+def run_stage(job: StageJob, log_path: Path, main: Callable[[], None] = run_stage_program, num_ranks: int = 2) -> None:
     """Run a stage on two ranks to its end. The test fails, with the end of their log, when a rank fails."""
-    group = start_stage(job, log_path, main)
-    assert group.wait() == [0, 0], group.log_tail
+    group = start_stage(job, log_path, main, num_ranks)
+    assert group.wait() == [0] * num_ranks, group.log_tail
 
 
 def zero3_environment(job: StageJob | None = None) -> dict[str, str]:

@@ -114,7 +114,7 @@ def _answers(url: str) -> bool:
 
 def test_a_stack_comes_up_takes_deployments_trains_a_recipe_and_goes_down(installed: Installed) -> None:
     stages = [{"kind": "sft", "max_steps": 1, "learning_rate": 1e-3}]
-    write_recipe(installed.folder, stages=stages, evaluation={"limit": 2})
+    write_recipe(installed.folder, stages=stages, evaluation={"limit": 2}, num_processes=1)
     try:
         up = installed.weightline("up", "--port", "0")
         assert "up: http://127.0.0.1:" in up
