@@ -18,17 +18,11 @@ from weightline.chain import Chain, open_chain
 from weightline.chain.read.leases import Lease, write_lease
 from weightline.errors import ApplyError, InputError, LaunchError
 from weightline.fleet.local_replica import REPLICAS_DIR_VARIABLE, end_replicas, ensure_replica
-from weightline.fleet.members import (
-    REPLICA_HOSTS_VARIABLE,
-    SERVING_URL_VARIABLE,
-    Fleet,
-    ReachableReplica,
-    find_fleet,
-    may_receive_token,
-)
+from weightline.fleet.members import SERVING_URL_VARIABLE, Fleet, ReachableReplica, find_fleet
 from weightline.launch.processes import WORKER_PID_VARIABLE
 from weightline.serving.http import client
 from weightline.serving.http.auth import TOKEN_VARIABLE
+from weightline.serving.http.hosts import REPLICA_HOSTS_VARIABLE, may_receive_token
 
 
 def test_without_a_stack_or_a_url_the_remedy_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

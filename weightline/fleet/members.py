@@ -2,7 +2,7 @@
 
 A lease in the bucket names a replica's URL, but every writer of the bucket can write one. The token is therefore sent
 only to URLs that the operator or the local stack gave, and to hosts that WEIGHTLINE_REPLICA_HOSTS allows (without it,
-to this machine only).
+to this machine only): see `weightline.serving.http.hosts`.
 """
 
 from __future__ import annotations
@@ -13,20 +13,18 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from weightline.chain import Chain
-from weightline.chain.read.leases import Lease, live_leases
+from weightline.chain.read.leases import live_leases
 from weightline.errors import ApplyError, InputError
-from weightline.fleet.hosts import host_of, parse_patterns
 from weightline.fleet.local_replica import ensure_replica, replicas_dir
 from weightline.fleet.waves import Member
 from weightline.serving.http import client
-from weightline.serving.http.auth import TOKEN_VARIABLE, is_loopback
+from weightline.serving.http.auth import TOKEN_VARIABLE
+from weightline.serving.http.hosts import may_receive_token
 from weightline.serving.replica.following import TIP
 from weightline.serving.replica.status import ReplicaStatus
 
 #: URLs of replicas that run outside the local stack, separated by spaces or commas. Their token is WEIGHTLINE_TOKEN.
 SERVING_URL_VARIABLE = "WEIGHTLINE_SERVING_URL"
-#: Hosts of leased replicas that may receive the token, separated by spaces or commas: see `weightline.fleet.hosts`.
-REPLICA_HOSTS_VARIABLE = "WEIGHTLINE_REPLICA_HOSTS"
 _STATUS_SECONDS = 10.0
 _MAX_REQUESTS_AT_ONCE = 16
 
@@ -84,18 +82,6 @@ def find_fleet(chain: Chain) -> Fleet:
     if errors and not reached and not followers:
         raise errors[0]
     return Fleet(reached, tuple(followers), tuple(name for name, follows in followers.items() if follows == TIP))
-
-
-def may_receive_token(lease: Lease) -> bool:
-    """Returns whether the token may be sent to the URL of a lease, which every writer of the bucket can choose.
-
-    InputError for a pattern of WEIGHTLINE_REPLICA_HOSTS that is none.
-    """
-    patterns = parse_patterns(_split(os.environ.get(REPLICA_HOSTS_VARIABLE, "")), REPLICA_HOSTS_VARIABLE)
-    host = host_of(lease.url or "")
-    if host is None or not os.environ.get(TOKEN_VARIABLE):
-        return False
-    return patterns.match(host) if patterns else is_loopback(host)
 
 
 def _named(chain: Chain) -> Iterator[tuple[str, str]]:

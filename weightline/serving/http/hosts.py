@@ -1,11 +1,14 @@
-"""Which hosts may receive the token: an exact name or address, a DNS suffix, or a network.
+"""Which hosts of leases are trusted, and so may receive the token: exact names or addresses, DNS suffixes, networks.
 
-A pattern of an address never matches a name: anybody can register `10.0.0.attacker.example`.
+A lease in the bucket names a replica's URL, but every writer of the bucket can write one. WEIGHTLINE_REPLICA_HOSTS
+lists the hosts that are trusted; without it, only this machine is. A pattern of an address never matches a name:
+anybody can register `10.0.0.attacker.example`.
 """
 
 from __future__ import annotations
 
 import ipaddress
+import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -13,7 +16,12 @@ from urllib.parse import urlsplit
 
 import httpx
 
+from weightline.chain.read.leases import Lease
 from weightline.errors import InputError
+from weightline.serving.http.auth import TOKEN_VARIABLE, is_loopback
+
+#: Hosts of leased replicas that are trusted, separated by spaces or commas.
+REPLICA_HOSTS_VARIABLE = "WEIGHTLINE_REPLICA_HOSTS"
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
@@ -43,6 +51,27 @@ class HostPatterns:
         if address is not None:
             return any(address in network for network in self.networks)
         return host in self.names or host.endswith(self.suffixes)
+
+
+def is_trusted_url(url: str | None) -> bool:
+    """Returns whether the host of a leased URL is one that WEIGHTLINE_REPLICA_HOSTS allows, or else this machine.
+
+    InputError for a pattern of WEIGHTLINE_REPLICA_HOSTS that is none.
+    """
+    words = os.environ.get(REPLICA_HOSTS_VARIABLE, "").replace(",", " ").split()
+    patterns = parse_patterns(words, REPLICA_HOSTS_VARIABLE)
+    host = host_of(url or "")
+    if host is None:
+        return False
+    return patterns.match(host) if patterns else is_loopback(host)
+
+
+def may_receive_token(lease: Lease) -> bool:
+    """Returns whether there is a token, and it may be sent to the URL of a lease.
+
+    InputError for a pattern of WEIGHTLINE_REPLICA_HOSTS that is none.
+    """
+    return is_trusted_url(lease.url) and bool(os.environ.get(TOKEN_VARIABLE))
 
 
 def parse_patterns(words: Iterable[str], variable: str) -> HostPatterns:
