@@ -21,6 +21,7 @@ WeightlineError
 |   `-- ObjectExistsError      a create-only put found an existing object
 |-- PublishError               the trainer could not commit a version
 |-- ApplyError                 an engine could not move to a version
+|-- RolloutError               no replica made the completions that training asked for
 `-- LaunchError                a process started by weightline failed
 
 `kind` is a stable, append-only code for programs. Facts are keyword arguments, checked by mypy against `Facts`; those
@@ -58,6 +59,7 @@ class ErrorKind(StrEnum):
     LAUNCH = "launch"
     SIGNATURE = "signature"
     MISSING_EXTRA = "missing-extra"
+    ROLLOUT = "rollout"
 
 
 class Facts(TypedDict, total=False):
@@ -122,6 +124,8 @@ class Facts(TypedDict, total=False):
     returncode: int | None
     tail: Sequence[str]
     state: str
+    # Rollouts.
+    replicas: Sequence[str]
 
 
 class WeightlineError(Exception):
@@ -288,6 +292,16 @@ class ApplyError(WeightlineError):
     version: int | None = None
     engine: str | None = None
     is_unreachable: bool = False
+
+
+class RolloutError(WeightlineError):
+    """No replica made the completions that training asked for, within the deadline."""
+
+    kind = ErrorKind.ROLLOUT
+    version: int | None = None
+    """The version that a replica had to have."""
+    replicas: Sequence[str] = ()
+    """Each replica with the version that it serves, and why it could not answer."""
 
 
 class LaunchError(WeightlineError):
