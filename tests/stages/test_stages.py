@@ -139,7 +139,7 @@ def test_checkpoints_are_whole_and_the_marker_comes_last(jobs: list[StageJob]) -
         assert job.done_path.stat().st_mtime_ns >= (job.final_model_dir / "model.safetensors").stat().st_mtime_ns
 
 
-def test_grpo_resumes_exactly_when_no_generated_batch_is_open(jobs: list[StageJob]) -> None:
+def test_grpo_resumes_exactly_between_two_generated_batches(jobs: list[StageJob]) -> None:
     """What a crash after the first checkpoint leaves; sft and dpo meet a real kill -9 in tests/trainer."""
     job = jobs[-1]
     expected, lines = weights(job.final_model_dir), job.metrics_path.read_text().splitlines()

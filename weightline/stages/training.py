@@ -23,6 +23,7 @@ from weightline.stages.cpu import compute_in_float32, use_one_core_without_compi
 from weightline.stages.data import load_reward, load_stage_dataset
 from weightline.stages.job import StageJob, StageResult
 from weightline.stages.rank import RankExit
+from weightline.stages.rollout_state import GenerationStateCallback
 from weightline.stages.start_dtype import restore_float32, training_dtype
 from weightline.trainer.adapter import is_peft_model
 
@@ -118,11 +119,8 @@ def training_args(config_class: type[Args], job: StageJob) -> Args:
 def run_stage(trainer: Trainer, job: StageJob) -> None:
     """Trains, saves the last weights, and marks the stage as done. Safe to repeat; see the module's docstring.
 
-    SFT and DPO give the same bits when they are killed and repeated. So does GRPO if no generated batch is in use at
-    the checkpoint, as with TRL's defaults, where each optimizer step generates its own. With steps_per_generation *
-    num_iterations above gradient_accumulation_steps it may not: GRPOTrainer keeps the generated batch and its position
-    in it (`_buffered_inputs`, `_step`) in memory only, so a resumed run generates a new batch, with other weights, in
-    the middle of the old one. No trainer saves the moving reference of `sync_ref_model`.
+    A stage that is killed and repeated gives the same bits as one that was not. The exception is one with
+    `sync_ref_model`, since no trainer saves the moving reference.
     """
     if not (job.resume and job.done_path.exists()):
         _train(trainer, job)
@@ -162,6 +160,8 @@ def _add_callbacks(trainer: Trainer, job: StageJob) -> None:
         )  # fmt: skip
         trainer.add_callback(callback)
     trainer.add_callback(MetricsCallback(job.metrics_path))
+    if job.stage.kind == "grpo":
+        trainer.add_callback(GenerationStateCallback(trainer))
     trainer.add_callback(WholeCheckpointCallback())
 
 
