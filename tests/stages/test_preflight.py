@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.chains import commit_state, random_state
-from tests.stages.test_recipe import changed, stage
+from tests.stages.test_recipe import changed, rolling, stage
 from weightline.chain import open_chain
 from weightline.errors import RecipeError
 from weightline.stages.load import parse_recipe
@@ -103,6 +103,46 @@ def test_the_names_read_from_the_source_are_trls_own() -> None:
 def test_groups_of_generations_fill_the_batch() -> None:
     grpo = stage(kind="grpo", per_device_batch_size=3, trainer_args={"num_generations": 4})
     assert refused(changed(stages=grpo)).facts["field"] == "stages[0].per_device_batch_size"
+
+
+def test_rollouts_that_the_stage_can_keep() -> None:
+    for rollouts in ({}, {"lookahead": 0, "staleness": 0}, {"lookahead": 2, "staleness": 2}, {"replicas": "local"}):
+        assert check_recipe(parse_recipe(changed(stages=rolling(**rollouts))), num_cuda_devices=0)
+
+
+@pytest.mark.parametrize(
+    ("rollouts", "fields", "trainer_args", "field", "remedy"),
+    [
+        ({"lookahead": 0, "staleness": 0}, {"sync_steps": 2}, {}, "rollouts.staleness", "`sync_steps: 1`"),
+        ({"staleness": 0}, {}, {}, "rollouts.staleness", "at least 1, better 2, or `lookahead: 0`"),
+        ({}, {}, {"steps_per_generation": 2, "num_iterations": 2}, "rollouts.staleness", "at least 4"),
+        ({"lookahead": 3}, {}, {"gradient_accumulation_steps": 2}, "rollouts.staleness", "at least 3"),
+        ({}, {}, {"generation_batch_size": 64}, "rollouts.staleness", "at least 4"),
+        ({}, {"per_device_batch_size": 4}, {}, "per_device_batch_size", "a multiple of 8"),
+        ({}, {}, {"use_vllm": True}, "trainer_args.use_vllm", "leave it out"),
+        ({}, {}, {"vllm_importance_sampling_correction": False},
+         "trainer_args.vllm_importance_sampling_correction", "need the correction"),
+        ({}, {}, {"generation_kwargs": {"no_repeat_ngram_size": 2}}, "trainer_args.generation_kwargs", "temperature"),
+    ],
+)  # fmt: skip
+def test_rollouts_that_the_stage_cannot_keep(
+    rollouts: dict[str, Any], fields: dict[str, Any], trainer_args: dict[str, Any], field: str, remedy: str
+) -> None:
+    grpo = [rolling(**rollouts)[0] | fields | {"trainer_args": trainer_args}]
+    error = refused(changed(stages=grpo))
+    assert error.facts["field"] == f"stages[0].{field}"
+    assert remedy in str(error.facts["remedy"])
+
+
+def test_versions_that_take_several_steps_age_samples_less() -> None:
+    trainer_args = {"steps_per_generation": 2, "num_iterations": 2}
+    slower = [rolling()[0] | {"sync_steps": 2, "trainer_args": trainer_args}]
+    assert check_recipe(parse_recipe(changed(stages=slower)), num_cuda_devices=0)
+
+
+def test_a_local_replica_is_for_one_machine() -> None:
+    error = refused(changed(stages=rolling(replicas="local"), num_machines=2, num_processes=2))
+    assert error.facts["field"] == "stages[0].rollouts.replicas"
 
 
 def test_a_folder_of_evaluation_tasks_that_is_not_there() -> None:

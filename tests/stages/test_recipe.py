@@ -30,6 +30,11 @@ def stage(**fields: Any) -> list[dict[str, Any]]:
     return [SMALL["stages"][0] | fields]
 
 
+def rolling(**rollouts: Any) -> list[dict[str, Any]]:
+    """A GRPO stage with these rollouts."""
+    return stage(kind="grpo", sync_steps=1, rollouts=rollouts)
+
+
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.name)
 def test_every_recipe_of_the_repository_loads(path: Path) -> None:
     recipe = load_recipe(path)
@@ -53,8 +58,13 @@ def test_a_recipe_does_not_change() -> None:
 
 
 def test_a_recipe_survives_its_json() -> None:
-    recipe = parse_recipe(changed(sync_steps=7))
-    assert type(recipe).model_validate_json(recipe.model_dump_json()) == recipe
+    for stages in (stage(), rolling(), rolling(replicas=["http://10.0.0.1:8000"], staleness=3)):
+        recipe = parse_recipe(changed(sync_steps=7, stages=stages))
+        assert type(recipe).model_validate_json(recipe.model_dump_json()) == recipe
+
+
+def test_rollouts_are_left_out_by_a_word_as_well() -> None:
+    assert parse_recipe(changed(stages=stage(kind="grpo", rollouts="none"))).stages[0].rollouts is None
 
 
 @pytest.mark.parametrize(
@@ -75,6 +85,15 @@ def test_a_recipe_survives_its_json() -> None:
         (changed(stages=stage(reward="m:f")), "stages[0]", "correct the value"),
         (changed(stages=stage(kind="grpo", dataset={"path": "a/b"})), "stages[0]", "correct the value"),
         (changed(stages=[*stage(), *stage()]), "recipe", "correct the value"),
+        (changed(stages=stage(rollouts={})), "stages[0]", "correct the value"),
+        (changed(stages=rolling(lookahed=2)), "stages[0].rollouts.lookahed", "did you mean `lookahead`?"),
+        (changed(stages=rolling(staleness=-1)), "stages[0].rollouts.staleness", "correct the value (-1)"),
+        (changed(stages=rolling(mixing="maybe")), "stages[0].rollouts.mixing", "correct the value ('maybe')"),
+        (changed(stages=rolling(deadline_seconds=0)), "stages[0].rollouts.deadline_seconds", "correct the value (0)"),
+        (changed(stages=rolling(rollout="module.function")), "stages[0].rollouts.rollout", "'module.function'"),
+        (changed(stages=rolling(replicas="all")), "stages[0].rollouts.replicas", "correct the value ('all')"),
+        (changed(stages=rolling(replicas=[])), "stages[0].rollouts.replicas", "correct the value"),
+        (changed(stages=rolling(replicas=["localhost:80"])), "stages[0].rollouts.replicas", "localhost:80"),
     ],
 )
 def test_a_mistake_names_its_field_and_the_remedy(raw: dict[str, Any], field: str, remedy: str) -> None:

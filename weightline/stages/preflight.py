@@ -14,8 +14,9 @@ from typing import Literal
 from weightline.chain import open_chain
 from weightline.chain.read.refs import resolve
 from weightline.errors import InputError, LaunchError, NotFoundError
+from weightline.stages.generation import check_generation_batch, check_rollouts
 from weightline.stages.load import recipe_error
-from weightline.stages.recipe import DatasetConfig, ModelConfig, Recipe, StageConfig
+from weightline.stages.recipe import DatasetConfig, ModelConfig, Recipe
 from weightline.stages.trainer_args import check_trainer_args
 
 #: Columns that TRL reads, by kind of stage. A dataset must have one of these sets.
@@ -51,7 +52,8 @@ def check_recipe(recipe: Recipe, num_cuda_devices: int | None = None) -> Placeme
         raise recipe_error("evaluation.include_path", f"no folder {include_path}", "give a folder of task YAML files")
     placement = plan_placement(recipe, count_cuda_devices() if num_cuda_devices is None else num_cuda_devices)
     for index, stage in enumerate(recipe.stages):
-        _check_generation_batch(stage, placement.num_processes, f"stages[{index}]")
+        check_generation_batch(stage, placement.num_processes, f"stages[{index}]")
+        check_rollouts(stage, placement.num_processes, recipe.num_machines, f"stages[{index}]")
     return placement
 
 
@@ -153,12 +155,3 @@ def _check_first_line(file: Path, kind: str, field: str) -> None:
     if not any(required <= columns for required in REQUIRED_COLUMNS[kind]):
         wanted = " or ".join("+".join(sorted(required)) for required in REQUIRED_COLUMNS[kind])
         raise recipe_error(f"{field}.path", f"{file} has columns {sorted(columns)}", f"{kind} needs {wanted}")
-
-
-def _check_generation_batch(stage: StageConfig, num_processes: int, field: str) -> None:
-    num_generations = stage.trainer_args.get("num_generations", 8)
-    steps = stage.trainer_args.get("steps_per_generation", stage.trainer_args.get("gradient_accumulation_steps", 1))
-    batch_size = stage.per_device_batch_size * num_processes * steps
-    if stage.kind == "grpo" and batch_size % num_generations:
-        problem = f"{batch_size} completions per batch are not a multiple of num_generations {num_generations}"
-        raise recipe_error(f"{field}.per_device_batch_size", problem, f"a multiple of {num_generations}")

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from weightline.dtypes import DtypeSetting
 from weightline.errors import RecipeError
@@ -109,6 +109,35 @@ class ArithmeticConfig(FrozenModel):
     """Seed of the held-out problems. Separate from `Recipe.seed`, so that runs with different seeds are comparable."""
 
 
+class RolloutsConfig(FrozenModel):
+    """Completions for GRPO from replicas that follow the chain, instead of the trainer's own."""
+
+    lookahead: int = Field(default=1, ge=0)
+    """Generation batches that are asked for before training needs them."""
+    staleness: int = Field(default=2, ge=0)
+    """Greatest age in versions of the weights that wrote a completion, when it is trained on. 0: exactly on policy."""
+    replicas: Literal["local", "follow"] | tuple[str, ...] = "follow"
+    """`follow`: those that have a lease in the bucket. `local`: one that the stage starts on this machine. Or URLs."""
+    mixing: Literal["deny", "allow"] = "deny"
+    """Whether one completion may go on while its replica moves to another version."""
+    deadline_seconds: float = Field(default=600.0, gt=0)
+    """Longest wait for a completion, after which the stage fails."""
+    rollout: str | None = Field(default=None, pattern=r"^[\w.]+:\w+$")
+    """`module:function` of an episode with several turns. None: one completion for each prompt."""
+
+    @field_validator("replicas", mode="before")
+    @classmethod
+    def replicas_are_named(cls, given: Any) -> Any:
+        if given in ("local", "follow"):
+            return given
+        if not isinstance(given, list | tuple) or not given:
+            raise ValueError("give `local`, `follow`, or a list of URLs")
+        for url in given:
+            if not isinstance(url, str) or not url.partition("://")[2] or not url.startswith(("http://", "https://")):
+                raise ValueError(f"{url!r} is not the http(s) URL of a replica")
+        return tuple(given)
+
+
 class StageConfig(FrozenModel):
     """One training stage: SFT, DPO or GRPO by TRL on DeepSpeed ZeRO-3."""
 
@@ -128,8 +157,21 @@ class StageConfig(FrozenModel):
     """Optimizer steps between two checkpoints to resume from."""
     reward: str | None = Field(default=None, pattern=r"^[\w.]+:\w+$")
     """GRPO only: `module:function` of a TRL reward function. The arithmetic data have a built-in one."""
+    rollouts: RolloutsConfig | None = None
+    """GRPO only: where completions come from. None (or `none`): the trainer generates them itself."""
     trainer_args: dict[str, Any] = {}
     """Further fields of TRL's SFTConfig, DPOConfig or GRPOConfig, passed through by name."""
+
+    @field_validator("rollouts", mode="before")
+    @classmethod
+    def none_is_a_word(cls, given: Any) -> Any:
+        return None if given == "none" else given
+
+    @model_validator(mode="after")
+    def rollouts_belong_to_grpo(self) -> Self:
+        if self.rollouts is not None and self.kind != "grpo":
+            raise ValueError("`rollouts` is for grpo only")
+        return self
 
     @model_validator(mode="after")
     def reward_belongs_to_grpo(self) -> Self:
