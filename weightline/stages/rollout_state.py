@@ -29,7 +29,7 @@ class GenerationStateCallback(TrainerCallback):
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         path = _path(args, state)
         if state.global_step > 0 and path.exists():
-            saved = torch.load(path, map_location=args.device, weights_only=True)
+            saved = torch.load(path, map_location=args.device.type, weights_only=True)
             self._trainer._step, self._trainer._buffered_inputs = saved["step"], saved["batches"]
 
 

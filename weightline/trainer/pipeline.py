@@ -60,6 +60,15 @@ class SyncPipeline:
         self.payload_nbytes = 0
         """Bytes of the payloads of these versions, of all ranks."""
 
+    @property
+    def present_version(self) -> int:
+        """The version that holds the newest captured state, or will; -1 without one. The same on every rank.
+
+        With policies that fold syncs or skip versions it may become another one.
+        """
+        settled = -1 if self.settled is None else self.settled.version
+        return settled + len(self._in_flight)
+
     def submit(
         self,
         kind: Literal["anchor", "delta", "revert"],

@@ -16,7 +16,7 @@ from typing import Any, Literal, Self
 
 from weightline.chain.files.checkpoint import VersionMark
 from weightline.chain.read.history import Chain
-from weightline.chain.read.records import LOGGED, write_record
+from weightline.chain.read.records import LOGGED, Record, write_record
 from weightline.codec.coding import coding_named
 from weightline.codec.digest import parse_digest
 from weightline.errors import PublishError
@@ -80,11 +80,16 @@ class PublishSession:
         self._model_files: ModelFiles | None = None
         self._metrics = MetricsLog()
         self._num_records = 0
+        self._notes: list[tuple[str, str, Record]] = []
         self._trail = Trail(chain.url, "", None)
         self.last_step = -1
         """Training step of the newest capture."""
         self.cast_note: str | None = None
         """Which weights are published in another dtype than training holds them in, where there are such."""
+        self.start_version = -1
+        """The version that training began at: what `start` committed, or the tip that it found."""
+        self.stands_for: int | None = None
+        """The version whose weights that one restores, if it is a revert."""
         register(self)
 
     def start(
@@ -135,6 +140,7 @@ class PublishSession:
                 self._model_files = ModelFiles(self.chain, model, processing_class, dtype)
             if start.plan.action != "continue":
                 self._commit_start(start.plan, global_step)
+            self.start_version, self.stands_for = self._pipeline.present_version, start.plan.reverts_to
             self.last_step = global_step
             self._metrics.stand_at(global_step)
             return start.plan
@@ -227,26 +233,32 @@ class PublishSession:
         numbers = numbers_in(logs)
         if self._metrics.add(global_step, numbers) or self.group.rank != 0 or not numbers:
             return
-        sequence = self._pipeline.num_captured - 1
         self._num_records += 1
         name = f"step-{global_step}-{self._trail.session_id[:8]}-{self._num_records}"
         record = {
             "status": "done", "global_step": global_step, "metrics": numbers,
             "run_id": self.settings.run_id, "stage": self.settings.stage,
         }  # fmt: skip
-
-        def write() -> None:
-            version = self._pipeline.version_of(sequence)
-            if version is not None:
-                write_record(self.chain, LOGGED, version, name, record)
-
-        def record_them() -> None:
-            best_effort(f"recording the numbers of step {global_step}", write)
-
+        record_them = self._recording(self._pipeline.num_captured - 1, LOGGED, name, record)
         if self._is_closed:
             record_them()
         else:
             self._publisher.call(record_them)
+
+    def note(self, kind: str, name: str, record: Record) -> None:
+        """Takes a record of the present weights. It is written beside the version that they become. Not collective."""
+        if self.group.rank == 0:
+            self._notes.append((kind, name, record))
+
+    def _recording(self, sequence: int, kind: str, name: str, record: Record) -> Callable[[], None]:
+        """Returns a function that writes a record beside the version that a sync became, if it became one."""
+
+        def write() -> None:
+            version = self._pipeline.version_of(sequence)
+            if version is not None:
+                write_record(self.chain, kind, version, name, record)
+
+        return lambda: best_effort(f"writing the record {kind}/{name}", write)
 
     def wait(self) -> None:
         """Waits until everything captured is committed, as far as this rank sees. Not collective. Errors as in `sync`.
@@ -256,6 +268,14 @@ class PublishSession:
         with self._closing_on_error():
             self._metrics.finish()
             self._pipeline.wait()
+
+    @property
+    def present_version(self) -> int:
+        """The version that holds the weights of the newest sync, committed or under way. The same on every rank.
+
+        Exact with the policies `wait` and `stop`, which make a version of every sync.
+        """
+        return self._pipeline.present_version
 
     @property
     def committed(self) -> tuple[int, ...]:
@@ -387,6 +407,9 @@ class PublishSession:
             kind, changes, global_step, own_metrics, is_milestone=is_milestone, reverts_to=reverts_to, failure=failure,
             at_start=at_start,
         )  # fmt: skip
+        for note in self._notes:
+            self._publisher.call(self._recording(self._pipeline.num_captured - 1, *note))
+        self._notes.clear()
         self._trail.num_captured = self._pipeline.num_captured
         self.last_step = global_step
 
