@@ -18,6 +18,7 @@ MODULES: dict[str, tuple[str, ...]] = {
     "prefect": ("httpx", "prefect", "psutil"),
     "eval": ("datasets", "lm_eval", "torch", "transformers"),
     "serve": ("fastapi", "httpx", "prometheus_client", "torch", "transformers", "uvicorn"),
+    "front": ("fastapi", "httpx", "prometheus_client", "uvicorn"),
     "vllm": ("httpx", "prometheus_client", "vllm"),
     "dashboard": ("fastapi", "uvicorn"),
     "sign": ("cryptography",),

@@ -31,6 +31,7 @@ LACKING: list[tuple[str | list[str], str]] = [
     (["deploy"], "prefect"),
     (["stay"], "prefect,dashboard"),
     (["serve", "transformers", "--follow", CHAIN], "serve"),
+    (["serve", "front", "--follow", CHAIN], "front"),
     (["serve", "vllm", "model", "--follow", CHAIN], "vllm"),
     (["serve", "sglang", "--follow", CHAIN, "--out", "folders"], "serve"),
     (["dashboard", CHAIN], "dashboard"),

@@ -15,7 +15,7 @@ from weightline.chain import Chain
 from weightline.serving.engines.transformers import TransformersEngine
 from weightline.serving.http.app import build_app
 from weightline.serving.http.protocol import server_config
-from weightline.serving.http.server import ServerSettings, _listening
+from weightline.serving.http.server import ServerSettings, listening
 from weightline.serving.http.service import ReplicaService
 from weightline.serving.replica.following import Following
 from weightline.serving.replica.registration import Presence
@@ -49,7 +49,7 @@ def running_replica(
     replica = Replica(chain, TransformersEngine("cpu"), state_dir, name)
     if version is not None:
         replica.refresh(version)
-    with _listening(ServerSettings(chain.url, state_dir, name, port=0)) as listener:
+    with listening(ServerSettings(chain.url, state_dir, name, port=0)) as listener:
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
         presence = Presence(url, following.what if following else None, ttl_seconds)
         service = ReplicaService(replica, following, presence)

@@ -1,4 +1,4 @@
-"""weightline serve vllm | transformers | sglang --follow BUCKET, and dashboard BUCKET...: servers for chains."""
+"""weightline serve vllm | transformers | front | sglang --follow BUCKET, and dashboard BUCKET...: servers of chains."""
 
 from __future__ import annotations
 
@@ -99,6 +99,39 @@ def transformers(
         chain_url=follow, state_dir=_state_dir(state_dir, name), name=name, host=host, port=port,
         follow_seconds=_follow_seconds(every, ref), follow_ref=ref, device=device, drain_seconds=drain,
         lease_seconds=lease, advertise_url=advertise, trusted_keys=require_signature,
+    )  # fmt: skip
+    serve(settings)
+
+
+@app.command(name="front")
+def front(
+    follow: Annotated[str, typer.Option(metavar="BUCKET", help="URL of the chain whose replicas answer.")],
+    replica: Annotated[
+        list[str] | None,
+        typer.Option(metavar="URL", help="A replica besides those that have a lease. May be given several times."),
+    ] = None,
+    state_dir: StateDir = None,
+    name: Annotated[str, typer.Option(help="Name of this front in its status and its log.")] = "front",
+    host: Annotated[str, typer.Option(help="Address to listen on. The routes that generate need no token.")] = (
+        "127.0.0.1"
+    ),
+    port: Port = 8080,
+    retry: Annotated[
+        float,
+        typer.Option(min=0, metavar="SECONDS", help="Time for which a request that no replica answers is tried again."),
+    ] = 30.0,
+) -> None:
+    """Start one URL for all replicas of a chain: prefix affinity, retries elsewhere, versions on demand."""
+    check_installed("front")
+    from weightline.front.server import serve
+    from weightline.front.settings import FrontSettings
+
+    _log_to_stderr()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: sys.exit(0))
+    settings = FrontSettings(
+        chain_url=follow, state_dir=_state_dir(state_dir, name), name=name, host=host, port=port,
+        replica_urls=tuple(replica or ()), retry_seconds=retry,
     )  # fmt: skip
     serve(settings)
 

@@ -58,12 +58,16 @@ def is_trusted_url(url: str | None) -> bool:
 
     InputError for a pattern of WEIGHTLINE_REPLICA_HOSTS that is none.
     """
-    words = os.environ.get(REPLICA_HOSTS_VARIABLE, "").replace(",", " ").split()
-    patterns = parse_patterns(words, REPLICA_HOSTS_VARIABLE)
-    host = host_of(url or "")
+    patterns, host = trusted_patterns(), host_of(url or "")
     if host is None:
         return False
     return patterns.match(host) if patterns else is_loopback(host)
+
+
+def trusted_patterns() -> HostPatterns:
+    """Parses WEIGHTLINE_REPLICA_HOSTS. InputError for a pattern that is none."""
+    words = os.environ.get(REPLICA_HOSTS_VARIABLE, "").replace(",", " ").split()
+    return parse_patterns(words, REPLICA_HOSTS_VARIABLE)
 
 
 def may_receive_token(lease: Lease) -> bool:

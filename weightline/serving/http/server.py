@@ -77,7 +77,7 @@ def serve(settings: ServerSettings) -> None:
     could reach the replica without a token that an operator chose.
     """
     require_safe_binding(settings.host, settings.state_dir)
-    with own_folder(settings.state_dir), _listening(settings) as listener:
+    with own_folder(settings.state_dir), listening(settings) as listener:
         chain = settings.open_chain()
         warn_if_empty(chain)
         # This imports torch, which takes seconds, so it comes after the checks that the server can start.
@@ -133,7 +133,7 @@ def own_folder(state_dir: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _listening(settings: ServerSettings) -> Iterator[socket.socket]:
+def listening(settings: ServerSettings) -> Iterator[socket.socket]:
     """Yields a socket that accepts connections, and keeps the file with its address while it does."""
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as listener:
