@@ -25,6 +25,9 @@ REFRESHES = "refreshes"
 
 ROLLOUTS = "rollouts"
 
+#: See weightline.rollouts.record. Not to be confused with `rollouts`, the plans of a fleet.
+SAMPLES = "samples"
+
 GAPS = "gaps"
 
 LOGGED = "logged"

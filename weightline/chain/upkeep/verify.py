@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from weightline.chain.read.history import Chain
-from weightline.chain.read.records import EVALUATIONS, LOGGED, REFRESHES, read_records
+from weightline.chain.read.records import EVALUATIONS, LOGGED, REFRESHES, SAMPLES, read_records
 from weightline.chain.read.refs import Ref, newest_moves, oldest_kept, read_move
 from weightline.chain.replay.diff import GROUP_NBYTES
 from weightline.chain.replay.plan import Ways
@@ -145,7 +145,7 @@ def _refs(chain: Chain, findings: list[Finding]) -> list[Ref]:
 
 
 def _recorded_versions(chain: Chain, findings: list[Finding]) -> Iterator[tuple[str, int]]:
-    for kind in (EVALUATIONS, REFRESHES, LOGGED):
+    for kind in (EVALUATIONS, REFRESHES, LOGGED, SAMPLES):
         with noting(findings, "record", f"{keys.RECORDS}{kind}/"):
             yield from [(kind, record["version"]) for record in read_records(chain, kind)]
 
