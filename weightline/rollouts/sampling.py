@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from weightline.errors import InputError
 
@@ -48,6 +48,10 @@ class Sampling:
     def needs_processed_logprobs(self) -> bool:
         """Whether logprobs before temperature and the like would be those of another distribution."""
         return self != Sampling(self.n, self.max_tokens, stop_token_ids=self.stop_token_ids)
+
+    def of_group(self, n: int) -> Sampling:
+        """Returns the same sampling for a group of another size."""
+        return self if n == self.n else replace(self, n=n)
 
 
 def seed_of(*parts: int | str) -> int:
