@@ -31,12 +31,12 @@ State = Mapping[str, npt.NDArray[np.uint16]]
 
 
 def segments_of(state: State, rank: int, world_size: int) -> list[Segment]:
-    """Even slices of bf16 tensors, as ranks hold them."""
+    """Even slices of tensors in bf16, or in float32 where elements have four bytes, as ranks hold them."""
     found = []
     for name, bits in state.items():
         size = -(-bits.size // world_size)
         start = min(size * rank, bits.size)
-        found.append(Segment(TensorSpec(name, "BF16", bits.shape), start, min(size, bits.size - start)))
+        found.append(Segment(_spec(name, bits), start, min(size, bits.size - start)))
     return [segment for segment in found if segment.length]
 
 
@@ -84,10 +84,14 @@ def commit_state(
     return manifest
 
 
+def _spec(name: str, bits: npt.NDArray[np.uint16]) -> TensorSpec:
+    return TensorSpec(name, "F32" if bits.itemsize == 4 else "BF16", bits.shape)
+
+
 def make_manifest(
     state: State, version: int, commit_id: str, payloads: tuple[PayloadRef, ...], *, is_anchor: bool
 ) -> Manifest:
-    specs = [TensorSpec(name, "BF16", bits.shape) for name, bits in state.items()]
+    specs = [_spec(name, bits) for name, bits in state.items()]
     tensors = {s.name: TensorState(dtype=s.dtype, shape=s.shape, digest=_digest(state, s)) for s in specs}
     payload_nbytes = sum(payload.nbytes for payload in payloads)
     num_elements = sum(spec.num_elements for spec in specs)

@@ -38,12 +38,12 @@ CONFIGS: dict[str, Any] = {
 }
 
 
-def build_model(kind: str, seed: int = 0) -> torch.nn.Module:
-    """Random bf16 weights, large enough that greedy texts of two seeds differ."""
+def build_model(kind: str, seed: int = 0, dtype: torch.dtype = torch.bfloat16) -> torch.nn.Module:
+    """Random weights of bf16's precision, large enough that greedy texts of two seeds differ."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model: torch.nn.Module = AutoModelForCausalLM.from_config(CONFIGS[kind]).to(torch.bfloat16)
-    return model
+    return model.to(dtype)
 
 
 def state_of(model: torch.nn.Module) -> Bits:
@@ -57,14 +57,15 @@ def state_of(model: torch.nn.Module) -> Bits:
     }
 
 
-def trained(state: Mapping[str, npt.NDArray[np.uint16]], seed: int, density: float = 0.02) -> Bits:
+def trained(state: Mapping[str, npt.NDArray[Any]], seed: int, density: float = 0.02) -> Bits:
     """The state with a few elements replaced by other elements: sparse, and enough to change what the model says."""
     rng = np.random.default_rng(seed)
     moved = {}
     for name, bits in state.items():
         flat = bits.reshape(-1).copy()
         at = rng.choice(flat.size, max(1, int(flat.size * density)), replace=False)
-        flat[at] = rng.normal(0, 0.5, at.size).astype(np.float32).view(np.uint32) >> 16
+        drawn = rng.normal(0, 0.5, at.size).astype(np.float32).view(np.uint32)
+        flat[at] = drawn if flat.itemsize == 4 else drawn >> 16
         moved[name] = flat.reshape(bits.shape)
     return moved
 
@@ -76,24 +77,35 @@ class ModelChain:
     chain: Chain
     kind: str
     assets: tuple[AssetRef, ...]
+    dtype: torch.dtype = torch.bfloat16
     states: list[Bits] = field(default_factory=list)
 
     def grow(self, state: Bits | None = None, *, as_anchor: bool = False, **fields: Any) -> Manifest:
         """Commit the next version: the given state, or the last one trained on."""
         version = len(self.states)
-        new = state or (trained(self.states[-1], version) if self.states else state_of(build_model(self.kind)))
+        new = state or (trained(self.states[-1], version) if self.states else self._first())
         old = None if as_anchor or not self.states else self.states[-1]
         manifest = commit_state(self.chain, new, old, assets=() if self.states else self.assets, **fields)
         self.states.append(new)
         return manifest
 
+    def _first(self) -> Bits:
+        return state_of(build_model(self.kind, dtype=self.dtype))
 
-def make_chain(url: str, kind: str = "qwen3", num_versions: int = 1, *, chat_template: str | None = None) -> ModelChain:
+
+def make_chain(
+    url: str,
+    kind: str = "qwen3",
+    num_versions: int = 1,
+    *,
+    chat_template: str | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+) -> ModelChain:
     chain = open_chain(url)
     tokenizer = build_byte_tokenizer(128)
     tokenizer.chat_template = chat_template
     assets = upload_assets(chain.store, build_model(kind), tokenizer)
-    made = ModelChain(chain, kind, assets)
+    made = ModelChain(chain, kind, assets, dtype)
     for _ in range(num_versions):
         made.grow()
     return made

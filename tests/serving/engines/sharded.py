@@ -112,8 +112,8 @@ class ToyTransport:
     def report_version(self, version: int | None) -> None:
         self.events.append(f"version {version}")
 
-    def generate(self, request: GenerationRequest) -> tuple[tuple[Completion, ...], int]:
-        return (Completion("", 0, "stop"),), 0
+    def generate(self, request: GenerationRequest) -> tuple[tuple[Completion, ...], tuple[tuple[int, ...], ...]]:
+        return (Completion("", "stop"),), ((),)
 
 
 def _load(model: torch.nn.Module, folder: Path) -> None:

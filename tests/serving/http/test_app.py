@@ -112,8 +112,8 @@ def test_sampling_repeats_with_a_seed_and_varies_without(client: AppClient) -> N
     [
         ({"stream": True}, "stream", "streaming is not supported"),
         ({"max_tokens": 0}, "max_tokens", "greater than or equal to 1"),
-        ({"n": 2}, "n", "should be 1"),
-        ({"logprobs": 5}, "logprobs", "None"),
+        ({"n": 0}, "n", "greater than or equal to 1"),
+        ({"logprobs": 21}, "logprobs", "less than or equal to 20"),
         ({"best_of": 3}, "best_of", "does not support"),
         ({"temperature": -1}, "temperature", "greater than or equal to 0"),
         ({"prompt": {"text": "x"}}, "prompt", "valid"),

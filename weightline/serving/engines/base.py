@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -56,25 +56,44 @@ class GenerationRequest:
     temperature: float = 0.0
     top_p: float = 1.0
     stop: tuple[str, ...] = ()
-    seed: int | None = None
+    seeds: tuple[int, ...] | None = None
+    """A seed for each prompt. On one version, a seed gives the same samples again. None: seeds that do not repeat."""
+    num_samples: int = 1
+    """Completions of each prompt."""
+    num_top_logprobs: int | None = None
+    """None: no logprobs. 0: the drawn tokens' logprobs. More: those of so many most likely tokens a step, too."""
+    is_text_wanted: bool = True
+    """Whether tokens are decoded. False leaves `Completion.text` empty."""
 
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """The continuation of one prompt. `length`: cut at max_tokens; `stop`: ended by the model or a stop string."""
+    """One continuation of a prompt. `length`: cut at max_tokens; `stop`: ended by the model or a stop string."""
 
     text: str
-    num_tokens: int
     finish_reason: Literal["stop", "length"]
+    token_ids: tuple[int, ...] = ()
+    """The generated tokens, with the token by which the model ended the text."""
+    logprobs: tuple[float, ...] | None = None
+    """The logprob of each of them in the distribution that it was drawn from: after temperature and top_p."""
+    top_logprobs: tuple[Mapping[int, float], ...] = ()
+    """For each of them, the most likely tokens at its place with their logprobs."""
 
 
 @dataclass(frozen=True, slots=True)
 class Generation:
-    """The completions of a request's prompts, in order, all computed on one version."""
+    """The completions of a request's prompts, `num_samples` a prompt, in order, all computed on one version."""
 
     version: int
     completions: tuple[Completion, ...]
-    num_prompt_tokens: int
+    prompts: tuple[tuple[int, ...], ...]
+    """The token ids of the prompts."""
+    token_texts: Mapping[int, str] = field(default_factory=dict)
+    """The text of every token that a logprob belongs to, by its id. Empty without logprobs, or without texts."""
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return sum(map(len, self.prompts))
 
 
 class Engine(Protocol):

@@ -6,14 +6,22 @@ Every request computes its own key-value cache and drops it, so no cached state 
 from __future__ import annotations
 
 import contextlib
+import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, StoppingCriteria
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 from transformers.utils import logging as transformers_logging
 
 from weightline.codec.torch_ops import torch_dtype
@@ -29,10 +37,15 @@ from weightline.serving.engines.base import (
     Prompt,
 )
 from weightline.serving.engines.in_place import LiveWeights
+from weightline.serving.engines.sampling import Draw, Sampler
 from weightline.types import BitsArray, Changes, PositionArray, TensorSpec
 
 #: Dtypes that transformers can compute in.
 _FLOATS = frozenset({"F16", "BF16", "F32", "F64"})
+#: Samples of a request that are computed together, and the bytes that their caches and logits take, at most. Further
+#: ones follow, on the same version.
+_MAX_ROWS = 256
+_MAX_BATCH_NBYTES = 1024**3
 
 
 class TransformersEngine(InProcessEngine):
@@ -99,41 +112,87 @@ class TransformersEngine(InProcessEngine):
             version = self.version
             if version is None:
                 raise ApplyError("no checked version is loaded: retry after the next refresh", engine=self.name)
-            rows = [self._token_ids(prompt) for prompt in request.prompts]
-            request = replace(request, max_tokens=self._checked_limit(rows, request.max_tokens))
-            tokens = self._generate_tokens(rows, request)
-        return Generation(version, tuple(self._completion(row, request) for row in tokens), sum(map(len, rows)))
+            prompts = [self._token_ids(prompt) for prompt in request.prompts]
+            request = replace(request, max_tokens=self._checked_limit(prompts, request.max_tokens))
+            rows = _rows_of(prompts, request)
+            num_at_once = self._num_rows_at_once(prompts, request)
+            samples: list[Completion] = []
+            for first in range(0, len(rows), num_at_once):
+                samples += self._sample(rows[first : first + num_at_once], request)
+            tokenizer = self._tokenizer
+        texts = _token_texts(tokenizer, samples) if request.is_text_wanted else {}
+        return Generation(version, tuple(samples), tuple(map(tuple, prompts)), texts)
 
-    def _generate_tokens(self, rows: list[list[int]], request: GenerationRequest) -> list[list[int]]:
-        """Returns the new token ids of every row."""
-        batch = self._tokenizer.pad({"input_ids": rows}, return_tensors="pt").to(self.device)
+    def _sample(self, rows: Sequence[_Row], request: GenerationRequest) -> list[Completion]:
+        """Returns a completion of every row, by one batch."""
+        assert request.max_tokens is not None
+        batch = self._tokenizer.pad({"input_ids": [list(row.prompt) for row in rows]}, return_tensors="pt")
         width = batch["input_ids"].shape[1]
+        sampler = Sampler(
+            request.temperature, request.top_p, [row.draw for row in rows], request.max_tokens, request.num_top_logprobs
+        )
         stopping = [StopStrings(self._tokenizer, request.stop, width)] if request.stop else []
-        with _seeded(request.seed):
-            output = self._model.generate(
-                input_ids=batch["input_ids"],
-                attention_mask=batch["attention_mask"],
-                max_new_tokens=request.max_tokens,
-                stopping_criteria=stopping,
-                pad_token_id=self._tokenizer.pad_token_id,
-                **_sampling(request),
+        output = self._model.generate(
+            input_ids=batch["input_ids"].to(self.device),
+            attention_mask=batch["attention_mask"].to(self.device),
+            max_new_tokens=request.max_tokens,
+            do_sample=False,
+            logits_processor=LogitsProcessorList([sampler]),
+            stopping_criteria=StoppingCriteriaList(stopping),
+            pad_token_id=self._tokenizer.pad_token_id,
+        )
+        logprobs, top_logprobs = sampler.logprobs(), sampler.top_logprobs()
+        return [
+            self._completion(
+                self._ended(tokens, stopping[0].ended_after.get(row) if stopping else None),
+                request,
+                logprobs[row] if logprobs else None,
+                top_logprobs[row] if top_logprobs else (),
             )
-        return [row[width:].tolist() for row in output]
+            for row, tokens in enumerate(output[:, width:].tolist())
+        ]
 
-    def _completion(self, tokens: list[int], request: GenerationRequest) -> Completion:
+    def _ended(self, tokens: list[int], stop_length: int | None) -> tuple[list[int], bool]:
+        """Returns the sample's own tokens, and whether something else than the limit ended it. The rest is padding."""
         ends = self._end_ids()
-        num_tokens = next((at for at, token in enumerate(tokens) if token in ends), len(tokens))
-        text = self._tokenizer.decode(tokens[:num_tokens], skip_special_tokens=True)
+        length = next((at + 1 for at, token in enumerate(tokens) if token in ends), None)
+        lengths = [one for one in (length, stop_length) if one is not None]
+        return tokens[: min(lengths, default=len(tokens))], bool(lengths)
+
+    def _completion(
+        self,
+        ended: tuple[list[int], bool],
+        request: GenerationRequest,
+        logprobs: list[float] | None,
+        top_logprobs: Sequence[Mapping[int, float]],
+    ) -> Completion:
+        tokens, is_ended = ended
+        spoken = tokens[:-1] if tokens and tokens[-1] in self._end_ids() else tokens
+        text = self._tokenizer.decode(spoken, skip_special_tokens=True) if request.is_text_wanted else ""
         cut = cut_at_stop(text, request.stop)
-        if cut is not None:
-            return Completion(cut, num_tokens, "stop")
-        return Completion(text, num_tokens, "length" if num_tokens == request.max_tokens else "stop")
+        return Completion(
+            text if cut is None else cut,
+            "stop" if is_ended or cut is not None else "length",
+            tuple(tokens),
+            None if logprobs is None else tuple(logprobs[: len(tokens)]),
+            tuple(top_logprobs[: len(tokens)]),
+        )
 
     def _end_ids(self) -> set[int]:
-        """Returns the tokens that end a text. Tokens after the end of a row in a batch are padding."""
+        """Returns the tokens by which the model ends a text."""
         ends = self._model.generation_config.eos_token_id
-        known = [] if ends is None else [ends] if isinstance(ends, int) else ends
-        return {*known, self._tokenizer.pad_token_id}
+        return set() if ends is None else {ends} if isinstance(ends, int) else set(ends)
+
+    def _num_rows_at_once(self, prompts: list[list[int]], request: GenerationRequest) -> int:
+        """Returns how many samples are computed together, so that caches and logits stay below a number of bytes."""
+        assert request.max_tokens is not None
+        num_positions = max(map(len, prompts)) + request.max_tokens
+        row_nbytes = num_positions * _cache_nbytes(self._model) + 32 * self._vocab_size()
+        return max(1, min(_MAX_ROWS, _MAX_BATCH_NBYTES // row_nbytes))
+
+    def _vocab_size(self) -> int:
+        num_embeddings: int = self._model.get_input_embeddings().num_embeddings
+        return num_embeddings
 
     def _token_ids(self, prompt: Prompt) -> list[int]:
         if isinstance(prompt, Conversation):
@@ -141,7 +200,7 @@ class TransformersEngine(InProcessEngine):
             ids = list(self._tokenizer(self._templated(prompt), add_special_tokens=False)["input_ids"])
         else:
             ids = list(self._tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else prompt)
-        vocab_size = self._model.get_input_embeddings().num_embeddings
+        vocab_size = self._vocab_size()
         if not ids or not all(0 <= token < vocab_size for token in ids):
             raise InputError(f"a prompt needs at least one token, and token ids below {vocab_size}", field="prompt")
         return ids
@@ -206,21 +265,40 @@ def _only_token_ids(config: GenerationConfig) -> GenerationConfig:
     )
 
 
-def _sampling(request: GenerationRequest) -> dict[str, Any]:
-    if request.temperature == 0:
-        return {"do_sample": False}
-    return {"do_sample": True, "temperature": request.temperature, "top_p": request.top_p, "top_k": 0}
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """One sample to draw."""
+
+    prompt: Sequence[int]
+    draw: Draw
 
 
-@contextlib.contextmanager
-def _seeded(seed: int | None) -> Iterator[None]:
-    """Seeds the random generator for the block, and restores the process's state afterwards."""
-    if seed is None:
-        yield
-        return
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        yield
+def _rows_of(prompts: Sequence[Sequence[int]], request: GenerationRequest) -> list[_Row]:
+    """Returns the samples of all prompts, those of a prompt together."""
+    unrepeated = secrets.randbits(62)
+    seeds = request.seeds or [unrepeated + number for number in range(len(prompts))]
+    return [
+        _Row(prompt, Draw(seed, number))
+        for prompt, seed in zip(prompts, seeds, strict=True)
+        for number in range(request.num_samples)
+    ]
+
+
+def _cache_nbytes(model: Any) -> int:
+    """Returns the bytes of keys and values that a position takes, at most: models may keep fewer of them."""
+    config = model.config.get_text_config()
+    num_heads = config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // num_heads
+    num_kept = getattr(config, "num_key_value_heads", None) or num_heads
+    nbytes: int = 2 * config.num_hidden_layers * num_kept * head_dim * model.dtype.itemsize
+    return nbytes
+
+
+def _token_texts(tokenizer: Any, samples: Sequence[Completion]) -> dict[int, str]:
+    """Returns the text of every token that has a logprob."""
+    ids = {token for one in samples if one.logprobs is not None for token in one.token_ids}
+    ids |= {token for one in samples for step in one.top_logprobs for token in step}
+    return {token: tokenizer.decode([token]) for token in ids}
 
 
 def _dtype_of(folder: Path) -> torch.dtype | str:
@@ -272,9 +350,14 @@ class StopStrings(StoppingCriteria):
         self._stop = tuple(stop)
         self._first = prompt_width
         self._window = max(len(one.encode()) for one in stop) + _SLACK_TOKENS
+        self.ended_after: dict[int, int] = {}
+        """The number of new tokens with which a row first contained a stop string, by row."""
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:
         new = input_ids[:, max(self._first, input_ids.shape[1] - self._window) :]
         texts = self._tokenizer.batch_decode(new, skip_special_tokens=True)
         is_done = [cut_at_stop(text, self._stop) is not None for text in texts]
+        for row, is_found in enumerate(is_done):
+            if is_found:
+                self.ended_after.setdefault(row, input_ids.shape[1] - self._first)
         return torch.tensor(is_done, dtype=torch.bool, device=input_ids.device)

@@ -1,4 +1,4 @@
-"""The HTTP app of a replica: a subset of OpenAI's completions and chat API, its status, and the refresh.
+"""The HTTP app of a replica: a subset of OpenAI's completions and chat API, rollouts, its status, and the refresh.
 
 Slow work runs on threads with limits per kind, so that a queue of completions delays neither a refresh nor a status
 request.
@@ -21,20 +21,23 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.types import Scope
 
 from weightline.errors import ApplyError, ErrorKind, InputError, NotFoundError, WeightlineError, http_status
+from weightline.serving.engines.base import Generation, GenerationRequest
 from weightline.serving.http.auth import is_authorized
 from weightline.serving.http.bounds import BoundedApp
 from weightline.serving.http.errors import UNAUTHORIZED, error_body
 from weightline.serving.http.openai import Body, ChatRequest, CompletionRequest, Text
+from weightline.serving.http.rollouts import ROLLOUTS_ROUTE, RolloutRequest
 from weightline.serving.http.service import ReplicaService
 
 VERSION_HEADER = "x-weightline-version"
 #: Completions that may wait for the engine. Further ones are refused with a status that allows a retry.
 MAX_WAITING_COMPLETIONS = 256
 _REFRESH = "/weightline/refresh"
-#: The routes that take a body, and how large it may be: a million tokens of text, and one small object.
+#: The routes that take a body, and how large it may be: a million tokens of text, millions of ids, one small object.
 _MAX_BODY_NBYTES = {
     ("POST", "/v1/completions"): 8 * 1024 * 1024,
     ("POST", "/v1/chat/completions"): 8 * 1024 * 1024,
+    ("POST", ROLLOUTS_ROUTE): 32 * 1024 * 1024,
     ("POST", _REFRESH): 64 * 1024,
 }
 
@@ -78,27 +81,31 @@ def _add_completions(app: FastAPI, service: ReplicaService) -> None:
 
     @app.post("/v1/completions")
     async def completions(body: CompletionRequest) -> JSONResponse:
-        return await answer(body)
+        return await converse(body)
 
     @app.post("/v1/chat/completions")
     async def chat_completions(body: ChatRequest) -> JSONResponse:
-        return await answer(body)
+        return await converse(body)
 
-    async def answer(body: CompletionRequest | ChatRequest) -> JSONResponse:
+    @app.post(ROLLOUTS_ROUTE)
+    async def rollouts(body: RolloutRequest) -> JSONResponse:
+        return await generate(body.to_generation(), body.answer)
+
+    async def converse(body: CompletionRequest | ChatRequest) -> JSONResponse:
         if body.model not in (None, replica.chain.name):
             raise NotFoundError(
                 f"no model {body.model!r} here; this replica serves {replica.chain.name!r}", key=body.model
             )
+        return await generate(body.to_generation(), lambda generation: body.answer(generation, replica.chain.name))
+
+    async def generate(request: GenerationRequest, answer: Callable[[Generation], dict[str, Any]]) -> JSONResponse:
         if replica.status().state == "waiting":
             raise ApplyError(_why_waiting(service), version=None)
         if threads.available_tokens < 1:
             raise ApplyError(f"{MAX_WAITING_COMPLETIONS} requests are waiting already: send it again later")
-        request = body.to_generation()
         generation = await _on_thread(threads, lambda: replica.engine.generate(request))
-        service.metrics.completions.inc(len(generation.completions))
-        return JSONResponse(
-            body.answer(generation, replica.chain.name), headers={VERSION_HEADER: str(generation.version)}
-        )
+        service.metrics.completions.inc(len(request.prompts))
+        return JSONResponse(answer(generation), headers={VERSION_HEADER: str(generation.version)})
 
 
 def _add_status(app: FastAPI, service: ReplicaService) -> None:

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag
 
 from weightline.errors import InputError
-from weightline.serving.engines.base import Conversation, Generation, GenerationRequest, Prompt
+from weightline.serving.engines.base import Completion, Conversation, Generation, GenerationRequest, Prompt
 
 T = TypeVar("T")
+
+MAX_SAMPLES = 256
+"""Samples of one prompt."""
+MAX_SAMPLES_OF_REQUEST = 4096
+MAX_TOP_LOGPROBS = 20
 
 
 def _encodable(text: str) -> str:
@@ -30,6 +36,24 @@ Text = Annotated[str, AfterValidator(_encodable)]
 Batch = Annotated[tuple[T, ...], Field(min_length=1, max_length=256)]
 
 
+Seed = Annotated[int, Field(ge=0, lt=2**63, strict=True)]
+
+
+def seeds_from(seed: int, num_prompts: int) -> tuple[int, ...]:
+    """Returns the seeds of a request's prompts: the given one and those that follow it."""
+    return tuple((seed + number) % 2**63 for number in range(num_prompts))
+
+
+def require_few_samples(num_prompts: int, num_samples: int) -> None:
+    """Raises InputError for more samples than one request may ask for, over all of its prompts."""
+    if num_prompts * num_samples > MAX_SAMPLES_OF_REQUEST:
+        raise InputError(
+            f"{num_prompts} prompts with n = {num_samples} are more than {MAX_SAMPLES_OF_REQUEST} samples: send more "
+            "requests",
+            field="n",
+        )
+
+
 class Body(BaseModel):
     """Base of the bodies of requests. A field that it does not list is refused by name."""
 
@@ -43,12 +67,17 @@ class _Sampling(Body):
     temperature: float = Field(default=1.0, ge=0, le=100)
     top_p: float = Field(default=1.0, gt=0, le=1)
     stop: Text | tuple[Text, ...] | None = None
-    seed: int | None = Field(default=None, ge=0, lt=2**63)
-    n: Literal[1] = 1
+    seed: Seed | None = None
+    n: int = Field(default=1, ge=1, le=MAX_SAMPLES)
     stream: Literal[False] = False
     user: Text | None = None
+    return_token_ids: bool | None = None
+    """vLLM's: adds `token_ids` and `prompt_token_ids` to each choice."""
 
-    def _generation(self, prompts: tuple[Prompt, ...], max_tokens: int | None) -> GenerationRequest:
+    def _generation(
+        self, prompts: tuple[Prompt, ...], max_tokens: int | None, num_top_logprobs: int | None
+    ) -> GenerationRequest:
+        require_few_samples(len(prompts), self.n)
         stop = (self.stop,) if isinstance(self.stop, str) else self.stop or ()
         return GenerationRequest(
             prompts=prompts,
@@ -56,8 +85,19 @@ class _Sampling(Body):
             temperature=self.temperature,
             top_p=self.top_p,
             stop=tuple(one for one in stop if one),
-            seed=self.seed,
+            seeds=None if self.seed is None else seeds_from(self.seed, len(prompts)),
+            num_samples=self.n,
+            num_top_logprobs=num_top_logprobs,
         )
+
+    def _token_ids(self, generation: Generation, index: int) -> dict[str, Any]:
+        """Returns the token ids of a choice and of its prompt, if they are wanted."""
+        if not self.return_token_ids:
+            return {}
+        return {
+            "token_ids": list(generation.completions[index].token_ids),
+            "prompt_token_ids": list(generation.prompts[index // self.n]),
+        }
 
 
 class CompletionRequest(_Sampling):
@@ -70,16 +110,22 @@ class CompletionRequest(_Sampling):
     prompt: Text | TokenIds | Batch[Text] | Batch[TokenIds]
     max_tokens: int = Field(default=16, ge=1)
     echo: Literal[False] = False
-    logprobs: None = None
+    logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS)
 
     def to_generation(self) -> GenerationRequest:
-        """Returns the request in the form that engines take."""
-        return self._generation(_prompts_of(self.prompt), self.max_tokens)
+        """Returns the request in the form that engines take. InputError for too many samples."""
+        return self._generation(_prompts_of(self.prompt), self.max_tokens, self.logprobs)
 
     def answer(self, generation: Generation, model: str) -> dict[str, Any]:
         """Returns OpenAI's body of an answer, with the version of the weights added."""
         choices = [
-            {"index": index, "text": one.text, "finish_reason": one.finish_reason, "logprobs": None}
+            {
+                "index": index,
+                "text": one.text,
+                "finish_reason": one.finish_reason,
+                "logprobs": _completion_logprobs(one, generation.token_texts),
+                **self._token_ids(generation, index),
+            }
             for index, one in enumerate(generation.completions)
         ]
         return _answer("cmpl", "text_completion", choices, generation, model)
@@ -124,17 +170,21 @@ class ChatRequest(_Sampling):
     messages: Batch[ChatMessage]
     max_tokens: int | None = Field(default=None, ge=1)
     max_completion_tokens: int | None = Field(default=None, ge=1)
-    logprobs: Literal[False] | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS)
 
     def to_generation(self) -> GenerationRequest:
-        """Returns the request in the form that engines take. InputError for two different limits."""
+        """Returns the request in the form that engines take. InputError for fields that contradict each other."""
         limits = {limit for limit in (self.max_tokens, self.max_completion_tokens) if limit is not None}
         if len(limits) > 1:
             raise InputError(
                 "max_tokens and max_completion_tokens name different limits: leave max_tokens out", field="max_tokens"
             )
+        if self.top_logprobs and not self.logprobs:
+            raise InputError("top_logprobs needs logprobs: true", field="top_logprobs")
         conversation = Conversation(tuple(message.to_template() for message in self.messages))
-        return self._generation((conversation,), limits.pop() if limits else None)
+        num_top_logprobs = self.top_logprobs or 0 if self.logprobs else None
+        return self._generation((conversation,), limits.pop() if limits else None, num_top_logprobs)
 
     def answer(self, generation: Generation, model: str) -> dict[str, Any]:
         """Returns OpenAI's body of an answer, with the version of the weights added."""
@@ -143,7 +193,8 @@ class ChatRequest(_Sampling):
                 "index": index,
                 "message": {"role": "assistant", "content": one.text},
                 "finish_reason": one.finish_reason,
-                "logprobs": None,
+                "logprobs": _chat_logprobs(one, generation.token_texts),
+                **self._token_ids(generation, index),
             }
             for index, one in enumerate(generation.completions)
         ]
@@ -158,10 +209,47 @@ def _prompts_of(prompt: str | tuple[int, ...] | tuple[str, ...] | tuple[tuple[in
     return (tokens,) if len(tokens) == len(prompt) else tuple(part for part in prompt if not isinstance(part, int))
 
 
+def _completion_logprobs(one: Completion, text_of: Mapping[int, str]) -> dict[str, Any] | None:
+    """Returns the logprobs of a completion's tokens in OpenAI's form, the drawn token always among the top ones."""
+    if one.logprobs is None:
+        return None
+    texts = [text_of[token] for token in one.token_ids]
+    drawn = zip(texts, one.logprobs, strict=True)
+    tops = one.top_logprobs or ({},) * len(texts)
+    return {
+        "tokens": texts,
+        "token_logprobs": list(one.logprobs),
+        "top_logprobs": [
+            {text_of[token]: found for token, found in top.items()} | {text: logprob}
+            for (text, logprob), top in zip(drawn, tops, strict=True)
+        ],
+        "text_offset": list(accumulate(map(len, texts[:-1]), initial=0)) if texts else [],
+    }
+
+
+def _chat_logprobs(one: Completion, text_of: Mapping[int, str]) -> dict[str, Any] | None:
+    """Returns the logprobs of an answer's tokens in OpenAI's form."""
+    if one.logprobs is None:
+        return None
+
+    def entry(token: int, logprob: float) -> dict[str, Any]:
+        text = text_of[token]
+        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+
+    tops = one.top_logprobs or ({},) * len(one.token_ids)
+    steps = zip(one.token_ids, one.logprobs, tops, strict=True)
+    return {
+        "content": [
+            entry(token, logprob) | {"top_logprobs": [entry(*found) for found in top.items()]}
+            for token, logprob, top in steps
+        ]
+    }
+
+
 def _answer(
     prefix: str, kind: str, choices: Sequence[dict[str, Any]], generation: Generation, model: str
 ) -> dict[str, Any]:
-    completion_tokens = sum(one.num_tokens for one in generation.completions)
+    completion_tokens = sum(len(one.token_ids) for one in generation.completions)
     return {
         "id": f"{prefix}-{uuid.uuid4().hex}",
         "object": kind,

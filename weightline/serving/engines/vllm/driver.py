@@ -78,8 +78,8 @@ class Transport(Protocol):
         """Sets the version that vLLM names in its own answers, if it supports that."""
         ...
 
-    def generate(self, request: GenerationRequest) -> tuple[tuple[Completion, ...], int]:
-        """Returns (completions, number of prompt tokens)."""
+    def generate(self, request: GenerationRequest) -> tuple[tuple[Completion, ...], tuple[tuple[int, ...], ...]]:
+        """Returns (completions, token ids of the prompts)."""
         ...
 
 
@@ -282,8 +282,8 @@ class VllmEngine:
             version = self.version
             if version is None:
                 raise ApplyError("no checked version is loaded: retry after the next refresh", engine=self.name)
-            completions, num_prompt_tokens = self._transport.generate(request)
-        return Generation(version, completions, num_prompt_tokens)
+            completions, prompts = self._transport.generate(request)
+        return Generation(version, completions, prompts)
 
     def _new_file(self) -> Path:
         return self._folder / f"{next(self._file_numbers)}.bin"
@@ -315,9 +315,9 @@ class OfflineTransport:
     def report_version(self, version: int | None) -> None:
         """Does nothing: `LLM` cannot report a version, and the engine's answers carry it."""
 
-    def generate(self, request: GenerationRequest) -> tuple[tuple[Completion, ...], int]:
+    def generate(self, request: GenerationRequest) -> tuple[tuple[Completion, ...], tuple[tuple[int, ...], ...]]:
         try:
-            outputs = self._llm.generate(prompts_of(request), sampling_of(request), use_tqdm=False)
+            outputs = self._llm.generate(prompts_of(request), samplings_of(request), use_tqdm=False)
         except ValueError as error:
             raise InputError(f"vLLM refuses the request: {error}", field="prompt") from error
         return completions_of(outputs)
@@ -345,26 +345,47 @@ def prompts_of(request: GenerationRequest) -> list[Any]:
     return prompts
 
 
-def sampling_of(request: GenerationRequest) -> Any:
-    """Returns vLLM's SamplingParams of a request."""
+def samplings_of(request: GenerationRequest) -> list[Any]:
+    """Returns vLLM's SamplingParams of each prompt of a request."""
     from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
 
-    return SamplingParams(
-        max_tokens=request.max_tokens,
-        temperature=request.temperature,
-        top_p=request.top_p,
-        stop=list(request.stop) or None,
-        seed=request.seed,
+    return [
+        SamplingParams(
+            n=request.num_samples,
+            max_tokens=request.max_tokens,
+            temperature=request.temperature,
+            top_p=request.top_p,
+            stop=list(request.stop) or None,
+            seed=None if seed is None else _spread(seed),
+            logprobs=request.num_top_logprobs,
+            detokenize=request.is_text_wanted or bool(request.stop),
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        for seed in request.seeds or [None] * len(request.prompts)
+    ]
+
+
+def _spread(seed: int) -> int:
+    """Returns a seed far from those of other prompts: vLLM counts up from it for the samples of one prompt."""
+    return int.from_bytes(hashlib.blake2b(seed.to_bytes(8, "little"), digest_size=8).digest(), "little") >> 2
+
+
+def completions_of(outputs: Sequence[Any]) -> tuple[tuple[Completion, ...], tuple[tuple[int, ...], ...]]:
+    """Returns (completions, token ids of the prompts) of vLLM's RequestOutputs."""
+    completions = tuple(_completion_of(one) for output in outputs for one in output.outputs)
+    return completions, tuple(tuple(output.prompt_token_ids) for output in outputs)
+
+
+def _completion_of(one: Any) -> Completion:
+    token_ids, steps = tuple(one.token_ids), one.logprobs
+    return Completion(
+        one.text,
+        "stop" if one.finish_reason == "stop" else "length",
+        token_ids,
+        None if steps is None else tuple(step[token].logprob for step, token in zip(steps, token_ids, strict=True)),
+        tuple({token: found.logprob for token, found in step.items()} for step in steps or ()),
     )
-
-
-def completions_of(outputs: Sequence[Any]) -> tuple[tuple[Completion, ...], int]:
-    """Returns (completions, number of prompt tokens) of vLLM's RequestOutputs."""
-    first = [output.outputs[0] for output in outputs]
-    completions = (
-        Completion(one.text, len(one.token_ids), "stop" if one.finish_reason == "stop" else "length") for one in first
-    )
-    return tuple(completions), sum(len(output.prompt_token_ids) for output in outputs)
 
 
 def _recent_bits(specs: Mapping[str, TensorSpec]) -> LRUCache[str, BitsArray]:

@@ -32,7 +32,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from weightline.errors import ApplyError, ErrorKind, InputError
 from weightline.serving.engines.barrier import AsyncRequestBarrier
 from weightline.serving.engines.base import Completion, GenerationRequest
-from weightline.serving.engines.vllm.driver import VllmEngine, completions_of, prompts_of, sampling_of
+from weightline.serving.engines.vllm.driver import VllmEngine, completions_of, prompts_of, samplings_of
 from weightline.serving.engines.vllm.features import SERVER, require
 from weightline.serving.engines.vllm.serve import SETTINGS_VARIABLE, VllmSettings, check_config
 from weightline.serving.http.app import VERSION_HEADER, build_app
@@ -321,16 +321,17 @@ class OnlineTransport:
         if report is not None:
             self._wait(report("unknown" if version is None else str(version)))
 
-    def generate(self, request: GenerationRequest) -> tuple[tuple[Completion, ...], int]:
+    def generate(self, request: GenerationRequest) -> tuple[tuple[Completion, ...], tuple[tuple[int, ...], ...]]:
         return completions_of(self._wait(self._generate(request)))
 
     async def _generate(self, request: GenerationRequest) -> list[Any]:
-        return await asyncio.gather(*(self._last_output(prompt, request) for prompt in prompts_of(request)))
+        asked = zip(prompts_of(request), samplings_of(request), strict=True)
+        return await asyncio.gather(*(self._last_output(prompt, sampling) for prompt, sampling in asked))
 
-    async def _last_output(self, prompt: Any, request: GenerationRequest) -> Any:
+    async def _last_output(self, prompt: Any, sampling: Any) -> Any:
         last = None
         try:
-            async for output in self._client.generate(prompt, sampling_of(request), f"weightline-{uuid.uuid4().hex}"):
+            async for output in self._client.generate(prompt, sampling, f"weightline-{uuid.uuid4().hex}"):
                 last = output
         except ValueError as error:
             raise InputError(f"vLLM refuses the request: {error}", field="prompt") from error
