@@ -1,7 +1,11 @@
 """Measures the time from a commit to the start of its evaluation and its refresh, on PostgreSQL and on SQLite.
 
     python -m benchmarks.trigger_bench --num 20                                  # both databases, 20 versions each
-    python -m benchmarks.trigger_bench --num 500 --pause 0 --database postgres   # also looks for locks
+    python -m benchmarks.trigger_bench --num 500 --every 1 --database postgres   # commits as fast training does
+
+With `--every` it does not wait for the runs of a version before it commits the next one, as training with a version a
+step does not. It then waits until every version was evaluated and served, or a newer one instead, and counts the runs
+that did not complete.
 
 It starts a local stack like `weightline up` in a temporary folder, and commits and announces versions of the built-in
 model as a rank does. The times of the runs are the server's. It also counts the lines about locks in the logs of server
@@ -25,10 +29,15 @@ import numpy as np
 from rich.console import Console
 
 from weightline.chain import Chain, open_chain
-from weightline.chain.read.records import write_record
-from weightline.chain.write.standalone import commit_folder
+from weightline.chain.files.assets import assets_of
+from weightline.chain.files.source import FolderSource
+from weightline.chain.read.records import EVALUATIONS, REFRESHES, recorded_versions, write_record
+from weightline.chain.write.draft import Authorship
+from weightline.chain.write.standalone import DEFAULT_CODING, commit_folder, commit_source
 from weightline.deployments.stack.database import CONNECTION_VARIABLE
 from weightline.deployments.stack.up_and_down import stack_of
+from weightline.format.manifest import Manifest
+from weightline.lineage.read import read_lineage
 
 CONSUMERS = ("evaluate-version", "refresh-serving")
 _RECIPE: dict[str, Any] = {
@@ -56,17 +65,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--num", type=int, default=20, help="versions to measure")
     parser.add_argument("--pause", type=float, default=1.0, help="seconds between two versions, after their runs ended")
+    parser.add_argument("--every", type=float, help="commit a version so many seconds after the one before")
     parser.add_argument("--database", choices=DATABASES, help="one of them; both by default")
     args = parser.parse_args()
     if args.database is not None:
-        measure_database(args.database, args.num, args.pause)
+        measure_database(args.database, args.num, args.pause, args.every)
         return
     for database in DATABASES:  # each in a process of its own: Prefect reads its settings once
         argv = [sys.executable, "-m", "benchmarks.trigger_bench", "--database", database]
+        argv += [] if args.every is None else ["--every", str(args.every)]
         subprocess.run([*argv, "--num", str(args.num), "--pause", str(args.pause)], check=True)
 
 
-def measure_database(database: str, num_versions: int, pause_seconds: float) -> None:
+def measure_database(database: str, num_versions: int, pause_seconds: float, every_seconds: float | None) -> None:
     """Measures a stack on one database, and prints what was found."""
     console = Console(width=120, highlight=False)
     with tempfile.TemporaryDirectory(prefix="weightline-bench-") as name:
@@ -80,11 +91,18 @@ def measure_database(database: str, num_versions: int, pause_seconds: float) -> 
             if database == "postgres" and stack.sqlite_reason is not None:
                 raise SystemExit(f"no PostgreSQL here: {stack.sqlite_reason}")
             load = os.getloadavg()
-            starts = _measure(_prepared(folder), folder / "model", num_versions, pause_seconds)
+            chain, model = _prepared(folder), folder / "model"
+            starts, stream = {}, None
+            if every_seconds is None:
+                starts = _measure(chain, model, num_versions, pause_seconds)
+            else:
+                stream = _stream(chain, model, num_versions, every_seconds)
             num_locks = sum(_num_locks(path) for path in stack.folder.log_dir.glob("*.log"))
     loads = ", ".join(f"{one:.2f}" for one in load)
     console.print(f"{database}: up and deployed in {up_seconds:.1f} s; load {loads} on {os.cpu_count()} cores")
     console.print(f"  lines of the logs that speak of locks: {num_locks}")
+    if stream is not None:
+        console.print(stream)
     _print(console, starts)
 
 
@@ -126,6 +144,69 @@ def _measure(chain: Chain, model: Path, num_versions: int, pause_seconds: float)
                     starts[name].append(start)
             time.sleep(pause_seconds)
     return starts
+
+
+def _stream(chain: Chain, model: Path, num_versions: int, every_seconds: float) -> str:
+    """Commits at a fixed rate, waits until all versions are settled, and returns what became of them."""
+    from weightline.deployments.prefect_private import send_events_to
+    from weightline.deployments.ranks.outbox import EventOutbox
+    from weightline.deployments.server.events import announce_commit
+
+    send_events_to(EventOutbox(os.environ["PREFECT_API_URL"]))
+    began_at = time.monotonic()
+    for number in range(num_versions):
+        time.sleep(max(0.0, began_at + number * every_seconds - time.monotonic()))
+        _nudge(model / "model.safetensors", number)
+        announce_commit(chain.url, _commit_step(chain, model, number))
+    committed_seconds = time.monotonic() - began_at
+    _wait_until_settled(chain, num_versions)
+    settled_seconds = time.monotonic() - began_at
+    rows = read_lineage(chain)
+    evaluated, served = (sum(getattr(row, name) == "done" for row in rows) for name in ("evaluation", "serving"))
+    return (
+        f"  {num_versions} versions committed in {committed_seconds:.0f} s, settled after {settled_seconds:.0f} s: "
+        f"{evaluated} evaluated and {served} served, a newer one instead of the others; runs by their end: {_ends()}"
+    )
+
+
+def _commit_step(chain: Chain, model: Path, number: int) -> Manifest:
+    """Commits a version as training does: one in fifty is a milestone, which is always evaluated."""
+    if number == 0:
+        return commit_folder(chain, model)
+    author = Authorship(
+        stage="sft", run_id="cli", global_step=number, kind="delta", coding=DEFAULT_CODING,
+        is_milestone=number % 50 == 0, assets=assets_of(chain, number - 1),
+    )  # fmt: skip
+    return commit_source(chain, FolderSource(model), author)
+
+
+def _wait_until_settled(chain: Chain, num_versions: int) -> None:
+    num_settled, deadline = 0, time.monotonic() + _SETTLE_SECONDS
+    while num_settled < num_versions:
+        time.sleep(2)
+        found = len(recorded_versions(chain, EVALUATIONS) & recorded_versions(chain, REFRESHES))
+        if found > num_settled:
+            num_settled, deadline = found, time.monotonic() + _SETTLE_SECONDS
+        if time.monotonic() > deadline:
+            raise SystemExit(f"only {num_settled} of {num_versions} versions are evaluated and served")
+
+
+def _ends() -> dict[str, int]:
+    """Returns how many flow runs ended in each state."""
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterState, FlowRunFilterStateType
+    from prefect.client.schemas.objects import StateType
+
+    with get_client(sync_client=True) as client:
+        return {
+            state.value: count
+            for state in StateType
+            if (
+                count := client.count_flow_runs(
+                    flow_run_filter=FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[state])))
+                )
+            )
+        }
 
 
 def _wait_for_end(client: Any, deployment: str, chain: str, version: int, committed_at: float) -> Start:
