@@ -40,6 +40,9 @@ _MAX_REQUESTS, _MAX_SAMPLES = 2, 512
 _MAX_SAMPLES_OF_REQUEST = 1024
 
 
+_Request = asyncio.Future[tuple[tuple[Sample, ...], ...]]
+
+
 @dataclass(frozen=True, slots=True)
 class Group:
     """Samples that are made together: `n` of one prompt, by one seed."""
@@ -218,7 +221,7 @@ class ReplicaFleet:
         progress = progress or Progress([None] * len(groups))
         waiting = deque(at for at, samples in enumerate(progress.samples) if samples is None)
         share = max(1, min(max_groups, -(-len(waiting) // max(1, self._num_healthy()))))
-        running: dict[asyncio.Task[tuple[tuple[Sample, ...], ...]], tuple[_Member, list[int], float]] = {}
+        running: dict[_Request, tuple[_Member, list[int], float]] = {}
         try:
             while waiting or running:
                 change = self._change
@@ -226,8 +229,7 @@ class ReplicaFleet:
                     picked = _pick(waiting, groups, share if member.offer and member.offer.takes_many else 1)
                     now = time.monotonic()
                     progress.begun_at = progress.begun_at or now
-                    asked = self._ask(member, [groups[at] for at in picked], sampling, wanted)
-                    running[asyncio.create_task(asked)] = member, picked, now
+                    running[self._send(member, [groups[at] for at in picked], sampling, wanted)] = member, picked, now
                 timeout = self._until_unblocked() if waiting else None
                 events: set[asyncio.Future[Any]] = {*running, change}
                 await asyncio.wait(events, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
@@ -256,7 +258,7 @@ class ReplicaFleet:
 
     def _take(
         self,
-        task: asyncio.Task[tuple[tuple[Sample, ...], ...]],
+        task: _Request,
         member: _Member,
         picked: Sequence[int],
         begun_at: float,
@@ -270,29 +272,30 @@ class ReplicaFleet:
         except ApplyError as error:
             self._note_failure(member, error)
             return False
+        member.num_failures = 0
         for at, group in zip(picked, samples, strict=True):
             progress.samples[at] = group
         num_samples = sum(map(len, samples))
         progress.answered.append(Answered(member.name, begun_at, time.monotonic(), num_samples))
         return True
 
-    async def _ask(
-        self, member: _Member, groups: Sequence[Group], sampling: Sampling, wanted: Wanted
-    ) -> tuple[tuple[Sample, ...], ...]:
+    def _send(self, member: _Member, groups: Sequence[Group], sampling: Sampling, wanted: Wanted) -> _Request:
+        """Begins a request, which counts from now until its end."""
         assert member.offer is not None
         own = sampling.of_group(groups[0].n)
         num_samples = len(groups) * own.n
+        prompts, seeds = [group.prompt_ids for group in groups], [group.seed for group in groups]
+        request = asyncio.ensure_future(member.client.generate(member.offer, prompts, seeds, own, wanted))
         member.num_requests += 1
         member.num_samples += num_samples
-        try:
-            prompts, seeds = [group.prompt_ids for group in groups], [group.seed for group in groups]
-            found = await member.client.generate(member.offer, prompts, seeds, own, wanted)
-            member.num_failures = 0
-            return found
-        finally:
+
+        def end(_: _Request) -> None:
             member.num_requests -= 1
             member.num_samples -= num_samples
             self._note_change()
+
+        request.add_done_callback(end)
+        return request
 
     def _note_failure(self, member: _Member, error: ApplyError) -> None:
         """Keeps work from a replica for a while: longer after each failure in a row, unless it is just behind."""
