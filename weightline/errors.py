@@ -9,7 +9,8 @@ WeightlineError
 |   `-- VersionNotFoundError
 |-- ConflictError              another writer won: read the tip and decide
 |   |-- CommitConflictError
-|   `-- BaseMismatchError      the given weights are not those of the base version
+|   |-- BaseMismatchError      the given weights are not those of the base version
+|   `-- VersionNotServedError  a replica serves another version: ask another replica, or later
 |-- CorruptError               stored bytes are wrong: fetch again, or rebuild from an anchor
 |   |-- ManifestError
 |   |-- PayloadError
@@ -60,6 +61,7 @@ class ErrorKind(StrEnum):
     SIGNATURE = "signature"
     MISSING_EXTRA = "missing-extra"
     ROLLOUT = "rollout"
+    VERSION_NOT_SERVED = "version-not-served"
 
 
 class Facts(TypedDict, total=False):
@@ -210,6 +212,13 @@ class BaseMismatchError(ConflictError):
     version: int | None = None
     expected: object = None
     actual: object = None
+
+
+class VersionNotServedError(ConflictError):
+    """A replica does not serve the version that a request asks for. `version` is the one that it serves, if any."""
+
+    kind = ErrorKind.VERSION_NOT_SERVED
+    version: int | None = None
 
 
 class CorruptError(WeightlineError):

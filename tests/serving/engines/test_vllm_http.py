@@ -21,6 +21,8 @@ from weightline.serving.engines.barrier import AsyncRequestBarrier
 from weightline.serving.engines.vllm.http import ReplicaMiddleware, VersionedApp
 from weightline.serving.engines.vllm.serve import SETTINGS_VARIABLE, VllmSettings
 from weightline.serving.http.server import ServerSettings
+from weightline.serving.http.versions import VersionWaits
+from weightline.serving.replica.watch import VersionWatch
 
 _SCOPE: Scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": []}
 TOKEN = {"authorization": "Bearer s3cret"}
@@ -51,14 +53,19 @@ class Scene:
         self.weights, self.barrier = Weights(), AsyncRequestBarrier()
         self.answered = Counter("answered", "answers", registry=CollectorRegistry())
         app = Starlette(routes=[Route("/{rest:path}", self.weights.answer, methods=["POST"])])
-        self.app = VersionedApp(app, self.barrier, self.weights, self.answered, **limits)  # type: ignore[arg-type]
+        self.watch = VersionWatch()
+        waits = VersionWaits(self.watch, lambda: self.weights.version, max_waiting=2)
+        self.app = VersionedApp(app, self.barrier, self.weights, self.answered, waits, **limits)  # type: ignore[arg-type]
 
-    async def ask(self, body: str = "hello", path: str = "/v1/completions") -> httpx.Response:
-        return await _ask(self.app, "POST", path, content=body)
+    async def ask(
+        self, body: str = "hello", path: str = "/v1/completions", headers: dict[str, str] | None = None
+    ) -> httpx.Response:
+        return await _ask(self.app, "POST", path, content=body, headers=headers)
 
     async def refresh(self, version: int, drain_seconds: float = 5.0) -> None:
         await asyncio.to_thread(self.barrier.drain, drain_seconds)
         self.weights.version = version
+        self.watch.announce()
         await asyncio.to_thread(self.barrier.release)
 
     async def take_nothing(self) -> None:
@@ -170,6 +177,66 @@ def test_an_answer_that_would_be_generated_later_is_refused(path: str) -> None:
         for body in ('{"background": false}', '{"background": null}', '["background"]', "no json"):
             assert (await scene.ask(body, path)).is_success
         assert (await scene.ask('{"background": true}')).is_success
+
+    _run(play)
+
+
+def test_a_request_for_a_version_waits_for_it_or_is_refused_with_the_one_that_is_served() -> None:
+    async def play() -> None:
+        scene = Scene()
+        for asked in ({"x-weightline-min-version": "2"}, {"x-weightline-version": "0"}):
+            refused = await scene.ask(headers=asked)
+            assert (refused.status_code, refused.headers["x-weightline-version"]) == (409, "1")
+            assert refused.json()["error"]["code"] == "version-not-served"
+            assert refused.json()["error"]["facts"] == {"version": 1}
+        assert (await scene.ask(headers={"x-weightline-min-version": "1"})).text.startswith("11111")
+        patient = {"x-weightline-wait-seconds": "60"}
+        pinned = asyncio.create_task(scene.ask(headers={"x-weightline-version": "3"} | patient))
+        lowest = asyncio.create_task(scene.ask(headers={"x-weightline-min-version": "2"} | patient))
+        await asyncio.sleep(0.02)
+        full = await scene.ask(headers={"x-weightline-version": "9"} | patient)
+        assert (full.status_code, full.headers["retry-after"]) == (503, "1")
+        await scene.refresh(2)
+        assert (await lowest).headers["x-weightline-version"] == "2"
+        assert not pinned.done()
+        await scene.refresh(3)
+        assert (await pinned).text == "33333:hello"
+
+    _run(play)
+
+
+def test_a_request_is_checked_inside_the_barrier() -> None:
+    """Version 1 is served when it arrives, and version 2 when it has passed."""
+
+    async def play() -> None:
+        scene = Scene()
+        await asyncio.to_thread(scene.barrier.drain, 5.0)
+        pinned = asyncio.create_task(scene.ask(headers={"x-weightline-version": "1"}))
+        await asyncio.sleep(0.02)
+        scene.weights.version = 2
+        await asyncio.to_thread(scene.barrier.release)
+        refused = await pinned
+        assert (refused.status_code, refused.headers["x-weightline-version"]) == (409, "2")
+
+    _run(play)
+
+
+@pytest.mark.parametrize(
+    ("headers", "field"),
+    [
+        ({"x-weightline-min-version": "-1"}, "x-weightline-min-version"),
+        ({"x-weightline-version": "tip"}, "x-weightline-version"),
+        ({"x-weightline-version": "9" * 30}, "x-weightline-version"),
+        ({"x-weightline-wait-seconds": "601"}, "x-weightline-wait-seconds"),
+        ({"x-weightline-wait-seconds": "nan"}, "x-weightline-wait-seconds"),
+        ({"x-weightline-min-version": "2", "x-weightline-version": "1"}, "x-weightline-version"),
+        ({"x-weightline-mixing": "allow", "x-weightline-version": "1"}, "x-weightline-version"),
+    ],
+)
+def test_a_header_that_cannot_be_used_is_named(headers: dict[str, str], field: str) -> None:
+    async def play() -> None:
+        refused = await Scene().ask(headers=headers)
+        assert (refused.status_code, refused.json()["error"]["facts"]) == (400, {"field": field})
 
     _run(play)
 

@@ -101,6 +101,10 @@ def test_other_options_go_to_vllm_and_the_dtype_is_the_chains(tmp_path: Path) ->
     assert argv[argv.index("--load-format") + 1] == "dummy"
     assert argv[argv.index("--dtype") + 1] == "bfloat16"
     assert argv[-2:] == ["--max-model-len", "9"]
+    assert "--enable-scale-out" in argv
+    assert argv[argv.index("--logprobs-mode") + 1] == "processed_logprobs"
+    given = ["--logprobs_mode=raw_logprobs", "--no-enable-scale-out"]
+    assert not {"--logprobs-mode", "--enable-scale-out"} & set(vllm_argv("toy", tmp_path, manifest, SETTINGS, given))
     assert vllm_argv("toy", tmp_path, manifest, SETTINGS, ["--dtype", "float32"]).count("--dtype") == 1
 
 

@@ -27,7 +27,7 @@ import numpy as np
 
 from weightline.codec.changes import inverse
 from weightline.codec.digest import tensor_digest
-from weightline.errors import DigestMismatchError
+from weightline.errors import ApplyError, DigestMismatchError, VersionNotServedError
 from weightline.types import BitsArray, Changes, PositionArray, TensorSpec, whole
 
 
@@ -44,6 +44,54 @@ Prompt = str | tuple[int, ...] | Conversation
 
 #: A bound for requests that name none: an engine that answers one request at a time must come to an end.
 DEFAULT_MAX_TOKENS = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class VersionBounds:
+    """The versions that may answer a request: those from `lowest` on, or `pinned` alone. None: any."""
+
+    lowest: int | None = None
+    pinned: int | None = None
+
+    @property
+    def accept_all(self) -> bool:
+        """Returns whether any version may answer."""
+        return self.lowest is None and self.pinned is None
+
+    def require(self, version: int | None) -> int:
+        """Returns the version that is served if it may answer. VersionNotServedError if not, or if none is served.
+
+        ApplyError when none is served and any may answer. For use inside the request barrier.
+        """
+        if version is None and self.accept_all:
+            raise ApplyError("no checked version is loaded: retry after the next refresh", version=None)
+        is_enough = version is not None and (self.lowest is None or version >= self.lowest)
+        if version is None or not is_enough or self.pinned not in (None, version):
+            held = "no version" if version is None else f"version {version}"
+            wanted = f"at least {self.lowest}" if self.pinned is None else f"{self.pinned}"
+            raise VersionNotServedError(
+                f"{held} is served here, and the request asks for {wanted}: ask another replica, or send "
+                "x-weightline-wait-seconds",
+                version=version,
+            )
+        return version
+
+
+@dataclass(frozen=True, slots=True)
+class Abilities:
+    """The properties of an engine's server that a client of rollouts needs to know."""
+
+    logprobs_mode: str | None = None
+    """vLLM's name for what logprobs are: `processed_logprobs` are those after temperature and top_p."""
+    max_model_len: int | None = None
+    """Most tokens of a prompt and its completion together."""
+    has_spans: bool = False
+    """Whether an answer can name the version of each of its tokens. Without it, an answer has one version."""
+    rollout_routes: tuple[str, ...] = ()
+    """The routes that answer with token ids and logprobs, the best one first."""
+
+
+ANY_VERSION, NO_ABILITIES = VersionBounds(), Abilities()
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +112,7 @@ class GenerationRequest:
     """None: no logprobs. 0: the drawn tokens' logprobs. More: those of so many most likely tokens a step, too."""
     is_text_wanted: bool = True
     """Whether tokens are decoded. False leaves `Completion.text` empty."""
+    bounds: VersionBounds = ANY_VERSION
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +160,11 @@ class Engine(Protocol):
     @property
     def version(self) -> int | None:
         """The argument of the last `set_version`."""
+        ...
+
+    @property
+    def abilities(self) -> Abilities:
+        """What clients can ask of this engine's server."""
         ...
 
     def require_assets(self, sha256_of: Mapping[str, str], meaning_of: Callable[[str], str]) -> None:
@@ -173,7 +227,11 @@ class Engine(Protocol):
         ...
 
     def generate(self, request: GenerationRequest) -> Generation:
-        """Answers a request. InputError when it does not fit the model; ApplyError while no version is loaded."""
+        """Answers a request.
+
+        InputError when it does not fit the model; ApplyError while no version is loaded; VersionNotServedError when the
+        version is outside of the request's bounds.
+        """
         ...
 
 

@@ -29,6 +29,7 @@ from weightline.errors import ApplyError, InputError
 from weightline.serving.engines.barrier import RequestBarrier
 from weightline.serving.engines.base import (
     DEFAULT_MAX_TOKENS,
+    Abilities,
     Completion,
     Conversation,
     Generation,
@@ -60,6 +61,11 @@ class TransformersEngine(InProcessEngine):
         self._model: Any = None
         self._tokenizer: Any = None
         self._weights: LiveWeights | None = None
+
+    @property
+    def abilities(self) -> Abilities:
+        length = None if self._model is None else getattr(self._model.config, "max_position_embeddings", None)
+        return Abilities("processed_logprobs", length, rollout_routes=("/weightline/rollouts", "/v1/completions"))
 
     def require_assets(self, sha256_of: Mapping[str, str], meaning_of: Callable[[str], str]) -> None:
         """Accepts all files, since config and tokenizer are loaded with the weights."""
@@ -109,9 +115,7 @@ class TransformersEngine(InProcessEngine):
     @torch.inference_mode()
     def generate(self, request: GenerationRequest) -> Generation:
         with self._barrier.request():
-            version = self.version
-            if version is None:
-                raise ApplyError("no checked version is loaded: retry after the next refresh", engine=self.name)
+            version = request.bounds.require(self.version)
             prompts = [self._token_ids(prompt) for prompt in request.prompts]
             request = replace(request, max_tokens=self._checked_limit(prompts, request.max_tokens))
             rows = _rows_of(prompts, request)

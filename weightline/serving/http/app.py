@@ -7,11 +7,13 @@ request.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
 from typing import Annotated, Any, TypeVar
 
 import anyio
 from anyio import CapacityLimiter
-from fastapi import Depends, FastAPI, HTTPException, Request, Response
+from fastapi import Depends, FastAPI, HTTPException, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST
@@ -20,16 +22,32 @@ from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.types import Scope
 
-from weightline.errors import ApplyError, ErrorKind, InputError, NotFoundError, WeightlineError, http_status
-from weightline.serving.engines.base import Generation, GenerationRequest
+from weightline.errors import (
+    ApplyError,
+    ErrorKind,
+    InputError,
+    NotFoundError,
+    VersionNotServedError,
+    WeightlineError,
+    http_status,
+)
+from weightline.serving.engines.base import Generation, GenerationRequest, VersionBounds
 from weightline.serving.http.auth import is_authorized
 from weightline.serving.http.bounds import BoundedApp
 from weightline.serving.http.errors import UNAUTHORIZED, error_body
 from weightline.serving.http.openai import Body, ChatRequest, CompletionRequest, Text
 from weightline.serving.http.rollouts import ROLLOUTS_ROUTE, RolloutRequest
 from weightline.serving.http.service import ReplicaService
+from weightline.serving.http.versions import (
+    MAX_WAIT_SECONDS,
+    VERSION_HEADER,
+    AskedVersion,
+    VersionWaits,
+    asked_version,
+    not_served,
+)
 
-VERSION_HEADER = "x-weightline-version"
+VERSION_ROUTE = "/weightline/version"
 #: Completions that may wait for the engine. Further ones are refused with a status that allows a retry.
 MAX_WAITING_COMPLETIONS = 256
 _REFRESH = "/weightline/refresh"
@@ -73,6 +91,7 @@ def build_app(service: ReplicaService, token: str) -> FastAPI:
 
 def _add_completions(app: FastAPI, service: ReplicaService) -> None:
     replica, threads = service.replica, CapacityLimiter(MAX_WAITING_COMPLETIONS)
+    waits = VersionWaits(replica.watch, lambda: replica.version)
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
@@ -80,36 +99,44 @@ def _add_completions(app: FastAPI, service: ReplicaService) -> None:
         return {"object": "list", "data": [model | {"weightline_version": replica.version}]}
 
     @app.post("/v1/completions")
-    async def completions(body: CompletionRequest) -> JSONResponse:
-        return await converse(body)
+    async def completions(body: CompletionRequest, http: Request) -> JSONResponse:
+        return await converse(body, http)
 
     @app.post("/v1/chat/completions")
-    async def chat_completions(body: ChatRequest) -> JSONResponse:
-        return await converse(body)
+    async def chat_completions(body: ChatRequest, http: Request) -> JSONResponse:
+        return await converse(body, http)
 
     @app.post(ROLLOUTS_ROUTE)
-    async def rollouts(body: RolloutRequest) -> JSONResponse:
-        return await generate(body.to_generation(), body.answer)
+    async def rollouts(body: RolloutRequest, http: Request) -> JSONResponse:
+        return await answer(body.to_generation(), body.answer, http)
 
-    async def converse(body: CompletionRequest | ChatRequest) -> JSONResponse:
+    async def converse(body: CompletionRequest | ChatRequest, http: Request) -> JSONResponse:
         if body.model not in (None, replica.chain.name):
             raise NotFoundError(
                 f"no model {body.model!r} here; this replica serves {replica.chain.name!r}", key=body.model
             )
-        return await generate(body.to_generation(), lambda generation: body.answer(generation, replica.chain.name))
+        return await answer(body.to_generation(), lambda found: body.answer(found, replica.chain.name), http)
 
-    async def generate(request: GenerationRequest, answer: Callable[[Generation], dict[str, Any]]) -> JSONResponse:
-        if replica.status().state == "waiting":
+    async def answer(
+        request: GenerationRequest, body_of: Callable[[Generation], dict[str, Any]], http: Request
+    ) -> JSONResponse:
+        asked = asked_version(http.headers)
+        bounded = replace(request, bounds=asked.bounds)
+        generation = await waits.answered(asked, lambda: generate(bounded), http.receive)
+        service.metrics.completions.inc(len(request.prompts))
+        return JSONResponse(body_of(generation), headers={VERSION_HEADER: str(generation.version)})
+
+    async def generate(request: GenerationRequest) -> Generation:
+        if replica.status().state == "waiting" and request.bounds.accept_all:
             raise ApplyError(_why_waiting(service), version=None)
         if threads.available_tokens < 1:
             raise ApplyError(f"{MAX_WAITING_COMPLETIONS} requests are waiting already: send it again later")
-        generation = await _on_thread(threads, lambda: replica.engine.generate(request))
-        service.metrics.completions.inc(len(request.prompts))
-        return JSONResponse(answer(generation), headers={VERSION_HEADER: str(generation.version)})
+        return await _on_thread(threads, lambda: replica.engine.generate(request))
 
 
 def _add_status(app: FastAPI, service: ReplicaService) -> None:
     replica, threads = service.replica, CapacityLimiter(4)
+    polls = VersionWaits(replica.watch, lambda: replica.status().version)
 
     @app.get("/health")
     async def health() -> dict[str, Any]:
@@ -126,6 +153,22 @@ def _add_status(app: FastAPI, service: ReplicaService) -> None:
     @app.get("/weightline/status")
     async def status() -> dict[str, Any]:
         return (await _on_thread(threads, service.status)).model_dump()
+
+    @app.get(VERSION_ROUTE)
+    async def version(
+        http: Request,
+        lowest: Annotated[int, Query(alias="min", ge=0, lt=2**63)] = 0,
+        wait: Annotated[float, Query(ge=0, le=MAX_WAIT_SECONDS)] = 0.0,
+    ) -> dict[str, Any]:
+        """Answers once a version of at least `min` is served, and after `wait` seconds with what is served then."""
+        bounds = VersionBounds(lowest)
+
+        async def check() -> None:
+            bounds.require(replica.status().version)
+
+        with suppress(VersionNotServedError):
+            await polls.answered(AskedVersion(bounds, wait), check, http.receive)
+        return service.served_version().model_dump()
 
     @app.get("/metrics")
     async def metrics() -> Response:
@@ -149,6 +192,8 @@ def _add_refresh(app: FastAPI, service: ReplicaService, token: str) -> None:
 def _add_errors(app: FastAPI) -> None:
     @app.exception_handler(WeightlineError)
     async def weightline_error(_: Request, error: WeightlineError) -> JSONResponse:
+        if isinstance(error, VersionNotServedError):
+            return not_served(error)
         return JSONResponse(error_body(str(error), str(error.kind), error.facts), http_status(error))
 
     @app.exception_handler(RequestValidationError)

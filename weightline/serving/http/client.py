@@ -9,7 +9,7 @@ from pydantic import BaseModel, ValidationError
 
 from weightline.errors import ApplyError
 from weightline.serving.http.errors import error_of
-from weightline.serving.replica.status import RefreshFacts, ReplicaStatus
+from weightline.serving.replica.status import RefreshFacts, ReplicaStatus, ServedVersion
 
 Body = TypeVar("Body", bound=BaseModel)
 
@@ -38,6 +38,15 @@ def refresh(
 def status(url: str, *, timeout_seconds: float = 10.0) -> ReplicaStatus:
     """Returns the status of the replica at `url`. ApplyError when it cannot be reached."""
     return _parsed(ReplicaStatus, url, _ask("GET", url, "/weightline/status", timeout_seconds))
+
+
+def wait_for_version(url: str, version: int, wait_seconds: float = 0.0) -> ServedVersion:
+    """Returns what the replica at `url` serves, once that is the version or a newer one, or when the time is over.
+
+    The caller compares. One request, at most 600 s. ApplyError when the replica cannot be reached.
+    """
+    route = f"/weightline/version?min={version}&wait={wait_seconds:g}"
+    return _parsed(ServedVersion, url, _ask("GET", url, route, wait_seconds + 10.0))
 
 
 def _parsed(cls: type[Body], url: str, body: object) -> Body:

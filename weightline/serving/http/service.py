@@ -14,7 +14,7 @@ from weightline.serving.http.metrics import ReplicaMetrics
 from weightline.serving.replica.following import Follower, Following, record_refresh
 from weightline.serving.replica.registration import Presence, Registration
 from weightline.serving.replica.replica import Replica
-from weightline.serving.replica.status import RefreshFacts, ReplicaStatus, error_text
+from weightline.serving.replica.status import RefreshFacts, ReplicaStatus, ServedVersion, error_text
 
 _log = logging.getLogger(__name__)
 _CLOSE_SECONDS = 10.0
@@ -38,6 +38,7 @@ class ReplicaService:
             )
         )
         self._refused: int | None = None
+        self._moving_to: int | None = None
         self._follow_error: str | None = None
         self._stopping = threading.Event()
         self._threads = [threading.Thread(target=self._run, name="weightline-follower", daemon=True)]
@@ -108,6 +109,14 @@ class ReplicaService:
             }
         )  # fmt: skip
 
+    def served_version(self) -> ServedVersion:
+        """Returns the version that is served now. Reads no bucket."""
+        status = self.replica.status()
+        last_error = status.last_error or self._follow_error
+        return ServedVersion(
+            version=status.version, commit_id=status.commit_id, moving_to=self._moving_to, last_error=last_error
+        )
+
     def observe(self) -> ReplicaStatus:
         """Returns `status`, and sets the metrics of the lag by it. The lease does so at every renewal."""
         status = self.status()
@@ -146,12 +155,17 @@ class ReplicaService:
     @contextmanager
     def _announced(self, version: int | None) -> Iterator[None]:
         """Announces a move to the version (None: no move) in the lease, and observes where it ended."""
-        if self._registration is not None:
-            with self._registration.moving(version):
+        self._moving_to = version
+        try:
+            if self._registration is None:
                 yield
-            return
-        yield
-        self.observe()
+            else:
+                with self._registration.moving(version):
+                    yield
+        finally:
+            self._moving_to = None
+        if self._registration is None:
+            self.observe()
 
     def _run(self) -> None:
         """Returns to the last version and follows the chain until the service closes. No error ends it.

@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -34,6 +34,7 @@ from weightline.serving.replica.prepare import (
     remove_leftovers,
 )
 from weightline.serving.replica.status import Mark, RefreshFacts, ReplicaStatus, error_text, read_mark, write_mark
+from weightline.serving.replica.watch import VersionWatch
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +55,7 @@ class Replica:
         self._refreshing = threading.Lock()
         self._held: Held | None = None
         self._last_error: WeightlineError | None = None
+        self.watch = VersionWatch()
         state_dir.mkdir(parents=True, exist_ok=True)
         remove_leftovers(state_dir)
         self._mark = self._own_mark()
@@ -81,6 +83,7 @@ class Replica:
             commit_id=mark.commit_id if mark and is_serving else None,
             served_at=mark.served_at if mark and is_serving else None,
             last_error=error_text(self._last_error) if self._last_error else None,
+            **asdict(self.engine.abilities),
         )
 
     def recover(self) -> RefreshFacts | None:
@@ -232,6 +235,7 @@ class Replica:
         self._held = held
         self.engine.set_version(held.version)
         self._put_mark("checked", held, served_at=served_at)
+        self.watch.announce()
 
     def _put_mark(
         self,

@@ -60,6 +60,24 @@ class ReplicaStatus(_Facts):
     lag_versions: int | None = None
     lag_seconds: float | None = None
     """Age of the oldest version that it does not serve yet; 0 at the tip."""
+    logprobs_mode: str | None = None
+    """vLLM's name for what logprobs are: `processed_logprobs` are those after temperature and top_p."""
+    max_model_len: int | None = None
+    """Most tokens of a prompt and its completion together."""
+    has_spans: bool = False
+    """Whether an answer can name the version of each of its tokens. Without it, an answer has one version."""
+    rollout_routes: tuple[str, ...] = ()
+    """The routes that answer with token ids and logprobs, the best one first."""
+
+
+class ServedVersion(_Facts):
+    """The version that a replica serves now, and the one that it moves to."""
+
+    version: int | None
+    commit_id: str | None
+    moving_to: int | None
+    last_error: str | None
+    """Why the last refresh, or the last look for a new version, failed. None after one that succeeded."""
 
 
 _MAX_ERROR_LENGTH = 1000

@@ -29,7 +29,14 @@ from weightline.codec.digest import add_digests, digest_change, format_digest
 from weightline.dtypes import bits_dtype
 from weightline.errors import ApplyError, DigestMismatchError, InputError, UnsupportedFeatureError
 from weightline.serving.engines.barrier import RequestBarrier
-from weightline.serving.engines.base import Completion, Conversation, Generation, GenerationRequest
+from weightline.serving.engines.base import (
+    NO_ABILITIES,
+    Abilities,
+    Completion,
+    Conversation,
+    Generation,
+    GenerationRequest,
+)
 from weightline.serving.engines.vllm.features import OFFLINE, require
 from weightline.serving.engines.vllm.mapping import Assignment, Box, assign_boxes, box_from_json
 from weightline.serving.engines.vllm.wire import (
@@ -171,8 +178,11 @@ class VllmEngine:
 
     name = "vllm"
 
-    def __init__(self, transport: Transport, barrier: Barrier, model_folder: Path) -> None:
+    def __init__(
+        self, transport: Transport, barrier: Barrier, model_folder: Path, abilities: Abilities = NO_ABILITIES
+    ) -> None:
         self.version: int | None = None
+        self.abilities = abilities
         self._transport, self._barrier = transport, barrier
         self._started_with = _files_read_at_start(model_folder)
         self._workers = WorkerGroup(transport)
@@ -279,9 +289,7 @@ class VllmEngine:
 
     def generate(self, request: GenerationRequest) -> Generation:
         with self._barrier.request():
-            version = self.version
-            if version is None:
-                raise ApplyError("no checked version is loaded: retry after the next refresh", engine=self.name)
+            version = request.bounds.require(self.version)
             completions, prompts = self._transport.generate(request)
         return Generation(version, completions, prompts)
 

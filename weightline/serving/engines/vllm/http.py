@@ -29,13 +29,13 @@ from starlette.datastructures import Headers
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from weightline.errors import ApplyError, ErrorKind, InputError
+from weightline.errors import ApplyError, ErrorKind, InputError, VersionNotServedError
 from weightline.serving.engines.barrier import AsyncRequestBarrier
-from weightline.serving.engines.base import Completion, GenerationRequest
+from weightline.serving.engines.base import Abilities, Completion, GenerationRequest
 from weightline.serving.engines.vllm.driver import VllmEngine, completions_of, prompts_of, samplings_of
 from weightline.serving.engines.vllm.features import SERVER, require
 from weightline.serving.engines.vllm.serve import SETTINGS_VARIABLE, VllmSettings, check_config
-from weightline.serving.http.app import VERSION_HEADER, build_app
+from weightline.serving.http.app import build_app
 from weightline.serving.http.auth import is_authorized, load_token
 from weightline.serving.http.bounds import (
     MAX_BODY_NBYTES,
@@ -47,10 +47,18 @@ from weightline.serving.http.bounds import (
     unauthorized,
 )
 from weightline.serving.http.errors import error_body
+from weightline.serving.http.rollouts import ROLLOUTS_ROUTE
 from weightline.serving.http.service import ReplicaService
+from weightline.serving.http.versions import (
+    MIXING_HEADER,
+    VERSION_HEADER,
+    AskedVersion,
+    VersionWaits,
+    asked_version,
+    not_served,
+)
 from weightline.serving.replica.replica import Replica, ReplicaSettings
 
-MIXING_HEADER = "x-weightline-mixing"
 #: Bytes of bodies that the server holds at a time, over all requests. Images and sound are large.
 MAX_HELD_NBYTES = 4 * 1024**3
 #: A client that leaves a full buffer unread for this long is disconnected, so that it cannot delay a refresh.
@@ -75,6 +83,8 @@ class Route(Enum):
     """All other routes, including those of a later vLLM: needs the token, passes the barrier, names the version."""
 
 
+#: Of the answers of vLLM's own routes, only this one's name the version of each token.
+GENERATE_ROUTE = "/inference/v1/generate"
 _OPEN = frozenset(
     ("GET", path) for path in ("/health", "/load", "/metrics", "/ping", "/v1/models", "/version")
 ) | frozenset(("POST", path) for path in ("/tokenize", "/detokenize"))
@@ -82,7 +92,7 @@ _INFERENCE = frozenset(
     ("POST", path)
     for path in (
         "/v1/completions", "/v1/chat/completions", "/v1/messages", "/v1/embeddings", "/v1/responses",
-        "/v1/audio/transcriptions", "/v1/audio/translations", "/inference/v1/generate", "/classify", "/pooling",
+        "/v1/audio/transcriptions", "/v1/audio/translations", GENERATE_ROUTE, "/classify", "/pooling",
         "/score", "/v1/score", "/rerank", "/v1/rerank", "/v2/rerank",
     )
 )  # fmt: skip
@@ -156,12 +166,14 @@ class ReplicaMiddleware:
         check_config(app.state.engine_client.vllm_config)
         settings, barrier = self._settings.server, AsyncRequestBarrier()
         transport = OnlineTransport(app.state.engine_client, asyncio.get_running_loop())
-        engine = self._engine = VllmEngine(transport, barrier, Path(self._settings.model_folder))
+        folder = Path(self._settings.model_folder)
+        engine = self._engine = VllmEngine(transport, barrier, folder, abilities_of(app.state))
         options = ReplicaSettings(drain_seconds=settings.drain_seconds)
         replica = Replica(settings.open_chain(), engine, settings.state_dir, settings.name, options)
         service = self._service = ReplicaService(replica, settings.following, settings.presence(settings.port))
         self._replica_app = build_app(service, self._token)
-        self._versioned = VersionedApp(self._app, barrier, engine, service.metrics.completions)
+        waits = VersionWaits(replica.watch, lambda: engine.version)
+        self._versioned = VersionedApp(self._app, barrier, engine, service.metrics.completions, waits)
         # The registry that vLLM shows at /metrics.
         REGISTRY.register(service.metrics.registry)
         await asyncio.to_thread(service.start)
@@ -190,6 +202,16 @@ class ReplicaMiddleware:
 
     def _is_authorized(self, scope: Scope) -> bool:
         return is_authorized(Headers(scope=scope).get("authorization"), self._token)
+
+
+def abilities_of(state: Any) -> Abilities:
+    """Returns the abilities of a vLLM server, from the state of its app."""
+    config, has_generate = state.engine_client.vllm_config.model_config, state.args.enable_scale_out
+    has_spans = has_generate and hasattr(state.engine_client, "update_weight_version")
+    routes = (GENERATE_ROUTE,) if has_generate else ()
+    return Abilities(
+        config.logprobs_mode, config.max_model_len, has_spans, (*routes, ROLLOUTS_ROUTE, "/v1/completions")
+    )
 
 
 def _renaming(app: FastAPI) -> ASGIApp:
@@ -223,12 +245,14 @@ class VersionedApp:
         barrier: AsyncRequestBarrier,
         engine: Versioned,
         answered: Counter,
+        waits: VersionWaits,
         *,
         max_body_nbytes: int = MAX_BODY_NBYTES,
         max_body_seconds: float = MAX_BODY_SECONDS,
         max_send_seconds: float = MAX_SEND_SECONDS,
     ) -> None:
         self._app, self._barrier, self._engine, self._answered = app, barrier, engine, answered
+        self._waits = waits
         self._reader, self._max_body_nbytes = BodyReader(max_body_seconds, MAX_HELD_NBYTES), max_body_nbytes
         self._max_send_seconds = max_send_seconds
 
@@ -241,16 +265,23 @@ class VersionedApp:
         if _is_background(scope["path"], body):
             why = "background is not supported, since each answer comes from one version: leave it out, or use a stream"
             await JSONResponse(error_body(why, str(ErrorKind.INPUT)), 400)(scope, receive, send)
-        else:
-            await self._pass(scope, replaying(body, receive), send)
+            return
+        try:
+            asked = asked_version(Headers(scope=scope))
+            replayed = replaying(body, receive)
+            await self._waits.answered(asked, lambda: self._pass(asked, scope, replayed, send), receive)
+        except VersionNotServedError as error:
+            await not_served(error)(scope, receive, send)
+        except InputError as error:
+            await JSONResponse(error_body(str(error), str(error.kind), error.facts), 400)(scope, receive, send)
+        except ApplyError as error:
+            await unavailable(str(error))(scope, receive, send)
 
-    async def _pass(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _pass(self, asked: AskedVersion, scope: Scope, receive: Receive, send: Send) -> None:
+        """Passes a request on to the app behind the barrier. The errors of its bounds come before any answer."""
         allows_mixing = Request(scope).headers.get(MIXING_HEADER) == "allow"
         async with self._barrier.passing(is_counted=not allows_mixing):
-            if self._engine.version is None:
-                why = "no checked version is loaded: retry after the next refresh"
-                await unavailable(why)(scope, receive, send)
-                return
+            asked.bounds.require(self._engine.version)
             answer = _NamedAnswer(self._engine, send, self._max_send_seconds)
             await self._app(scope, receive, answer)
         if answer.status == 200:

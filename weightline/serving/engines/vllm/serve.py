@@ -90,13 +90,27 @@ def serve_vllm(model: str, settings: ServerSettings, vllm_args: Sequence[str] = 
 def vllm_argv(
     model: str, folder: Path, first: Manifest, settings: ServerSettings, vllm_args: Sequence[str]
 ) -> list[str]:
-    """Returns the arguments of `vllm`. The engine's dtype is the chain's, unless `vllm_args` name one. Pure."""
+    """Returns the arguments of `vllm`. Pure.
+
+    Unless `vllm_args` say otherwise, the engine's dtype is the chain's, and its answers suit a trainer.
+    """
     argv = ["serve", str(folder), "--served-model-name", model, "--host", settings.host, "--port", str(settings.port)]
     argv += ["--load-format", "dummy", "--worker-extension-cls", WORKER_EXTENSION, "--middleware", MIDDLEWARE]
     dtypes = {spec.dtype for spec in first.specs.values() if spec.dtype in _DTYPES}
-    if len(dtypes) == 1 and not any(argument.partition("=")[0] == "--dtype" for argument in vllm_args):
+    if len(dtypes) == 1 and not _is_given("--dtype", vllm_args):
         argv += ["--dtype", DTYPES[dtypes.pop()].torch_name]
+    # For rollouts: the route that names the version of each token, and logprobs of the distribution that is drawn from.
+    if not _is_given("--enable-scale-out", vllm_args):
+        argv.append("--enable-scale-out")
+    if not _is_given("--logprobs-mode", vllm_args):
+        argv += ["--logprobs-mode", "processed_logprobs"]
     return [*argv, *vllm_args]
+
+
+def _is_given(option: str, vllm_args: Sequence[str]) -> bool:
+    """Returns whether the arguments name an option, in any spelling of vLLM: see `check_arguments`."""
+    given = (argument.partition("=")[0].replace("_", "-").replace("--no-", "--", 1) for argument in vllm_args)
+    return any(len(name) > len("--") and name.startswith("--") and option.startswith(name) for name in given)
 
 
 def fetch_model_folder(chain: Chain, version: int, folder: Path, *, fallback: Path) -> Path:
