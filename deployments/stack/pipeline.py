@@ -21,7 +21,7 @@ from weightline.errors import LaunchError
 from weightline.runs.folder import Run, runs_dir_of
 from weightline.runs.prepare import prepare_run
 from weightline.runs.progress import RunProgress, RunWatch
-from weightline.runs.summary import stage_lines, versions_table, write_summary
+from weightline.runs.summary import count_line, milestone_rows, stage_lines, versions_table, write_summary
 
 if TYPE_CHECKING:
     from weightline.deployments.server.flow_runs import RunState
@@ -54,7 +54,9 @@ def run_pipeline(
         _train(run, stack, console)
         rows = RunWatch(run).look().rows
         summary = write_summary(run, rows, stack.ui_url, time.monotonic() - started)
-        console.print(versions_table(rows, f"{run.run_id} in {summary.seconds:.0f} s"))
+        shown = milestone_rows(rows)
+        console.print(versions_table(shown, f"{run.run_id} in {summary.seconds:.0f} s"))
+        console.print(count_line(len(shown), len(rows), run.chain_url), highlight=False, soft_wrap=True)
         for line in stage_lines(summary):
             console.print(line, highlight=False, soft_wrap=True)
         console.print(f"Prefect UI: {stack.ui_url} (weightline up shows it again)", highlight=False)

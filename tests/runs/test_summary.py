@@ -10,6 +10,7 @@ import pytest
 from rich.console import Console
 
 from tests.chains import commit_state, nudged, random_state
+from tests.lineage.rows import row
 from tests.runs.recipes import write_recipe
 from weightline.chain.read.records import EVALUATIONS, REFRESHES, write_record
 from weightline.deployments.stack.pipeline import RunScreen
@@ -18,7 +19,14 @@ from weightline.runs.folder import Run
 from weightline.runs.prepare import prepare_run
 from weightline.runs.progress import RunWatch
 from weightline.runs.stage import StageProof
-from weightline.runs.summary import RunSummary, stage_lines, versions_table, write_summary
+from weightline.runs.summary import (
+    RunSummary,
+    count_line,
+    milestone_rows,
+    stage_lines,
+    versions_table,
+    write_summary,
+)
 
 
 @pytest.fixture
@@ -71,6 +79,18 @@ def test_the_table_fits_a_narrow_terminal(run: Run) -> None:
     lines = _text(console).splitlines()
     assert any(line.split()[:3] == ["v1", "*", "sft"] and line.endswith(("03:04:05", "03:04:05  ")) for line in lines)
     assert max(len(line.rstrip()) for line in lines) <= 100
+
+
+def test_the_table_of_many_versions_shows_milestones_and_the_first_best_and_last_of_each_stage() -> None:
+    scores = {3: 0.5, 7: 0.9, 9: 0.9, 12: 0.1}
+    rows = [row(v, stage="sft" if v < 10 else "grpo", is_milestone=v in (0, 8), score=scores.get(v)) for v in range(60)]
+    assert [one.version for one in milestone_rows(rows)] == [0, 7, 8, 9, 10, 12, 59]
+    assert milestone_rows(rows[:1]) == (rows[0],)
+    assert milestone_rows(()) == ()
+    line = count_line(7, 60, "file:///x")
+    assert line.startswith("60 versions, shown: milestones,")
+    assert "weightline log file:///x --limit 60" in line
+    assert "all of them" in count_line(3, 3, "file:///x")
 
 
 def test_progress_is_read_from_the_folder_and_the_bucket(run: Run) -> None:

@@ -37,7 +37,7 @@ def log(
     as_json: Json = False,
 ) -> None:
     """List the versions of a chain, newest first, with their scores and refs."""
-    from weightline.cli.pages import LOG_HEADER, log_cells
+    from weightline.cli.pages import log_lines
     from weightline.lineage.listing import list_versions
 
     chain = open_existing(bucket)
@@ -48,11 +48,13 @@ def log(
     document = {
         "num_versions": len(versions),
         "versions": [
-            summary(one.manifest) | {"score": one.row.score, "evaluation": one.row.evaluation, "refs": one.refs}
+            summary(one.manifest)
+            | {"score": one.row.score, "evaluation": one.row.evaluation, "refs": one.refs}
+            | {"staleness": one.row.staleness}
             for one in listed
         ],
     }
-    lines = table(LOG_HEADER, [log_cells(one) for one in listed])
+    lines = log_lines(listed)
     if len(listed) < len(versions):
         lines.append(f"{len(listed)} of {len(versions)} versions; --limit {len(versions)} shows all")
     emit(document, lines, as_json=as_json)
@@ -69,24 +71,28 @@ def show(
     version_option: VersionOption = None,
     as_json: Json = False,
 ) -> None:
-    """Show one version: manifest, refs, evaluations, refreshes, payloads and tensors. Default: the tip."""
-    from weightline.chain.read.records import EVALUATIONS, LOGGED, REFRESHES
+    """Show one version: manifest, refs, evaluations, refreshes, samples, payloads and tensors. Default: the tip."""
+    from weightline.chain.read.records import EVALUATIONS, LOGGED, REFRESHES, SAMPLES
     from weightline.chain.read.refs import resolve
     from weightline.cli.pages import version_lines
+    from weightline.cli.samples import samples_lines
     from weightline.lineage.listing import read_good_records, refs_by_version
 
     chain = open_existing(bucket)
     manifest = chain.manifest(resolve(chain, one_version(version, version_option, "tip")))
     number = manifest.version
     records: dict[str, list[Record]] = {}
-    for kind in (EVALUATIONS, REFRESHES, LOGGED):
+    for kind in (EVALUATIONS, REFRESHES, LOGGED, SAMPLES):
         found = read_good_records(chain, kind, number, number)
         warn(found.problems)
         records[kind] = list(found.of.get(number, ()))
     refs = refs_by_version(chain).get(number, ())
     emit(
         manifest.model_dump() | {"refs": refs, **records},
-        version_lines(manifest, refs, *records.values()),
+        [
+            *version_lines(manifest, refs, records[EVALUATIONS], records[REFRESHES], records[LOGGED]),
+            *samples_lines(records[SAMPLES]),
+        ],
         as_json=as_json,
     )
 

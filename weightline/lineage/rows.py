@@ -10,6 +10,7 @@ from typing import Any
 from weightline.format.manifest import Manifest, Origin, parse_time
 
 Record = Mapping[str, Any]
+_STALENESS = ("rollout/staleness_mean", "rollout/staleness_max")
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +53,12 @@ class LineageRow:
     def ratio_to_full(self) -> float:
         """Returns the payload bytes as a share of the bytes of the whole state."""
         return self.payload_nbytes / self.full_nbytes if self.full_nbytes else 0.0
+
+    @property
+    def staleness(self) -> tuple[float, float] | None:
+        """Returns the mean and the largest age, in versions, of the samples of this step; None if none are known."""
+        mean, largest = (self.metrics.get(name) for name in _STALENESS)
+        return None if mean is None or largest is None else (mean, largest)
 
     @property
     def lag_seconds(self) -> float | None:

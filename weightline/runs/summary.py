@@ -101,6 +101,26 @@ def _stage_summary(run: Run, kind: str, rows: Sequence[LineageRow]) -> StageSumm
     )
 
 
+def milestone_rows(rows: Sequence[LineageRow]) -> tuple[LineageRow, ...]:
+    """Returns the milestones, and of each stage the first, the last and the earliest best version, in the rows' order.
+
+    A run whose every optimizer step is a version has too many for one table.
+    """
+    kept = {row.version for row in rows if row.is_milestone}
+    for stage in {row.stage for row in rows}:
+        own = [row for row in rows if row.stage == stage]
+        scored = [(row.score, -row.version) for row in own if row.score is not None]
+        kept |= {own[0].version, own[-1].version} | ({-max(scored)[1]} if scored else set())
+    return tuple(row for row in rows if row.version in kept)
+
+
+def count_line(num_shown: int, num_versions: int, chain_url: str) -> str:
+    """Returns the line below the table of a run that says how many versions there are and how to list them."""
+    shown = "all of them" if num_shown == num_versions else "milestones, and of each stage the first, best and last"
+    see = f"weightline log {chain_url} --limit {num_versions}"
+    return f"{num_versions} versions, shown: {shown}; {see} lists every one"
+
+
 def versions_table(rows: Sequence[LineageRow], title: str) -> Table:
     """Returns a table for a terminal, oldest version first."""
     table = Table(title=title, title_justify="left", caption="* milestone", caption_justify="left", box=SIMPLE_HEAD)
