@@ -14,13 +14,14 @@ from weightline.errors import MissingExtraError
 
 #: Top-level modules that weightline itself imports, by the extra whose packages they belong to.
 MODULES: dict[str, tuple[str, ...]] = {
-    "train": ("accelerate", "datasets", "deepspeed", "psutil", "torch", "transformers", "trl"),
+    "train": ("accelerate", "datasets", "deepspeed", "psutil", "torch", "transformers", "trl", "websockets"),
     "prefect": ("httpx", "prefect", "psutil"),
     "eval": ("datasets", "lm_eval", "torch", "transformers"),
     "serve": ("fastapi", "httpx", "prometheus_client", "torch", "transformers", "uvicorn"),
     "front": ("fastapi", "httpx", "prometheus_client", "uvicorn"),
     "vllm": ("httpx", "prometheus_client", "vllm"),
     "dashboard": ("fastapi", "uvicorn"),
+    "environment": ("openenv", "uvicorn", "websockets"),
     "sign": ("cryptography",),
     "openlineage": ("openlineage",),
 }

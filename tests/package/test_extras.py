@@ -34,6 +34,7 @@ LACKING: list[tuple[str | list[str], str]] = [
     (["serve", "front", "--follow", CHAIN], "front"),
     (["serve", "vllm", "model", "--follow", CHAIN], "vllm"),
     (["serve", "sglang", "--follow", CHAIN, "--out", "folders"], "serve"),
+    (["serve", "environment", "word-game"], "environment"),
     (["dashboard", CHAIN], "dashboard"),
     (["keygen", "key"], "sign"),
     (["sign", CHAIN, "--key", "key"], "sign"),
@@ -110,9 +111,9 @@ def test_each_extra_brings_the_modules_that_are_looked_for() -> None:
             assert distributions & named, f"[{extra}] does not bring {module}"
 
 
-def test_all_is_every_extra_that_fits_into_one_environment() -> None:
+def test_all_is_every_extra_that_a_pipeline_on_one_machine_needs() -> None:
     (line,) = PROJECT["optional-dependencies"]["all"]
-    assert Requirement(line).extras == set(extras.MODULES) - {"vllm"}
+    assert Requirement(line).extras == set(extras.MODULES) - {"vllm", "environment"}
 
 
 def test_an_import_that_fails_for_another_reason_is_not_blamed_on_the_extra() -> None:

@@ -1,4 +1,4 @@
-"""weightline serve vllm | transformers | front | sglang --follow BUCKET, and dashboard BUCKET...: servers of chains."""
+"""weightline serve vllm | transformers | front | sglang | environment, and dashboard BUCKET...: servers."""
 
 from __future__ import annotations
 
@@ -163,6 +163,31 @@ def sglang(
         raise empty_chain_error(follow)
     publisher = Publisher(chain, out, name, lambda folder: typer.echo(str(folder)), is_full=full)
     publisher.run(Following(every) if every else None)
+
+
+@app.command(name="environment")
+def environment(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="word-game, the environment that is built in.")],
+    host: Annotated[str, typer.Option(help="Address to listen on. There is no login.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free port; the first line names it.")] = 8010,
+    max_sessions: Annotated[int, typer.Option(min=1, max=4096, help="Episodes at the same time, at the most.")] = 256,
+) -> None:
+    """Start an environment for multi-turn rollouts: an OpenEnv server, one WebSocket an episode."""
+    from weightline.environments import WORD_GAME
+
+    if name != WORD_GAME:
+        raise InputError(f"there is no environment {name!r}: name {WORD_GAME}", field="name")
+    check_installed("environment")
+    from weightline.dashboard.serve import listen
+
+    # Importing OpenEnv takes seconds. An address that is in use is found before.
+    with listen(host, port) as listener:
+        from weightline.environments.server import serve
+
+        _log_to_stderr()
+        shown = f"[{host}]" if ":" in host else host
+        typer.echo(f"http://{shown}:{listener.getsockname()[1]}")
+        serve(listener, max_sessions)
 
 
 def dashboard(
