@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     )
     from weightline.format.manifest import Manifest
     from weightline.serving.replica.replica import Replica
+    from weightline.stages.chain_rollouts import ChainRollouts
     from weightline.store.open import open_store
     from weightline.trainer.callback import WeightlineCallback
     from weightline.trainer.settings import PublishSettings
@@ -38,6 +39,7 @@ __version__ = "0.1.0"
 __all__ = [
     "ApplyError",
     "Chain",
+    "ChainRollouts",
     "ConflictError",
     "CorruptError",
     "InputError",
@@ -77,6 +79,7 @@ _HOMES = {
     ),
     "weightline.format.manifest": ("Manifest",),
     "weightline.serving.replica.replica": ("Replica",),
+    "weightline.stages.chain_rollouts": ("ChainRollouts",),
     "weightline.store.open": ("open_store",),
     "weightline.trainer.callback": ("WeightlineCallback",),
     "weightline.trainer.settings": ("PublishSettings",),

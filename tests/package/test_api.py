@@ -16,10 +16,10 @@ import weightline
 
 #: A name that is gone breaks programs. A new one is a decision: add it here and to docs/stability.md.
 PUBLIC = [
-    "ApplyError", "Chain", "ConflictError", "CorruptError", "InputError", "Manifest", "NotFoundError", "PublishError",
-    "PublishSettings", "Replica", "StorageError", "WeightlineCallback", "WeightlineError", "__version__",
-    "commit_folder", "commit_fork", "commit_revert", "diff_versions", "move_ref", "open_chain", "open_store",
-    "read_state", "resolve", "verify_chain", "write_checkpoint",
+    "ApplyError", "Chain", "ChainRollouts", "ConflictError", "CorruptError", "InputError", "Manifest", "NotFoundError",
+    "PublishError", "PublishSettings", "Replica", "StorageError", "WeightlineCallback", "WeightlineError",
+    "__version__", "commit_folder", "commit_fork", "commit_revert", "diff_versions", "move_ref", "open_chain",
+    "open_store", "read_state", "resolve", "verify_chain", "write_checkpoint",
 ]  # fmt: skip
 
 

@@ -43,10 +43,11 @@ def running_replica(
     following: Following | None = None,
     ttl_seconds: float = 30.0,
     version: int | None = None,
+    engine: TransformersEngine | None = None,
 ) -> Iterator[RunningReplica]:
     """A transformers replica with a lease, at `version` if one is given. Leaves in order."""
     state_dir.mkdir(parents=True, exist_ok=True)
-    replica = Replica(chain, TransformersEngine("cpu"), state_dir, name)
+    replica = Replica(chain, engine or TransformersEngine("cpu"), state_dir, name)
     if version is not None:
         replica.refresh(version)
     with listening(ServerSettings(chain.url, state_dir, name, port=0)) as listener:

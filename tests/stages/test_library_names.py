@@ -10,6 +10,7 @@ import pytest
 
 from weightline.stages.recipe import StageKind
 from weightline.stages.trainer_args import trainer_field_names
+from weightline.stages.trl_names import GENERATION_NAMES, TRAINER_NAMES
 
 #: Module, what of it, and which of our modules uses it.
 _PRIVATE = [
@@ -54,3 +55,18 @@ def test_the_fields_read_from_trls_source_are_those_of_its_configuration(kind: S
 def test_grpo_keeps_its_generated_batch_under_the_names_that_are_saved(name: str) -> None:
     source = inspect.getsource(importlib.import_module("trl").GRPOTrainer)
     assert f"self.{name} = " in source, f"weightline.stages.rollout_state uses GRPOTrainer.{name}, which TRL lacks"
+
+
+@pytest.mark.parametrize("name", TRAINER_NAMES)
+def test_grpo_has_the_names_that_rollouts_use(name: str) -> None:
+    trainer = importlib.import_module("trl").GRPOTrainer
+    source = inspect.getsource(trainer)
+    assert hasattr(trainer, name) or f"self.{name} = " in source or f"self.{name}: " in source, (
+        f"weightline.stages.chain_rollouts uses GRPOTrainer.{name}, which the installed TRL lacks"
+    )
+
+
+@pytest.mark.parametrize("name", GENERATION_NAMES)
+def test_grpo_generates_through_the_object_that_rollouts_replace(name: str) -> None:
+    source = inspect.getsource(importlib.import_module("trl").GRPOTrainer._generate_single_turn)
+    assert f"self.{name}" in source, f"GRPOTrainer of the installed TRL does not generate by self.{name}"

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,7 +16,8 @@ from pathlib import Path
 from weightline.chain import open_chain
 from weightline.errors import ApplyError, LaunchError
 from weightline.files import exclusive_lock, write_atomically
-from weightline.launch.processes import WORKER_PID_VARIABLE, ProcessId, start_process
+from weightline.launch.processes import WORKER_PID_VARIABLE, ProcessId
+from weightline.launch.replica import LOG, ended_error, start_replica
 from weightline.lineage.text import slug
 from weightline.serving.http import client
 from weightline.serving.http.auth import load_token
@@ -25,7 +25,6 @@ from weightline.serving.http.auth import load_token
 #: Environment variable that a local stack sets: the folder of its replicas' state.
 REPLICAS_DIR_VARIABLE = "WEIGHTLINE_REPLICAS_DIR"
 _START_SECONDS = 180.0
-_LOG = "replica.log"
 _PROCESS = "process.json"
 #: Children of this process. Python warns of a child that runs while no variable refers to it.
 _started: list[subprocess.Popen[bytes]] = []
@@ -55,7 +54,7 @@ def ensure_replica(chain_url: str, folder: Path) -> ReplicaAddress:
     token = load_token(state_dir)
     with exclusive_lock(folder / "start.lock", waits=True):
         process = _recorded_process(state_dir)
-        url = read_address(state_dir) if process is not None and process.is_alive() else None
+        url = client.read_address(state_dir) if process is not None and process.is_alive() else None
         if url is None or not _answers(url, timeout_seconds=30.0):
             end_replicas(folder)
             url = _wait_for_url(_start(chain_url, state_dir), state_dir)
@@ -71,21 +70,9 @@ def end_replicas(folder: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def read_address(state_dir: Path) -> str | None:
-    """Returns the URL that a running replica has written, or None."""
-    try:
-        return str(json.loads((state_dir / "address.json").read_text())["url"])
-    except (OSError, ValueError, KeyError):
-        return None
-
-
 def _start(chain_url: str, state_dir: Path) -> subprocess.Popen[bytes]:
-    (state_dir / "address.json").unlink(missing_ok=True)
-    owner = os.environ.get(WORKER_PID_VARIABLE, str(os.getpid()))
-    argv = [sys.executable, "-m", "weightline.launch.tether", owner, sys.executable, "-m", "weightline", "serve"]
-    argv += ["transformers", "--follow", chain_url, "--every", "0", "--state-dir", str(state_dir), "--port", "0"]
-    with (state_dir / _LOG).open("ab") as log:
-        process = start_process(argv, stdout=log, stderr=subprocess.STDOUT, dies_with_parent=False)
+    owner = int(os.environ.get(WORKER_PID_VARIABLE, os.getpid()))
+    process = start_replica(chain_url, state_dir, owner, "--every", "0", "--port", "0", dies_with_parent=False)
     _started.append(process)
     write_atomically(state_dir / _PROCESS, json.dumps(asdict(ProcessId.of(process.pid))))
     return process
@@ -102,14 +89,12 @@ def _wait_for_url(process: subprocess.Popen[bytes], state_dir: Path) -> str:
     deadline = time.monotonic() + _START_SECONDS
     while time.monotonic() < deadline:
         if process.poll() is not None:
-            tail = (state_dir / _LOG).read_text(errors="replace").splitlines()[-15:]
-            message = f"the inference server ended with exit code {process.returncode}. Its last lines:"
-            raise LaunchError("\n    ".join([message, *tail]), returncode=process.returncode, tail=tail)
-        url = read_address(state_dir)
+            raise ended_error(state_dir, process.returncode)
+        url = client.read_address(state_dir)
         if url is not None and _answers(url, timeout_seconds=2.0):
             return url
         time.sleep(0.1)
-    raise LaunchError(f"the inference server did not start within {_START_SECONDS:.0f} s: see {state_dir / _LOG}")
+    raise LaunchError(f"the inference server did not start within {_START_SECONDS:.0f} s: see {state_dir / LOG}")
 
 
 def _answers(url: str, timeout_seconds: float) -> bool:

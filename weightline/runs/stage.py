@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,6 +20,7 @@ from weightline.format.manifest import Manifest
 from weightline.launch.command import launch_environment
 from weightline.launch.machines import launching
 from weightline.launch.ranks import run_ranks, with_rank_logs
+from weightline.launch.replica import kept_replica
 from weightline.runs.folder import Run
 from weightline.stages.job import StageJob, StageResult
 from weightline.stages.recipe import FrozenModel
@@ -37,11 +39,35 @@ def run_stage(
     job.save(job_path)
     # FutureWarnings of libraries do not concern the run.
     env = launch_environment(job, {"PYTHONWARNINGS": "ignore::FutureWarning", **os.environ, **environment})
-    with launching(
-        job_path, run.folder.parent, num_processes=run.placement.num_processes, device=run.placement.device,
-        num_machines=run.recipe.num_machines, environment=environment,
-    ) as argv:  # fmt: skip
-        run_ranks(with_rank_logs(argv, job.output_dir / "rank-logs"), env, job.output_dir / "ranks.log", show, tick)
+    with ExitStack() as held:
+        look = held.enter_context(_replica_of(job))
+        argv = held.enter_context(
+            launching(
+                job_path, run.folder.parent, num_processes=run.placement.num_processes, device=run.placement.device,
+                num_machines=run.recipe.num_machines, environment=environment,
+            )
+        )  # fmt: skip
+
+        def tick_all() -> None:
+            look()
+            tick()
+
+        log_path = job.output_dir / "ranks.log"
+        run_ranks(with_rank_logs(argv, job.output_dir / "rank-logs"), env, log_path, show, tick_all)
+
+
+@contextmanager
+def _replica_of(job: StageJob) -> Iterator[Callable[[], None]]:
+    """Runs the replica of a stage that asks for a local one, and yields what looks after it."""
+    rollouts = job.stage.rollouts
+    if rollouts is None or rollouts.replicas != "local" or job.chain_url is None:
+        yield lambda: None
+        return
+    # The ranks announce every version to it. It looks by itself as well.
+    every = 0.2 if job.chain_url.startswith("file:") else 2.0
+    options = ("--every", str(every), "--name", f"{job.stage.kind}-rollouts", "--device", job.device)
+    with kept_replica(job.chain_url, job.replica_dir, os.getpid(), *options) as look:
+        yield look
 
 
 def last_version(manifests: Iterable[Manifest], stage: str, run_id: str) -> Manifest | None:

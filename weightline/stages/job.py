@@ -52,6 +52,11 @@ class StageJob(FrozenModel):
         return self.output_dir / "metrics.jsonl"
 
     @property
+    def replica_dir(self) -> Path:
+        """Returns the state folder of the stage's own replica, with `rollouts: {replicas: local}`."""
+        return self.output_dir / "replica"
+
+    @property
     def done_path(self) -> Path:
         """Returns the file that marks completion: a StageResult. It exists only when `final_model_dir` is complete."""
         return self.output_dir / "done.json"

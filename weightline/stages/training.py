@@ -17,12 +17,15 @@ import torch
 import trl
 from transformers import AutoTokenizer, Trainer, TrainingArguments
 
+from weightline.errors import InputError
 from weightline.files import write_atomically
+from weightline.serving.http.client import wait_for_address
 from weightline.stages.checkpoints import MetricsCallback, ResumePlan, WholeCheckpointCallback, plan_resume
 from weightline.stages.cpu import compute_in_float32, use_one_core_without_compiler
 from weightline.stages.data import load_reward, load_stage_dataset
 from weightline.stages.job import StageJob, StageResult
 from weightline.stages.rank import RankExit
+from weightline.stages.recipe import RolloutsConfig
 from weightline.stages.rollout_state import GenerationStateCallback
 from weightline.stages.start_dtype import restore_float32, training_dtype
 from weightline.trainer.adapter import is_peft_model
@@ -64,7 +67,24 @@ def make_trainer(job: StageJob, **options: Any) -> Trainer:
         **options,
     )
     _keep_float32(trainer, job)
+    if job.stage.rollouts is not None:
+        _attach_rollouts(trainer, job, job.stage.rollouts)
     return trainer
+
+
+def _attach_rollouts(trainer: Trainer, job: StageJob, config: RolloutsConfig) -> None:
+    """Lets replicas make the completions. Waits for the address of the one that the stage starts, if it does."""
+    from weightline.stages.chain_rollouts import ChainRollouts
+
+    if job.chain_url is None:
+        raise InputError("rollouts come from replicas of a chain, and this job names none", field="chain_url")
+    replicas: str | tuple[str, ...] = config.replicas
+    if replicas == "local":
+        replicas = (wait_for_address(job.replica_dir, config.deadline_seconds),)
+    ChainRollouts(
+        job.chain_url, staleness=config.staleness, lookahead=config.lookahead, replicas=replicas, mixing=config.mixing,
+        deadline_seconds=config.deadline_seconds, rollout=config.rollout,
+    ).attach(trainer)  # fmt: skip
 
 
 def _keep_float32(trainer: Trainer, job: StageJob) -> None:
@@ -160,7 +180,7 @@ def _add_callbacks(trainer: Trainer, job: StageJob) -> None:
         )  # fmt: skip
         trainer.add_callback(callback)
     trainer.add_callback(MetricsCallback(job.metrics_path))
-    if job.stage.kind == "grpo":
+    if job.stage.kind == "grpo" and job.stage.rollouts is None:
         trainer.add_callback(GenerationStateCallback(trainer))
     trainer.add_callback(WholeCheckpointCallback())
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import time
+from pathlib import Path
 from typing import Any, TypeVar
 
 import httpx
@@ -47,6 +50,24 @@ def wait_for_version(url: str, version: int, wait_seconds: float = 0.0) -> Serve
     """
     route = f"/weightline/version?min={version}&wait={wait_seconds:g}"
     return _parsed(ServedVersion, url, _ask("GET", url, route, wait_seconds + 10.0))
+
+
+def read_address(state_dir: Path) -> str | None:
+    """Returns the URL that a running replica has written to its state folder on this machine, or None."""
+    try:
+        return str(json.loads((state_dir / "address.json").read_text())["url"])
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def wait_for_address(state_dir: Path, limit_seconds: float) -> str:
+    """Returns the URL of a replica that starts on this machine, as soon as it has one. ApplyError after the limit."""
+    deadline = time.monotonic() + limit_seconds
+    while (url := read_address(state_dir)) is None:
+        if time.monotonic() > deadline:
+            raise ApplyError(f"no replica has started with the state folder {state_dir}", is_unreachable=True)
+        time.sleep(0.1)
+    return url
 
 
 def _parsed(cls: type[Body], url: str, body: object) -> Body:

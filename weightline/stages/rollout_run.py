@@ -1,0 +1,217 @@
+"""The rollouts of one training: requests ahead of time, samples on time, and what is noted and saved of them.
+
+All ranks call the same methods in the same order. Each rank asks for its own prompts. What they have to agree on, and
+an error of any of them, goes through the session's group.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from transformers import TrainerState, TrainingArguments
+
+from weightline.chain.read.records import SAMPLES
+from weightline.files import write_atomically
+from weightline.rollouts.batch import Taken
+from weightline.rollouts.client import Mixing
+from weightline.rollouts.episode import Play
+from weightline.rollouts.fleet import ReplicaFleet
+from weightline.rollouts.producer import Producer
+from weightline.rollouts.record import Completion, Group, record_name
+from weightline.rollouts.sample import Sample
+from weightline.rollouts.staleness import Lineage, StalenessRule
+from weightline.stages.rollout_report import (
+    BatchReport,
+    ages_of,
+    over_batches,
+    over_ranks,
+    record_of,
+)
+from weightline.stages.rollout_state import micro_steps_of_batch
+from weightline.stages.trl_names import sampling_of
+from weightline.trainer.session import PublishSession
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class RolloutSettings:
+    """Settings of `ChainRollouts`, checked."""
+
+    chain_url: str
+    rule: StalenessRule
+    urls: tuple[str, ...] | None
+    mixing: Mixing
+    deadline_seconds: float
+    play: Play | None
+    """A rollout function; None for one completion for each prompt."""
+
+
+class RolloutRun:
+    """From the start of a training to its end, on one rank."""
+
+    def __init__(self, trainer: Any, session: PublishSession, settings: RolloutSettings) -> None:
+        self._trainer, self._session, self._rule = trainer, session, settings.rule
+        args, state = trainer.args, trainer.state
+        saved = _read(_path(args, state)) if state.global_step > 0 else None
+        before = Lineage() if saved is None else Lineage.from_json(saved["lineage"])
+        self._lineage = before.started_at(session.start_version, session.stands_for)
+        batches_a_step = max(1, args.gradient_accumulation_steps // micro_steps_of_batch(trainer))
+        self._producer = Producer(
+            ReplicaFleet(settings.chain_url, settings.urls, mixing=settings.mixing, turn=args.process_index),
+            sampling_of(trainer, trainer.num_generations),
+            seed=args.seed, rank=args.process_index, deadline_seconds=settings.deadline_seconds, play=settings.play,
+            max_batches=settings.rule.lookahead + batches_a_step + 1,
+        )  # fmt: skip
+        if saved is not None:
+            self._producer.restore(saved["batches"])
+        self._reports: list[BatchReport] = []
+        self._samples: Sequence[Sample] = ()
+        self._last_batch: int | None = None
+        self._num_further = 0
+
+    def request(self, number: int, batch: Sequence[Mapping[str, Any]]) -> None:
+        """Asks for the samples of a generation batch, whose rows are given. Safe to repeat."""
+        trainer = self._trainer
+        if trainer.environment_factories is not None:
+            return  # its prompts are written when the batch is needed
+        prompts = [row["prompt"] for row in batch]
+        if trainer.rollout_func is None:
+            prompts = trainer._tokenize_prompts(prompts)[0]
+        used_at = number * micro_steps_of_batch(trainer) // trainer.args.gradient_accumulation_steps
+        min_version = self._rule.min_version(self._version_at(used_at), self._lineage)
+        self._producer.request(number, prompts, min_version)
+
+    def take(self, prompts: list[Any], num_generations: int) -> Sequence[Sample]:
+        """Returns a sample for each prompt, each of which stands there as often as it has samples. Collective.
+
+        In training these are the samples of the generation batch that begins now. What TRL asks for after that, in the
+        turns of its tool loop, and all of an evaluation is generated at once.
+        """
+        trainer, newest = self._trainer, self._session.present_version
+        is_training = trainer.model.training
+        taken = self._together(lambda: self._taken(prompts, num_generations, newest))
+        report = self._agreed(_report(taken, newest, self._lineage))
+        for name, value in report.metrics.items():
+            trainer._metrics["train" if is_training else "eval"][name].append(value)
+        if is_training:
+            self._reports.append(report)
+            self._samples = taken.samples
+        return taken.samples
+
+    def _taken(self, prompts: list[Any], num_generations: int, newest: int) -> Taken:
+        trainer = self._trainer
+        number = trainer._step // micro_steps_of_batch(trainer)
+        min_version = self._rule.min_version(newest, self._lineage)
+        if trainer.model.training and number != self._last_batch:
+            self._last_batch, self._num_further = number, 0
+            return self._producer.take(
+                number, prompts, lambda sample: self._rule.is_fresh(sample, newest, self._lineage), min_version
+            )
+        self._num_further += 1
+        what = f"batch {number}" if trainer.model.training else f"evaluation at step {trainer.state.global_step}"
+        return self._producer.generate(
+            prompts, min_version=min_version if trainer.model.training else newest,
+            key=f"{what}, request {self._num_further}", sampling=sampling_of(trainer, num_generations),
+        )  # fmt: skip
+
+    def note(self, global_step: int) -> None:
+        """Gives the session the record of what the optimizer step was trained on. Only rank 0 writes it."""
+        reports, self._reports = self._reports, []
+        if not reports or self._session.group.rank != 0:
+            return
+        groups = groups_of(self._trainer, self._samples)
+        record = record_of(over_batches(reports), groups, global_step, self._trainer._metrics["train"])
+        name = record_name(self._session.settings.stage, global_step)
+        self._session.note(SAMPLES, name, record.to_record())
+
+    def save(self, args: TrainingArguments, state: TrainerState) -> None:
+        """Saves the batches that were asked for and not yet used. Waits for those that are being made."""
+        body = {"lineage": self._lineage.to_json(), "batches": self._producer.snapshot()}
+        write_atomically(_path(args, state), json.dumps(body), is_durable=False)
+
+    def close(self) -> None:
+        """Ends the producer's thread and its connections."""
+        self._producer.close()
+
+    def _version_at(self, step: int) -> int:
+        """Returns the number that the version of a coming optimizer step will have, if no checkpoint adds another."""
+        sync_steps = self._session.settings.sync_steps
+        return self._session.present_version + step // sync_steps - self._trainer.state.global_step // sync_steps
+
+    def _together(self, work: Callable[[], T]) -> T:
+        """Returns the result of `work`. When it fails on one rank, it fails on all, and none waits for another."""
+        return work() if self._session.is_closed else self._session.group.on_all(work)
+
+    def _agreed(self, own: BatchReport) -> BatchReport:
+        """Returns the report of all ranks, on every rank."""
+        if self._session.is_closed:
+            return own
+        group = self._session.group
+        parts = group.gather_to_first(own)
+        agreed: BatchReport = group.from_first(over_ranks(parts) if parts else None)
+        return agreed
+
+
+def _report(taken: Taken, newest: int, lineage: Lineage) -> BatchReport:
+    return BatchReport(
+        ages=ages_of(taken.samples, newest, lineage),
+        made_by=Counter(min(sample.versions) for sample in taken.samples if sample.versions),
+        replicas={name: (share.num_samples, share.seconds) for name, share in taken.replicas.items()},
+        wait_seconds=taken.wait_seconds,
+        generate_seconds=taken.generate_seconds,
+        num_regenerated=taken.num_regenerated,
+        num_mixed=taken.num_mixed,
+        queue_length=taken.queue_length,
+    )
+
+
+def groups_of(trainer: Any, samples: Sequence[Sample]) -> list[Group]:
+    """Returns rank 0's groups of the newest generation batch, as TRL logged them. For rank 0.
+
+    TRL keeps the newest batch of all ranks in `_logs`, rank 0 first.
+    """
+    logs, n = trainer._logs, trainer.num_generations
+    prompts, completions = list(logs["prompt"])[: len(samples)], list(logs["completion"])[: len(samples)]
+    rewards = [list(logs["rewards"][name])[: len(samples)] for name in trainer.reward_func_names]
+    weights = trainer.reward_weights.tolist()
+    found = [
+        Completion(
+            _text(completion),
+            _weighted([values[at] for values in rewards], weights),
+            sample.spans,
+        )
+        for at, (completion, sample) in enumerate(zip(completions, samples, strict=True))
+    ]
+    return [Group(_text(prompts[at]), tuple(found[at : at + n])) for at in range(0, len(found), n)]
+
+
+def _weighted(values: Sequence[float], weights: Sequence[float]) -> float | None:
+    """Returns the reward as TRL sums it: functions that gave none are left out. None when all of them gave none."""
+    known = [weight * value for weight, value in zip(weights, values, strict=True) if math.isfinite(value)]
+    return sum(known) if known else None
+
+
+def _text(messages: Any) -> str:
+    """Returns a prompt or completion as one text."""
+    if isinstance(messages, str):
+        return messages
+    return "\n".join(f"{message.get('role')}: {message.get('content')}" for message in messages)
+
+
+def _path(args: TrainingArguments, state: TrainerState) -> Path:
+    folder = Path(args.output_dir or ".") / f"checkpoint-{state.global_step}"
+    return folder / f"rollouts-{args.process_index}-of-{args.world_size}.json"
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    if not path.exists():
+        return None
+    saved: dict[str, Any] = json.loads(path.read_bytes())
+    return saved
