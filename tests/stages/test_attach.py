@@ -22,15 +22,16 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return materialize_model(ModelConfig(tiny=tiny), tmp_path_factory.mktemp("model"), seed=0)
 
 
-def _trainer(model_dir: Path, folder: Path, **options: Any) -> GRPOTrainer:
+def grpo_trainer(model_dir: Path, folder: Path, **options: Any) -> GRPOTrainer:
     defaults: dict[str, Any] = {
         "output_dir": str(folder / "out"), "max_steps": 2, "per_device_train_batch_size": 4, "num_generations": 4,
         "max_completion_length": 4, "report_to": [], "use_cpu": True, "bf16": False, "save_strategy": "no",
         "gradient_checkpointing": None, "activation_checkpointing": False,
     }  # fmt: skip
+    rows = [{"prompt": f"{number}="} for number in range(16)]
     return GRPOTrainer(
         model=str(model_dir), args=GRPOConfig(**(defaults | options)), reward_funcs=share_of_even_bytes,
-        train_dataset=Dataset.from_list([{"prompt": f"{number}="} for number in range(16)]),
+        train_dataset=Dataset.from_list(rows), eval_dataset=Dataset.from_list(rows[:2]),
     )  # fmt: skip
 
 
@@ -42,13 +43,13 @@ def _url(folder: Path) -> str:
     "field",
     ["vllm_importance_sampling_correction", "generation_kwargs", "per_device_train_batch_size", "rollout_func"],
 )
-def test_a_trainer_whose_settings_do_not_go_with_rollouts(field: str, model_dir: Path, tmp_path: Path) -> None:
+def test_agrpo_trainer_whose_settings_do_not_go_with_rollouts(field: str, model_dir: Path, tmp_path: Path) -> None:
     options = {
         "vllm_importance_sampling_correction": {"vllm_importance_sampling_correction": False},
         "generation_kwargs": {"generation_kwargs": {"no_repeat_ngram_size": 2}},
         "per_device_train_batch_size": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
     }.get(field, {})
-    trainer = _trainer(model_dir, tmp_path, **options)
+    trainer = grpo_trainer(model_dir, tmp_path, **options)
     if field == "per_device_train_batch_size":
         trainer.args.steps_per_generation = 1
     if field == "rollout_func":
@@ -62,7 +63,7 @@ def test_a_trainer_whose_settings_do_not_go_with_rollouts(field: str, model_dir:
 def test_a_release_of_trl_that_lacks_a_name(
     name: str, model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trainer = _trainer(model_dir, tmp_path)
+    trainer = grpo_trainer(model_dir, tmp_path)
     if name == "_step":
         del trainer._step
     elif name == "_tokenize_prompts":
@@ -88,7 +89,7 @@ def test_a_release_of_trl_that_lacks_a_name(
 def test_a_callback_that_does_not_go_with_rollouts_is_refused_before_the_first_step(
     callback: dict[str, Any] | None, field: str, model_dir: Path, tmp_path: Path
 ) -> None:
-    trainer = _trainer(model_dir, tmp_path)
+    trainer = grpo_trainer(model_dir, tmp_path)
     if callback is not None:
         url = _url(tmp_path) + str(callback.pop("chain", ""))
         trainer.add_callback(WeightlineCallback(url, **callback))
