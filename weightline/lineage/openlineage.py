@@ -13,11 +13,11 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator, Mapping
+from importlib.metadata import version as release_of
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
 from uuid import NAMESPACE_URL, uuid5
 
-from weightline import __version__
 from weightline.chain import Chain
 from weightline.chain.read.records import EVALUATIONS, read_version_records
 from weightline.extras import requires
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from openlineage.client.event_v2 import RunEvent
 
 NAMESPACE = "weightline"
-PRODUCER = f"urn:weightline:{__version__}"
+PRODUCER = f"urn:weightline:{release_of('weightline')}"
 _SWITCHES = ("OPENLINEAGE_URL", "OPENLINEAGE_CONFIG", "OPENLINEAGE__TRANSPORT__TYPE")
 
 
