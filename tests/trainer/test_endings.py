@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers import EarlyStoppingCallback, TrainerCallback
 
 from tests.ranks import run_ranks_to_end
@@ -147,13 +150,56 @@ def test_a_callback_that_is_added_in_mid_training_is_seen(url: str, tmp_path: Pa
     assert [m.global_step for m in open_chain(url).manifests()] == [0, 1, 2, 3, 4, 4]
 
 
-def test_a_model_that_becomes_another_one_is_refused_by_name(url: str, tmp_path: Path) -> None:
-    class Resizing(TrainerCallback):
-        def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-            model.resize_token_embeddings(40)
+@pytest.mark.parametrize("event", ["on_step_end", "on_train_end"])
+@pytest.mark.parametrize("is_first", [True, False], ids=["before", "after"])
+def test_a_model_that_the_trainer_holds_in_the_place_of_another_one_is_seen(
+    event: str, is_first: bool, url: str, tmp_path: Path
+) -> None:
+    class Averaging(TrainerCallback):
+        """Gives the trainer another model object, as an average of weights."""
 
-    with pytest.raises(Exception, match=r"other tensors than before \(.*model\.embed_tokens\.weight"):
-        small_trainer(tmp_path, WeightlineCallback(url), Resizing(), max_steps=1).train()
+        def _replace(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            trainer.model = copy.deepcopy(trainer.model)
+            trainer.model.generation_config.max_new_tokens = 70 + state.global_step
+            with torch.no_grad():
+                trainer.model.model.norm.weight.mul_(0.5)
+
+    other = Averaging()
+    setattr(other, event, other._replace)
+    ours = WeightlineCallback(url)
+    callbacks = (other, ours) if is_first else (ours, other)
+    trainer = small_trainer(tmp_path, *callbacks, max_steps=2, save_strategy="steps", save_steps=1)
+    trainer.train()
+    assert_ends_at_the_tip(trainer, url, tmp_path / "end")
+    chain = open_chain(url)
+    for step in (1, 2):
+        mark = VersionMark.read(tmp_path / "out" / f"checkpoint-{step}")
+        assert mark is not None
+        assert bits_of_version(chain, mark.version) == bits_of_folder(tmp_path / "out" / f"checkpoint-{step}")
+    write_checkpoint(chain, chain.tip().version, tmp_path / "pulled")
+    assert json.loads((tmp_path / "pulled" / "generation_config.json").read_text())["max_new_tokens"] == 72
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda model: model.resize_token_embeddings(40), r"model\.embed_tokens\.weight"),
+        (lambda model: model.half(), r"model\.embed_tokens\.weight"),
+        (lambda model: setattr(model.model.norm.weight, "data", torch.ones(20).bfloat16()), r"model\.norm\.weight"),
+        (lambda model: setattr(model.model.norm.weight, "data", torch.ones(8).bfloat16()), r"model\.norm\.weight"),
+        (lambda model: delattr(model.model.layers[0].mlp, "up_proj"), r"up_proj\.weight"),
+    ],
+    ids=["more rows", "another dtype", "more elements", "fewer elements", "a layer less"],
+)
+def test_a_model_that_becomes_another_one_is_refused_by_name(
+    change: Callable[[Any], Any], named: str, url: str, tmp_path: Path
+) -> None:
+    class Changing(TrainerCallback):
+        def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+            change(model)
+
+    with pytest.raises(Exception, match=rf"other tensors than before \(.*{named}"):
+        small_trainer(tmp_path, WeightlineCallback(url), Changing(), max_steps=1).train()
     assert open_chain(url).tip().global_step == 1
 
 

@@ -120,6 +120,7 @@ def test_numbers_are_sorted_by_their_step() -> None:
         session.start(model)
         session.log(0, {"at the start": 1.0})
         session.log(1, {"early": 1.0, "text": "none", "nan": float("nan"), "large": float("inf")})
+        session.log(1, {"beyond all floats": 10**400})
         session.log(2, {"of another step": 1.0})
         session.log(1, {"late": 2.0})
         model.step(1)

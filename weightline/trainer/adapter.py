@@ -81,9 +81,16 @@ def adapter_names(model: Any) -> dict[str, str]:
 def adapter_parts(model: Any, names: Mapping[str, str]) -> AdapterParts:
     """Returns the adapter's tensors under their published names, and the frozen tensors of the base model.
 
-    InputError when a tensor outside the adapter is trained.
+    InputError when a tensor outside the adapter is trained, and when the model does not hold the adapter.
     """
     held = _held_tensors(model)
+    missing = next((name for name, internal in names.items() if internal not in held), None)
+    if missing is not None:
+        raise InputError(
+            f"the model no longer holds the adapter's tensor {missing} (was the adapter merged or removed?): publish "
+            "what comes after as a chain of its own",
+            tensor=missing,
+        )
     adapter = tuple(CheckpointTensor(spec_of(name, held[internal]), held[internal]) for name, internal in names.items())
     in_adapter = {id(held[internal]) for internal in names.values()}
     base: dict[str, torch.Tensor] = {}

@@ -117,7 +117,9 @@ class WeightlineCallback(TrainerCallback):
         observer = load_observer(self.settings.step_observer)
         self.session = PublishSession(self.chain, self.settings, observer, still_training())
         mark = _resumed_mark(args, state) if state.is_world_process_zero else None
-        plan = self.session.start(model, processing_class_of(kwargs), state.global_step, mark, args.mixed_precision)
+        plan = self.session.start(
+            model, processing_class_of(kwargs), state.global_step, mark, args.mixed_precision, seat.model_watch(model)
+        )
         seat.take()
         self._seat = seat
         if state.is_world_process_zero:

@@ -94,5 +94,15 @@ class MetricsLog:
 
 def numbers_in(logs: Mapping[str, Any]) -> dict[str, float]:
     """Returns those entries of a log that are finite numbers."""
-    found = {name: float(value) for name, value in logs.items() if isinstance(value, Real)}
-    return {name: value for name, value in found.items() if math.isfinite(value)}
+    found = ((name, _finite(value)) for name, value in logs.items())
+    return {name: value for name, value in found if value is not None}
+
+
+def _finite(value: Any) -> float | None:
+    if not isinstance(value, Real):
+        return None
+    try:
+        number = float(value)
+    except OverflowError:  # an integer beyond all floats
+        return None
+    return number if math.isfinite(number) else None

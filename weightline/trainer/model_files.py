@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import logging
 import tempfile
-import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -64,18 +63,16 @@ class ModelFiles:
     def __init__(self, chain: Chain, model: Any, processing_class: Any, dtype: str | None = None) -> None:
         """`dtype`: as in `upload_assets`."""
         self._chain = chain
-        self._model = weakref.ref(model)
         self._processing_class = processing_class
         self._dtype = dtype
         self._seen = _fingerprint(model, processing_class)
 
-    def changed(self) -> tuple[AssetRef, ...]:
-        """Returns all small files if one says something new since the last call, else none. Uploads them.
+    def changed(self, model: Any) -> tuple[AssetRef, ...]:
+        """Returns all small files of the model if one says something new since the last call, else none. Uploads them.
 
         A failure is logged, and the next call tries again: the weights do not wait for a small file.
         """
-        model = self._model()
-        found = None if model is None else _fingerprint(model, self._processing_class)
+        found = _fingerprint(model, self._processing_class)
         if found is None or found == self._seen:
             return ()
         try:

@@ -2,13 +2,15 @@
 
 transformers calls callbacks in the order of a list, and each of them may change weights or decide to save. So the
 callback has its turn after all others at every event, and hears of a finished checkpoint before all others. Neither can
-be asked of transformers: the handler that holds the list is found in the frames of the call to `on_train_begin`.
+be asked of transformers: the handler that holds the list, and the trainer that holds the model, are found in the frames
+of the call to `on_train_begin`.
 """
 
 from __future__ import annotations
 
 import sys
 import threading
+import weakref
 from collections.abc import Callable
 from types import FrameType
 from typing import Any
@@ -42,6 +44,7 @@ class Seat:
         """Finds the handler. InputError when it calls a second callback of this kind, or this one through another."""
         self._callback = callback
         self._handler = _handler_of(callback)
+        self._trainer = _trainer_under_way()
         self._herald = CheckpointHerald(self._announce)
         self._on_save = on_save
         if any(isinstance(other, kind) and other is not callback for other in self._callbacks()):
@@ -50,6 +53,19 @@ class Seat:
                 "them (trainer.pop_callback takes the other away)",
                 field="callbacks",
             )
+
+    def model_watch(self, model: Any) -> Callable[[], Any]:
+        """Returns a function that returns the model: `model`, or the one that the trainer holds in its place since.
+
+        A callback may assign another object to `trainer.model`, such as an average of weights. The trainer saves that.
+        """
+        held = getattr(self._trainer(), "model", None)
+
+        def present() -> Any:
+            now = getattr(self._trainer(), "model", held)
+            return model if now is held or now is None else now
+
+        return present
 
     @property
     def has_herald(self) -> bool:
@@ -116,6 +132,21 @@ def _handler_of(callback: TrainerCallback) -> CallbackHandler | None:
     return None
 
 
+def _training_frame() -> FrameType | None:
+    """Returns the innermost frame of transformers' training loop; None for other trainers."""
+    frame: FrameType | None = sys._getframe()
+    while frame is not None and frame.f_globals.get("__name__") != _TRAINER_MODULE:
+        frame = frame.f_back
+    return frame
+
+
+def _trainer_under_way() -> Callable[[], Any]:
+    """Returns a weak reference to the trainer whose training loop runs; for other trainers it leads to None."""
+    frame = _training_frame()
+    trainer = None if frame is None else frame.f_locals.get("self")
+    return _nothing if trainer is None else weakref.ref(trainer)
+
+
 class _CallWatch:
     """Detects that a call under way on this thread has ended, with a result or with an error.
 
@@ -140,9 +171,11 @@ def _always() -> bool:
     return True
 
 
+def _nothing() -> None:
+    return None
+
+
 def still_training() -> Callable[[], bool]:
     """Returns a function that says whether the training loop still runs; for other trainers it always returns True."""
-    frame: FrameType | None = sys._getframe()
-    while frame is not None and frame.f_globals.get("__name__") != _TRAINER_MODULE:
-        frame = frame.f_back
+    frame = _training_frame()
     return _always if frame is None else _CallWatch(frame)

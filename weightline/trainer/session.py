@@ -78,6 +78,7 @@ class PublishSession:
         self._is_started = False
         self._is_closed = False
         self._model_files: ModelFiles | None = None
+        self._present_model: Callable[[], Any]
         self._metrics = MetricsLog()
         self._num_records = 0
         self._notes: list[tuple[str, str, Record]] = []
@@ -99,12 +100,14 @@ class PublishSession:
         global_step: int = 0,
         mark: VersionMark | None = None,
         mixed_precision: str | None = None,
+        present_model: Callable[[], Any] | None = None,
     ) -> StartPlan:
         """Compares the loaded weights with the chain, and commits a version before the first step if they differ.
 
         `mark`: the version that the resumed checkpoint is marked with, if any. `mixed_precision`: accelerate's name of
-        the dtype in which training computes (bf16, fp16), which `dtype="auto"` needs. Raises BaseMismatchError or
-        StorageError on every rank, before the first training step.
+        the dtype in which training computes (bf16, fp16), which `dtype="auto"` needs. `present_model` returns the model
+        to publish later, for trainers that may come to hold another object; default: always `model`. Raises
+        BaseMismatchError or StorageError on every rank, before the first training step.
         """
         with self._closing_on_error():
             group, ranked = self.group, coding_named(self.settings.coding).ranked
@@ -130,6 +133,7 @@ class PublishSession:
                 writer.write, self._is_training or _ended, self._end_of_thread, awaits_metrics=group.rank == 0
             )
             self._is_training = None
+            self._present_model = present_model or (lambda: model)
             self._is_started = True
             self._pipeline = SyncPipeline(
                 self.chain, self.settings, group, self._publisher, self._baseline, start.tip,
@@ -377,7 +381,7 @@ class PublishSession:
         return ((), captured.reason) if isinstance(captured, Failure) else (captured, None)
 
     def _capture_located(self) -> tuple[Changes, ...]:
-        tensors = self._located.relocate()
+        tensors = self._located.relocate(self._present_model())
         if tensors is not None:
             self._baseline.shards = shards_of(tensors, self.group.rank, self.group.world_size)
         return self._baseline.capture()
@@ -385,7 +389,7 @@ class PublishSession:
     def _look_at_files(self) -> None:
         """Takes note of small files that have changed since the last version. Only rank 0 has any."""
         if self._model_files is not None:
-            self._pipeline.assets = self._model_files.changed() or self._pipeline.assets
+            self._pipeline.assets = self._model_files.changed(self._present_model()) or self._pipeline.assets
 
     def _submit(
         self,

@@ -74,20 +74,23 @@ def tensors_and_base(model: Any, group: RankGroup, rule: DtypeRule) -> tuple[Loc
     """
     group.on_all(lambda: refuse_fsdp1(model))
     if not is_peft_model(model):
-        return _located(model, lambda: checkpoint_tensors(model), group, rule), None
+        return _located(model, checkpoint_tensors, group, rule), None
     names = group.on_first(lambda: adapter_names(model))
     parts = group.on_all(lambda: adapter_parts(model, names))
     digests = _base_digests(model, parts.base, group, rule)
-    return _located(model, lambda: adapter_parts(model, names).adapter, group, rule), base_model_of(
-        model, parts, digests
-    )
+    located = _located(model, lambda present: adapter_parts(present, names).adapter, group, rule)
+    return located, base_model_of(model, parts, digests)
 
 
 def _located(
-    model: Any, locate: Callable[[], tuple[CheckpointTensor, ...]], group: RankGroup, rule: DtypeRule
+    model: Any, locate: Callable[[Any], tuple[CheckpointTensor, ...]], group: RankGroup, rule: DtypeRule
 ) -> LocatedTensors:
-    """Returns what `locate` finds, in the dtypes in which it is published."""
-    return group.on_all(lambda: LocatedTensors(model, lambda: published(locate(), rule, kept_as_held(model))))
+    """Returns what `locate` finds in a model, in the dtypes in which it is published."""
+
+    def published_of(present: Any) -> tuple[CheckpointTensor, ...]:
+        return published(locate(present), rule, kept_as_held(present))
+
+    return group.on_all(lambda: LocatedTensors(model, published_of))
 
 
 def specs_of(tensors: Iterable[CheckpointTensor]) -> dict[str, TensorSpec]:
