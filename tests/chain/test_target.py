@@ -264,6 +264,17 @@ def test_a_link_without_a_target_is_a_checkpoint_that_is_not_whole(sharded: Path
     assert chain.tip_version() is None
 
 
+@pytest.mark.parametrize("missing", ["model.safetensors.index.json", _MAP["a"], "config.json", "extra/vocab.bpe"])
+def test_a_pointer_of_git_lfs_is_a_checkpoint_that_is_not_whole(sharded: Path, missing: str) -> None:
+    path = sharded / missing
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 1234567\n")
+    chain = Chain(MemoryStore())
+    with pytest.raises(InputError, match=rf"{missing} is a pointer of Git LFS.*git lfs pull"):
+        commit_folder(chain, sharded)
+    assert chain.tip_version() is None
+
+
 @pytest.mark.parametrize(
     ("name", "remedy"),
     [

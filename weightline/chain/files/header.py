@@ -19,6 +19,8 @@ _MAX_HEADER_NBYTES = 256 * 1024 * 1024
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
+    """A tensor of a safetensors file: what it is, and the position of its first byte in the file."""
+
     spec: TensorSpec
     path: Path
     offset: int

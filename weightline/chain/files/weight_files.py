@@ -19,6 +19,10 @@ _ADAPTER = "adapter_model.safetensors"
 
 _INDEX_SUFFIX = ".safetensors.index.json"
 
+#: How a pointer of Git LFS begins, and how large it is at most.
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+_MAX_POINTER_NBYTES = 1024
+
 #: The tensors to read from each file; None means all tensors of the file.
 WeightFiles = dict[Path, frozenset[str] | None]
 
@@ -64,7 +68,8 @@ def weight_files(folder: Path) -> WeightFiles:
 def is_file_there(path: Path) -> bool:
     """Returns whether the path is a file.
 
-    InputError for a link without a target, as a cleaned cache of the Hub leaves them.
+    InputError for a link without a target, as a cleaned cache of the Hub leaves them, and for a pointer of Git LFS, as
+    a clone without LFS leaves them.
     """
     if path.is_symlink() and not path.exists():
         raise InputError(
@@ -72,7 +77,14 @@ def is_file_there(path: Path) -> bool:
             "Download it again",
             path=str(path),
         )
-    return path.is_file()
+    is_there = path.is_file()
+    if is_there and path.stat().st_size <= _MAX_POINTER_NBYTES and path.read_bytes().startswith(_LFS_POINTER):
+        raise InputError(
+            f"{path} is a pointer of Git LFS, not the file itself: the checkpoint is not whole. Run `git lfs pull` in "
+            f"{path.parent}",
+            path=str(path),
+        )
+    return is_there
 
 
 def index_of(folder: Path) -> Path | None:
