@@ -1,8 +1,8 @@
-"""Runs statements and commands in a process that lacks every optional dependency: `python -m tests.package.blocked`.
+"""Runs statements and commands in a process without optional dependencies: `python -m tests.package.blocked [EXTRA]`.
 
-Reads a JSON list of cases from stdin: a list of words is a command line, a string is a Python statement. Prints a JSON
-list of [exit code, stdout, stderr], one for each case. An error that leaves a statement counts as exit code 1 with
-its text.
+It has those of the named extra, and lacks all others. Reads a JSON list of cases from stdin: a list of words is a
+command line, a string is a Python statement. Prints a JSON list of [exit code, stdout, stderr], one for each case. An
+error that leaves a statement counts as exit code 1 with its text.
 """
 
 from __future__ import annotations
@@ -12,22 +12,30 @@ import io
 import json
 import sys
 from collections.abc import Sequence
-from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
+from typing import Any
 
 from weightline.errors import WeightlineError
 from weightline.extras import MODULES
 
-BLOCKED = frozenset(module for modules in MODULES.values() for module in modules)
+#: The extras' modules, and peft, which comes with [train].
+OPTIONAL = frozenset(module for modules in MODULES.values() for module in modules) | {"peft"}
 
 
-class Blocker(MetaPathFinder):
-    """Finds none of the optional dependencies, as if they were not installed."""
+class Blocker:
+    """A finder that does not find some modules, as if they were not installed, and is the finder `inner` otherwise."""
 
-    def find_spec(self, fullname: str, path: Sequence[str] | None, target: object = None) -> ModuleSpec | None:
-        if fullname.partition(".")[0] in BLOCKED:
-            raise ModuleNotFoundError(f"No module named {fullname!r}", name=fullname)
-        return None
+    def __init__(self, inner: Any, blocked: frozenset[str]) -> None:
+        self._inner, self._blocked = inner, blocked
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+    def find_spec(self, fullname: str, path: Sequence[str] | None = None, target: object = None) -> ModuleSpec | None:
+        if fullname.partition(".")[0] in self._blocked:
+            return None
+        found: ModuleSpec | None = self._inner.find_spec(fullname, path, target)
+        return found
 
 
 def run_case(case: str | list[str]) -> tuple[int, str, str]:
@@ -54,5 +62,6 @@ def run_case(case: str | list[str]) -> tuple[int, str, str]:
 
 
 if __name__ == "__main__":
-    sys.meta_path.insert(0, Blocker())
+    lacking = OPTIONAL.difference(*(MODULES[extra] for extra in sys.argv[1:]))
+    sys.meta_path[:] = [Blocker(finder, lacking) for finder in sys.meta_path]
     print(json.dumps([run_case(case) for case in json.load(sys.stdin)]))

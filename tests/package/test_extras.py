@@ -6,19 +6,27 @@ import importlib.metadata
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import tomllib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
+import httpx
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from tests import ROOT
 from tests.chains import commit_state, nudged, random_state
+from tests.serving.model_chains import make_chain
+from tests.waiting import PATIENCE_SECONDS, wait_until
 from weightline import extras
 from weightline.chain import open_chain
+from weightline.deployments.stack.stack import free_port
 from weightline.errors import MissingExtraError
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -99,6 +107,78 @@ def test_the_core_reads_commits_pulls_and_verifies_without_any_extra(tmp_path: P
     for verb, (code, _, err) in zip(verbs, run_blocked(verbs, tmp_path), strict=True):
         assert (code, err) == (0, ""), verb
     assert open_chain(url).manifest(3).digests == open_chain(url).manifest(2).digests
+
+
+@contextmanager
+def _installed_alone(extra: str, cases: list[list[str]], folder: Path) -> Iterator[subprocess.Popen[str]]:
+    """Runs commands with one extra in a process. All must succeed; the last one serves until SIGTERM ends it."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tests.package.blocked", extra], cwd=folder, stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(ROOT)}, text=True,
+    )  # fmt: skip
+    try:
+        assert process.stdin is not None
+        process.stdin.write(json.dumps([["up"], *cases]))
+        process.stdin.close()
+        yield process
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(PATIENCE_SECONDS) == 0
+        assert process.stdout is not None
+        refused, *done = json.load(process.stdout)
+        assert "pip install 'weightline[prefect" in refused[2]
+        assert [code for code, _, _ in done[:-1]] == [0] * (len(cases) - 1), done
+        assert done[-1][0] in (0, 128 + signal.SIGTERM), done
+    finally:
+        process.kill()
+        process.wait()
+
+
+def _answered(process: subprocess.Popen[str], ask: Callable[[], httpx.Response]) -> Any:
+    """The body of the first answer of 200."""
+
+    def asked() -> httpx.Response | None:
+        with suppress(httpx.TransportError, FileNotFoundError):
+            return ask()
+        return None
+
+    def require_running() -> None:
+        assert process.poll() is None, process.stderr and process.stderr.read()
+
+    found = wait_until(
+        asked, lambda answer: answer is not None and answer.status_code == 200, meanwhile=require_running
+    )
+    assert found is not None
+    return found.json()
+
+
+@pytest.mark.process
+def test_an_install_of_serve_alone_serves_a_chain(tmp_path: Path) -> None:
+    url, address = (tmp_path / "bucket").as_uri(), tmp_path / "state" / "address.json"
+    make_chain(url)
+    options = ["--follow", url, "--port", "0", "--state-dir", str(address.parent), "--device", "cpu"]
+    cases = [["serve", "transformers", "--help"], ["serve", "transformers", *options]]
+    body = {"prompt": "1+1=", "max_tokens": 3}
+
+    def complete() -> httpx.Response:
+        server = json.loads(address.read_text())["url"]
+        return httpx.post(f"{server}/v1/completions", json=body, timeout=PATIENCE_SECONDS, trust_env=False)
+
+    with _installed_alone("serve", cases, tmp_path) as process:
+        answer = _answered(process, complete)
+    assert answer["weightline_version"] == 0
+    assert len(answer["choices"]) == 1
+
+
+@pytest.mark.process
+def test_an_install_of_dashboard_alone_shows_a_chain(tmp_path: Path) -> None:
+    url, port = (tmp_path / "bucket").as_uri(), free_port(4300)
+    commit_state(open_chain(url), random_state(0))
+    page = f"http://127.0.0.1:{port}/api/chains"
+    with _installed_alone(
+        "dashboard", [["dashboard", "--help"], ["dashboard", url, "--port", str(port)]], tmp_path
+    ) as p:
+        shown = _answered(p, lambda: httpx.get(page, timeout=PATIENCE_SECONDS, trust_env=False))
+    assert [card["url"] for card in shown["chains"]] == [url]
 
 
 def test_each_extra_brings_the_modules_that_are_looked_for() -> None:
