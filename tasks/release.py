@@ -12,6 +12,7 @@ from prefect.cache_policies import NO_CACHE
 from weightline.chain import open_chain
 from weightline.chain.read.refs import resolve
 from weightline.deployments.server.artifacts import artifact_key
+from weightline.files import user_path
 from weightline.release.model_card import card_body
 from weightline.release.model_repo import Release, upload_model, write_model
 from weightline.runs.recipes import recorded_recipe
@@ -27,7 +28,7 @@ def release(
     commit_id, recipe = opened.manifest(number).commit_id, recorded_recipe(opened, number)
     url = None
     with tempfile.TemporaryDirectory(prefix="weightline-release-") as scratch:
-        target = Path(folder).expanduser().absolute() if folder is not None else Path(scratch) / "model"
+        target = user_path(folder).absolute() if folder is not None else Path(scratch) / "model"
         card = write_model(opened, number, target, recipe.model if recipe else None, license_id)
         if repo_id is not None:
             message = f"{opened.name} v{number} ({commit_id[:12]})"

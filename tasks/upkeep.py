@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from datetime import timedelta
 
 from prefect import get_run_logger, task
 from prefect.artifacts import create_markdown_artifact
@@ -12,7 +11,7 @@ from prefect.cache_policies import NO_CACHE
 from weightline.chain import open_chain
 from weightline.chain.read.refs import oldest_kept
 from weightline.chain.upkeep.compact import plan_compaction, write_compaction
-from weightline.chain.upkeep.gc import collect, host_clock, plan_gc, view_chain
+from weightline.chain.upkeep.gc import collect, find_garbage
 from weightline.chain.upkeep.retention import expire_before, first_of_newest
 from weightline.chain.upkeep.verify import verify_chain
 from weightline.chain.write.standalone import DEFAULT_CODING
@@ -20,7 +19,6 @@ from weightline.deployments.server.artifacts import artifact_key
 from weightline.errors import CorruptError
 from weightline.lineage.pages import UpkeepResult, findings_text, upkeep_markdown
 from weightline.lineage.text import format_nbytes
-from weightline.store.base import read_clock
 
 
 @task(task_run_name="verify", cache_policy=NO_CACHE, persist_result=False)
@@ -57,8 +55,7 @@ def expire(chain: str, keep_versions: int) -> UpkeepResult:
 def collect_garbage(chain: str, delete: bool, grace_hours: float) -> UpkeepResult:
     """Finds unreachable objects, and deletes them if `delete` is true. Safe to repeat."""
     opened = open_chain(chain)
-    view = view_chain(opened, read_clock if delete else host_clock)
-    plan = plan_gc(view, grace=timedelta(hours=grace_hours))
+    plan = find_garbage(opened, grace_hours, will_delete=delete)
     if delete:
         collect(opened, plan)
     verb = "deleted" if delete else "would be deleted"

@@ -17,6 +17,11 @@ from pathlib import Path
 import filelock
 
 
+def user_path(text: str | Path) -> Path:
+    """Returns the path that a person typed, with `~` as the home folder. `~name` of no user stays as it is."""
+    return Path(os.path.expanduser(text))  # noqa: PTH111 - Path.expanduser raises RuntimeError for such a name
+
+
 def write_atomically(path: Path, text: str, *, is_durable: bool = True) -> None:
     """Writes a file through a temporary name: a crash leaves the old file or the new one, never a part of one.
 

@@ -16,7 +16,15 @@ from tests.chains import AT_ONCE, commit_state, nudged, random_state
 from tests.codec.states import whole
 from tests.compat.generate import FOLDER
 from weightline.chain.read.history import Chain
-from weightline.chain.read.records import EVALUATIONS, read_record, read_records, write_record
+from weightline.chain.read.records import (
+    EVALUATIONS,
+    last_recorded,
+    newest_records,
+    read_record,
+    read_records,
+    recorded_versions,
+    write_record,
+)
 from weightline.chain.read.refs import current_refs, history_of, move_ref, newest_move, oldest_kept, resolve
 from weightline.chain.replay import fetch
 from weightline.chain.replay.fetch import fetch_object
@@ -40,6 +48,7 @@ from weightline.format.manifest import Manifest, PayloadRef, TensorState
 from weightline.format.payload import Payload, open_payload
 from weightline.format.shortcut import Shortcut
 from weightline.format.write_payload import PayloadInfo, write_anchor, write_delta
+from weightline.lineage.listing import list_versions
 from weightline.store.local import LocalStore
 from weightline.store.memory import MemoryStore
 from weightline.testing.faults import FaultStore
@@ -275,6 +284,19 @@ def test_a_hint_that_may_not_be_read_is_passed_over(chain: Chain) -> None:
             raise StorageError("access denied", key=key)
 
     assert Chain(FaultStore(chain.store, refuse)).tip_version() == 1
+
+
+@pytest.mark.parametrize("junk", ["!", "other", "7", "\u00b2", "\u0663", "9" * 20, "9" * 200], ids=ascii)
+def test_an_object_under_no_version_s_key_is_no_record(chain: Chain, junk: str) -> None:
+    for version in (0, 1):
+        write_record(chain, EVALUATIONS, version, "gsm8k", {"status": "done", "score": 0.5})
+    chain.store.put(f"{keys.RECORDS}{EVALUATIONS}/{junk}/gsm8k.json", b"{}")
+    assert recorded_versions(chain, EVALUATIONS) == {0, 1}
+    assert last_recorded(chain, EVALUATIONS, "gsm8k", 9) == 1
+    assert [record["version"] for record in newest_records(chain, EVALUATIONS, "gsm8k", 9)] == [1, 0]
+    listed, problems = list_versions(chain, (1, 0))
+    assert [one.row.score for one in listed] == [0.5, 0.5]
+    assert problems == ()
 
 
 TOO_LARGE = {

@@ -13,17 +13,17 @@ import pytest
 from typer.testing import CliRunner
 
 from tests.chains import commit_state, nudged, random_state
+from weightline.chain.read.discovery import warn_if_empty
 from weightline.chain.read.history import open_chain
 from weightline.chain.read.records import EVALUATIONS, REFRESHES, SAMPLES, write_record
 from weightline.chain.read.refs import move_ref
 from weightline.chain.replay.state import read_state
 from weightline.cli import output
 from weightline.cli.main import app, main
-from weightline.errors import ChainEmptyError, InputError, NotFoundError
+from weightline.errors import ChainEmptyError, InputError, NotFoundError, WeightlineError
 from weightline.format import keys
 from weightline.rollouts.record import Completion, Group, ReplicaWork, SamplesRecord, Spread, record_name
 from weightline.rollouts.sample import Span
-from weightline.serving.http.server import warn_if_empty
 
 
 @pytest.fixture
@@ -189,6 +189,8 @@ VERBS_OF_A_CHAIN = [
     ("log",), ("show",), ("diff", "0", "1"), ("plan",), ("pull", "--out", "OUT"), ("revert", "0"), ("fork", "OUT"),
     ("tag",), ("tag", "name"), ("verify",), ("verify", "--quick"), ("compact",), ("compact", "--dry-run"),
     ("expire", "0"), ("expire", "--keep", "1"), ("gc",), ("gc", "--delete"), ("sign", "--key", "KEY"),
+    ("expire", "--keep-best", "1", "--metric", "score"), ("repair",), ("repair", "--delete"), ("repair", "--quick"),
+    ("show", "--version", "1"), ("plan", "--to", "2"), ("diff", "0"), ("tag", "name", "1", "--move"),
 ]  # fmt: skip
 
 
@@ -256,6 +258,10 @@ def test_versions_are_named_as_an_argument_or_with_version(bucket: str, tmp_path
         ("show", "1", "--version", "2"), ("revert",), ("revert", "1", "--version", "1"), ("expire",),
         ("expire", "1", "--keep", "2"), ("expire", "--keep-best", "1"), ("expire", "--keep", "1", "--metric", "x"),
         ("expire", "1", "--before", "1"), ("diff",), ("diff", "0", "1", "--version", "2"), ("expire", "--keep", "0"),
+        ("expire", "1", "--lowest"), ("expire", "--keep", "1", "--lowest"), ("tag", "--version", "1"),
+        ("tag", "--move"), ("plan", "1", "--to", "1"), ("plan", "1", "--version", "1"),
+        ("fork", "memory://x", "1", "--version", "1"), ("tag", "x", "1", "--version", "1"),
+        ("pull", "1", "--version", "1", "--out", "x"),
     ],
     ids=" ".join,
 )  # fmt: skip
@@ -263,6 +269,51 @@ def test_a_version_that_is_named_twice_or_not_at_all_is_wrong_usage(bucket: str,
     result = CliRunner().invoke(app, [arguments[0], bucket, *arguments[1:]])
     assert result.exit_code == 2
     assert open_chain(bucket).tip_version() == 3
+
+
+@pytest.mark.parametrize("arguments", [("",), ("--recipe", ""), ("--resume", ""), ("arithmetic", "--resume", "")])
+def test_what_a_variable_without_a_value_leaves_starts_no_training(
+    arguments: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(app, ["run", *arguments])
+    assert (result.exit_code, "it is empty" in result.output) == (2, True)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("gc", "URL", "--grace-hours", "inf"), "grace is inf hours"),
+        (("gc", "URL", "--grace-hours", "1e12", "--delete"), r"grace is 1e\+12 hours"),
+        (("compact", "URL", "--coding", "zip"), "unknown coding 'zip'"),
+        (("commit", "NEW", "FOLDER", "--coding", "zip"), "unknown coding 'zip'"),
+        (("log", "~no-such-user/chain"), "holds no version"),
+        (("keygen", ""), "name a new file"),
+        (("keygen", "/"), "name a new file"),
+        (("serve", "transformers", "--follow", "URL", "--lease", "nan"), "lease TTL must be"),
+        (("serve", "transformers", "--follow", "URL", "--lease", "-5"), "lease TTL must be"),
+        (("serve", "transformers", "--follow", "URL", "--drain", "inf"), "cannot wait inf s"),
+        (("serve", "transformers", "--follow", "URL", "--every", "inf"), "cannot follow every inf s"),
+        (("serve", "transformers", "--follow", "URL", "--name", "a/b"), "'a/b' cannot be part"),
+        (("serve", "transformers", "--follow", "URL", "--ref", ""), "'' cannot be part"),
+        (("serve", "transformers", "--follow", "URL", "--advertise", "ftp://x"), "'ftp://x' is no URL"),
+        (("serve", "transformers", "--follow", "URL", "--advertise", "gpu-7:8000"), "'gpu-7:8000' is no URL"),
+    ],
+    ids=lambda part: " ".join(part) if isinstance(part, tuple) else "",
+)  # fmt: skip
+def test_a_value_that_cannot_be_is_a_typed_error(
+    bucket: str, tmp_path: Path, arguments: tuple[str, ...], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    monkeypatch.chdir(tmp_path)
+    names = {"URL": bucket, "FOLDER": str(tmp_path / "model"), "NEW": f"file://{tmp_path}/new"}
+    if "FOLDER" in arguments:
+        run("pull", bucket, "--out", names["FOLDER"])
+    with pytest.raises(WeightlineError, match=said):
+        run(*(names.get(part, part) for part in arguments))
+    assert open_chain(bucket).tip_version() == 3
+    assert not (tmp_path / "new").exists()
 
 
 def test_log_shows_a_screenful_with_scores_and_refs(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -390,6 +441,20 @@ def test_expire_keeps_the_newest_and_the_best(bucket: str) -> None:
     with pytest.raises(InputError, match="no version has the metric 'loss': known are score"):
         run("expire", bucket, "--keep-best", "1", "--metric", "loss")
     assert "best-score-1" in run("expire", bucket, "--keep-best", "1", "--metric", "score")
+
+
+def test_metrics_that_are_spelt_alike_have_refs_of_their_own(bucket: str) -> None:
+    chain = open_chain(bucket)
+    for version in (1, 2):
+        metrics = {"eval/loss": version, "eval_loss": -version, "Eval loss": -version, "x" * 200: version}
+        write_record(chain, EVALUATIONS, version, "gsm8k", {"status": "done", "score": 0.5, "metrics": metrics})
+    named = {}
+    for metric in ("eval/loss", "eval_loss", "Eval loss", "x" * 200):
+        (best,) = run_json("expire", bucket, "--keep-best", "1", "--metric", metric, "--before", "0")["best"]
+        named[best["ref"]] = best["version"]
+    assert list(named.values()) == [2, 1, 1, 2]
+    assert {ref["name"]: ref["version"] for ref in run_json("tag", bucket)["refs"]} == named
+    assert "best-eval_loss-1" in named
 
 
 def test_a_label_cannot_write_to_the_terminal() -> None:

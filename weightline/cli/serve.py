@@ -5,13 +5,18 @@ from __future__ import annotations
 import logging
 import signal
 import sys
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated
+from threading import Thread
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from weightline.errors import InputError
 from weightline.extras import check_installed, requires
+
+if TYPE_CHECKING:
+    from weightline.chain import Chain
 
 app = typer.Typer(help="Serve a chain: move to each version in place, and back.", no_args_is_help=True)
 
@@ -147,13 +152,12 @@ def sglang(
 ) -> None:
     """Publish each version as a folder for SGLang's /pull_weights. With --every 0, publish up to the tip and exit."""
     from weightline.chain import open_chain
-    from weightline.chain.read.discovery import empty_chain_error
+    from weightline.chain.read.discovery import empty_chain_error, warn_if_empty
     from weightline.format.signature import load_trusted_keys
     from weightline.serving.replica.following import Following
 
     with requires("serve"):
         from weightline.serving.engines.sglang import Publisher
-        from weightline.serving.http.server import warn_if_empty
 
     _log_to_stderr()
     chain = open_chain(follow, None if require_signature is None else load_trusted_keys(require_signature))
@@ -205,12 +209,21 @@ def dashboard(
     from weightline.dashboard.buckets import find_chains
 
     check_installed("dashboard")
-    find_chains(buckets)
+    found = find_chains(buckets)
     from weightline.dashboard.serve import listen, serve
 
     with listen(host, port) as listener:
         typer.echo(f"http://{host}:{port}")
+        # On a thread: a bucket that does not answer must not keep the page from the others.
+        Thread(target=_warn_of_empty, args=(found.chains,), daemon=True).start()
         serve(buckets, listener, host=host, prefect_ui=prefect_ui)
+
+
+def _warn_of_empty(chains: Iterable[Chain]) -> None:
+    from weightline.chain.read.discovery import warn_if_empty
+
+    for chain in chains:
+        warn_if_empty(chain)
 
 
 def _log_to_stderr() -> None:

@@ -45,7 +45,12 @@ def run(
     """
     if recipe is not None and recipe_option is not None:
         raise typer.BadParameter("name the recipe once: as the argument or with --recipe", param_hint="RECIPE")
-    named = recipe or recipe_option
+    named = recipe if recipe is not None else recipe_option
+    # What a variable of a shell that is not set leaves. It must not start another training than the one that was meant.
+    if named == "":
+        raise typer.BadParameter("it is empty: name a recipe, or leave it out", param_hint="RECIPE")
+    if resume == "":
+        raise typer.BadParameter("it is empty: name the run to resume, or leave it out", param_hint="--resume")
     check_installed("train", "prefect", "eval", "serve")
     with _stack_errors():
         from weightline.deployments.stack.pipeline import run_pipeline

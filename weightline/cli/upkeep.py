@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -79,6 +78,8 @@ def expire(
 
     if (keep_best is None) != (metric is None):
         raise typer.BadParameter("--keep-best and --metric belong together", param_hint="--keep-best")
+    if lowest and keep_best is None:
+        raise typer.BadParameter("it says which versions --keep-best takes: give both", param_hint="--lowest")
     if keep is not None and (version is not None or before is not None):
         raise typer.BadParameter("give a version or --keep, not both", param_hint="--keep")
     named = one_version(version, before, None if keep is None and keep_best is None else "tip")
@@ -100,8 +101,7 @@ def expire(
 def _name_best(chain: Chain, metric: str, num_best: int, *, is_lowest: bool) -> list[tuple[str, int, float]]:
     """Moves the refs best-METRIC-1..N to the N best versions. Returns (ref, version, value) of each."""
     from weightline.chain.read.refs import current_refs, move_ref, oldest_kept
-    from weightline.lineage.listing import best_versions, list_versions
-    from weightline.lineage.text import slug
+    from weightline.lineage.listing import best_prefix, best_versions, list_versions
 
     refs, horizon = current_refs(chain), oldest_kept(chain)
     named = {ref.version for ref in refs.values()}
@@ -110,7 +110,7 @@ def _name_best(chain: Chain, metric: str, num_best: int, *, is_lowest: bool) -> 
     listed, problems = list_versions(chain, versions)
     warn(problems)
     best = best_versions(listed, metric, num_best, is_lowest=is_lowest)
-    prefix = f"best-{slug(metric)[:100]}-"
+    prefix = best_prefix(metric)
     for rank, (version, _) in enumerate(best, start=1):
         move_ref(chain, f"{prefix}{rank}", version)
     for name in refs:
@@ -128,12 +128,10 @@ def gc(
     as_json: Json = False,
 ) -> None:
     """Delete objects that no kept version, ref or live replica can reach."""
-    from weightline.chain.upkeep.gc import collect, host_clock, plan_gc, view_chain
-    from weightline.store.base import read_clock
+    from weightline.chain.upkeep.gc import collect, find_garbage
 
     chain = open_existing(bucket)
-    view = view_chain(chain, read_clock if delete else host_clock)
-    plan = plan_gc(view, grace=timedelta(hours=grace_hours))
+    plan = find_garbage(chain, grace_hours, will_delete=delete)
     if delete:
         collect(chain, plan)
     document = {

@@ -114,6 +114,8 @@ def tag(
     """
     from weightline.chain.read.refs import current_refs, move_ref, resolve
 
+    if name is None and (version_option is not None or move):
+        raise typer.BadParameter("name the ref, or leave out --version and --move to list the names", param_hint="NAME")
     named = one_version(version, version_option, "tip")
     chain = open_existing(bucket)
     if name is not None:

@@ -44,11 +44,15 @@ def commit(version: int) -> str:
     return f"{COMMITS}{padded(version)}.json"
 
 
+def version_of(digits: str) -> int | None:
+    """Returns the version that a part of a key stands for; None for any text but one that `padded` returns."""
+    return int(digits) if _DIGITS.fullmatch(digits) is not None and int(digits) <= MAX_VERSION else None
+
+
 def version_of_commit(key: str) -> int | None:
     """Returns the version of a manifest's key; None for any other key."""
     digits = key.removeprefix(COMMITS).removesuffix(".json")
-    is_commit = key == f"{COMMITS}{digits}.json" and _DIGITS.fullmatch(digits) is not None
-    return int(digits) if is_commit and int(digits) <= MAX_VERSION else None
+    return version_of(digits) if key == f"{COMMITS}{digits}.json" else None
 
 
 def shortcut(base_version: int | None, version: int) -> str:
@@ -105,9 +109,14 @@ def is_ref(key: str) -> bool:
     return _REF.fullmatch(key) is not None
 
 
+def is_name(text: str) -> bool:
+    """Returns whether the text is allowed as a name in a key."""
+    return _NAME.fullmatch(text) is not None
+
+
 def checked_name(name: str) -> str:
     """Returns the name. InputError for a name that is not allowed in a key."""
-    if not _NAME.fullmatch(name):
+    if not is_name(name):
         raise InputError(
             f"{name!r} cannot be part of an object key: use 1 to 128 letters, digits, '.', '_' or '-', "
             "starting with a letter or digit",

@@ -105,6 +105,8 @@ def generate_key(path: Path) -> str:
     InputError when one of the files exists: a key is never overwritten.
     """
     serialization, ed25519 = _cryptography()
+    if not path.name:
+        raise InputError(f"no key can be written to {path}: name a new file", path=str(path))
     private = ed25519.Ed25519PrivateKey.generate()
     private_pem = private.private_bytes(
         serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()

@@ -6,11 +6,12 @@ import logging
 
 import uvicorn
 
+from weightline.chain.read.discovery import warn_if_empty
 from weightline.front.app import build_app
 from weightline.front.settings import FrontSettings
 from weightline.serving.http.hosts import trusted_patterns
 from weightline.serving.http.protocol import server_config
-from weightline.serving.http.server import ServerSettings, listening, own_folder, warn_if_empty
+from weightline.serving.http.server import ServerSettings, listening, own_folder
 
 _log = logging.getLogger(__name__)
 _GRACEFUL_SECONDS = 30

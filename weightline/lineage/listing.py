@@ -5,6 +5,7 @@ A record that cannot be read is left out with a message: it must not hide the ve
 
 from __future__ import annotations
 
+import hashlib
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,10 +19,13 @@ from weightline.errors import CorruptError, InputError, NotFoundError
 from weightline.format import keys
 from weightline.format.manifest import Manifest
 from weightline.lineage.rows import LineageRow, row_of, with_records
+from weightline.lineage.text import slug
 
 Record = Mapping[str, Any]
 #: The metric that every evaluation record has.
 SCORE = "score"
+#: Characters.
+_MAX_METRIC_IN_REF = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,17 +80,18 @@ def read_good_records(chain: Chain, kind: str, first: int, last: int) -> Records
     problems = []
     for info in chain.store.list(prefix, f"{prefix}{keys.padded(first)}"):
         digits, _, file_name = info.key.removeprefix(prefix).partition("/")
-        if not (digits.isascii() and digits.isdigit()):
+        version = keys.version_of(digits)
+        if version is None:
             continue
-        if int(digits) > last:
+        if version > last:
             break
         try:
-            record = read_record(chain, kind, int(digits), file_name.removesuffix(".json"))
+            record = read_record(chain, kind, version, file_name.removesuffix(".json"))
         except (CorruptError, InputError, NotFoundError) as error:
             problems.append(str(error))
             continue
         if record is not None:
-            found[int(digits)].append(record)
+            found[version].append(record)
     return Records(dict(found), tuple(problems))
 
 
@@ -124,6 +129,14 @@ def best_versions(
             f"no version has the metric {metric!r}: known are {', '.join(known[:20]) or 'none'}", field="metric"
         )
     return sorted(valued, key=lambda one: (one[1] if is_lowest else -one[1], one[0]))[:num_best]
+
+
+def best_prefix(metric: str) -> str:
+    """Returns the refs' common part, `best-METRIC-`. No two metrics share one, however they are spelt."""
+    if len(metric) <= _MAX_METRIC_IN_REF and keys.is_name(f"best-{metric}-1"):
+        return f"best-{metric}-"
+    spelling = hashlib.sha256(metric.encode(errors="surrogatepass")).hexdigest()[:8]
+    return f"best-{slug(metric)[:_MAX_METRIC_IN_REF]}-{spelling}-"
 
 
 def _metric_names(listed: ListedVersion) -> set[str]:

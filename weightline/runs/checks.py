@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 from weightline.chain import Chain, open_chain
 from weightline.chain.files.checkpoint import MARKER
 from weightline.chain.read.refs import resolve
 from weightline.errors import ChainEmptyError, Facts, InputError, WeightlineError
+from weightline.files import user_path
 
 #: Retry deadline for a bucket that a person has just named. It is short, so that a wrong address is reported soon.
 PATIENCE_SECONDS = 8.0
@@ -63,7 +63,7 @@ def check_folder(folder: str | None) -> None:
     """Raises InputError when no new checkpoint can be written there. Creates its parent folders; safe to repeat."""
     if folder is None:
         return
-    target = Path(folder).expanduser().absolute()
+    target = user_path(folder).absolute()
     with check_form("folder"):
         if target.exists() and not target.is_dir():
             raise InputError(f"{target} is a file", path=folder)
@@ -74,5 +74,5 @@ def check_folder(folder: str | None) -> None:
 
 def check_runs_dir(folder: str) -> None:
     """Raises InputError when there is no such folder."""
-    if not Path(folder).expanduser().is_dir():
+    if not user_path(folder).is_dir():
         raise InputError(f"runs_dir: there is no folder {folder}", field="runs_dir")

@@ -19,7 +19,7 @@ from pydantic import ValidationError
 
 from weightline.chain import Chain, open_chain
 from weightline.errors import InputError, WeightlineError
-from weightline.files import write_atomically
+from weightline.files import user_path, write_atomically
 from weightline.launch.machines import RUNS_DIR_VARIABLE
 from weightline.stages.job import StageJob
 from weightline.stages.preflight import Placement, check_recipe
@@ -127,7 +127,7 @@ def default_runs_dir() -> str:
 
 def runs_dir_of(runs_dir: str | Path) -> Path:
     """Returns the folder of all runs as an absolute path."""
-    return Path(runs_dir).expanduser().absolute()
+    return user_path(runs_dir).absolute()
 
 
 def configured_chains(runs_dir: str | Path) -> list[str]:

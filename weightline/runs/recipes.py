@@ -14,6 +14,7 @@ from weightline.chain import Chain
 from weightline.chain.read.records import read_records, write_record
 from weightline.errors import InputError
 from weightline.evaluation.task import ARITHMETIC, EvaluationTask, arithmetic_task
+from weightline.files import user_path
 from weightline.stages.arithmetic import write_heldout
 from weightline.stages.load import parse_recipe
 from weightline.stages.recipe import Recipe
@@ -56,7 +57,7 @@ def evaluation_task(recipe: Recipe | None, task_name: str | None, limit: int | N
         problems = work_dir / f"arithmetic-{_problems_id(recipe)}.jsonl"
         write_heldout(recipe.arithmetic, problems)
         return arithmetic_task(problems, limit, batch_size)
-    include_path = Path(config.include_path).expanduser() if config is not None and config.include_path else None
+    include_path = user_path(config.include_path) if config is not None and config.include_path else None
     return EvaluationTask(name, include_path=include_path, limit=limit, batch_size=batch_size)
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, load_dataset
 from datasets.exceptions import DatasetNotFoundError
 
+from weightline.files import user_path
 from weightline.stages import arithmetic
 from weightline.stages.job import StageJob
 from weightline.stages.load import recipe_error
@@ -76,7 +76,7 @@ def load_reward(job: StageJob) -> Callable[..., list[float]]:
 def _load(path: str, name: str | None, split: str) -> Dataset:
     if not is_local_path(path):
         return load_dataset(path, name, split=split)
-    local = Path(path).expanduser()
+    local = user_path(path)
     if local.is_dir():
         return load_dataset(str(local), name, split=split)
     options: dict[str, Any] = {"data_files": {split: str(local)}, "split": split}

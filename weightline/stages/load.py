@@ -14,6 +14,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from weightline.errors import RecipeError
+from weightline.files import user_path
 from weightline.stages.recipe import Recipe
 
 
@@ -65,7 +66,7 @@ def dotted(location: tuple[int | str, ...]) -> str:
 
 
 def _find_recipe(recipe: str | Path) -> Path | Traversable:
-    path = Path(recipe).expanduser()
+    path = user_path(recipe)
     return path if path.is_file() else shipped_recipes().get(str(recipe), path)
 
 

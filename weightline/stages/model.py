@@ -34,7 +34,7 @@ from weightline.chain.files.weight_files import index_of, weight_files
 from weightline.chain.read.refs import resolve
 from weightline.dtypes import DtypeSetting
 from weightline.errors import InputError
-from weightline.files import copy_file, link_or_copy
+from weightline.files import copy_file, link_or_copy, user_path
 from weightline.stages.load import recipe_error
 from weightline.stages.preflight import is_local_path
 from weightline.stages.recipe import ModelConfig, TinyModelConfig
@@ -74,7 +74,7 @@ def materialize_model(config: ModelConfig, folder: str | Path, seed: int, dtype:
 def _materialize_path(config: ModelConfig, folder: Path, dtype: DtypeSetting) -> None:
     """Writes a model from disk or the Hub: file by file for safetensors, else by loading the whole model."""
     path = config.path or ""
-    source = Path(path).expanduser() if is_local_path(path) else _downloaded(path, config.revision)
+    source = user_path(path) if is_local_path(path) else _downloaded(path, config.revision)
     if not has_safetensors(source):
         model = AutoModelForCausalLM.from_pretrained(path, revision=config.revision, dtype=cast_dtype(dtype) or "auto")
         _take_small_files(source, folder, weights=frozenset(path.name for path in source.glob("*.bin*")))

@@ -14,6 +14,7 @@ from typing import Literal
 from weightline.chain import open_chain
 from weightline.chain.read.refs import resolve
 from weightline.errors import InputError, LaunchError, NotFoundError
+from weightline.files import user_path
 from weightline.stages.generation import check_generation_batch, check_rollouts
 from weightline.stages.load import recipe_error
 from weightline.stages.recipe import DatasetConfig, ModelConfig, Recipe
@@ -48,7 +49,7 @@ def check_recipe(recipe: Recipe, num_cuda_devices: int | None = None) -> Placeme
         check_trainer_args(stage, f"stages[{index}].trainer_args")
         _check_dataset(stage.dataset, stage.kind, f"stages[{index}].dataset")
     include_path = recipe.evaluation.include_path
-    if include_path is not None and not Path(include_path).expanduser().is_dir():
+    if include_path is not None and not user_path(include_path).is_dir():
         raise recipe_error("evaluation.include_path", f"no folder {include_path}", "give a folder of task YAML files")
     placement = plan_placement(recipe, count_cuda_devices() if num_cuda_devices is None else num_cuda_devices)
     for index, stage in enumerate(recipe.stages):
@@ -105,7 +106,7 @@ def _check_model(model: ModelConfig) -> None:
         _check_start_version(model.chain, model.version)
     if model.path is None or not is_local_path(model.path):
         return
-    folder = Path(model.path).expanduser()
+    folder = user_path(model.path)
     if not folder.is_dir():
         remedy = "give an existing folder, a Hub id such as Qwen/Qwen3-0.6B, or `model.tiny`"
         raise recipe_error("model.path", f"no folder {folder}", remedy)
@@ -130,7 +131,7 @@ def _check_start_version(chain_url: str, version: str) -> None:
 def _check_dataset(dataset: DatasetConfig, kind: str, field: str) -> None:
     if dataset.is_arithmetic or not is_local_path(dataset.path):
         return
-    path = Path(dataset.path).expanduser()
+    path = user_path(dataset.path)
     if not path.exists():
         remedy = "give an existing path, a Hub id or `arithmetic`"
         raise recipe_error(f"{field}.path", f"no file or folder {path}", remedy)

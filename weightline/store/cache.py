@@ -25,7 +25,7 @@ from pathlib import Path
 from cachetools import LRUCache
 
 from weightline.errors import InputError
-from weightline.files import SharedLock, sha256_of
+from weightline.files import SharedLock, sha256_of, user_path
 from weightline.store import transfers
 
 #: Environment variable: the folder of the cache.
@@ -223,7 +223,7 @@ def _files(folder: Path) -> list[tuple[Path, os.stat_result]]:
 
 def host_cache() -> ObjectCache | None:
     """Returns the cache of this host that the environment sets; None for a bound of 0. InputError for a bad bound."""
-    folder = Path(os.environ.get(FOLDER_VARIABLE) or _DEFAULT_FOLDER).expanduser()
+    folder = user_path(os.environ.get(FOLDER_VARIABLE) or _DEFAULT_FOLDER)
     text = os.environ.get(NBYTES_VARIABLE)
     if text is not None:
         if not text.isdecimal():

@@ -7,6 +7,7 @@ from pathlib import Path
 from urllib.parse import SplitResult, unquote, urlsplit
 
 from weightline.errors import InputError, NotFoundError, StorageError
+from weightline.files import user_path
 from weightline.store.base import Store, checked_key, prove_create_only
 from weightline.store.local import LocalStore
 from weightline.store.memory import MemoryStore
@@ -35,7 +36,7 @@ def open_store(url: str, patience_seconds: float | None = None) -> Store:
     if parts.scheme == "memory":
         return MemoryStore.named(url)
     if parts.scheme == "":
-        return LocalStore(Path(url).expanduser())
+        return LocalStore(user_path(url))
     if parts.scheme in _OBJECT_STORES:
         return RetryingStore(_open_objects(url, parts), patience_seconds)
     if parts.scheme == "hf":

@@ -22,7 +22,7 @@ from weightline.chain.replay.diff import tensor_groups
 from weightline.chain.replay.fetch import Fetcher
 from weightline.codec.digest import format_digest, tensor_digest
 from weightline.errors import BaseMismatchError, DigestMismatchError, InputError, NotFoundError
-from weightline.files import copy_file, sha256_of
+from weightline.files import copy_file, sha256_of, user_path
 from weightline.format import keys
 from weightline.format.manifest import AdapterBase, AssetRef
 from weightline.store import Store
@@ -175,7 +175,7 @@ def _named_base(config: Path) -> str:
 
 
 def _base_at(folder: Path, named: str) -> Path | None:
-    places = (Path(named).expanduser(), folder / named) if named else ()
+    places = (user_path(named), folder / named) if named else ()
     return next((place for place in places if any(place.glob("*.safetensors"))), None)
 
 

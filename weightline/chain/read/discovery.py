@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import quote, urlsplit
 
+from weightline.chain.read.history import Chain
 from weightline.errors import ChainEmptyError, InputError, StorageError
 from weightline.format import keys
 from weightline.store import Store, open_store
 from weightline.store.local import LocalStore
+
+_logger = logging.getLogger(__name__)
 
 #: A chain of a run is at `runs/<run>/bucket/<chain>`.
 MAX_DEPTH = 3
@@ -40,6 +44,16 @@ def empty_chain_error(url: str) -> ChainEmptyError:
     else:
         found = f"There is no chain below {next(iter(_parents(store.url)), store.url)} either"
     return ChainEmptyError(f"{store.url} holds no version. {found}", chain=store.url)
+
+
+def warn_if_empty(chain: Chain) -> None:
+    """Logs that a server waits for the chain's first version, with the chains that may have been meant."""
+    try:
+        is_empty = chain.tip_version() is None
+    except StorageError:
+        return  # The server reports it, and tries again.
+    if is_empty:
+        _logger.warning("waiting for the first version: %s", empty_chain_error(chain.url))
 
 
 def chains_below(url: str) -> tuple[str, ...]:

@@ -120,15 +120,16 @@ def newest_records(chain: Chain, kind: str, name: str, last: int) -> Iterator[Re
     prefix = f"{keys.RECORDS}{keys.checked_name(kind)}/"
     found = [info.key for info in chain.store.list(prefix) if info.key.endswith(f"/{name}.json")]
     for key in reversed(found):
-        if key.removeprefix(prefix) < keys.padded(last + 1):
+        version = keys.version_of(key.removeprefix(prefix).partition("/")[0])
+        if version is not None and version <= last:
             yield _parse(chain, key)
 
 
 def recorded_versions(chain: Chain, kind: str) -> frozenset[int]:
     """Returns the versions that have a record of this kind. Costs one listing; no record is read."""
     prefix = f"{keys.RECORDS}{keys.checked_name(kind)}/"
-    found = (info.key.removeprefix(prefix).partition("/")[0] for info in chain.store.list(prefix))
-    return frozenset(int(digits) for digits in found if digits.isdigit())
+    found = (keys.version_of(info.key.removeprefix(prefix).partition("/")[0]) for info in chain.store.list(prefix))
+    return frozenset(version for version in found if version is not None)
 
 
 def last_recorded(chain: Chain, kind: str, name: str, below: int) -> int | None:
@@ -143,10 +144,11 @@ def last_recorded(chain: Chain, kind: str, name: str, below: int) -> int | None:
         first, found = max(0, last - num_versions), None
         for info in chain.store.list(prefix, f"{prefix}{keys.padded(first)}"):
             digits, _, file_name = info.key.removeprefix(prefix).partition("/")
-            if not digits.isdigit() or int(digits) >= last:
+            version = keys.version_of(digits)
+            if version is not None and version >= last:
                 break
-            if file_name == f"{name}.json":
-                found = int(digits)
+            if version is not None and file_name == f"{name}.json":
+                found = version
         if found is not None:
             return found
         last, num_versions = first, 8 * num_versions

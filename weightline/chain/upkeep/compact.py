@@ -136,7 +136,8 @@ class CompactionPlan:
 def plan_compaction(
     chain: Chain, *, coding: str, policy: AnchorPolicy | None = None, group_nbytes: int = GROUP_NBYTES
 ) -> CompactionPlan:
-    """Plans a compaction of the chain. Reads payloads; writes nothing."""
+    """Plans a compaction of the chain. Writes nothing. UnsupportedFeatureError for an unknown coding."""
+    coding_named(coding)
     tip = chain.tip()
     first = oldest_kept(chain)
     manifests = chain.manifests(first)

@@ -16,7 +16,7 @@ from weightline.chain.read.history import Chain
 from weightline.chain.read.refs import current_refs, oldest_kept, require_horizon
 from weightline.chain.replay.plan import Ways
 from weightline.chain.upkeep.retention import Kept, pinned_versions, read_kept
-from weightline.errors import CorruptError, StorageError, VersionNotFoundError
+from weightline.errors import CorruptError, InputError, StorageError, VersionNotFoundError
 from weightline.format import keys
 from weightline.format.manifest import Manifest, StoredObject
 from weightline.format.shortcut import Shortcut
@@ -27,6 +27,8 @@ from weightline.store.base import read_clock
 Clock = Callable[[Store], datetime]
 
 DEFAULT_GRACE = timedelta(hours=24)
+#: A hundred years.
+_MAX_GRACE_HOURS = 876_000
 #: Objects deleted by one call: S3 takes a thousand in one request.
 _BATCH_SIZE = 1000
 #: Some stores report whole seconds in one reply and fractions in another.
@@ -216,6 +218,18 @@ def _require_published(chain: Chain) -> None:
             "collected, since the objects that they need are unknown. `weightline verify` says how to finish each",
             keys=pending, url=chain.url,
         )  # fmt: skip
+
+
+def find_garbage(chain: Chain, grace_hours: float, *, will_delete: bool) -> GcPlan:
+    """Returns the objects to delete that are older than the grace.
+
+    Ages are by the store's clock where the objects are to be deleted, else by this host's. InputError for a grace that
+    is no time.
+    """
+    if not 0 <= grace_hours <= _MAX_GRACE_HOURS:
+        raise InputError(f"the grace is {grace_hours:g} hours: name 0 to {_MAX_GRACE_HOURS}", field="grace_hours")
+    view = view_chain(chain, read_clock if will_delete else host_clock)
+    return plan_gc(view, grace=timedelta(hours=grace_hours))
 
 
 def collect(chain: Chain, plan: GcPlan, clock: Clock = read_clock) -> None:

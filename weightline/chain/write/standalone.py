@@ -35,14 +35,15 @@ def commit_folder(
 ) -> Manifest:
     """Commits a checkpoint folder as the chain's next version. The first version of a chain is an anchor.
 
-    InputError when `folder` is no folder, or its weights are incomplete; BaseMismatchError when its tensors are not the
-    chain's. For an adapter's folder (peft) the manifest records the digest of its base model, which is read from `base`
-    or from the path in the adapter's configuration: BaseMismatchError when it is not the chain's, and no digest is
-    recorded when this host has no such model. A crash leaves orphaned payloads, which gc removes. A repeated call
-    commits another version without changes.
+    InputError when `folder` is no folder, or its weights are incomplete; UnsupportedFeatureError for an unknown coding;
+    BaseMismatchError when its tensors are not the chain's. For an adapter's folder (peft) the manifest records the
+    digest of its base model, which is read from `base` or from the path in the adapter's configuration:
+    BaseMismatchError when it is not the chain's, and no digest is recorded when this host has no such model. A crash
+    leaves orphaned payloads, which gc removes. A repeated call commits another version without changes.
     """
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder: name a checkpoint folder with weights", path=str(folder))
+    coding_named(coding)
     source = FolderSource(folder)
     check_writable(chain.store)
     tip = chain.tip_version()

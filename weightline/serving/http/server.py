@@ -10,13 +10,15 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import uvicorn
 
 from weightline.chain import Chain, open_chain
-from weightline.chain.read.discovery import empty_chain_error
-from weightline.errors import InputError, StorageError
+from weightline.chain.read.discovery import warn_if_empty
+from weightline.errors import InputError
 from weightline.files import exclusive_lock, write_atomically
+from weightline.format.keys import checked_name
 from weightline.format.signature import load_trusted_keys
 from weightline.serving.http.app import build_app
 from weightline.serving.http.auth import TOKEN_VARIABLE, has_given_token, is_loopback, load_token
@@ -54,6 +56,20 @@ class ServerSettings:
     trusted_keys: Path | None = None
     """File of public keys, one of which must have signed every version. None: the keys that the environment names."""
 
+    def __post_init__(self) -> None:
+        """Raises InputError, before anything is loaded, for a name, a time or a URL that no replica can have."""
+        checked_name(self.name)
+        if self.follow_ref is not None:
+            checked_name(self.follow_ref)
+        Presence(ttl_seconds=self.lease_seconds)
+        ReplicaSettings(self.drain_seconds)
+        _ = self.following
+        if self.advertise_url is not None and not _is_http(self.advertise_url):
+            raise InputError(
+                f"{self.advertise_url!r} is no URL at which others reach a replica: name one as in http://host:8000",
+                field="advertise",
+            )
+
     @property
     def following(self) -> Following | None:
         return None if self.follow_seconds is None else Following(self.follow_seconds, self.follow_ref)
@@ -68,6 +84,14 @@ class ServerSettings:
         is_anywhere = self.host in ("", "0.0.0.0", "::")  # noqa: S104 - compared, not bound
         url = self.advertise_url or (None if is_anywhere else _url_of(self.host, port))
         return Presence(url, self.following.what if self.following else None, self.lease_seconds)
+
+
+def _is_http(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        return False
 
 
 def serve(settings: ServerSettings) -> None:
@@ -98,16 +122,6 @@ def serve(settings: ServerSettings) -> None:
         finally:
             _log.info("replica %s of %s ends", settings.name, settings.chain_url)
             service.close()
-
-
-def warn_if_empty(chain: Chain) -> None:
-    """Logs that the replica waits for the chain's first version, with the chains that may have been meant."""
-    try:
-        is_empty = chain.tip_version() is None
-    except StorageError:
-        return  # The follower reports it, and tries again.
-    if is_empty:
-        _log.warning("waiting for the first version: %s", empty_chain_error(chain.url))
 
 
 def require_safe_binding(host: str, state_dir: Path) -> None:

@@ -39,9 +39,15 @@ from weightline.serving.replica.watch import VersionWatch
 
 @dataclass(frozen=True, slots=True)
 class ReplicaSettings:
-    """Settings of a replica. `drain_seconds`: the longest wait of a refresh for requests in flight."""
+    """Settings of a replica. `drain_seconds`: the longest wait of a refresh for requests in flight. InputError."""
 
     drain_seconds: float = 60.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.drain_seconds <= 86400:
+            raise InputError(
+                f"a refresh cannot wait {self.drain_seconds:g} s for requests: name 0 to 86400", field="drain_seconds"
+            )
 
 
 class Replica:

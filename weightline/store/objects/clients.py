@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from obstore.exceptions import BaseError
 from obstore.store import AzureStore, GCSStore, S3Store
 
 from weightline.errors import InputError
+from weightline.files import user_path
 from weightline.store.objects.store import DEFAULT_PATIENCE, ObjectStore, Patience
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ def _aws_profile() -> dict[str, Any]:
     """
     profile = os.environ.get("AWS_PROFILE")
     files = (os.environ.get("AWS_SHARED_CREDENTIALS_FILE", "~/.aws/credentials"), "~/.aws/config")
-    has_files = any(Path(name).expanduser().exists() for name in files)
+    has_files = any(user_path(name).exists() for name in files)
     has_others = "AWS_ACCESS_KEY_ID" in os.environ or "AWS_SKIP_SIGNATURE" in os.environ
     if profile is None and (has_others or not has_files):
         return {}

@@ -22,6 +22,7 @@ from pydantic import BaseModel, ConfigDict
 from weightline.chain import Chain
 from weightline.chain.files.assets import assets_of, write_assets
 from weightline.chain.files.small_files import find_small_files
+from weightline.chain.read.discovery import warn_if_empty
 from weightline.chain.replay.fetch import fetching
 from weightline.dtypes import DTYPES
 from weightline.errors import InputError, UnsupportedFeatureError
@@ -35,7 +36,6 @@ from weightline.serving.http.server import (
     ServerSettings,
     own_folder,
     require_safe_binding,
-    warn_if_empty,
     write_address,
 )
 from weightline.serving.replica.registration import require_free_name
