@@ -72,6 +72,18 @@ def test_replicas_that_follow_by_themselves_are_known_and_not_asked(monkeypatch:
         ("http://pool.svc", ".pool.svc", False),
         ("http://evil.example\\.pool.svc", "*.pool.svc", False),
         ("http://evil.example#.pool.svc", "*.pool.svc", False),
+        ("http://evil.example/.pool.svc", "*.pool.svc", False),
+        ("http://evil.example?.pool.svc", "*.pool.svc", False),
+        ("http://evil.example\t.pool.svc", "*.pool.svc", False),
+        ("http://gpu-7.pool.svc@evil.example", "*.pool.svc", False),
+        ("http://gpu-7.pool.svc:70000", "*.pool.svc", False),
+        ("http://gpu-7.pool\u3002svc", "*.pool.svc", False),
+        ("http://\uff11\uff10.0.0.7", "10.0.0.0/8", False),
+        ("http://010.0.0.7", "10.0.0.0/8", False),
+        ("http://[::ffff:10.0.0.7]", "10.0.0.0/8", False),
+        ("http://2130706433", None, False),
+        ("http://127.1", None, False),
+        ("http://localhost.evil.example", None, False),
         ("ftp://gpu-7.pool.svc", "*.pool.svc", False),
         (None, "gpu-7.pool.svc", False),
     ],
@@ -89,7 +101,22 @@ def test_a_lease_in_the_bucket_cannot_ask_for_the_token(
 
 
 @pytest.mark.parametrize(
-    "pattern", ["*", "gpu-*", "10.*.0.1", "10.0.0.*.example", "10.0.0.0/40", "a/b", "*.10", "1.2.3"]
+    "pattern",
+    [
+        "*",
+        "gpu-*",
+        "*.*.svc",
+        "http://10.0.0.7",
+        "10.0.0.7:8000",
+        "gpu-7.pool.svc:8000",
+        "10.0.0.7/",
+        "10.*.0.1",
+        "10.0.0.*.example",
+        "10.0.0.0/40",
+        "a/b",
+        "*.10",
+        "1.2.3",
+    ],
 )
 def test_a_pattern_that_says_nothing_exact_is_refused(pattern: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(TOKEN_VARIABLE, "s3cret")
