@@ -54,7 +54,7 @@ def test_verify_reads_each_object_once(store: CountingStore) -> None:
         reads = {key: n for (verb, key), n in store.keys.items() if verb in ("get", "get_file")}
         assert max(reads.values()) == 1
         assert store.num("list", "history") <= 3
-        assert store.num("list") <= 12
+        assert store.num("list") <= 13, "one of each kind of objects, and of each kind of records"
         assert store.num("head", "payloads") == 0
 
 
