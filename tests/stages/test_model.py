@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tests.serving.model_chains import assert_same_bits, make_chain, state_of
 from weightline.dtypes import DtypeSetting
 from weightline.errors import RecipeError
-from weightline.stages.cpu import compute_in_float32
+from weightline.serving.engines.float32 import compute_in_float32
 from weightline.stages.model import VOCAB_SIZE, build_byte_tokenizer, build_tiny_model, materialize_model
 from weightline.stages.recipe import ModelConfig, TinyModelConfig
 

@@ -19,9 +19,10 @@ from transformers import AutoTokenizer, Trainer, TrainingArguments
 
 from weightline.errors import InputError
 from weightline.files import write_atomically
+from weightline.serving.engines.float32 import compute_in_float32
 from weightline.serving.http.client import wait_for_address
 from weightline.stages.checkpoints import MetricsCallback, ResumePlan, WholeCheckpointCallback, plan_resume
-from weightline.stages.cpu import compute_in_float32, use_one_core_without_compiler
+from weightline.stages.cpu import use_one_core_without_compiler
 from weightline.stages.data import load_reward, load_stage_dataset
 from weightline.stages.job import StageJob, StageResult
 from weightline.stages.rank import RankExit

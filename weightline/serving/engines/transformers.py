@@ -37,6 +37,7 @@ from weightline.serving.engines.base import (
     InProcessEngine,
     Prompt,
 )
+from weightline.serving.engines.float32 import compute_in_float32
 from weightline.serving.engines.in_place import LiveWeights
 from weightline.serving.engines.sampling import Draw, Sampler
 from weightline.types import BitsArray, Changes, PositionArray, TensorSpec
@@ -84,6 +85,8 @@ class TransformersEngine(InProcessEngine):
         tokenizer.padding_side = "left"
         model = _owning_memory(model.eval().requires_grad_(False).to(self.device))
         model.generation_config = _only_token_ids(model.generation_config)
+        if self.device.type == "cpu":
+            compute_in_float32(model)
         self._weights, self._model, self._tokenizer = LiveWeights(model), model, tokenizer
 
     def specs(self) -> Mapping[str, TensorSpec]:
