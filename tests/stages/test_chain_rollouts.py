@@ -104,6 +104,14 @@ def test_at_staleness_zero_the_replica_computes_what_the_trainer_computes(on_pol
     assert min(manifest.num_changed for manifest in chain.manifests(1)) > 0
 
 
+@pytest.mark.nightly
+def test_twenty_five_steps_stay_exact(model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with _following(tmp_path) as replica:
+        job = _job(model_dir, tmp_path, 25, lookahead=0, staleness=0, replicas=[replica.url])
+        _run(job, monkeypatch)
+    _assert_on_policy(job, 25)
+
+
 def test_nothing_is_gathered_for_generation(on_policy: StageJob) -> None:
     for rank in (0, 1):
         after_step = json.loads((on_policy.output_dir / f"gathers-{rank}.json").read_text())
