@@ -15,13 +15,18 @@ import httpx
 import pytest
 from typer.testing import CliRunner
 
+from tests.chains import commit_state, random_state
 from tests.dashboard.conftest import served
 from tests.waiting import PATIENCE_SECONDS
-from weightline.chain import Chain
+from weightline.chain import Chain, open_chain
+from weightline.chain.read.records import SAMPLES, write_record
 from weightline.cli.main import app
 from weightline.dashboard.buckets import chain_id
 from weightline.dashboard.serve import allowed_hosts
 from weightline.errors import InputError
+from weightline.format import keys
+from weightline.rollouts.record import Completion, Group, ReplicaWork, SamplesRecord, Spread, record_name
+from weightline.rollouts.sample import Span
 
 
 @pytest.fixture
@@ -44,6 +49,32 @@ def test_a_version_and_a_comparison(api: httpx.Client) -> None:
     counted = api.get("differing", params={"a": 24, "b": 25}).json()
     assert counted["num_changed"] == told["num_changed"]
     assert counted["num_elements"] == told["num_elements"]
+
+
+def test_the_samples_of_a_version_are_read_from_its_record(tmp_path: Path) -> None:
+    chain = open_chain((tmp_path / "chain").as_uri())
+    commit_state(chain, random_state(0))
+    groups = (Group("2+3=", (Completion("<b>5</b>", 1.0, (Span(4, 2), Span(5, 1))),), 8),)
+    record = SamplesRecord(
+        7, Spread(1.5, None, 2.0), made_by={4: 6}, replicas={"r": ReplicaWork(6, 2.0)}, groups=groups
+    )
+    write_record(chain, SAMPLES, 0, record_name("grpo", 7), record.to_record())
+    with served([chain.url]) as url, httpx.Client(base_url=url, trust_env=False, timeout=PATIENCE_SECONDS) as http:
+        versions = f"/api/chains/{chain_id(chain)}/versions"
+        told = http.get(f"{versions}/0/rollouts").json()
+        assert http.get(f"{versions}/1/rollouts").json() == {"samples": None, "problems": []}
+        assert http.get(f"{versions}/-1/rollouts").status_code == 400
+        chain.store.put(keys.record(SAMPLES, 1, "grpo-8"), b"{")
+        (problem,) = http.get(f"{versions}/1/rollouts").json()["problems"]
+    assert "grpo-8.json" in problem
+    assert told["problems"] == []
+    samples = told["samples"]
+    assert (samples["num_samples"], samples["made_by"]) == (6, [{"version": 4, "num_samples": 6}])
+    assert samples["replicas"] == [{"name": "r", "num_samples": 6, "seconds": 2.0, "samples_per_second": 3.0}]
+    assert samples["staleness"] == {"mean": 1.5, "min": None, "max": 2.0}
+    (group,) = samples["groups"]
+    assert group["completions"] == [{"text": "<b>5</b>", "reward": 1.0, "spans": [[4, 2], [5, 1]]}]
+    assert (group["prompt"], group["num_completions"]) == ("2+3=", 8)
 
 
 def test_what_is_not_there_is_told_as_such(api: httpx.Client, demo_url: str) -> None:

@@ -13,8 +13,11 @@ from tests.chains import commit_state, random_state
 from tests.dashboard.chains import HOSTILE, commit_step, model_shapes, record_life, trained
 from tests.dashboard.conftest import Open, Serve
 from weightline.chain import Chain, open_chain
+from weightline.chain.read.records import SAMPLES, write_record
 from weightline.dashboard.buckets import chain_id
 from weightline.format import keys
+from weightline.rollouts.record import Completion, Group, ReplicaWork, SamplesRecord, Spread, record_name
+from weightline.rollouts.sample import Span
 
 pytestmark = pytest.mark.browser
 
@@ -194,6 +197,55 @@ def test_text_from_a_bucket_is_never_markup(open_page: Open, serve: Serve, tmp_p
     assert page.evaluate("window.hacked === undefined")
     assert page.locator("img, script:not([src])").count() == 0
     assert page.locator("a[href^='javascript']").count() == 0
+
+
+def test_the_samples_of_a_version_are_read_when_it_is_opened_and_are_text(
+    open_page: Open, serve: Serve, tmp_path: Path
+) -> None:
+    chain = open_chain((tmp_path / "rolled").as_uri())
+    state = random_state(0, model_shapes(2))
+    metrics = {"rollout/staleness_mean": 1.25, "rollout/wait_seconds": 0.5}
+    commit_step(chain, state, None, stage="grpo", metrics=metrics)
+    for step in range(1, 4):
+        before, state = state, trained(state, step, 0.05)
+        commit_step(chain, state, before, stage="grpo", metrics=metrics)
+    completions = (
+        Completion(f"first line\nsecond line {HOSTILE}", 1.0, (Span(1, 12), Span(2, 3))),
+        Completion("", 0.0, (Span(2, 1),)),
+    )
+    record = SamplesRecord(
+        3, Spread(mean=1.25, max=2.0), 0.5, 1.5, num_regenerated=4, queue_length=1, made_by={1: 6, 2: 2},
+        replicas={HOSTILE: ReplicaWork(6, 1.5), "replica-1": ReplicaWork(2)}, ratio=Spread(1.0, 0.5, 1.5),
+        groups=(Group(f"2+3= {HOSTILE}", completions, 8),),
+    )  # fmt: skip
+    write_record(chain, SAMPLES, 3, record_name("grpo", 3), record.to_record())
+    url = serve(chain.url)
+    page = open_page(url)
+    asked: list[str] = []
+    page.on("request", lambda request: asked.append(request.url))
+    samples = page.locator("#samples")
+    expect(samples.locator("h3")).to_have_text("Samples of step 3")
+    for text in ("1.250", "versions, at most 2", "0.5000 to 1.500", "4 generated again", "6 of 8", "4 a second"):
+        expect(samples).to_contain_text(text)
+    expect(page.locator("#charts h3", has_text="rollout/staleness_mean")).to_be_visible()
+    expect(samples.locator(".sample")).to_have_count(2)
+    expect(samples.locator(".sample").first).to_be_hidden()
+    samples.get_by_text("Prompts and completions (1)").click()
+    first = samples.locator(".sample").first
+    expect(first).to_be_visible()
+    assert first.locator(".sample-text").evaluate("(element) => element.textContent") == completions[0].text
+    assert samples.locator(".sample-text").first.evaluate("(element) => element.childElementCount") == 0
+    expect(first.locator(".badge")).to_have_text(["reward 1", "v112 tokens", "v23 tokens"])
+    expect(samples).to_contain_text("and 6 more completions")
+    assert page.evaluate("window.hacked === undefined")
+    assert page.locator("img, script:not([src])").count() == 0
+    samples.get_by_role("link", name="v1", exact=True).click()
+    expect(page.locator("#panel h2")).to_have_text("v1")
+    expect(page.locator("#samples")).to_be_hidden()
+    # Those of the versions that were opened, and of no other. The first may have been asked for before the listener.
+    assert {one.rpartition("/versions/")[2] for one in asked if one.endswith("/rollouts")} - {"3/rollouts"} == {
+        "1/rollouts"
+    }
 
 
 def test_a_broken_chain_says_what_is_broken_and_shows_the_rest(open_page: Open, serve: Serve, broken: Chain) -> None:

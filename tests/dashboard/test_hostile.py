@@ -14,7 +14,7 @@ import pytest
 from tests.chains import commit_state, nudged, random_state
 from tests.dashboard.conftest import served
 from weightline.chain import Chain, open_chain
-from weightline.chain.read.records import EVALUATIONS, REFRESHES
+from weightline.chain.read.records import EVALUATIONS, REFRESHES, SAMPLES
 from weightline.dashboard import app as app_module
 from weightline.dashboard.board import Board
 from weightline.dashboard.buckets import chain_id
@@ -58,7 +58,7 @@ def _evaluation_says(**fields: Any) -> Damage:
 def _objects(**bodies: bytes) -> Damage:
     places = {
         "lease": keys.lease("r"), "horizon": f"{keys.HISTORY}{keys.padded(0)}.json", "ref": keys.ref("x", 0),
-        "refresh": keys.record(REFRESHES, 2, "r"),
+        "refresh": keys.record(REFRESHES, 2, "r"), "samples": keys.record(SAMPLES, 2, "grpo-2"),
     }  # fmt: skip
 
     def damage(chain: Chain) -> None:
@@ -72,6 +72,9 @@ LEASE = {
     "replica": "r", "holder": "h", "engine": "e\ud800", "host": "h" * 10**6, "pid": HUGE, "release": "1",
     "version": HUGE, "state": "serving", "renewed_at": "x", "expires_at": "x", "ttl_seconds": 5,
 }  # fmt: skip
+STAMP = {"kind": SAMPLES, "version": 2, "name": "grpo-2", "status": "done"}
+GROUPS = [{"prompt": "p" * 10**4, "completions": [{"text": "t" * 10**4, "spans": [[1, 1]] * 999}] * 40}] * 9
+COUNTS = {str(number): HUGE if number % 2 else 1 for number in range(10**4)}
 DAMAGES: dict[str, Damage] = {
     "stage that is no text": _manifest_says(stage="\ud800"),
     "stage of 20 MB": _manifest_says(stage="B" * 20_000_000, run_id="A" * 20_000_000),
@@ -90,7 +93,10 @@ DAMAGES: dict[str, Damage] = {
         horizon=b'{"oldest_kept": 1e300, "created_at": "x"}', ref=b'{"name": "x", "version": 1e400}'
     ),
     "refresh": _objects(refresh=b'{"served_at": "\\ud800", "pause_seconds": 1e999, "status": "done"}'),
-    "not JSON": _objects(lease=b"\xff", ref=b"[" * 10**5, refresh=b"7"),
+    "not JSON": _objects(lease=b"\xff", ref=b"[" * 10**5, refresh=b"7", samples=b"[" * 10**5),
+    "samples of other types": _objects(samples=json.dumps(STAMP | {"staleness": [1], "groups": {"a": 1}}).encode()),
+    "samples without end": _objects(samples=json.dumps(STAMP | {"groups": GROUPS, "made_by": COUNTS}).encode()),
+    "samples of 400 digits": _objects(samples=json.dumps(STAMP | {"wait_seconds": HUGE}).encode()),
 }
 
 
@@ -110,7 +116,7 @@ def test_no_object_takes_the_page_down(name: str) -> None:
         for path in (
             "/api/chains", f"/api/chains/{identifier}/glance", f"/api/chains/{identifier}/window?first=0&last=10",
             f"/api/chains/{identifier}/versions/2", f"/api/chains/{identifier}/versions/3",
-            f"/api/chains/{identifier}/compare?a=1&b=3",
+            f"/api/chains/{identifier}/compare?a=1&b=3", f"/api/chains/{identifier}/versions/2/rollouts",
             f"/api/chains/{identifier}/series?name=a&name=weightline:score&points=2",
         ):  # fmt: skip
             answer = api.get(path)

@@ -148,6 +148,8 @@ def test_whatever_is_stored_is_read_in_bounds(name: str) -> None:
         for one in group.completions:
             assert len(one.text) <= MAX_TEXT_LENGTH
             assert len(one.spans) <= 64
+    texts = [one.text for group in found.groups for one in group.completions]
+    assert sum(map(len, texts)) + sum(len(group.prompt) for group in found.groups) <= MAX_NBYTES
     json.dumps(found.to_record(), allow_nan=False, ensure_ascii=False).encode()
     for work in found.replicas.values():
         assert work.samples_per_second is None or work.samples_per_second >= 0

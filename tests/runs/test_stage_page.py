@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import base64
 import math
+from dataclasses import replace
 from xml.etree import ElementTree
 
 from tests.chains import commit_state, nudged, random_state
 from weightline.chain import open_chain
+from weightline.chain.read.records import SAMPLES, write_record
+from weightline.format import keys
 from weightline.lineage.read import read_lineage
+from weightline.lineage.samples import newest_samples
+from weightline.rollouts.record import ReplicaWork, SamplesRecord, Spread, record_name
 from weightline.runs.curves import curve_image, curve_svg, points_of, thinned
 from weightline.runs.stage_page import Pace, headline, stage_markdown
 
@@ -69,3 +74,28 @@ def test_the_page_has_curves_and_commits() -> None:
     assert [word in page for word in ("![Loss]", "![Reward]", "![Entropy]")] == [True, True, False]
     assert page.index("| v1 |") < page.index("| v0 |")
     assert stage_markdown("sft of x", 0, 20, None, [], ()) == "**sft of x**: step 0 of 20\n"
+
+
+def test_the_page_of_a_stage_with_rollouts_says_what_made_its_samples() -> None:
+    chain = open_chain("memory://paged-samples")
+    state = random_state(0)
+    commit_state(chain, state)
+    commit_state(chain, nudged(state, 1), state)
+    record = SamplesRecord(
+        9, Spread(mean=1.25, max=2.0), 0.5, queue_length=1, made_by={0: 6, 1: 2}, ratio=Spread(1.0, 0.5, 1.5),
+        replicas={"replica|<b>": ReplicaWork(8, 2.0), "replica-1": ReplicaWork(3)},
+    )  # fmt: skip
+    for step in (8, 9):
+        write_record(chain, SAMPLES, 0, record_name("grpo", step), replace(record, global_step=step).to_record())
+    chain.store.put(keys.record(SAMPLES, 1, "grpo-10"), b"{")
+    assert newest_samples(chain, [1]) is None
+    found = newest_samples(chain, [1, 0])
+    assert found == (0, record)
+    history = [{"step": s, "rollout/staleness_mean": 1.0, "rollout/wait_seconds": 0.1} for s in (1, 2)]
+    page = stage_markdown("grpo of x", 10, 20, 1.0, history, read_lineage(chain), found)
+    assert "![Staleness of samples, mean in versions]" in page
+    assert "![Wait for samples in seconds]" in page
+    assert "v0 was trained on 8 samples; made by v0 (6), v1 (2); staleness mean 1.25, max 2; ratio mean 1, min" in page
+    lines = page.splitlines()
+    assert r"| replica\|&lt;b&gt; | 8 | 2 | 4 |" in lines
+    assert r"| replica\-1 | 3 | - | - |" in lines

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from fastapi import FastAPI, Query, Request
+from fastapi import Path as InPath
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
 from fastapi.staticfiles import StaticFiles
@@ -20,7 +21,7 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from weightline.dashboard.board import Board
-from weightline.dashboard.detail import comparison_page, version_page
+from weightline.dashboard.detail import comparison_page, samples_page, version_page
 from weightline.dashboard.index import ChainIndex
 from weightline.dashboard.layers import layer_picture
 from weightline.dashboard.pages import card, glance, unshown_card, window
@@ -28,6 +29,7 @@ from weightline.dashboard.plain import PlainResponse
 from weightline.dashboard.series import series
 from weightline.errors import CorruptError, InputError, NotFoundError, WeightlineError, http_status
 from weightline.format.manifest import Manifest
+from weightline.lineage.samples import read_samples
 from weightline.serving.http.bounds import BoundedApp
 
 logger = logging.getLogger(__name__)
@@ -133,6 +135,11 @@ def _add_versions(app: FastAPI, board: Board, prefect_ui: str | None) -> None:
         index = board.index(identifier)
         manifest = index.manifest(version)
         return PlainResponse(version_page(index.snapshot, manifest, _base_of(index, manifest), prefect_ui))
+
+    @app.get("/api/chains/{identifier}/versions/{version}/rollouts")
+    def samples_of(identifier: str, version: Annotated[int, InPath(ge=0)]) -> PlainResponse:
+        """The record is read when a browser asks for it, since the index keeps none of this size."""
+        return PlainResponse(samples_page(*read_samples(board.index(identifier).chain, version)))
 
     @app.get("/api/chains/{identifier}/compare")
     def compare(identifier: str, a: Version, b: Version) -> PlainResponse:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from weightline.dashboard.differing import COUNT_UNASKED_NBYTES, compare_digests
@@ -12,6 +13,7 @@ from weightline.dashboard.pages import node
 from weightline.dashboard.snapshot import Snapshot
 from weightline.format.manifest import AdapterBase, Manifest
 from weightline.lineage.rows import row_of, with_records
+from weightline.rollouts.record import Group, SamplesRecord
 
 _HTTP = re.compile(r"https?://[^\s\"'<>]+")
 _UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
@@ -57,6 +59,22 @@ def version_page(
     }
 
 
+def samples_page(found: SamplesRecord | None, problems: Sequence[str]) -> dict[str, Any]:
+    """Returns the samples that a version was trained on, None without a record, and why a record cannot be read."""
+    if found is None:
+        return {"samples": None, "problems": list(problems)}
+    samples = asdict(found) | {
+        "num_samples": found.num_samples,
+        "made_by": [{"version": version, "num_samples": number} for version, number in found.made_by.items()],
+        "replicas": [
+            {"name": name, **asdict(work), "samples_per_second": work.samples_per_second}
+            for name, work in found.replicas.items()
+        ],
+        "groups": [_group(group) for group in found.groups],
+    }
+    return {"samples": samples, "problems": list(problems)}
+
+
 def comparison_page(snapshot: Snapshot, a: Manifest, b: Manifest) -> dict[str, Any]:
     """Returns the scores and metrics of two versions side by side, and the tensors whose bits differ."""
     tensors = compare_digests(a, b)
@@ -98,6 +116,19 @@ def run_url(manifest: Manifest, prefect_ui: str | None) -> str | None:
     if prefect_ui is None or not _UUID.fullmatch(flow_run_id):
         return None
     return f"{prefect_ui.rstrip('/')}/runs/flow-run/{flow_run_id}"
+
+
+def _group(group: Group) -> dict[str, Any]:
+    completions = [
+        {
+            "text": one.text,
+            "reward": one.reward,
+            "spans": [(span.version, span.num_tokens) for span in one.spans],
+        }
+        for one in group.completions
+    ]
+    num_completions = group.num_completions or len(completions)
+    return {"prompt": group.prompt, "num_completions": num_completions, "completions": completions}
 
 
 def _pairs(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[dict[str, Any]]:

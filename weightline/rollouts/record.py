@@ -133,7 +133,6 @@ def parse_samples(document: Mapping[str, Any]) -> SamplesRecord:
         for name, work in _mapping(document.get("replicas"))
         if isinstance(work, Mapping)
     }
-    groups = _sequence(document.get("groups"))[-MAX_GROUPS:]
     return SamplesRecord(
         global_step=_count(document.get("global_step")) or 0,
         staleness=_parse_spread(document.get("staleness")),
@@ -146,7 +145,7 @@ def parse_samples(document: Mapping[str, Any]) -> SamplesRecord:
         replicas=replicas,
         ratio=_parse_spread(document.get("ratio")),
         logp_difference=_parse_spread(document.get("logp_difference")),
-        groups=tuple(_parse_group(group) for group in groups if isinstance(group, Mapping)),
+        groups=_parse_groups(document.get("groups")),
     )
 
 
@@ -199,18 +198,29 @@ def _nbytes(value: object) -> int:
     return len(text) + text.count("\n")
 
 
-def _parse_group(group: Mapping[str, Any]) -> Group:
-    completions = _sequence(group.get("completions"))
-    found = tuple(_parse_completion(one) for one in completions[:MAX_COMPLETIONS] if isinstance(one, Mapping))
+def _parse_groups(value: object) -> tuple[Group, ...]:
+    """Returns the last groups. Texts that together are longer than a record can be are cut shorter."""
+    groups = [group for group in _sequence(value)[-MAX_GROUPS:] if isinstance(group, Mapping)]
+    max_length = MAX_TEXT_LENGTH
+    while True:
+        found = tuple(_parse_group(group, max_length) for group in groups)
+        if sum(len(group.prompt) + sum(len(one.text) for one in group.completions) for group in found) <= MAX_NBYTES:
+            return found
+        max_length //= 2
+
+
+def _parse_group(group: Mapping[str, Any], max_length: int) -> Group:
+    completions = _sequence(group.get("completions"))[:MAX_COMPLETIONS]
+    found = tuple(_parse_completion(one, max_length) for one in completions if isinstance(one, Mapping))
     num_completions = _count(group.get("num_completions"))
-    return Group(plain_text(group.get("prompt")), found, max(num_completions or 0, len(found)))
+    return Group(plain_text(group.get("prompt"), max_length), found, max(num_completions or 0, len(found)))
 
 
-def _parse_completion(one: Mapping[str, Any]) -> Completion:
+def _parse_completion(one: Mapping[str, Any], max_length: int) -> Completion:
     spans = (span for span in _sequence(one.get("spans"))[:_MAX_ENTRIES] if isinstance(span, list) and len(span) == 2)
     counted = ((_count(version), _count(num_tokens)) for version, num_tokens in spans)
     return Completion(
-        plain_text(one.get("text")),
+        plain_text(one.get("text"), max_length),
         _finite(one.get("reward")),
         tuple(Span(version, num) for version, num in counted if version is not None and num is not None),
     )

@@ -8,7 +8,9 @@ from dataclasses import dataclass, field
 
 from weightline.lineage.read import read_lineage
 from weightline.lineage.rows import LineageRow
+from weightline.lineage.samples import newest_samples, samples_markdown
 from weightline.lineage.table import markdown_table
+from weightline.rollouts.record import SamplesRecord
 from weightline.runs.curves import curve_image, points_of
 from weightline.runs.folder import Run
 from weightline.runs.progress import MetricsFollower
@@ -23,10 +25,18 @@ CURVES = {
     "kl": "KL to the reference",
     "entropy": "Entropy",
     "completions/mean_length": "Length of completions",
+    "rollout/staleness_mean": "Staleness of samples, mean in versions",
+    "rollout/staleness_max": "Staleness of samples, largest in versions",
+    "rollout/wait_seconds": "Wait for samples in seconds",
+    "rollout/queue_length": "Batches queued",
+    "sampling/importance_sampling_ratio/mean": "Importance sampling ratio, mean",
+    "sampling/sampling_logp_difference/max": "Difference of log probabilities, largest",
     "grad_norm": "Gradient norm",
     "learning_rate": "Learning rate",
 }
 _MAX_ROWS = 100
+#: The newest version has no record of its samples yet while it is being committed.
+_NUM_LOOKED_AT = 3
 
 
 class StageWatch:
@@ -37,6 +47,7 @@ class StageWatch:
         self.max_steps = job.stage.max_steps
         self._run = run
         self._stage = (job.stage.kind, run.run_id)
+        self._has_rollouts = job.stage.rollouts is not None
         self._metrics = MetricsFollower(job.metrics_path)
         self._pace = Pace()
 
@@ -48,10 +59,14 @@ class StageWatch:
 
     def draw_page(self) -> str:
         """Returns the page as Markdown."""
-        rows = read_lineage(self._run.open_chain(), _MAX_ROWS)
+        chain = self._run.open_chain()
+        rows = read_lineage(chain, _MAX_ROWS)
         own = [row for row in rows if (row.stage, row.run_id) == self._stage]
         metrics, pace = self._metrics, self._pace.steps_per_second
-        return stage_markdown(self.title, metrics.step, self.max_steps, pace, metrics.history, own)
+        samples = None
+        if self._has_rollouts:
+            samples = newest_samples(chain, [row.version for row in own[-_NUM_LOOKED_AT:][::-1]])
+        return stage_markdown(self.title, metrics.step, self.max_steps, pace, metrics.history, own, samples)
 
 
 @dataclass(slots=True)
@@ -81,13 +96,15 @@ class Pace:
 
 def stage_markdown(
     title: str, step: int, max_steps: int, pace: float | None, history: Iterable[Mapping[str, float]],
-    rows: Sequence[LineageRow],
+    rows: Sequence[LineageRow], samples: tuple[int, SamplesRecord] | None = None,
 ) -> str:  # fmt: skip
-    """Returns the headline, the curves, and a table of the stage's newest commits. Pure."""
+    """Returns the headline, the curves, the samples of one version, and a table of the stage's newest commits. Pure."""
     logged = list(history)
     parts = [f"**{title}**: {headline(step, max_steps, pace)}"]
     images = (curve_image(label, points_of(logged, name)) for name, label in CURVES.items())
     parts += [image for image in images if image]
+    if samples is not None:
+        parts.append(samples_markdown(*samples))
     if rows:
         parts.append(f"Commits, the newest {min(len(rows), _MAX_ROWS)} of {len(rows)}:")
         parts.append(markdown_table(rows[-_MAX_ROWS:]))

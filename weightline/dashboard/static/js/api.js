@@ -16,6 +16,7 @@ export const readChains = () => read("/api/chains");
 export const readGlance = (chain, bins) => read(of(chain, `glance?bins=${bins}`));
 export const readWindow = (chain, first, last) => read(of(chain, `window?first=${first}&last=${last}`));
 export const readVersion = (chain, version) => read(of(chain, `versions/${version}`));
+export const readSamples = (chain, version) => read(of(chain, `versions/${version}/rollouts`));
 export const readComparison = (chain, a, b) => read(of(chain, `compare?a=${a}&b=${b}`));
 export const readDiffering = (chain, a, b) => read(of(chain, `differing?a=${a}&b=${b}`));
 

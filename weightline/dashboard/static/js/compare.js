@@ -2,8 +2,7 @@
 import { el, icon, put } from "./dom.js";
 import * as show from "./format.js";
 import { layerPicture } from "./layers.js";
-
-const section = (title, ...children) => el("section", {}, title ? el("h3", {}, title) : null, children);
+import { section } from "./parts.js";
 
 /** Ask for the second version: by number here, or by a click in the graph. */
 export function drawChoice(panel, version, tip, { onChoose, onCancel }) {

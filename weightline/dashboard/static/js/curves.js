@@ -10,9 +10,9 @@ const OWN = {
   "weightline:pause": ["Pause of serving", show.seconds],
   "weightline:lag": ["Lag from commit to serving", show.seconds],
 };
-const USUAL = ["loss", "reward", "eval_loss"];
+const USUAL = ["loss", "reward", "eval_loss", "rollout/staleness_mean", "rollout/wait_seconds"];
 
-/** The curves to draw at first: what weightline measures, and loss and reward where the trainer logs them. */
+/** The curves to draw at first: what weightline measures, and loss, reward and the age of samples where they are logged. */
 export function usualCurves(metrics) {
   const own = Object.keys(OWN);
   return [own[0], ...USUAL.filter((name) => metrics.includes(name)), ...own.slice(1)];

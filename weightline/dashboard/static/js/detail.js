@@ -2,15 +2,13 @@
 import { el, icon, put } from "./dom.js";
 import * as show from "./format.js";
 import { layerPicture } from "./layers.js";
-
-const section = (title, ...children) => el("section", {}, title ? el("h3", {}, title) : null, children);
-const figure = (name, value, note) => el("div", { class: "figure" }, el("div", { class: "k" }, name), el("div", { class: "v" }, value), note ? el("div", { class: "n" }, note) : null);
-const pairs = (entries) => el("dl", { class: "kv" }, entries.filter(([, value]) => value !== null && value !== "").map(([name, value]) => [el("dt", {}, name), el("dd", {}, value)]));
-const mono = (text) => el("span", { class: "mono break" }, text);
+import { figure, fold, mono, pairs, row, section, versionLink } from "./parts.js";
+import { samplesSection } from "./samples.js";
 
 /**
  * Draw version `told` into `panel`. `context`: stageClass(stage), onStep(by), onCompare(), onSelect(version),
- * hasEarlier, hasLater, countDiffering(): a promise of the counts, or null where there is nothing to count.
+ * hasEarlier, hasLater, countDiffering(): a promise of the counts, or null where there is nothing to count,
+ * readSamples(): a promise of the samples that it was trained on.
  */
 export function drawVersion(panel, told, context) {
   const differing = layersSection(told, context);
@@ -21,6 +19,7 @@ export function drawVersion(panel, told, context) {
     differing,
     evaluations(told),
     serving(told),
+    samplesSection(context),
     identity(told, context),
     more(told),
   );
@@ -122,15 +121,10 @@ function serving(told) {
   return section("Replicas", rows.length ? el("div", { class: "rows" }, rows) : el("p", { class: "soft" }, "None has served it."));
 }
 
-function row(dot, name, value, under) {
-  const below = under.filter(Boolean).join(" \u00b7 ");
-  return el("div", { class: "row" }, el("span", { class: "break" }, el("i", { class: `dot ${dot}` }), name), el("span", {}, value), below ? el("span", { class: "under" }, below) : null);
-}
-
 const statusDot = (status) => ({ done: "good", failed: "bad" })[status] ?? "";
 
 function identity(told, context) {
-  const base = told.base_version === null ? null : link(told.base_version, context);
+  const base = told.base_version === null ? null : versionLink(told.base_version, context);
   const ways = told.shortcuts_in.map((from) => (from === null ? "an anchor" : `v${from}`));
   return section(
     "Identity",
@@ -148,10 +142,6 @@ function identity(told, context) {
   );
 }
 
-function link(version, context) {
-  return el("a", { href: `#v${version}`, onclick: (event) => { event.preventDefault(); context.onSelect(version); } }, `v${version}`);
-}
-
 function more(told) {
   const metrics = Object.entries(told.metrics);
   const provenance = Object.entries(told.provenance);
@@ -166,10 +156,6 @@ function more(told) {
       told.num_tensors,
     ),
   );
-}
-
-function fold(title, content, amount) {
-  return amount ? el("details", {}, el("summary", {}, title), el("div", { class: "scroll" }, content)) : null;
 }
 
 function table(columns, rows) {

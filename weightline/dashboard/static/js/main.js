@@ -171,6 +171,7 @@ function versionContext(id, told) {
     hasEarlier: told.version > card().first,
     hasLater: told.version < tip(),
     countDiffering: () => api.readDiffering(id, told.base_version, told.version),
+    readSamples: () => api.readSamples(id, told.version),
   };
 }
 
