@@ -57,6 +57,45 @@ def test_three_lines_let_replicas_generate(url: str, model_dir: Path, tmp_path: 
     assert {name for one in found for name in one.replicas} == {"replica-0"}
 
 
+def _prompts_seen(trainer: Any) -> list[list[str]]:
+    """Notes the prompts of every generation batch, from now on."""
+    seen: list[list[str]] = []
+
+    def noting(prompts: list[str], completions: list[str], **_: Any) -> list[float]:
+        seen.append(prompts)
+        return [float(len(completion)) for completion in completions]
+
+    trainer.reward_funcs, trainer.reward_func_names = [noting], ["noting"]
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("options", "staleness"),
+    [
+        ({"gradient_accumulation_steps": 3}, 2),
+        ({"gradient_accumulation_steps": 2, "steps_per_generation": 1}, 1),
+        ({"steps_per_generation": 2, "num_iterations": 2}, 4),
+        ({"gradient_accumulation_steps": 2, "num_iterations": 3}, 6),
+    ],
+    ids=["one batch a step", "two batches a step", "one batch for four steps", "one batch for three steps"],
+)
+def test_prompts_come_in_the_order_of_trl(
+    options: dict[str, Any], staleness: int, url: str, model_dir: Path, tmp_path: Path
+) -> None:
+    """Over the end of an epoch, too: there are sixteen prompts."""
+    options = {"max_steps": 7, "save_strategy": "no", **options}
+    plain = grpo_trainer(model_dir, tmp_path, **options)
+    expected = _prompts_seen(plain)
+    plain.train()
+    trainer = grpo_trainer(model_dir, tmp_path, **options)
+    seen = _prompts_seen(trainer)
+    trainer.add_callback(WeightlineCallback(url))
+    ChainRollouts(url, staleness=staleness, lookahead=2).attach(trainer)
+    trainer.train()
+    assert seen == expected
+    assert len(seen) > 1
+
+
 def play(session: Any, prompt: str) -> None:
     """Two turns, of which the second one is another person's answer to what the model wrote."""
     first = session.generate(list(prompt.encode()), max_tokens=2)

@@ -84,8 +84,9 @@ class RolloutRun:
         prompts = [row["prompt"] for row in batch]
         if trainer.rollout_func is None:
             prompts = trainer._tokenize_prompts(prompts)[0]
-        used_at = number * micro_steps_of_batch(trainer) // trainer.args.gradient_accumulation_steps
-        min_version = self._rule.min_version(self._version_at(used_at), self._lineage)
+        every, accumulation = micro_steps_of_batch(trainer), trainer.args.gradient_accumulation_steps
+        steps_until = (number * every - trainer._step) // accumulation
+        min_version = self._rule.min_version(self._version_in(steps_until), self._lineage)
         self._producer.request(number, prompts, min_version)
 
     def take(self, prompts: list[Any], num_generations: int) -> Sequence[Sample]:
@@ -140,10 +141,10 @@ class RolloutRun:
         """Ends the producer's thread and its connections."""
         self._producer.close()
 
-    def _version_at(self, step: int) -> int:
-        """Returns the number that the version of a coming optimizer step will have, if no checkpoint adds another."""
-        sync_steps = self._session.settings.sync_steps
-        return self._session.present_version + step // sync_steps - self._trainer.state.global_step // sync_steps
+    def _version_in(self, num_steps: int) -> int:
+        """Returns the number of the version some optimizer steps from now, if no checkpoint adds another one."""
+        step, sync_steps = self._trainer.state.global_step, self._session.settings.sync_steps
+        return self._session.present_version + (step + num_steps) // sync_steps - step // sync_steps
 
     def _together(self, work: Callable[[], T]) -> T:
         """Returns the result of `work`. When it fails on one rank, it fails on all, and none waits for another."""
