@@ -46,6 +46,7 @@ from weightline.serving.http.versions import (
     asked_version,
     not_served,
 )
+from weightline.serving.http.weight_push import PUSH_ROUTES, weight_push_refused
 
 VERSION_ROUTE = "/weightline/version"
 #: Completions that may wait for the engine. Further ones are refused with a status that allows a retry.
@@ -80,6 +81,8 @@ def build_app(service: ReplicaService, token: str) -> FastAPI:
     _add_status(app, service)
     _add_refresh(app, service, token)
     _add_errors(app)
+    for method, path in PUSH_ROUTES:
+        app.add_route(path, weight_push_refused, methods=[method])
 
     def lacks_token(scope: Scope) -> bool:
         is_guarded = scope["method"] == "POST" and scope["path"].rstrip("/") == _REFRESH

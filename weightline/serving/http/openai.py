@@ -73,6 +73,12 @@ class _Sampling(Body):
     user: Text | None = None
     return_token_ids: bool | None = None
     """vLLM's: adds `token_ids` and `prompt_token_ids` to each choice."""
+    return_tokens_as_token_ids: bool | None = None
+    """vLLM's: logprobs name tokens by their ids, as `token_id:7`."""
+    # vLLM's, which TRL's client sends with every request: no value but the one that leaves the distribution as it is.
+    repetition_penalty: Annotated[float, Field(ge=1, le=1)] = 1.0
+    top_k: Annotated[int, Field(ge=-1, le=0)] = 0
+    min_p: Annotated[float, Field(ge=0, le=0)] = 0.0
 
     def _generation(
         self, prompts: tuple[Prompt, ...], max_tokens: int | None, num_top_logprobs: int | None
@@ -89,6 +95,12 @@ class _Sampling(Body):
             num_samples=self.n,
             num_top_logprobs=num_top_logprobs,
         )
+
+    def _names(self, generation: Generation) -> Mapping[int, str]:
+        """Returns what logprobs call each token: its text, or its id."""
+        if self.return_tokens_as_token_ids:
+            return {token: f"token_id:{token}" for token in generation.token_texts}
+        return generation.token_texts
 
     def _token_ids(self, generation: Generation, index: int) -> dict[str, Any]:
         """Returns the token ids of a choice and of its prompt, if they are wanted."""
@@ -123,7 +135,7 @@ class CompletionRequest(_Sampling):
                 "index": index,
                 "text": one.text,
                 "finish_reason": one.finish_reason,
-                "logprobs": _completion_logprobs(one, generation.token_texts),
+                "logprobs": _completion_logprobs(one, self._names(generation)),
                 **self._token_ids(generation, index),
             }
             for index, one in enumerate(generation.completions)
@@ -193,12 +205,13 @@ class ChatRequest(_Sampling):
                 "index": index,
                 "message": {"role": "assistant", "content": one.text},
                 "finish_reason": one.finish_reason,
-                "logprobs": _chat_logprobs(one, generation.token_texts),
+                "logprobs": _chat_logprobs(one, self._names(generation)),
                 **self._token_ids(generation, index),
             }
             for index, one in enumerate(generation.completions)
         ]
-        return _answer("chatcmpl", "chat.completion", choices, generation, model)
+        answer = _answer("chatcmpl", "chat.completion", choices, generation, model)
+        return answer | ({"prompt_token_ids": list(generation.prompts[0])} if self.return_token_ids else {})
 
 
 def _prompts_of(prompt: str | tuple[int, ...] | tuple[str, ...] | tuple[tuple[int, ...], ...]) -> tuple[Prompt, ...]:
