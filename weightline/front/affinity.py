@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+#: Orders the names of replicas for a key.
+Ranking = Callable[[str, Iterable[str]], list[str]]
 #: A client names its own key with this header, such as the id of a conversation or of an episode.
 AFFINITY_HEADER = "x-weightline-affinity"
 #: How much of a prompt makes the key: prompts that agree so far share their cached prefix.

@@ -18,6 +18,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from weightline.errors import WeightlineError, http_status
+from weightline.front.affinity import Ranking, ranked
 from weightline.front.demand import Demand, parse_version, parse_wait
 from weightline.front.forward import Forwarder
 from weightline.front.metrics import FrontMetrics
@@ -40,9 +41,12 @@ _KEEPALIVE_SECONDS = 2.0
 Handler = Callable[[Request], Awaitable[Response]]
 
 
-def build_app(settings: FrontSettings) -> ASGIApp:
-    """Returns the app, which finds and watches the replicas between its start and its end."""
-    front = Front(settings)
+def build_app(settings: FrontSettings, rank: Ranking = ranked) -> ASGIApp:
+    """Returns the app, which finds and watches the replicas between its start and its end.
+
+    `rank` orders the replicas for each key; the benchmark gives another order for comparison.
+    """
+    front = Front(settings, rank)
     app = Starlette(
         routes=[
             *(Route(path, front.forward, methods=["POST"]) for path in FORWARDED),
@@ -64,7 +68,7 @@ def build_app(settings: FrontSettings) -> ASGIApp:
 class Front:
     """The handlers of the routes, and what they share."""
 
-    def __init__(self, settings: FrontSettings) -> None:
+    def __init__(self, settings: FrontSettings, rank: Ranking) -> None:
         self._settings, self._metrics = settings, FrontMetrics()
         self._began_at = datetime.now(UTC)
         limits = httpx.Limits(
@@ -72,7 +76,7 @@ class Front:
         )
         timeout = httpx.Timeout(settings.answer_seconds, connect=_CONNECT_SECONDS)
         self._client = httpx.AsyncClient(limits=limits, timeout=timeout, trust_env=False)
-        self._replicas = Replicas(settings.open_chain(), settings.replica_urls, self._client, self._metrics)
+        self._replicas = Replicas(settings.open_chain(), settings.replica_urls, self._client, self._metrics, rank)
         self._forwarder = Forwarder(self._replicas, self._client, self._metrics, retry_seconds=settings.retry_seconds)
 
     @asynccontextmanager

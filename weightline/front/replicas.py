@@ -20,7 +20,7 @@ from pydantic import BaseModel, ValidationError
 from weightline.chain import Chain
 from weightline.chain.read.leases import live_leases
 from weightline.errors import WeightlineError
-from weightline.front.affinity import first_with_room, ranked
+from weightline.front.affinity import Ranking, first_with_room
 from weightline.front.demand import Demand
 from weightline.front.metrics import FrontMetrics
 from weightline.serving.http.hosts import REPLICA_HOSTS_VARIABLE, is_trusted_url
@@ -86,8 +86,10 @@ class Member:
 class Replicas:
     """The replicas of a chain, as far as the front may send requests to them."""
 
-    def __init__(self, chain: Chain, urls: Iterable[str], client: httpx.AsyncClient, metrics: FrontMetrics) -> None:
-        self._chain, self._client, self._metrics = chain, client, metrics
+    def __init__(
+        self, chain: Chain, urls: Iterable[str], client: httpx.AsyncClient, metrics: FrontMetrics, rank: Ranking
+    ) -> None:
+        self._chain, self._client, self._metrics, self._rank = chain, client, metrics, rank
         self._members: dict[str, Member] = {}
         self._watches: dict[str, asyncio.Task[None]] = {}
         self._changed = asyncio.Event()
@@ -108,7 +110,7 @@ class Replicas:
     def choose(self, demand: Demand, key: str, without: Collection[str]) -> tuple[Member, bool] | None:
         """Returns the member that should answer, and whether it is the key's home; None when none may."""
         able = {member.name: member for member in self.up() if demand.is_met_by(member.version)}
-        ranking = ranked(key, able)
+        ranking = self._rank(key, able)
         left = [name for name in ranking if name not in without]
         if not left:
             return None
