@@ -44,7 +44,7 @@ class Scripted(QuietHandler):
             self._answer(200, {"replica": self.name, "chain": self.chain})
             return
         time.sleep(0.05)
-        self._answer(200, {"version": self.version})
+        self._answer(200, {"version": self.version, "commit_id": None, "moving_to": None, "last_error": None})
 
     def do_POST(self) -> None:  # noqa: N802
         self.rfile.read(int(self.headers["content-length"]))

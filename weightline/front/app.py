@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 
 import httpx
 from prometheus_client import CONTENT_TYPE_LATEST
+from pydantic import BaseModel, Field, ValidationError
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -17,15 +18,16 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from weightline.errors import WeightlineError, http_status
+from weightline.errors import InputError, WeightlineError, http_status
 from weightline.front.affinity import Ranking, ranked
-from weightline.front.demand import Demand, parse_version, parse_wait
 from weightline.front.forward import Forwarder
 from weightline.front.metrics import FrontMetrics
 from weightline.front.replicas import Replicas
 from weightline.front.settings import FrontSettings
+from weightline.serving.engines.base import VersionBounds
 from weightline.serving.http.bounds import BoundedApp
 from weightline.serving.http.errors import error_body
+from weightline.serving.http.versions import MAX_WAIT_SECONDS, AskedVersion
 from weightline.serving.http.weight_push import PUSH_ROUTES, weight_push_refused
 
 #: A body of the largest route of the embedded server.
@@ -97,14 +99,13 @@ class Front:
     async def replica_status(self, request: Request) -> Response:
         """The status of a replica that serves the newest version behind the front."""
         newest = self._replicas.newest()
-        return await self._forwarder.answer(request, Demand(least=None if newest is None else newest.version))
+        return await self._forwarder.answer(request, AskedVersion(VersionBounds(newest.version if newest else None)))
 
     async def version(self, request: Request) -> Response:
         """The newest version behind the front, as soon as it is at least `min`, or at the end of `wait`."""
-        query = request.query_params
-        least = parse_version("min", query["min"]) if "min" in query else None
-        deadline = time.monotonic() + (parse_wait("wait", query["wait"]) if "wait" in query else 0.0)
-        while not self._replicas.is_met(Demand(least=least)) and (left := deadline - time.monotonic()) > 0:
+        query = _parse_query(dict(request.query_params))
+        bounds, deadline = VersionBounds(query.min), time.monotonic() + query.wait
+        while not self._replicas.serve(bounds) and (left := deadline - time.monotonic()) > 0:
             await self._replicas.changed(left)
         newest = self._replicas.newest()
         facts = None if newest is None else newest.facts
@@ -146,6 +147,22 @@ class Front:
     def _trouble(self) -> str:
         reasons = self._replicas.reasons()
         return ", ".join(f"{name}: {why}" for name, why in sorted(reasons.items())) or "no replica has a lease"
+
+
+class _VersionQuery(BaseModel):
+    """The query of GET /weightline/version."""
+
+    min: int = Field(default=0, ge=0, lt=2**63)
+    wait: float = Field(default=0.0, ge=0, le=MAX_WAIT_SECONDS)
+
+
+def _parse_query(query: dict[str, str]) -> _VersionQuery:
+    try:
+        return _VersionQuery.model_validate(query)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = str(first["loc"][0])
+        raise InputError(f"{field}: {first['msg']}", field=field) from error
 
 
 async def _weightline_error(_: Request, error: Exception) -> Response:

@@ -1,8 +1,8 @@
 """Forwards one request: to the replica that should answer it, and elsewhere when that one cannot.
 
 A request is tried again where nothing has been answered yet: the replica cannot be reached, breaks off, says that it is
-busy (429, 502, 503, 504), or serves another version than the request demands (409 `version-not-served`). Generating has
-no effect but its answer, so a request may be computed twice. Every other answer is passed on as it is, also an error.
+busy (429, 502, 503, 504), or serves another version than was asked for (409 `version-not-served`). Generating has no
+effect but its answer, so a request may be computed twice. Every other answer is passed on as it is, also an error.
 
 An answer that is no stream is read to its end before a byte of it is sent on, so that a replica that dies while it
 answers is not seen either. A stream is passed on as it comes, and is cut where the replica breaks off.
@@ -24,17 +24,17 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
+from weightline.errors import ErrorKind
 from weightline.front.affinity import AFFINITY_HEADER, key_of
-from weightline.front.demand import VERSION_HEADER, WAIT_HEADER, Demand, parse_demand
 from weightline.front.metrics import FrontMetrics
 from weightline.front.replicas import Member, Replicas
+from weightline.serving.engines.base import VersionBounds
 from weightline.serving.http.errors import error_body
+from weightline.serving.http.versions import VERSION_HEADER, WAIT_HEADER, AskedVersion, asked_version
 
 _log = logging.getLogger(__name__)
 
 REPLICA_HEADER = "x-weightline-replica"
-#: The code of a replica's refusal of a version that it does not serve.
-VERSION_NOT_SERVED = "version-not-served"
 NO_REPLICA = "no-replica"
 TIMED_OUT = "timed-out"
 MAX_ANSWER_NBYTES = 256 * 1024 * 1024
@@ -90,17 +90,17 @@ class Forwarder:
         self._replicas, self._client, self._metrics = replicas, client, metrics
         self._retry_seconds = retry_seconds
 
-    async def answer(self, request: Request, demand: Demand | None = None) -> Response:
-        """Returns the answer to a request, by a replica that meets the demand: by default the one of its headers.
+    async def answer(self, request: Request, asked: AskedVersion | None = None) -> Response:
+        """Returns the answer to a request, of a version that it asks for: without `asked`, by its headers.
 
-        InputError for headers that name no version, or no time to wait.
+        InputError that names a header whose value cannot be used.
         """
         began = time.monotonic()
-        demand, body = demand or parse_demand(request.headers), await request.body()
+        asked, body = asked or asked_version(request.headers), await request.body()
         key = key_of(_parsed(body), request.headers.get(AFFINITY_HEADER))
         leaving = asyncio.create_task(_client_left(request))
         try:
-            answer = await self._answer(request, body, demand, key, leaving)
+            answer = await self._answer(request, body, asked, key, leaving)
         except _ClientLeftError:
             answer = Response(status_code=499)  # nothing receives it
         finally:
@@ -109,11 +109,11 @@ class Forwarder:
         return answer
 
     async def _answer(
-        self, request: Request, body: bytes, demand: Demand, key: str, leaving: asyncio.Task[None]
+        self, request: Request, body: bytes, asked: AskedVersion, key: str, leaving: asyncio.Task[None]
     ) -> Response:
         began, tries = time.monotonic(), _Tries()
         while True:
-            chosen = self._replicas.choose(demand, key, tries.failed)
+            chosen = self._replicas.choose(asked.bounds, key, tries.failed)
             if chosen is not None:
                 member, is_home = chosen
                 try:
@@ -123,8 +123,8 @@ class Forwarder:
                     continue
                 self._metrics.count_routed(member.name, is_home=is_home)
                 return answer
-            is_behind = bool(self._replicas.up()) and not self._replicas.is_met(demand)
-            patience = demand.wait_seconds if is_behind else max(self._retry_seconds, demand.wait_seconds)
+            is_behind = bool(self._replicas.up()) and not self._replicas.serve(asked.bounds)
+            patience = asked.wait_seconds if is_behind else max(self._retry_seconds, asked.wait_seconds)
             seconds_left = began + patience - time.monotonic()
             if seconds_left > 0:
                 pause = min(seconds_left, _PAUSE_SECONDS) if tries.failed else seconds_left
@@ -134,7 +134,7 @@ class Forwarder:
                 await self._replicas.ask_all()
                 tries.is_confirmed = True
             else:
-                return self._refusal(demand, tries)
+                return self._refusal(asked.bounds, tries)
             tries.failed.clear()
 
     def _note(self, member: Member, failure: _ElsewhereError, tries: _Tries) -> None:
@@ -144,14 +144,17 @@ class Forwarder:
         self._metrics.count_retry(member.name, failure.reason)
         _log.info("replica %s does not answer a request: %s", member.name, failure)
 
-    def _refusal(self, demand: Demand, tries: _Tries) -> Response:
+    def _refusal(self, bounds: VersionBounds, tries: _Tries) -> Response:
         """Returns the answer of a request that no replica answered."""
         held = {member.name: member.version for member in self._replicas.up()}
-        if held and not self._replicas.is_met(demand):
+        if held and not self._replicas.serve(bounds):
             newest = max(version or 0 for version in held.values())
-            why = f"no replica serves {demand}: {_listed(held)}"
+            wanted = f"version {bounds.lowest} or later" if bounds.pinned is None else f"version {bounds.pinned}"
+            why = f"no replica serves {wanted}: {_listed(held)}"
             facts = {"version": newest, "replicas": held}
-            return JSONResponse(error_body(why, VERSION_NOT_SERVED, facts), 409, {VERSION_HEADER: str(newest)})
+            return JSONResponse(
+                error_body(why, str(ErrorKind.VERSION_NOT_SERVED), facts), 409, {VERSION_HEADER: str(newest)}
+            )
         if tries.last is not None:
             return tries.last
         said = self._replicas.reasons() | tries.failed
@@ -193,7 +196,7 @@ class Forwarder:
         self._replicas.serves(member, _version_of(received))
         if received.status_code in _BUSY:
             raise _ElsewhereError("busy", f"it answered {received.status_code}", answer)
-        if received.status_code == 409 and _code_of(answer.body) == VERSION_NOT_SERVED:
+        if received.status_code == 409 and _code_of(answer.body) == ErrorKind.VERSION_NOT_SERVED:
             raise _ElsewhereError("behind", f"it serves version {received.headers.get(VERSION_HEADER)}", answer)
         return answer
 

@@ -21,9 +21,10 @@ from weightline.chain import Chain
 from weightline.chain.read.leases import live_leases
 from weightline.errors import WeightlineError
 from weightline.front.affinity import Ranking, first_with_room
-from weightline.front.demand import Demand
 from weightline.front.metrics import FrontMetrics
+from weightline.serving.engines.base import VersionBounds
 from weightline.serving.http.hosts import REPLICA_HOSTS_VARIABLE, is_trusted_url
+from weightline.serving.replica.status import ServedVersion
 
 _log = logging.getLogger(__name__)
 
@@ -32,18 +33,8 @@ LEASE_SECONDS = 2.0
 POLL_SECONDS = 2.0
 _GRACE_SECONDS = 5.0
 _MAX_PAUSE_SECONDS = 2.0
-_PAUSE_SECONDS = 0.25
 #: Polls in a row that fail before requests under way are taken from a replica: one may fail in a restart of a proxy.
 _FAILURES_UNTIL_GONE = 2
-
-
-class VersionFacts(BaseModel):
-    """The answer of GET /weightline/version."""
-
-    version: int | None
-    commit_id: str | None = None
-    moving_to: int | None = None
-    last_error: str | None = None
 
 
 class _Identity(BaseModel):
@@ -60,7 +51,7 @@ class Member:
     name: str
     url: str
     is_named: bool = False
-    facts: VersionFacts | None = None
+    facts: ServedVersion | None = None
     """What it said last; None while it does not answer."""
     error: str | None = "it was not asked yet"
     """Why it gets no requests; None while it gets some."""
@@ -107,9 +98,9 @@ class Replicas:
         """Returns a member that serves the newest version that any serves."""
         return max(self.up(), key=lambda member: member.version or 0, default=None)
 
-    def choose(self, demand: Demand, key: str, without: Collection[str]) -> tuple[Member, bool] | None:
+    def choose(self, bounds: VersionBounds, key: str, without: Collection[str]) -> tuple[Member, bool] | None:
         """Returns the member that should answer, and whether it is the key's home; None when none may."""
-        able = {member.name: member for member in self.up() if demand.is_met_by(member.version)}
+        able = {member.name: member for member in self.up() if bounds.accept(member.version)}
         ranking = self._rank(key, able)
         left = [name for name in ranking if name not in without]
         if not left:
@@ -117,9 +108,9 @@ class Replicas:
         chosen = first_with_room(left, {name: member.num_in_flight for name, member in able.items()})
         return able[chosen], chosen == ranking[0]
 
-    def is_met(self, demand: Demand) -> bool:
-        """Returns whether a member is known to serve a version that the demand allows."""
-        return any(demand.is_met_by(member.version) for member in self.up())
+    def serve(self, bounds: VersionBounds) -> bool:
+        """Returns whether a member is known to serve a version that may answer."""
+        return any(bounds.accept(member.version) for member in self.up())
 
     @contextmanager
     def carrying(self, member: Member) -> Iterator[None]:
@@ -253,13 +244,7 @@ class Replicas:
             answer = await self._client.get(
                 f"{member.url}/weightline/version", params=query, timeout=wait_seconds + _GRACE_SECONDS
             )
-            if answer.status_code == 404:
-                # A replica of an earlier release: it says its version, but keeps no poll open.
-                await asyncio.sleep(min(wait_seconds, _PAUSE_SECONDS))
-                answer = await self._client.get(f"{member.url}/ready", timeout=_GRACE_SECONDS)
-            elif not answer.is_success:
-                answer.raise_for_status()
-            facts = VersionFacts.model_validate_json(answer.content)
+            facts = ServedVersion.model_validate_json(answer.raise_for_status().content)
         except (httpx.HTTPError, ValidationError) as error:
             self._lose(member, error)
             return False
@@ -278,7 +263,7 @@ class Replicas:
         self._metrics.set_version(member.name, None)
         self._tell()
 
-    def _note(self, member: Member, facts: VersionFacts) -> None:
+    def _note(self, member: Member, facts: ServedVersion) -> None:
         if facts == member.facts:
             return
         if member.version != facts.version:

@@ -58,6 +58,11 @@ class VersionBounds:
         """Returns whether any version may answer."""
         return self.lowest is None and self.pinned is None
 
+    def accept(self, version: int | None) -> bool:
+        """Returns whether the version may answer. None, no version, never may."""
+        is_enough = version is not None and (self.lowest is None or version >= self.lowest)
+        return is_enough and self.pinned in (None, version)
+
     def require(self, version: int | None) -> int:
         """Returns the version that is served if it may answer. VersionNotServedError if not, or if none is served.
 
@@ -65,8 +70,7 @@ class VersionBounds:
         """
         if version is None and self.accept_all:
             raise ApplyError("no checked version is loaded: retry after the next refresh", version=None)
-        is_enough = version is not None and (self.lowest is None or version >= self.lowest)
-        if version is None or not is_enough or self.pinned not in (None, version):
+        if version is None or not self.accept(version):
             held = "no version" if version is None else f"version {version}"
             wanted = f"at least {self.lowest}" if self.pinned is None else f"{self.pinned}"
             raise VersionNotServedError(
