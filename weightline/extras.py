@@ -14,7 +14,17 @@ from weightline.errors import MissingExtraError
 
 #: Top-level modules that weightline itself imports, by the extra whose packages they belong to.
 MODULES: dict[str, tuple[str, ...]] = {
-    "train": ("accelerate", "datasets", "deepspeed", "psutil", "torch", "transformers", "trl", "websockets"),
+    "train": (
+        "accelerate",
+        "datasets",
+        "deepspeed",
+        "httpx",
+        "psutil",
+        "torch",
+        "transformers",
+        "trl",
+        "websockets",
+    ),
     "prefect": ("httpx", "prefect", "psutil"),
     "eval": ("datasets", "lm_eval", "torch", "transformers"),
     "serve": ("fastapi", "httpx", "prometheus_client", "torch", "transformers", "uvicorn"),

@@ -12,8 +12,8 @@ import pytest
 
 from tests.rollouts.seam import CHAIN, Fault, Seam, answering, cut, refuse, sample_of, serving
 from tests.waiting import wait_until
-from weightline.errors import ApplyError, InputError, RolloutError
-from weightline.rollouts.client import NOT_SERVED, Offer, ReplicaClient, Wanted
+from weightline.errors import ApplyError, InputError, RolloutError, VersionNotServedError
+from weightline.rollouts.client import Offer, ReplicaClient, Wanted
 from weightline.rollouts.fleet import ReplicaFleet
 from weightline.rollouts.producer import Producer
 from weightline.rollouts.sample import Sample
@@ -131,9 +131,9 @@ def test_tokens_after_a_stop_token_are_cut_off(one: Seam) -> None:
 
 def test_the_version_and_the_wait_are_sent_and_a_refusal_names_what_is_held(one: Seam) -> None:
     one.version = 3
-    with pytest.raises(ApplyError) as caught:
+    with pytest.raises(VersionNotServedError) as caught:
         _ask(one, Wanted(min_version=4, mixing="allow"))
-    assert (caught.value.facts["reason"], caught.value.version) == (NOT_SERVED, 3)
+    assert (caught.value.version, caught.value.facts["url"]) == (3, one.url)
     sent = one.headers[0]
     assert (sent["x-weightline-min-version"], sent["x-weightline-wait-seconds"]) == ("4", "5")
     assert sent["x-weightline-mixing"] == "allow"
@@ -161,8 +161,8 @@ def test_routes_are_chosen_by_the_status() -> None:
         return Offer(replica="r", chain="c", version=1, rollout_routes=routes).route
 
     assert route() == "/v1/completions"
-    assert route("/v1/completions", "/inference/v1/generate") == "/inference/v1/generate"
-    assert route("/v1/completions", "/weightline/rollouts") == "/weightline/rollouts"
+    assert route("/of/later", "/inference/v1/generate", "/weightline/rollouts") == "/inference/v1/generate"
+    assert route("/weightline/rollouts", "/v1/completions") == "/weightline/rollouts"
 
 
 FAULTS: dict[str, Fault] = {

@@ -117,6 +117,22 @@ def test_assets_are_named_again_so_that_no_reader_looks_far_for_them(monkeypatch
     assert verify_chain(Chain(chain.store)).holds
 
 
+def test_listeners_learn_of_every_version_once_it_exists(caplog: pytest.LogCaptureFixture) -> None:
+    chain, model = Chain(MemoryStore()), Model()
+    session, heard = _session(chain), list[tuple[int, str]]()
+
+    def fails(version: int, commit_id: str) -> None:
+        raise ZeroDivisionError("of the listener")
+
+    session.on_committed(fails)
+    session.on_committed(lambda version, commit_id: heard.append((Chain(chain.store).tip_version(), commit_id)))
+    session.start(model, None, 0)
+    _train(session, model, 2)
+    assert heard == [(manifest.version, manifest.commit_id) for manifest in chain.manifests()]
+    assert len(heard) == 3
+    assert "telling of version 2 failed: ZeroDivisionError: of the listener" in caplog.text
+
+
 def test_nan_and_signed_zero_are_bits(tmp_path: Path) -> None:
     chain, model = Chain(MemoryStore()), Model()
     session = _session(chain)

@@ -1,6 +1,6 @@
 """One replica over HTTP: its state, the wait for a version, and samples. Checks every part of every answer.
 
-The route is chosen by what the replica's status offers:
+The route is the first of those that the replica's status offers:
 
 - `/weightline/rollouts` (embedded): many prompts in one request, all samples by one version;
 - `/inference/v1/generate` (vLLM): one prompt a request, with the versions that wrote each span of tokens;
@@ -18,20 +18,18 @@ from typing import Any, Literal, TypeVar
 import httpx
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from weightline.errors import ApplyError, InputError, WeightlineError
+from weightline.errors import ApplyError, InputError, VersionNotServedError, WeightlineError
 from weightline.rollouts.sample import Sample, Span, as_float32, joined
 from weightline.rollouts.sampling import Sampling
 from weightline.serving.http.errors import error_of
 
 Mixing = Literal["deny", "allow"]
-#: Of the answer of a replica that does not serve the version that was asked for, as `reason` of the error.
-NOT_SERVED = "version-not-served"
-
 MIN_VERSION_HEADER = "x-weightline-min-version"
 PINNED_VERSION_HEADER = "x-weightline-version"
 WAIT_HEADER = "x-weightline-wait-seconds"
 MIXING_HEADER = "x-weightline-mixing"
 _ROLLOUTS, _GENERATE, _COMPLETIONS = "/weightline/rollouts", "/inference/v1/generate", "/v1/completions"
+_ROUTES = frozenset({_ROLLOUTS, _GENERATE, _COMPLETIONS})
 _CONNECT_SECONDS = 5.0
 #: Bytes of an answer: JSON of a token's id and logprob takes less, with names and texts of its choice.
 _NBYTES_A_TOKEN = 1024
@@ -45,7 +43,7 @@ class _Answer(BaseModel):
 
 
 class Offer(_Answer):
-    """What a replica's status says about it."""
+    """The part of a replica's status that rollouts need."""
 
     replica: str
     chain: str
@@ -58,8 +56,8 @@ class Offer(_Answer):
 
     @property
     def route(self) -> str:
-        """The route by which samples are asked for."""
-        return next((route for route in (_ROLLOUTS, _GENERATE) if route in self.rollout_routes), _COMPLETIONS)
+        """The route for samples: the first that is known of those that the replica names, best one first."""
+        return next((route for route in self.rollout_routes if route in _ROUTES), _COMPLETIONS)
 
     @property
     def takes_many(self) -> bool:
@@ -113,9 +111,9 @@ class _Asked:
 class ReplicaClient:
     """The client of one replica. All methods belong to one event loop.
 
-    They raise ApplyError with the replica's URL: with `is_unreachable` when it does not answer, with the reason
-    NOT_SERVED and the version that it holds when that is another one than wanted, and for an answer of a wrong shape.
-    InputError when it refuses the request itself, which another replica would refuse as well.
+    They raise ApplyError with the replica's URL: with `is_unreachable` when it does not answer, and for an answer of a
+    wrong shape; VersionNotServedError, with the version that it holds, when that is another one than wanted; InputError
+    when it refuses the request itself, which another replica would refuse as well.
     """
 
     def __init__(self, url: str, request_seconds: float = 300.0) -> None:
@@ -293,11 +291,12 @@ class ReplicaClient:
             error = ApplyError(fallback)
         if isinstance(error, InputError) or status in (400, 413, 422):
             return InputError(f"the replica at {self.url} refuses the request: {error}", url=self.url)
-        held = headers.get(PINNED_VERSION_HEADER, "") if status == 409 else ""
-        return ApplyError(
-            f"the replica at {self.url}: {error}", url=self.url, status=status,
-            version=int(held) if held.isdecimal() else None, reason=NOT_SERVED if status == 409 else f"http-{status}",
-        )  # fmt: skip
+        if status == 409:
+            held = headers.get(PINNED_VERSION_HEADER, "")
+            return VersionNotServedError(
+                f"the replica at {self.url}: {error}", url=self.url, version=int(held) if held.isdecimal() else None
+            )
+        return ApplyError(f"the replica at {self.url}: {error}", url=self.url, status=status)
 
 
 def ended_at(sample: Sample, stop_token_ids: Sequence[int]) -> Sample:

@@ -20,8 +20,8 @@ from typing import Any
 
 from weightline.chain.read.history import Chain, open_chain
 from weightline.chain.read.leases import Lease, live_leases
-from weightline.errors import ApplyError, InputError, RolloutError, WeightlineError
-from weightline.rollouts.client import NOT_SERVED, Mixing, Offer, ReplicaClient, Wanted
+from weightline.errors import ApplyError, InputError, RolloutError, VersionNotServedError, WeightlineError
+from weightline.rollouts.client import Mixing, Offer, ReplicaClient, Wanted
 from weightline.rollouts.sample import Sample
 from weightline.rollouts.sampling import Sampling
 from weightline.serving.http.hosts import REPLICA_HOSTS_VARIABLE, is_trusted_url
@@ -269,7 +269,7 @@ class ReplicaFleet:
             return False
         try:
             samples = task.result()
-        except ApplyError as error:
+        except (ApplyError, VersionNotServedError) as error:
             self._note_failure(member, error)
             return False
         member.num_failures = 0
@@ -297,9 +297,9 @@ class ReplicaFleet:
         request.add_done_callback(end)
         return request
 
-    def _note_failure(self, member: _Member, error: ApplyError) -> None:
+    def _note_failure(self, member: _Member, error: ApplyError | VersionNotServedError) -> None:
         """Keeps work from a replica for a while: longer after each failure in a row, unless it is just behind."""
-        if error.facts.get("reason") == NOT_SERVED:
+        if isinstance(error, VersionNotServedError):
             member.version = error.version
             member.blocked_until = time.monotonic() + _FIRST_PAUSE_SECONDS
         else:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from types import TracebackType
 from typing import Any, Literal, Self
 
@@ -82,6 +83,7 @@ class PublishSession:
         self._metrics = MetricsLog()
         self._num_records = 0
         self._notes: list[tuple[str, str, Record]] = []
+        self._listeners: list[Callable[[int, str], object]] = []
         self._trail = Trail(chain.url, "", None)
         self.last_step = -1
         """Training step of the newest capture."""
@@ -158,6 +160,7 @@ class PublishSession:
             baseline=self._baseline, base_model=start.base_model, assets=start.assets, group=self._publisher_group,
             observer=self.observer, tip=tip, digests={name: parse_digest(digest) for name, digest in digests.items()},
             late_joiner=LateJoiner.of(self.chain, tip_on_first, self.settings.anchor_policy),
+            on_committed=self._tell_committed,
         )  # fmt: skip
 
     def _commit_start(self, plan: StartPlan, global_step: int) -> None:
@@ -253,6 +256,18 @@ class PublishSession:
         """Takes a record of the present weights. It is written beside the version that they become. Not collective."""
         if self.group.rank == 0:
             self._notes.append((kind, name, record))
+
+    def on_committed(self, listener: Callable[[int, str], object]) -> None:
+        """Calls `listener` with version and commit_id of every version that this session commits from now on.
+
+        On rank 0, on the publisher's thread, as soon as the version exists: the listener must return at once. An error
+        of it is logged. Call it before `start` for the version that training starts with.
+        """
+        self._listeners.append(listener)
+
+    def _tell_committed(self, version: int, commit_id: str) -> None:
+        for listener in self._listeners:
+            best_effort(f"telling of version {version}", partial(listener, version, commit_id))
 
     def _recording(self, sequence: int, kind: str, name: str, record: Record) -> Callable[[], None]:
         """Returns a function that writes a record beside the version that a sync became, if it became one."""

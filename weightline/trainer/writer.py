@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,6 +61,8 @@ class VersionWriter:
     digests: dict[str, int]
     """State digests of the tip, by tensor."""
     late_joiner: LateJoiner
+    on_committed: Callable[[int, str], object]
+    """Called on rank 0 with version and commit_id once the version exists. It must be quick and raise nothing."""
     _has_explained_large_change: bool = False
 
     def write(self, sync: Sync) -> SyncOutcome:
@@ -160,6 +163,7 @@ class VersionWriter:
             # was committed nevertheless, the next commit is a conflict, which stops training.
             commit_manifest(self.chain, manifest)
             step.report(StepFacts.of_commit(manifest))
+        self.on_committed(draft.version, draft.attempt_id)
         self.digests, self.assets = digests, sync.assets or self.assets
         if sync.kind == "delta" and not sync.at_start:
             self._explain_large_change(totals)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,17 +26,18 @@ def refresh(
     chain: str | None = None,
     allow_backward: bool = False,
     timeout_seconds: float = 600.0,
+    http: httpx.Client | None = None,
 ) -> RefreshFacts:
     """Moves the replica at `url` to the version (None: the tip) and waits until it serves it. Safe to repeat.
 
     The facts name the version that is served now, which is later than `version` when the replica served a later one and
     `allow_backward` is False. A `chain` that is not the replica's is refused. Raises the replica's error as its own
     type: VersionNotFoundError, BaseMismatchError, DigestMismatchError, ...; InputError for a wrong token; ApplyError
-    when it cannot move, or, with the fact `is_unreachable`, when it does not answer.
+    when it cannot move, or, with the fact `is_unreachable`, when it does not answer. `http` keeps its connections.
     """
     body = {"chain": chain, "version": version, "allow_backward": allow_backward}
     headers = {"authorization": f"Bearer {token}"}
-    return _parsed(RefreshFacts, url, _ask("POST", url, "/weightline/refresh", timeout_seconds, body, headers))
+    return _parsed(RefreshFacts, url, _ask("POST", url, "/weightline/refresh", timeout_seconds, body, headers, http))
 
 
 def status(url: str, *, timeout_seconds: float = 10.0) -> ReplicaStatus:
@@ -85,10 +87,12 @@ def _ask(
     timeout_seconds: float,
     body: dict[str, Any] | None = None,
     headers: dict[str, str] | None = None,
+    http: httpx.Client | None = None,
 ) -> object:
     address = f"{url.rstrip('/')}{route}"
     try:
-        answer = httpx.request(method, address, json=body, headers=headers, timeout=timeout_seconds, trust_env=False)
+        with nullcontext(http) if http is not None else httpx.Client(trust_env=False) as connections:
+            answer = connections.request(method, address, json=body, headers=headers, timeout=timeout_seconds)
         received: object = answer.json()
     except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
         reason = str(error) or type(error).__name__
