@@ -31,8 +31,8 @@ from weightline.serving.replica.replica import Replica
 #: Everything else that the app has moves something, and needs the token.
 OPEN = {
     ("GET", "/v1/models"), ("POST", "/v1/completions"), ("POST", "/v1/chat/completions"), ("GET", "/health"),
-    ("GET", "/ready"),
-    ("GET", "/weightline/status"), ("GET", "/metrics"),
+    ("GET", "/ready"), ("POST", "/weightline/rollouts"),
+    ("GET", "/weightline/status"), ("GET", "/weightline/version"), ("GET", "/metrics"),
 }  # fmt: skip
 
 

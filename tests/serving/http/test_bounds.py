@@ -226,4 +226,5 @@ def test_a_flood_of_refusals_is_a_few_lines(caplog: pytest.LogCaptureFixture) ->
 def test_every_route_of_a_replica_that_takes_a_body_has_a_limit() -> None:
     assert set(_MAX_BODY_NBYTES) == {
         ("POST", "/v1/completions"), ("POST", "/v1/chat/completions"), ("POST", "/weightline/refresh"),
+        ("POST", "/weightline/rollouts"),
     }  # fmt: skip

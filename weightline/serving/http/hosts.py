@@ -107,11 +107,13 @@ def parse_patterns(words: Iterable[str], variable: str) -> HostPatterns:
 def host_of(url: str) -> str | None:
     """Returns the host of an HTTP URL in lower case: an address in its one spelling, or a DNS name.
 
-    None for a URL that two parsers read in two ways, and for a name that a resolver might take for an address.
+    None for a URL that is none or that two parsers read in two ways, and for a name that a resolver might take for an
+    address.
     """
     try:
         parts = urlsplit(url)
         host, asked = parts.hostname or "", httpx.URL(url).host
+        _ = parts.port  # ValueError for a number that is no port
     except (ValueError, httpx.InvalidURL):
         return None
     host = host.rstrip(".").lower()
