@@ -73,7 +73,7 @@ class Pusher:
         self._thread = threading.Thread(target=self._look, name="weightline-push", daemon=True)
         self._thread.start()
 
-    def committed(self, version: int, commit_id: str) -> None:
+    def committed(self, version: int, commit_id: str = "") -> None:
         """Tells all replicas of a version that was committed just now. Returns at once and raises nothing.
 
         A replica that is still on its way to an earlier one is told of the newest only.

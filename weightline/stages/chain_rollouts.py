@@ -11,8 +11,9 @@ that replicas made ahead of time. The chain brings the weights to the replicas, 
 from __future__ import annotations
 
 import importlib
+import os
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from weightline.chain import open_chain
@@ -21,6 +22,7 @@ from weightline.extras import requires
 from weightline.rollouts.client import Mixing
 from weightline.rollouts.episode import Play
 from weightline.rollouts.staleness import StalenessRule
+from weightline.serving.http.auth import TOKEN_VARIABLE
 from weightline.stages.trl_names import require_names, require_settings
 
 with requires("train"):
@@ -44,6 +46,7 @@ class ChainRollouts:
         mixing: Mixing = "deny",
         deadline_seconds: float = 600.0,
         rollout: str | Play | None = None,
+        tokens: Mapping[str, str] | None = None,
     ) -> None:
         """Checks the settings.
 
@@ -59,6 +62,8 @@ class ChainRollouts:
                 Default: 600.
             rollout: A function that plays an episode of several turns, or its module:function: see
                 `weightline.rollouts.episode`. Default: one completion for each prompt.
+            tokens: The token of each named replica, by its URL: rank 0 tells it of each version. Default: that of
+                WEIGHTLINE_TOKEN for all of them, if it is set.
 
         Raises:
             InputError: A setting is invalid, or the URL's scheme is not supported.
@@ -72,6 +77,7 @@ class ChainRollouts:
         self.settings = RolloutSettings(
             chain_url=open_chain(chain_url).url, rule=StalenessRule(lookahead, staleness),
             urls=None if replicas == "follow" else tuple(replicas), mixing=mixing, deadline_seconds=deadline_seconds,
+            tokens=_tokens(replicas) if tokens is None else tokens,
             play=load_play(rollout) if isinstance(rollout, str) else rollout,
         )  # fmt: skip
 
@@ -193,6 +199,12 @@ class RolloutHook(TrainerCallback):
         self._ahead.clear()
         if run is not None:
             run.close()
+
+
+def _tokens(replicas: str | Sequence[str]) -> dict[str, str]:
+    """Returns the environment's token for every replica that is named."""
+    token = os.environ.get(TOKEN_VARIABLE)
+    return dict.fromkeys(replicas, token) if token and not isinstance(replicas, str) else {}
 
 
 def load_play(path: str) -> Play:

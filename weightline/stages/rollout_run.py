@@ -23,6 +23,7 @@ from weightline.rollouts.client import Mixing
 from weightline.rollouts.episode import Play
 from weightline.rollouts.fleet import ReplicaFleet
 from weightline.rollouts.producer import Producer
+from weightline.rollouts.push import Pusher
 from weightline.rollouts.record import Completion, Group, record_name
 from weightline.rollouts.sample import Sample
 from weightline.rollouts.staleness import Lineage, StalenessRule
@@ -49,6 +50,8 @@ class RolloutSettings:
     urls: tuple[str, ...] | None
     mixing: Mixing
     deadline_seconds: float
+    tokens: Mapping[str, str]
+    """The token of each named replica that may be told of new versions, by its URL."""
     play: Play | None
     """A rollout function; None for one completion for each prompt."""
 
@@ -69,6 +72,11 @@ class RolloutRun:
             seed=args.seed, rank=args.process_index, deadline_seconds=settings.deadline_seconds, play=settings.play,
             max_batches=settings.rule.lookahead + batches_a_step + 1,
         )  # fmt: skip
+        self._pusher: Pusher | None = None
+        if session.group.rank == 0:
+            self._pusher = Pusher(settings.chain_url, settings.tokens)
+            session.on_committed(self._pusher.committed)
+            self._pusher.committed(session.start_version)
         if saved is not None:
             self._producer.restore(saved["batches"])
         self._reports: list[BatchReport] = []
@@ -138,8 +146,10 @@ class RolloutRun:
         write_atomically(_path(args, state), json.dumps(body), is_durable=False)
 
     def close(self) -> None:
-        """Ends the producer's thread and its connections."""
+        """Ends the threads of the producer and of what tells replicas of versions, and their connections."""
         self._producer.close()
+        if self._pusher is not None:
+            self._pusher.close()
 
     def _version_in(self, num_steps: int) -> int:
         """Returns the number of the version some optimizer steps from now, if no checkpoint adds another one."""

@@ -20,6 +20,7 @@ from transformers import AutoTokenizer, Trainer, TrainingArguments
 from weightline.errors import InputError
 from weightline.files import write_atomically
 from weightline.serving.engines.float32 import compute_in_float32
+from weightline.serving.http.auth import load_token
 from weightline.serving.http.client import wait_for_address
 from weightline.stages.checkpoints import MetricsCallback, ResumePlan, WholeCheckpointCallback, plan_resume
 from weightline.stages.cpu import use_one_core_without_compiler
@@ -80,11 +81,14 @@ def _attach_rollouts(trainer: Trainer, job: StageJob, config: RolloutsConfig) ->
     if job.chain_url is None:
         raise InputError("rollouts come from replicas of a chain, and this job names none", field="chain_url")
     replicas: str | tuple[str, ...] = config.replicas
+    tokens = None
     if replicas == "local":
-        replicas = (wait_for_address(job.replica_dir, config.deadline_seconds),)
+        url = wait_for_address(job.replica_dir, config.deadline_seconds)
+        replicas, tokens = (url,), {url: load_token(job.replica_dir)}
     ChainRollouts(
         job.chain_url, staleness=config.staleness, lookahead=config.lookahead, replicas=replicas, mixing=config.mixing,
         deadline_seconds=config.deadline_seconds, rollout=config.rollout,
+        tokens=tokens,
     ).attach(trainer)  # fmt: skip
 
 
