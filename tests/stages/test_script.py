@@ -96,6 +96,34 @@ def test_prompts_come_in_the_order_of_trl(
     assert len(seen) > 1
 
 
+def test_a_turn_of_tools_is_generated_at_once_and_without_the_other_ranks(
+    url: str, model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = grpo_trainer(model_dir, tmp_path)
+    callback = WeightlineCallback(url)
+    trainer.add_callback(callback)
+    ChainRollouts(url, staleness=1).attach(trainer)
+    trainer.tools = [print]  # TRL's loop runs them. Here one sample has a further turn at every batch.
+    once, found = trainer._generate_single_turn, []
+
+    def with_a_further_turn(prompt_ids: list[list[int]], *args: Any, **options: Any) -> Any:
+        completion_ids, logprobs = once(prompt_ids, *args, **options)
+        assert callback.session is not None
+        with monkeypatch.context() as patch:
+            patch.setattr(callback.session, "group", None)
+            context = prompt_ids[0] + completion_ids[0] + [7]
+            found.append(once([context], None, {}, num_generations=1))
+        return completion_ids, logprobs
+
+    trainer._generate_single_turn = with_a_further_turn
+    trainer._tool_call_loop = lambda prompts, prompt_ids, completion_ids, completions, logprobs, *_: (
+        [[1] * len(ids) for ids in completion_ids], completions, completion_ids, logprobs, 0, 0, [],
+    )  # fmt: skip
+    trainer.train()
+    assert [(len(ids), len(logprobs)) for ids, logprobs in found] == [(1, 1), (1, 1)]
+    assert [len(ids[0]) == len(logprobs[0]) for ids, logprobs in found] == [True, True]
+
+
 def play(session: Any, prompt: str) -> None:
     """Two turns, of which the second one is another person's answer to what the model wrote."""
     first = session.generate(list(prompt.encode()), max_tokens=2)

@@ -9,10 +9,11 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from transformers import TrainerState, TrainingArguments
 
@@ -37,8 +38,6 @@ from weightline.stages.rollout_report import (
 from weightline.stages.rollout_state import micro_steps_of_batch
 from weightline.stages.trl_names import sampling_of
 from weightline.trainer.session import PublishSession
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,35 +97,50 @@ class RolloutRun:
         self._producer.request(number, prompts, min_version)
 
     def take(self, prompts: list[Any], num_generations: int) -> Sequence[Sample]:
-        """Returns a sample for each prompt, each of which stands there as often as it has samples. Collective.
+        """Returns a sample for each prompt, each of which stands there as often as it has samples.
 
         In training these are the samples of the generation batch that begins now. What TRL asks for after that, in the
-        turns of its tool loop, and all of an evaluation is generated at once.
+        turns of its tool loop, and all of an evaluation is generated at once. Collective, except with tools: only some
+        ranks may have further turns.
         """
         trainer, newest = self._trainer, self._session.present_version
         is_training = trainer.model.training
-        taken = self._together(lambda: self._taken(prompts, num_generations, newest))
-        report = self._agreed(_report(taken, newest, self._lineage))
+        is_first = is_training and self._number() != self._last_batch
+        is_collective = not self._session.is_closed and (is_first or not trainer.tools)
+        group = self._session.group
+        if is_first:
+            self._last_batch, self._num_further = self._number(), 0
+        make = partial(self._take_batch if is_first else self._generate, prompts, num_generations, newest)
+        taken = group.on_all(make) if is_collective else make()
+        report = _report(taken, newest, self._lineage)
+        if is_collective:
+            parts = group.gather_to_first(report)
+            report = group.from_first(over_ranks(parts) if parts else None)
         for name, value in report.metrics.items():
             trainer._metrics["train" if is_training else "eval"][name].append(value)
-        if is_training:
+        if is_first:
             self._reports.append(report)
             self._samples = taken.samples
         return taken.samples
 
-    def _taken(self, prompts: list[Any], num_generations: int, newest: int) -> Taken:
+    def _number(self) -> int:
+        """Returns the number of the generation batch that training is at."""
+        return int(self._trainer._step // micro_steps_of_batch(self._trainer))
+
+    def _take_batch(self, prompts: list[Any], num_generations: int, newest: int) -> Taken:
+        return self._producer.take(
+            self._number(), prompts, lambda sample: self._rule.is_fresh(sample, newest, self._lineage),
+            self._rule.min_version(newest, self._lineage),
+        )  # fmt: skip
+
+    def _generate(self, prompts: list[Any], num_generations: int, newest: int) -> Taken:
+        """Returns samples of prompts that could not be asked for ahead: in an evaluation, by the newest version."""
         trainer = self._trainer
-        number = trainer._step // micro_steps_of_batch(trainer)
-        min_version = self._rule.min_version(newest, self._lineage)
-        if trainer.model.training and number != self._last_batch:
-            self._last_batch, self._num_further = number, 0
-            return self._producer.take(
-                number, prompts, lambda sample: self._rule.is_fresh(sample, newest, self._lineage), min_version
-            )
+        is_training = trainer.model.training
         self._num_further += 1
-        what = f"batch {number}" if trainer.model.training else f"evaluation at step {trainer.state.global_step}"
+        what = f"batch {self._number()}" if is_training else f"evaluation at step {trainer.state.global_step}"
         return self._producer.generate(
-            prompts, min_version=min_version if trainer.model.training else newest,
+            prompts, min_version=self._rule.min_version(newest, self._lineage) if is_training else newest,
             key=f"{what}, request {self._num_further}", sampling=sampling_of(trainer, num_generations),
         )  # fmt: skip
 
@@ -155,19 +169,6 @@ class RolloutRun:
         """Returns the number of the version some optimizer steps from now, if no checkpoint adds another one."""
         step, sync_steps = self._trainer.state.global_step, self._session.settings.sync_steps
         return self._session.present_version + (step + num_steps) // sync_steps - step // sync_steps
-
-    def _together(self, work: Callable[[], T]) -> T:
-        """Returns the result of `work`. When it fails on one rank, it fails on all, and none waits for another."""
-        return work() if self._session.is_closed else self._session.group.on_all(work)
-
-    def _agreed(self, own: BatchReport) -> BatchReport:
-        """Returns the report of all ranks, on every rank."""
-        if self._session.is_closed:
-            return own
-        group = self._session.group
-        parts = group.gather_to_first(own)
-        agreed: BatchReport = group.from_first(over_ranks(parts) if parts else None)
-        return agreed
 
 
 def _report(taken: Taken, newest: int, lineage: Lineage) -> BatchReport:

@@ -16,7 +16,8 @@ TRAINER_NAMES = (
     "_buffered_inputs", "_generate_single_turn", "_get_num_items_in_batch", "_logs", "_metrics", "_step",
     "_tokenize_prompts", "environment_factories", "eos_token_ids", "get_batch_samples", "loss_type",
     "max_completion_length", "min_p", "num_generations", "num_generations_eval", "num_iterations",
-    "repetition_penalty", "reward_func_names", "reward_weights", "rollout_func", "temperature", "top_k", "top_p",
+    "repetition_penalty", "reward_func_names", "reward_weights", "rollout_func", "temperature", "tools", "top_k",
+    "top_p",
     "use_vllm", "vllm_importance_sampling_correction", "vllm_importance_sampling_mode",
 )  # fmt: skip
 #: Attributes that TRL reads while it generates, and that it sets for its own vLLM client only.
