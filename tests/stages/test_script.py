@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.serving.servers import running_replica
+from tests.serving.servers import TOKEN, running_replica
 from tests.stages.test_attach import grpo_trainer
 from weightline import ChainRollouts, WeightlineCallback, open_chain
 from weightline.chain.read.records import SAMPLES, read_records
@@ -55,6 +55,19 @@ def test_three_lines_let_replicas_generate(url: str, model_dir: Path, tmp_path: 
     found = [parse_samples(record) for record in read_records(chain, SAMPLES)]
     assert [(one.global_step, one.num_samples) for one in found] == [(step, 4) for step in range(1, 5)]
     assert {name for one in found for name in one.replicas} == {"replica-0"}
+
+
+def test_a_replica_whose_token_is_known_is_told_of_each_version(model_dir: Path, tmp_path: Path) -> None:
+    """It looks for versions itself once an hour."""
+    url = f"file://{tmp_path}/bucket/chain"
+    trainer = grpo_trainer(model_dir, tmp_path)
+    trainer.add_callback(WeightlineCallback(url))
+    with running_replica(open_chain(url), tmp_path / "replica", "replica-0", following=Following(3600)) as replica:
+        ChainRollouts(url, lookahead=0, staleness=0, replicas=[replica.url], tokens={replica.url: TOKEN}).attach(
+            trainer
+        )
+        trainer.train()
+    assert [parse_samples(record).made_by for record in read_records(open_chain(url), SAMPLES)] == [{0: 4}, {1: 4}]
 
 
 def _prompts_seen(trainer: Any) -> list[list[str]]:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from weightline.errors import LaunchError
 from weightline.launch.processes import ProcessTree, start_process
+from weightline.serving.http.auth import load_token
 from weightline.serving.http.client import read_address
 
 LOG = "replica.log"
@@ -48,6 +49,8 @@ def kept_replica(chain_url: str, state_dir: Path, owner: int, *options: str) -> 
 
     A replica that is started again listens at the same address. LaunchError when it ends more than three times.
     """
+    state_dir.mkdir(parents=True, exist_ok=True)
+    load_token(state_dir)  # creates it before anything reads it
     process = start_replica(chain_url, state_dir, owner, "--port", "0", *options, dies_with_parent=True)
     port, num_restarts = "0", 0
 
