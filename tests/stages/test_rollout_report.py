@@ -24,8 +24,9 @@ def test_ranks_work_at_the_same_time_and_batches_one_after_the_other() -> None:
     for both in (ranks, batches):
         assert both.ages == {0: 6, 1: 6, 3: 4}
         assert both.made_by == {2: 4, 4: 6, 5: 6}
-        assert both.replicas == {"a": (10, 2.0), "b": (6, 3.0)}
         assert (both.num_regenerated, both.num_mixed) == (3, 3)
+    assert ranks.replicas == {"a": (10, 1.5), "b": (6, 3.0)}
+    assert batches.replicas == {"a": (10, 2.0), "b": (6, 3.0)}
     assert (ranks.wait_seconds, ranks.generate_seconds, ranks.queue_length) == (1.0, 4.0, 1)
     assert (batches.wait_seconds, batches.generate_seconds, batches.queue_length) == (1.25, 6.0, 2)
 

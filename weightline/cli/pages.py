@@ -18,11 +18,13 @@ _LOGGED = ("name", "recorded_at")
 _REFRESH = ("name", "status", "served_at", "pause_seconds", "num_changed", "newer_version", "reason")
 
 
-def log_lines(listed: Sequence[ListedVersion]) -> list[str]:
-    """Returns the table of `weightline log`. It has a column for staleness if any of the versions has one."""
-    has_staleness = any(one.row.staleness for one in listed)
-    header = (*LOG_HEADER, "staleness") if has_staleness else LOG_HEADER
-    return table(header, [(*log_cells(one), _staleness(one)) if has_staleness else log_cells(one) for one in listed])
+def log_lines(listed: Sequence[ListedVersion], staleness: Mapping[int, tuple[float, float]]) -> list[str]:
+    """Returns the table of `weightline log`, with a column for staleness (mean, max by version) if there is any."""
+    if not staleness:
+        return table(LOG_HEADER, [log_cells(one) for one in listed])
+    ages = [", ".join(map(cell, staleness.get(one.row.version, ()))) or "-" for one in listed]
+    rows = [(*log_cells(one), age) for one, age in zip(listed, ages, strict=True)]
+    return table((*LOG_HEADER, "staleness"), rows)
 
 
 def log_cells(listed: ListedVersion) -> tuple[object, ...]:
@@ -114,11 +116,6 @@ def _records(what: str, records: Sequence[Record], names: Sequence[str]) -> list
     columns = [name for name in (*names, *metrics) if any(record.get(name) is not None for record in flat)]
     header = [what if name == "name" else name.replace("_", " ") for name in columns]
     return table(header, [[cell(record.get(name)) for name in columns] for record in flat])
-
-
-def _staleness(listed: ListedVersion) -> str:
-    """Returns mean and maximum, as in "1.25, 2"."""
-    return ", ".join(map(cell, listed.row.staleness)) if listed.row.staleness else "-"
 
 
 def _moment(stamp: str) -> str:

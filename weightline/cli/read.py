@@ -39,22 +39,24 @@ def log(
     """List the versions of a chain, newest first, with their scores and refs."""
     from weightline.cli.pages import log_lines
     from weightline.lineage.listing import list_versions
+    from weightline.lineage.samples import staleness_by_version
 
     chain = open_existing(bucket)
     versions = chain.versions()
     num_shown = limit or (len(versions) if as_json else screenful())
     listed, problems = list_versions(chain, versions[-num_shown:][::-1])
-    warn(problems)
+    staleness, unreadable = staleness_by_version(chain, [one.row for one in listed])
+    warn([*problems, *unreadable])
     document = {
         "num_versions": len(versions),
         "versions": [
             summary(one.manifest)
             | {"score": one.row.score, "evaluation": one.row.evaluation, "refs": one.refs}
-            | {"staleness": one.row.staleness}
+            | {"staleness": staleness.get(one.row.version)}
             for one in listed
         ],
     }
-    lines = log_lines(listed)
+    lines = log_lines(listed, staleness)
     if len(listed) < len(versions):
         lines.append(f"{len(listed)} of {len(versions)} versions; --limit {len(versions)} shows all")
     emit(document, lines, as_json=as_json)

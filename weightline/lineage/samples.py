@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from weightline.chain import Chain
 from weightline.chain.read.records import SAMPLES
 from weightline.lineage.listing import read_good_records
+from weightline.lineage.rows import LineageRow
 from weightline.lineage.text import escape_markdown
 from weightline.rollouts.record import SamplesRecord, Spread, parse_samples
 
@@ -25,6 +26,32 @@ def newest_samples(chain: Chain, versions: Iterable[int]) -> tuple[int, SamplesR
         if found is not None:
             return version, found
     return None
+
+
+def staleness_by_version(
+    chain: Chain, rows: Iterable[LineageRow], max_read: int = 100
+) -> tuple[dict[int, tuple[float, float]], tuple[str, ...]]:
+    """Returns ((mean, max) by version, what is wrong with unreadable records).
+
+    The metric of a version says it. Where none was logged, since trainers log every few steps, the record does. At most
+    `max_read` versions are looked up so.
+    """
+    found: dict[int, tuple[float, float]] = {}
+    unknown = []
+    for row in rows:
+        if row.staleness is not None:
+            found[row.version] = row.staleness
+        else:
+            unknown.append(row.version)
+    if not unknown or max(unknown) - min(unknown) >= max_read:
+        return found, ()
+    records = read_good_records(chain, SAMPLES, min(unknown), max(unknown))
+    for version in unknown:
+        for record in records.of.get(version, ()):
+            staleness = parse_samples(record).staleness
+            if staleness.mean is not None and staleness.max is not None:
+                found[version] = (staleness.mean, staleness.max)
+    return found, records.problems
 
 
 def samples_markdown(version: int, found: SamplesRecord) -> str:

@@ -44,7 +44,7 @@ class Spread:
 
 @dataclass(frozen=True, slots=True)
 class ReplicaWork:
-    """The samples that one replica generated, and the seconds in which it did."""
+    """The samples that one replica generated, and the seconds in which it was busy with them."""
 
     num_samples: int
     seconds: float | None = None

@@ -6,8 +6,9 @@ Every number is of all ranks. Imports no torch.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import add
 from typing import Any
 
 from weightline.rollouts.record import Group, ReplicaWork, SamplesRecord, Spread
@@ -59,24 +60,27 @@ def ages_of(samples: Iterable[Sample], newest: int, lineage: Lineage) -> Counter
 def over_ranks(reports: Sequence[BatchReport]) -> BatchReport:
     """Returns the report of one generation batch from those of the ranks, which worked at the same time."""
     return _summed(
-        reports,
+        reports, max,
         wait_seconds=max(report.wait_seconds for report in reports),
         generate_seconds=max(report.generate_seconds for report in reports),
         queue_length=min(report.queue_length for report in reports),
-    )
+    )  # fmt: skip
 
 
 def over_batches(reports: Sequence[BatchReport]) -> BatchReport:
     """Returns the report of several generation batches of one optimizer step, one after the other."""
     return _summed(
-        reports,
+        reports, add,
         wait_seconds=sum(report.wait_seconds for report in reports),
         generate_seconds=sum(report.generate_seconds for report in reports),
         queue_length=reports[-1].queue_length,
-    )
+    )  # fmt: skip
 
 
-def _summed(reports: Sequence[BatchReport], **others: Any) -> BatchReport:
+def _summed(
+    reports: Sequence[BatchReport], join_seconds: Callable[[float, float], float], **others: Any
+) -> BatchReport:
+    """Returns the sums. `join_seconds` joins a replica's seconds: those of ranks are at the same time."""
     ages: Counter[int] = Counter()
     made_by: Counter[int] = Counter()
     replicas: dict[str, tuple[int, float]] = {}
@@ -85,7 +89,7 @@ def _summed(reports: Sequence[BatchReport], **others: Any) -> BatchReport:
         made_by.update(report.made_by)
         for name, (num_samples, seconds) in report.replicas.items():
             before = replicas.get(name, (0, 0.0))
-            replicas[name] = (before[0] + num_samples, before[1] + seconds)
+            replicas[name] = (before[0] + num_samples, join_seconds(before[1], seconds))
     return BatchReport(
         ages=dict(ages), made_by=dict(made_by), replicas=replicas,
         num_regenerated=sum(report.num_regenerated for report in reports),
