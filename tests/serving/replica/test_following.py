@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 from tests.chains import AT_ONCE
 from tests.serving.model_chains import ModelChain, make_chain
 from tests.serving.servers import running_replica
-from tests.waiting import wait_until
+from tests.waiting import PATIENCE_SECONDS, wait_until
 from weightline.chain import Chain
 from weightline.chain.read.leases import Lease, live_leases, read_lease, read_leases
 from weightline.chain.read.records import REFRESHES, read_records
@@ -158,7 +159,7 @@ def test_no_unknown_error_ends_the_threads_of_the_lease_and_the_follower(grown: 
         store.fault = None
         wait_until(lambda: running.replica.version == 2)
         wait_until(lambda: (service.status().lease_error, service.status().follow_error) == (None, None))
-        assert [lease.version for lease in live_leases(grown.chain)] == [2]
+        wait_until(lambda: [lease.version for lease in live_leases(grown.chain)] == [2])
         assert all(thread.is_alive() for thread in service._threads)
 
 
@@ -230,6 +231,7 @@ def test_the_lease_tells_where_the_replica_stands_and_that_it_left(grown: ModelC
         assert lease.lag_seconds is not None
         assert lease.lag_seconds > 0
         running.service.refresh(1)
+        wait_until(lambda: live_leases(grown.chain)[0].version == 1)
         (lease,) = live_leases(grown.chain)
         assert (lease.version, lease.lag_versions, lease.lag_seconds, lease.moving_to) == (1, 0, 0.0, None)
     held = read_lease(grown.chain, "r-1")
@@ -278,6 +280,46 @@ def test_the_lease_says_where_a_replica_goes_before_anything_is_read_on_the_way(
     assert store.requests.index("put records/replicas/r/lease.json") < store.requests.index(
         "get commits/00000000000000000001.json"
     )
+
+
+def test_a_move_to_the_tip_waits_for_no_write_of_the_lease(grown: ModelChain, tmp_path: Path) -> None:
+    """The bucket takes no lease while the replica moves, and gets it afterwards."""
+    chain, store = _counting(grown)
+    may_write = threading.Event()
+    may_write.set()
+    put = store.put
+
+    def held_up(key: str, body: bytes) -> None:
+        assert may_write.wait(PATIENCE_SECONDS)
+        put(key, body)
+
+    store.put = held_up  # type: ignore[method-assign]
+    with running_replica(chain, tmp_path / "r", "r", version=0) as running:
+        may_write.clear()
+        assert running.service.refresh(1).version == 1
+        assert [lease.version for lease in live_leases(grown.chain)] == [0]
+        may_write.set()
+        wait_until(lambda: live_leases(grown.chain)[0].version == 1)
+
+
+def test_a_step_to_the_next_version_reads_little(grown: ModelChain, tmp_path: Path) -> None:
+    """Its manifest, that of the version before, and its payload: no listing."""
+    chain, store = _counting(grown)
+    replica = Replica(chain, TransformersEngine("cpu"), tmp_path / "r", "r")
+    replica.refresh(0)
+    store.requests.clear()
+    replica.refresh(1)
+    assert store.requests == ["get commits/00000000000000000001.json", "get commits/00000000000000000000.json"]
+
+
+def test_a_requested_move_of_a_replica_that_follows_is_recorded_as_its_own(grown: ModelChain, tmp_path: Path) -> None:
+    with running_replica(grown.chain, tmp_path / "r", "r", following=Following(3600.0)) as running:
+        wait_until(lambda: running.replica.version == 1)
+        for version in (2, 3):
+            grown.grow()
+            running.service.refresh(version)
+        wait_until(lambda: len(read_records(grown.chain, REFRESHES)) == 3)
+    assert [record["status"] for record in read_records(grown.chain, REFRESHES)] == ["done"] * 3
 
 
 def test_a_name_belongs_to_one_living_replica(grown: ModelChain, tmp_path: Path) -> None:

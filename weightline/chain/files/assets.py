@@ -104,9 +104,13 @@ def assets_of(chain: Chain, version: int) -> tuple[AssetRef, ...]:
     """Returns the assets of a version: those of the newest manifest up to it that names any.
 
     Manifests are read from the version backwards, one at a time. One that is collected meanwhile is passed over: gc
-    leaves the manifest that names the assets of a kept version.
+    leaves the manifest that names the assets of a kept version. A version after one that was looked up before costs at
+    most its own manifest, and no listing.
     """
-    assets: tuple[AssetRef, ...] = ()
+    assets = chain.assets.get(version) or _assets_beside(chain, version)
+    if assets:
+        chain.assets[version] = assets
+        return assets
     for candidate in _backwards(chain, version):
         with suppress(NotFoundError):
             assets = chain.assets.get(candidate) or chain.read_manifest(candidate).assets
@@ -114,6 +118,17 @@ def assets_of(chain: Chain, version: int) -> tuple[AssetRef, ...]:
             break
     chain.assets[version] = assets
     return assets
+
+
+def _assets_beside(chain: Chain, version: int) -> tuple[AssetRef, ...]:
+    """Returns the assets of a version if those of the version before it are known; nothing otherwise."""
+    before = chain.assets.get(version - 1, ())
+    if not before:
+        return ()
+    try:
+        return chain.read_manifest(version).assets or before
+    except NotFoundError:
+        return ()
 
 
 def _backwards(chain: Chain, version: int) -> Iterator[int]:

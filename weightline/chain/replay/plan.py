@@ -269,6 +269,16 @@ def plan_between(chain: Chain, have: int | None, want: int, avoiding: Collection
     return _plan(chain, have, want, avoiding)
 
 
+def direct_plan(chain: Chain, have: int | None, want: int) -> ReplayPlan | None:
+    """Returns the path by the version's own delta, when it leads there from what the reader has; None otherwise.
+
+    A reader that is one step behind takes it without a look at shortcuts: it costs no listing.
+    """
+    manifest = chain.manifest(want)
+    is_next = have is not None and want == have + 1 and manifest.base_version == have
+    return ReplayPlan(have, want, (hop_of(manifest),)) if is_next else None
+
+
 def _plan(chain: Chain, have: int | None, want: int, avoiding: Collection[str]) -> ReplayPlan:
     if have is not None and have <= want:
         ways = Ways(chain, first=have + 1, last=want, first_base=have, avoiding=avoiding)

@@ -18,7 +18,7 @@ import numpy as np
 from weightline.chain.read.history import Chain
 from weightline.chain.read.refs import oldest_kept
 from weightline.chain.replay.fetch import Fetcher, fetching
-from weightline.chain.replay.plan import Hop, ReplayPlan, Ways, plan_between, plan_replay
+from weightline.chain.replay.plan import Hop, ReplayPlan, Ways, direct_plan, plan_between, plan_replay
 from weightline.codec.changes import compose, join_parts, undo_decoded
 from weightline.codec.digest import add_digests, digest_change, format_digest, tensor_digest
 from weightline.dtypes import bits_dtype
@@ -216,7 +216,9 @@ def replay(
         if ways is not None and not fetcher.broken_shortcuts:
             plan = plan_replay(ways, state.version, version, ways.stands)
         else:
-            plan = plan_between(chain, state.version, version, fetcher.broken_shortcuts)
+            plan = (None if lost else direct_plan(chain, state.version, version)) or plan_between(
+                chain, state.version, version, fetcher.broken_shortcuts
+            )
         if plan.hops and plan.hops[0].base_version is None and not isinstance(state, HostState):
             return state, plan
         fetcher.prefetch(ref for hop in plan.hops for ref in hop.payloads)

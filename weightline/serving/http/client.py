@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import ssl
 import time
 from contextlib import nullcontext
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -80,6 +82,12 @@ def _parsed(cls: type[Body], url: str, body: object) -> Body:
         raise ApplyError(f"the server at {url} is not a replica", url=url, is_unreachable=True) from error
 
 
+@cache
+def _tls() -> ssl.SSLContext:
+    """Returns the trusted authorities, read once: reading them takes longer than a refresh."""
+    return httpx.create_ssl_context(trust_env=False)
+
+
 def _ask(
     method: str,
     url: str,
@@ -91,7 +99,7 @@ def _ask(
 ) -> object:
     address = f"{url.rstrip('/')}{route}"
     try:
-        with nullcontext(http) if http is not None else httpx.Client(trust_env=False) as connections:
+        with nullcontext(http) if http is not None else httpx.Client(trust_env=False, verify=_tls()) as connections:
             answer = connections.request(method, address, json=body, headers=headers, timeout=timeout_seconds)
         received: object = answer.json()
     except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:

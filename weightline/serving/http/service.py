@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -40,7 +41,10 @@ class ReplicaService:
         self._refused: int | None = None
         self._moving_to: int | None = None
         self._follow_error: str | None = None
-        self._stopping = threading.Event()
+        self._newest_tip = -1
+        """The newest tip that was seen, by which a move to a version is a move to the tip."""
+        self._unrecorded: list[RefreshFacts] = []
+        self._stopping, self._is_work_waiting = threading.Event(), threading.Event()
         self._threads = [threading.Thread(target=self._run, name="weightline-follower", daemon=True)]
         if self._registration is not None:
             renew = self._registration.renew_until
@@ -62,6 +66,9 @@ class ReplicaService:
     def close(self) -> None:
         """Ends the threads, after the refresh that they may be in, and the lease. Waits 10 s at most for each."""
         self._stopping.set()
+        self._is_work_waiting.set()
+        if self._registration is not None:
+            self._registration.wake()
         for thread in self._threads:
             if thread.is_alive():
                 thread.join(_CLOSE_SECONDS)
@@ -72,7 +79,17 @@ class ReplicaService:
             ending.join(_CLOSE_SECONDS)
 
     def refresh(self, version: int | None = None, *, allow_backward: bool = False) -> RefreshFacts:
-        """Does `Replica.refresh`, announces it in the lease and counts it."""
+        """Does `Replica.refresh`, announces it in the lease and counts it.
+
+        The move of a replica that follows its chain is recorded afterwards, as one that it made by itself.
+        """
+        facts = self._refresh(version, allow_backward=allow_backward)
+        if self._follower is not None and facts.from_version != facts.version:
+            self._unrecorded.append(facts)
+            self._is_work_waiting.set()
+        return facts
+
+    def _refresh(self, version: int | None, *, allow_backward: bool) -> RefreshFacts:
         with self._announced(None if version == self.replica.version else version):
             try:
                 facts = self.replica.refresh(version, allow_backward=allow_backward)
@@ -126,7 +143,9 @@ class ReplicaService:
     # The lease carries what these two return. It must be renewed whatever they meet, so they raise nothing.
     def _tip_version(self) -> int | None:
         try:
-            return self.replica.chain.tip_version()
+            tip = self.replica.chain.tip_version()
+            self._newest_tip = max(self._newest_tip, -1 if tip is None else tip)
+            return tip
         except WeightlineError as error:
             _log.info("the tip of %s cannot be read: %s", self.replica.chain.url, error)
         except Exception:  # noqa: BLE001 - logged with its traceback
@@ -160,12 +179,17 @@ class ReplicaService:
             if self._registration is None:
                 yield
             else:
-                with self._registration.moving(version):
+                with self._registration.moving(version, is_tip=self._is_next_tip(version)):
                     yield
         finally:
             self._moving_to = None
         if self._registration is None:
             self.observe()
+
+    def _is_next_tip(self, version: int | None) -> bool:
+        """Returns whether a move leads forward to the tip, as far as was seen here. None is the tip, or no move."""
+        held = self.replica.version
+        return held is not None and (version is None or (version > held and version >= self._newest_tip))
 
     def _run(self) -> None:
         """Returns to the last version and follows the chain until the service closes. No error ends it.
@@ -182,7 +206,24 @@ class ReplicaService:
                     is_settled = self._recover()
                 continue
             num_failures = 0 if self._follow_once(self._follower) else num_failures + 1
-            self._stopping.wait(self._follower.following.wait_seconds(num_failures))
+            self._wait_and_record(self._follower.following.wait_seconds(num_failures))
+
+    def _wait_and_record(self, seconds: float) -> None:
+        """Waits until the next look for a version is due, and records the moves that were requested meanwhile."""
+        deadline = time.monotonic() + seconds
+        while not self._stopping.is_set() and self._is_work_waiting.wait(max(0.0, deadline - time.monotonic())):
+            self._is_work_waiting.clear()
+            while self._unrecorded:
+                self._record(self._unrecorded.pop(0))
+
+    def _record(self, facts: RefreshFacts) -> None:
+        """Writes the record of a move. A failure is logged: the moves that follow do not depend on it."""
+        try:
+            record_refresh(self.replica.chain, facts.version, self.replica.name, facts)
+        except WeightlineError as error:
+            _log.warning("replica %s cannot record its move to version %s: %s", self.replica.name, facts.version, error)
+        except Exception:  # noqa: BLE001 - logged with its traceback
+            _log.exception("replica %s cannot record its move to version %s", self.replica.name, facts.version)
 
     def _recover(self) -> bool:
         """Loads the version that was served before the start. Returns False where another try may succeed."""
@@ -230,7 +271,7 @@ class ReplicaService:
         if target is None or target in (self.replica.version, self._refused):
             return
         try:
-            facts = self.refresh(target, allow_backward=follower.following.ref is not None)
+            facts = self._refresh(target, allow_backward=follower.following.ref is not None)
             record_refresh(self.replica.chain, facts.version, self.replica.name, facts)
         except UnsupportedFeatureError as error:
             # A retry cannot succeed: this engine will never serve that version, but perhaps the next one.

@@ -68,6 +68,8 @@ class Registration:
         self._chain, self.presence, self._status, self._on_failure = chain, presence, status, on_failure
         self._state_dir, self._holder = state_dir, _holder_of(state_dir)
         self._is_ended = False
+        self._is_asked = threading.Event()
+        self._thread: threading.Thread | None = None
         self.moving_to: int | None = None
         self.num_failures = 0
         self.last_error: str | None = None
@@ -102,29 +104,52 @@ class Registration:
         _log.error("%s", self.last_error)
 
     def renew_until(self, stopping: threading.Event) -> None:
-        """Renews the lease three times in its length until `stopping` is set. For a thread of its own.
+        """Renews the lease three times in its length, and when asked, until `stopping` is set and `wake` was called.
 
-        After an error it tries again sooner: the waits double up to the usual one.
+        For a thread of its own. After an error it tries again sooner: the waits double up to the usual one.
         """
-        num_failures = 0
-        while not stopping.wait(self._wait_seconds(num_failures)):
+        self._thread, num_failures = threading.current_thread(), 0
+        while True:
+            self._is_asked.wait(self._wait_seconds(num_failures))
+            self._is_asked.clear()
+            if stopping.is_set():
+                return
             num_failures = 0 if self.renew() else num_failures + 1
+
+    def wake(self) -> None:
+        """Lets the thread that renews renew at once, or end."""
+        self._is_asked.set()
+
+    def renew_soon(self) -> None:
+        """Renews the lease on its thread, so that the caller need not wait for the bucket; here if there is none."""
+        if self._thread is not None and self._thread.is_alive():
+            self.wake()
+        else:
+            self.renew()
 
     def _wait_seconds(self, num_failures: int) -> float:
         halvings = max(0, _MAX_HALVINGS + 1 - num_failures) if num_failures else 0
         return self.presence.ttl_seconds / 3 / 2**halvings
 
     @contextmanager
-    def moving(self, version: int | None) -> Iterator[None]:
-        """Writes the version to move to (None: no move) before anything is read, and the result afterwards."""
+    def moving(self, version: int | None, *, is_tip: bool = False) -> Iterator[None]:
+        """Writes the version to move to (None: no move) before anything is read, and the result afterwards.
+
+        Garbage collection keeps the tip whatever the leases say, so a move to it is not announced, and does not wait
+        for the write of its result.
+        """
         if version is not None:
             self.moving_to = version
-            self.renew()
+            if not is_tip:
+                self.renew()
         try:
             yield
         finally:
             self.moving_to = None
-            self.renew()
+            if is_tip:
+                self.renew_soon()
+            else:
+                self.renew()
 
     def end(self) -> None:
         """Ends the lease. Safe to repeat; nothing is renewed after it. An error is logged: the lease expires then."""
