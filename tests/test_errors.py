@@ -18,7 +18,7 @@ from weightline.errors import (
 KINDS = {
     "input", "recipe", "not-found", "chain-empty", "version-not-found", "conflict", "commit-conflict", "base-mismatch",
     "corrupt", "manifest", "payload", "digest-mismatch", "unsupported-feature", "storage", "storage-transient",
-    "object-exists", "publish", "apply", "launch", "signature", "missing-extra", "rollout",
+    "object-exists", "publish", "apply", "launch", "signature", "missing-extra", "rollout", "version-not-served",
 }  # fmt: skip
 
 
