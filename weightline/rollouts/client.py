@@ -30,6 +30,8 @@ WAIT_HEADER = "x-weightline-wait-seconds"
 MIXING_HEADER = "x-weightline-mixing"
 _ROLLOUTS, _GENERATE, _COMPLETIONS = "/weightline/rollouts", "/inference/v1/generate", "/v1/completions"
 _ROUTES = frozenset({_ROLLOUTS, _GENERATE, _COMPLETIONS})
+#: Less than the 5 s after which uvicorn closes an idle connection, so that none is used while it closes.
+KEEPALIVE_SECONDS = 2.0
 _CONNECT_SECONDS = 5.0
 #: Bytes of an answer: JSON of a token's id and logprob takes less, with names and texts of its choice.
 _NBYTES_A_TOKEN = 1024
@@ -120,7 +122,7 @@ class ReplicaClient:
         """Opens nothing yet. A request that takes longer than `request_seconds` counts as lost."""
         self.url = url.rstrip("/")
         self._request_seconds = request_seconds
-        limits = httpx.Limits(max_connections=None, max_keepalive_connections=64)
+        limits = httpx.Limits(max_keepalive_connections=64, keepalive_expiry=KEEPALIVE_SECONDS)
         self._http = httpx.AsyncClient(trust_env=False, limits=limits, timeout=request_seconds)
 
     async def close(self) -> None:

@@ -19,6 +19,7 @@ import httpx
 from weightline.chain.read.history import open_chain
 from weightline.chain.read.leases import live_leases
 from weightline.errors import WeightlineError
+from weightline.rollouts.client import KEEPALIVE_SECONDS
 from weightline.serving.http import client
 from weightline.serving.http.auth import TOKEN_VARIABLE
 from weightline.serving.http.hosts import is_trusted_url, may_receive_token
@@ -154,7 +155,7 @@ class _Line:
     def __init__(self, url: str, token: str, chain_url: str, note: Callable[[Pushed | None], None]) -> None:
         self._url, self._token, self._chain_url, self._note = url, token, chain_url, note
         self._waiting: tuple[int, float] | None = None
-        self._http = httpx.Client(trust_env=False)
+        self._http = httpx.Client(trust_env=False, limits=httpx.Limits(keepalive_expiry=KEEPALIVE_SECONDS))
         self._is_closed = False
         self._arrived = threading.Condition()
         self.thread = threading.Thread(target=self._run, name="weightline-push-replica", daemon=True)
