@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from datasets import Dataset
+from peft import LoraConfig, get_peft_model
 from trl import GRPOConfig, GRPOTrainer
 
 from tests.stages.rewards import share_of_even_bytes
@@ -14,6 +15,8 @@ from weightline import ChainRollouts, WeightlineCallback
 from weightline.errors import InputError
 from weightline.stages.model import materialize_model
 from weightline.stages.recipe import ModelConfig, TinyModelConfig
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning")  # PEFT's
 
 
 @pytest.fixture(scope="module")
@@ -41,9 +44,15 @@ def _url(folder: Path) -> str:
 
 @pytest.mark.parametrize(
     "field",
-    ["vllm_importance_sampling_correction", "generation_kwargs", "per_device_train_batch_size", "rollout_func"],
+    [
+        "vllm_importance_sampling_correction",
+        "generation_kwargs",
+        "per_device_train_batch_size",
+        "rollout_func",
+        "model",
+    ],
 )
-def test_agrpo_trainer_whose_settings_do_not_go_with_rollouts(field: str, model_dir: Path, tmp_path: Path) -> None:
+def test_a_trainer_whose_settings_do_not_go_with_rollouts(field: str, model_dir: Path, tmp_path: Path) -> None:
     options = {
         "vllm_importance_sampling_correction": {"vllm_importance_sampling_correction": False},
         "generation_kwargs": {"generation_kwargs": {"no_repeat_ngram_size": 2}},
@@ -54,6 +63,8 @@ def test_agrpo_trainer_whose_settings_do_not_go_with_rollouts(field: str, model_
         trainer.args.steps_per_generation = 1
     if field == "rollout_func":
         trainer.rollout_func = lambda prompts, trainer: {}
+    if field == "model":
+        trainer.model = get_peft_model(trainer.model, LoraConfig(target_modules=["q_proj"]))
     with pytest.raises(InputError, match=f"^{field} does not go with rollouts") as caught:
         ChainRollouts(_url(tmp_path)).attach(trainer)
     assert caught.value.field == field

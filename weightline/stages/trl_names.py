@@ -10,6 +10,7 @@ from typing import Any
 
 from weightline.errors import InputError
 from weightline.rollouts.sampling import Sampling
+from weightline.trainer.adapter import is_peft_model
 
 #: Attributes of a trainer that is ready to train.
 TRAINER_NAMES = (
@@ -48,6 +49,7 @@ def require_settings(trainer: Any, lookahead: int) -> None:
     mode = trainer.vllm_importance_sampling_mode
     num_local = trainer.args.per_device_train_batch_size * trainer.args.steps_per_generation
     for field, is_wrong, remedy in (
+        ("model", is_peft_model(trainer.model), "a whole model, since replicas serve no adapters"),
         ("use_vllm", trainer.use_vllm, "leave it out, since the replicas generate"),
         ("rollout_func", trainer.rollout_func is not None, "pass it to ChainRollouts(rollout=...)"),
         ("generation_kwargs", trainer.args.generation_kwargs, "leave it out, since replicas do not know it"),
