@@ -48,6 +48,7 @@ _FLOATS = frozenset({"F16", "BF16", "F32", "F64"})
 #: ones follow, on the same version.
 _MAX_ROWS = 256
 _MAX_BATCH_NBYTES = 1024**3
+_TYPICAL_CACHE_NBYTES = 128 * 1024
 
 
 class TransformersEngine(InProcessEngine):
@@ -292,12 +293,19 @@ def _rows_of(prompts: Sequence[Sequence[int]], request: GenerationRequest) -> li
 
 
 def _cache_nbytes(model: Any) -> int:
-    """Returns the bytes of keys and values that a position takes, at most: models may keep fewer of them."""
+    """Returns the bytes of keys and values that a position takes, at most: models may keep fewer of them.
+
+    A model whose config does not say it is taken for one of a billion parameters.
+    """
     config = model.config.get_text_config()
-    num_heads = config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // num_heads
+    num_layers, num_heads, width = (
+        getattr(config, name, None) for name in ("num_hidden_layers", "num_attention_heads", "hidden_size")
+    )
+    if not (isinstance(num_layers, int) and isinstance(num_heads, int) and isinstance(width, int)):
+        return _TYPICAL_CACHE_NBYTES
+    head_dim = getattr(config, "head_dim", None) or width // num_heads
     num_kept = getattr(config, "num_key_value_heads", None) or num_heads
-    nbytes: int = 2 * config.num_hidden_layers * num_kept * head_dim * model.dtype.itemsize
+    nbytes: int = 2 * num_layers * num_kept * head_dim * model.dtype.itemsize
     return nbytes
 
 
