@@ -41,6 +41,8 @@ async def _play(environment: RemoteEnvironment, seed: int) -> list[Step]:
 def environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningEnvironment]:
     with running_environment(tmp_path_factory.mktemp("environment") / "log", "--max-sessions", "2") as running:
         yield running
+        running.process.terminate()
+        assert running.process.wait(PATIENCE_SECONDS) == 0
 
 
 @pytest.mark.process

@@ -79,9 +79,9 @@ def _answer(emulator: HubEmulator, request: Request) -> Response:
 
 
 @contextmanager
-def running_emulator(root: Path, *, port: int = 0) -> Iterator[HubEmulator]:
-    """A Hub on 127.0.0.1 for the length of a block, served by threads of this process."""
+def running_emulator(root: Path, *, port: int = 0, host: str = "127.0.0.1") -> Iterator[HubEmulator]:
+    """A Hub at an address of this machine for the length of a block, served by threads of this process."""
     emulator = HubEmulator.at(root)
-    with listening(_Handler, port, emulator=emulator) as taken:
-        emulator.url = f"http://127.0.0.1:{taken}"
+    with listening(_Handler, port, host=host, emulator=emulator) as taken:
+        emulator.url = f"http://{host}:{taken}"
         yield emulator

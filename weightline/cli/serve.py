@@ -97,9 +97,7 @@ def transformers(
     from weightline.serving.http.server import ServerSettings, serve
 
     _log_to_stderr()
-    # uvicorn raises the signal that ended it again. These handlers make it run the `finally` blocks and exit with 0.
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: sys.exit(0))
+    _exit_in_order_at_a_signal()
     settings = ServerSettings(
         chain_url=follow, state_dir=_state_dir(state_dir, name), name=name, host=host, port=port,
         follow_seconds=_follow_seconds(every, ref), follow_ref=ref, device=device, drain_seconds=drain,
@@ -132,8 +130,7 @@ def front(
     from weightline.front.settings import FrontSettings
 
     _log_to_stderr()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: sys.exit(0))
+    _exit_in_order_at_a_signal()
     settings = FrontSettings(
         chain_url=follow, state_dir=_state_dir(state_dir, name), name=name, host=host, port=port,
         replica_urls=tuple(replica or ()), retry_seconds=retry,
@@ -189,6 +186,7 @@ def environment(
         from weightline.environments.server import serve
 
         _log_to_stderr()
+        _exit_in_order_at_a_signal()
         shown = f"[{host}]" if ":" in host else host
         typer.echo(f"http://{shown}:{listener.getsockname()[1]}")
         serve(listener, max_sessions)
@@ -230,6 +228,12 @@ def _log_to_stderr() -> None:
     """Logs what weightline does (starts, moves, refusals), and the warnings of the libraries that it uses."""
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.getLogger("weightline").setLevel(logging.INFO)
+
+
+def _exit_in_order_at_a_signal() -> None:
+    """Makes the process run its `finally` blocks and exit with 0: uvicorn raises the signal that ended it again."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: sys.exit(0))
 
 
 def _follow_seconds(every: float, ref: str | None) -> float | None:
