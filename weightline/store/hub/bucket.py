@@ -33,8 +33,9 @@ _HTTP_TIMEOUT_SECONDS = 60.0
 
 _NUM_REPEATS = 5
 
-#: Pauses between reads of a path that was just written, until the read shows the write.
-VISIBLE_PAUSES_SECONDS = (0.0, 0.1, 0.3, 0.6, 1.0, 2.0, 4.0)
+#: Pauses between reads of a path that was just written, until the read shows the write. They stay short: the real Hub
+#: has taken 2.5 s, and every pause that is longer than needed delays a commit.
+VISIBLE_PAUSES_SECONDS = (0.0, 0.1, 0.2, 0.2, *[0.5] * 15)
 
 #: Parts of the Hub's error messages that mark a failure as permanent.
 _PERMANENT = ("invalid", "forbidden", "not allowed", "permission", "quota", "exceed", "too large")

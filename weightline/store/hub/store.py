@@ -40,6 +40,7 @@ _S3_REGION = "us-east-1"
 
 #: Must exceed the skew between the Hub's servers, not the lag of its listings: see `claims.py`.
 DEFAULT_SETTLE_SECONDS = 2.0
+_SEEN_SECONDS = 12.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,12 +163,12 @@ class HubStore:
         TransientStorageError when it does not show in time.
         """
         path = self._path(key)
-        pause = 0.1
+        waited, pause = 0.0, 0.1
         while path not in self._bucket.find([path]):
-            if pause > 10:
+            if waited > _SEEN_SECONDS:
                 raise TransientStorageError(f"{key} was created in {self.url} and does not show", key=key, url=self.url)
             time.sleep(pause)
-            pause *= 2
+            waited, pause = waited + pause, min(2 * pause, 0.5)
 
     def _existing(self, key: str) -> HubFile:
         path = self._path(key)
