@@ -39,9 +39,7 @@ class _Server(ThreadingHTTPServer):
 
 
 @contextmanager
-def listening(
-    handler: type[QuietHandler], port: int = 0, *, host: str = "127.0.0.1", **bound: object
-) -> Iterator[int]:
+def listening(handler: type[QuietHandler], port: int = 0, *, host: str = "127.0.0.1", **bound: object) -> Iterator[int]:
     """The port of a server for the length of a block. Handlers see what is `bound` as attributes."""
     server = _Server((host, port), type("_BoundHandler", (handler,), bound))
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)

@@ -1,4 +1,4 @@
-"""`python -m tests.hub_emulator [--root DIR] [--host ADDRESS] [--port N]`: prints its URL and serves until it is ended."""
+"""`python -m tests.hub_emulator [--root DIR] [--host ADDRESS] [--port N]`: prints its URL, serves until it is ended."""
 
 from __future__ import annotations
 
