@@ -153,7 +153,7 @@ def test_replicas_that_are_killed_and_that_join_lose_nothing_and_double_nothing(
     grown: ModelChain, tmp_path: Path
 ) -> None:
     """Batches go on, with the samples that an undisturbed replica makes of the same seeds and versions."""
-    url, long = grown.chain.url, Sampling(n=2, max_tokens=100)
+    url, long = grown.chain.url, Sampling(n=2, max_tokens=40)
     made: dict[int, Taken] = {}
     with ExitStack() as stack:
         first = stack.enter_context(_server(url, tmp_path / "a", "a"))
