@@ -157,28 +157,27 @@ def test_replicas_that_are_killed_and_that_join_lose_nothing_and_double_nothing(
     made: dict[int, Taken] = {}
     with ExitStack() as stack:
         first = stack.enter_context(_server(url, tmp_path / "a", "a"))
-        stack.enter_context(_server(url, tmp_path / "b", "b"))
+        stays = stack.enter_context(running_replica(grown.chain, tmp_path / "b", "b", version=0))
         producer = stack.enter_context(
             Producer(ReplicaFleet(url, look_seconds=0.2), long, seed=1, groups_per_request=1, deadline_seconds=200)
         )
-        wait_until(lambda: _serving(producer, ["a", "b"]))
+        wait_until(lambda: _serving(producer, ["a", "b"]), told=producer.describe)
         made[0] = producer.take(0, _prompts(0))
         producer.request(1, _prompts(1), 0)
         first.send_signal(signal.SIGKILL)
         producer.request(2, _prompts(2), 0)
         made[1] = producer.take(1, _prompts(1))
         stack.enter_context(_server(url, tmp_path / "a", "a"))
-        stack.enter_context(_server(url, tmp_path / "c", "c"))
+        stack.enter_context(running_replica(grown.chain, tmp_path / "c", "c", version=0))
         made[2] = producer.take(2, _prompts(2))
-        wait_until(lambda: _serving(producer, ["a", "b", "c"]))
+        wait_until(lambda: _serving(producer, ["a", "b", "c"]), told=producer.describe)
         made[3] = producer.take(3, _prompts(3))
         assert producer.shares().keys() >= {"a", "b", "c"}
         assert made[3].replicas.keys() == {"a", "b", "c"}
         state = json.loads(json.dumps(producer.snapshot()))
         assert state["batches"] == []
-    with running_replica(grown.chain, tmp_path / "alone", "alone", version=0) as alone:
-        with Producer(ReplicaFleet(url, [alone.url]), long, seed=1) as again:
-            for k, taken in made.items():
-                _check(k, taken)
-                undisturbed = again.take(k, _prompts(k)).samples
-                assert [sample.token_ids for sample in taken.samples] == [one.token_ids for one in undisturbed]
+        again = stack.enter_context(Producer(ReplicaFleet(url, [stays.url]), long, seed=1))
+        for k, taken in made.items():
+            _check(k, taken)
+            undisturbed = again.take(k, _prompts(k)).samples
+            assert [sample.token_ids for sample in taken.samples] == [one.token_ids for one in undisturbed]
