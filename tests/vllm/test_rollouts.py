@@ -176,7 +176,8 @@ def _straddling_choices(server: Serving) -> list[dict[str, Any]]:
         is_over, answers = threading.Event(), list[httpx.Response]()
 
         def ask(is_over: threading.Event = is_over, answers: list[httpx.Response] = answers) -> None:
-            length = {"max_tokens": 200, "min_tokens": 200, "ignore_eos": True}
+            # Not by min_tokens, which takes the end token out of the distribution.
+            length = {"max_tokens": 200, "ignore_eos": True}
             while not is_over.is_set():
                 answers.append(_generate(server, {"x-weightline-mixing": "allow"}, **length))
 
