@@ -127,7 +127,21 @@ def test_the_newest_wins_and_the_passed_over_one_is_recorded(task: EvaluationTas
     assert evaluate_or_skip(grown.chain, 1, task, tmp_path) == records[1]
 
 
-def test_a_request_reads_no_more_of_a_long_chain(task: EvaluationTask, tmp_path: Path) -> None:
+def test_one_request_settles_those_that_wait_behind_it_except_for_milestones(
+    task: EvaluationTask, tmp_path: Path
+) -> None:
+    grown = make_chain(f"memory://{uuid.uuid4().hex}/toy", num_versions=0)
+    for number in range(6):
+        grown.grow(is_milestone=number == 3)
+    evaluate_or_skip(grown.chain, 1, task, tmp_path)
+    found = {record["version"]: record for record in read_records(grown.chain, EVALUATIONS)}
+    assert {version: record["newer_version"] for version, record in found.items()} == {1: 5, 2: 5, 4: 5}
+    assert evaluate_or_skip(grown.chain, 2, task, tmp_path) == found[2]
+
+
+def test_a_request_reads_nothing_before_it_and_is_not_stopped_by_a_manifest_after_it(
+    task: EvaluationTask, tmp_path: Path
+) -> None:
     grown = make_chain(f"memory://{uuid.uuid4().hex}/toy", num_versions=0)
     for _ in range(4):
         grown.grow()

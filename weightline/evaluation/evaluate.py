@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import tempfile
 import time
 from pathlib import Path
@@ -9,9 +10,14 @@ from pathlib import Path
 from weightline.chain import Chain
 from weightline.chain.files.checkpoint import write_checkpoint
 from weightline.chain.read.records import EVALUATIONS, Record, read_record, write_record
+from weightline.errors import CorruptError
 from weightline.evaluation.plan import Done, Evaluate, Skip, plan_evaluation
 from weightline.evaluation.task import EvaluationTask, check_task
 from weightline.extras import check_installed
+
+_logger = logging.getLogger(__name__)
+#: Versions that one request skips at most, besides its own.
+_MAX_SKIPPED = 256
 
 
 def evaluate_or_skip(
@@ -28,9 +34,28 @@ def evaluate_or_skip(
         case Done(record=standing):
             return standing
         case Skip(newer_version=newer):
-            return write_record(chain, EVALUATIONS, version, task.name, {"status": "skipped", "newer_version": newer})
+            return _skip(chain, version, newer, task)
         case Evaluate():
             return measure_version(chain, version, task, work_dir, device)
+
+
+def _skip(chain: Chain, version: int, newer_version: int, task: EvaluationTask) -> Record:
+    """Records that the version is skipped, and that those of its run between it and the newer one are.
+
+    Training with a version a step commits faster than requests are answered. So one request settles all that wait
+    behind it. Milestones wait for their own. Returns the record of the version; safe to repeat.
+    """
+    skipped: Record = {"status": "skipped", "newer_version": newer_version}
+    run_id = chain.manifest(version).run_id
+    for number in range(version + 1, min(newer_version, version + 1 + _MAX_SKIPPED)):
+        try:
+            manifest = chain.manifest_if_kept(number)
+        except CorruptError as error:
+            _logger.warning("version %d is left to its own request: %s", number, error)
+            continue
+        if manifest is not None and manifest.run_id == run_id and not manifest.is_milestone:
+            write_record(chain, EVALUATIONS, number, task.name, skipped)
+    return write_record(chain, EVALUATIONS, version, task.name, skipped)
 
 
 def wait_or_measure(
