@@ -148,6 +148,7 @@ def test_a_restarted_server_comes_back_to_its_version_and_not_to_the_tip(tmp_pat
         wait_until(lambda: _answers(url) and client.status(url).version is not None)
         assert client.status(url).version == 1
         assert client.refresh(url, read_token(tmp_path / "state" / "token")).version == 2
+        wait_until(lambda: [lease.version for lease in live_leases(grown.chain)] == [2])
         (lease,) = live_leases(grown.chain)
         assert (lease.url, lease.version, lease.pid != os.getpid()) == (url, 2, True)
     assert live_leases(grown.chain) == (), "it left in order, and said so"

@@ -250,5 +250,6 @@ class Publisher:
             yield registration
         finally:
             is_over.set()
+            registration.wake()
             renewing.join()
             registration.end()
