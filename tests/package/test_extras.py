@@ -120,6 +120,7 @@ def _installed_alone(extra: str, cases: list[list[str]], folder: Path) -> Iterat
         assert process.stdin is not None
         process.stdin.write(json.dumps([["up"], *cases]))
         process.stdin.close()
+        process.stdin = None
         yield process
         process.send_signal(signal.SIGTERM)
         assert process.wait(PATIENCE_SECONDS) == 0
@@ -130,7 +131,7 @@ def _installed_alone(extra: str, cases: list[list[str]], folder: Path) -> Iterat
         assert done[-1][0] in (0, 128 + signal.SIGTERM), done
     finally:
         process.kill()
-        process.wait()
+        process.communicate()
 
 
 def _answered(process: subprocess.Popen[str], ask: Callable[[], httpx.Response]) -> Any:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from fastapi.routing import APIRoute
+from starlette.routing import Route
 
 from tests.chains import commit_state
 from tests.serving.http.test_app import AUTHORIZED, AppClient
@@ -26,6 +27,7 @@ from weightline.serving.http import client
 from weightline.serving.http.auth import is_authorized, is_loopback
 from weightline.serving.http.server import ServerSettings, serve
 from weightline.serving.http.service import ReplicaService
+from weightline.serving.http.weight_push import PUSH_ROUTES
 from weightline.serving.replica.replica import Replica
 
 #: Everything else that the app has moves something, and needs the token.
@@ -43,7 +45,12 @@ def app_client(replica: Replica) -> AppClient:
 
 def test_every_route_that_is_not_for_everybody_needs_the_token(app_client: AppClient) -> None:
     routes = [route for route in app_client.app.routes if isinstance(route, APIRoute)]
-    assert len(routes) == len(app_client.app.routes), "no mounted apps, no documentation"
+    refusing = [route for route in app_client.app.routes if isinstance(route, Route) and route not in routes]
+    assert len(routes) + len(refusing) == len(app_client.app.routes), "no mounted apps, no documentation"
+    assert {(method, route.path) for route in refusing for method in route.methods or ()} >= set(PUSH_ROUTES)
+    for route in refusing:
+        for method in route.methods or ():
+            assert app_client.ask(method, route.path, headers=AUTHORIZED).status_code == 501
     shut = {(method, route.path) for route in routes for method in route.methods} - OPEN
     assert shut == {("POST", "/weightline/refresh")}
     for method, path in shut:
