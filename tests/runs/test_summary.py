@@ -27,6 +27,7 @@ from weightline.runs.summary import (
     versions_table,
     write_summary,
 )
+from weightline.stages.job import StageResult
 
 
 @pytest.fixture
@@ -71,6 +72,23 @@ def test_the_summary_says_all_of_a_run(run: Run) -> None:
     assert told[0] == "start: score 0.250"
     assert "version 1, replayed from the bucket, is bit-equal to what trainer.save_model wrote" in told[1]
     assert "NOT proved equal" in told[2]
+
+
+def test_a_stage_that_learned_from_replicas_says_how_old_their_samples_were(run: Run) -> None:
+    metrics = {
+        "loss": 0.1, "reward": 0.83, "rollout/staleness_max": 2.0, "rollout/wait_seconds": 0.004,
+        "sampling/importance_sampling_ratio/mean": 0.9991, "sampling/importance_sampling_ratio/min": 0.951,
+        "sampling/importance_sampling_ratio/max": 1.043,
+    }  # fmt: skip
+    result = StageResult(
+        kind="sft", run_id="run-1", global_step=3, resumed_from_step=0, train_seconds=1.0, metrics=metrics
+    )
+    run.job("sft").done_path.write_text(result.model_dump_json())
+    lines = list(stage_lines(write_summary(run, read_lineage(run.open_chain()), "", 1.0)))
+    assert lines[2] == (
+        "sft: reward 0.830 from samples of replicas, at the last step at most 2 versions old; importance sampling "
+        "ratio 0.9991, 0.951 to 1.043; training stood still for 0.00 s a batch"
+    )
 
 
 def test_the_table_fits_a_narrow_terminal(run: Run) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Self
 
 from rich.box import SIMPLE_HEAD
@@ -132,12 +132,28 @@ def versions_table(rows: Sequence[LineageRow], title: str) -> Table:
 
 
 def stage_lines(summary: RunSummary) -> Iterator[str]:
-    """Yields one line for the start and for each stage: its score, and whether its bits are the chain's."""
+    """Yields a line for the start and one for each stage: its score, and whether its bits are the chain's.
+
+    A stage that learned from samples of replicas has a second line: their age, and how far they were off policy.
+    """
     yield f"start: score {_score(summary.start_score)}"
     for kind, stage in summary.stages.items():
         equal = "bit-equal" if stage.is_bit_equal else "NOT proved equal"
         version = f"version {stage.last_version}, replayed from the bucket,"
         yield f"{kind}: score {_score(stage.score)}; {version} is {equal} to what trainer.save_model wrote"
+        if "rollout/staleness_max" in stage.metrics:
+            yield f"{kind}: {_rollouts(stage.metrics)}"
+
+
+def _rollouts(metrics: Mapping[str, float]) -> str:
+    """Returns what the last steps were trained on: how old the samples were, and what corrected for it."""
+    ratio = "sampling/importance_sampling_ratio"
+    low, mean, high = (metrics.get(f"{ratio}/{name}", float("nan")) for name in ("min", "mean", "max"))
+    return (
+        f"reward {metrics.get('reward', float('nan')):.3f} from samples of replicas, at the last step at most "
+        f"{metrics['rollout/staleness_max']:.0f} versions old; importance sampling ratio {mean:.4f}, {low:.3f} to "
+        f"{high:.3f}; training stood still for {metrics.get('rollout/wait_seconds', float('nan')):.2f} s a batch"
+    )
 
 
 def _score(score: float | None) -> str:
