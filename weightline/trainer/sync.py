@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Literal
@@ -16,6 +17,7 @@ from typing import Literal
 from weightline.chain.write.draft import Draft
 from weightline.errors import PublishError
 from weightline.format.manifest import AssetRef
+from weightline.trainer.aside import CallThread
 from weightline.trainer.metrics import StepMetrics
 from weightline.types import Changes
 
@@ -108,6 +110,7 @@ class SyncPublisher:
         self._look_seconds, self._awaits_metrics = look_seconds, awaits_metrics
         self._queue: queue.SimpleQueue[Sync | Callable[[], object] | None] = queue.SimpleQueue()
         self._outcomes: list[SyncOutcome] = []
+        self._calls = CallThread("weightline-records")
         self._arrived = threading.Condition()
         self._crash: BaseException | None = None
         self._failed_epoch = -1
@@ -120,7 +123,7 @@ class SyncPublisher:
         self._queue.put(sync)
 
     def call(self, work: Callable[[], object]) -> None:
-        """Does `work` on the thread, after all that was submitted before. It must raise nothing."""
+        """Does `work` once all that was submitted before is settled. It must raise nothing, and delays no sync."""
         self._queue.put(work)
 
     @property
@@ -147,11 +150,19 @@ class SyncPublisher:
             self._raise_crash()
 
     def close(self, limit_seconds: float) -> bool:
-        """Ends the thread after all queued syncs. Returns whether it ended within the limit. Safe to repeat."""
+        """Ends the thread after all queued syncs and calls. Returns whether the syncs ended within the limit.
+
+        Calls that take longer are logged. Safe to repeat.
+        """
         self._queue.put(None)
-        if threading.current_thread() is not self._thread:
-            self._thread.join(timeout=limit_seconds)
-        return not self._thread.is_alive()
+        if threading.current_thread() is self._thread:
+            return False
+        deadline = time.monotonic() + limit_seconds
+        self._thread.join(timeout=limit_seconds)
+        is_ended = not self._thread.is_alive()
+        if is_ended and not self._calls.close(max(0.0, deadline - time.monotonic())):
+            _logger.warning("records beside the last versions were not written within %g s", limit_seconds)
+        return is_ended
 
     def _raise_crash(self) -> None:
         if self._crash is not None:
@@ -163,7 +174,7 @@ class SyncPublisher:
         try:
             while (task := self._next()) is not None:
                 if not isinstance(task, Sync):
-                    task()
+                    self._calls.call(task)
                     continue
                 outcome = self._settle(task)
                 with self._arrived:
