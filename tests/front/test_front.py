@@ -17,6 +17,7 @@ from tests.serving.servers import RunningReplica, running_replica
 from tests.waiting import wait_until
 from weightline.chain.read.leases import Lease, write_lease
 from weightline.front.app import MAX_BODY_NBYTES
+from weightline.serving.http.client import backoff_seconds
 from weightline.serving.http.hosts import REPLICA_HOSTS_VARIABLE
 from weightline.serving.http.weight_push import PUSH_ROUTES
 
@@ -181,3 +182,9 @@ def _lease(name: str, url: str | None) -> Lease:
         replica=name, holder="h", engine="transformers", host="here", pid=7, release="0", url=url, follows=None,
         state="serving", renewed_at="2026-01-01T00:00:00Z", expires_at="2026-01-01T00:00:00Z", ttl_seconds=600,
     )  # fmt: skip
+
+
+def test_a_pause_doubles_up_to_its_longest_however_many_failures_there_were() -> None:
+    """A float has no room for 2 to the power of failures that a replica collects in an hour."""
+    pauses = [backoff_seconds(num_failures, 0.2, 2.0) for num_failures in (1, 2, 3, 4, 5, 2000)]
+    assert pauses == [0.2, 0.4, 0.8, 1.6, 2.0, 2.0]

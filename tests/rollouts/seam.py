@@ -127,7 +127,9 @@ def _app(seam: Seam) -> Starlette:
         at_least, end = int(request.query_params["min"]), asyncio.get_running_loop().time() + 2.0
         while (seam.version is None or seam.version < at_least) and asyncio.get_running_loop().time() < end:
             await asyncio.sleep(0.01)
-        return JSONResponse({"version": seam.version, "last_error": seam.last_error})
+        return JSONResponse(
+            {"version": seam.version, "commit_id": None, "moving_to": None, "last_error": seam.last_error}
+        )
 
     async def rollouts(request: Request) -> Response:
         asked = await request.json()

@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from weightline.chain import Chain
+from weightline.chain.read.history import is_same_chain
 from weightline.chain.read.leases import live_leases
 from weightline.errors import ApplyError, InputError
 from weightline.fleet.local_replica import ensure_replica, replicas_dir
@@ -120,11 +121,6 @@ def _status_or_error(url: str) -> ReplicaStatus | ApplyError:
         return client.status(url, timeout_seconds=_STATUS_SECONDS)
     except ApplyError as error:
         return error
-
-
-def is_same_chain(followed: str, wanted: str) -> bool:
-    """Returns whether two URLs name the same bucket prefix."""
-    return followed.rstrip("/") == wanted.rstrip("/")
 
 
 def _split(text: str) -> list[str]:

@@ -27,18 +27,17 @@ from weightline.front.settings import FrontSettings
 from weightline.serving.engines.base import VersionBounds
 from weightline.serving.http.bounds import BoundedApp
 from weightline.serving.http.errors import error_body
+from weightline.serving.http.names import COMPLETIONS_ROUTE, GENERATE_ROUTE, KEEPALIVE_SECONDS, ROLLOUTS_ROUTE
 from weightline.serving.http.versions import MAX_WAIT_SECONDS, AskedVersion
 from weightline.serving.http.weight_push import PUSH_ROUTES, weight_push_refused
 
 #: A body of the largest route of the embedded server.
 MAX_BODY_NBYTES = 32 * 1024 * 1024
 #: The routes that are forwarded. Those that move a replica or show its insides are not: they need the replica's token.
-GENERATING = ("/v1/completions", "/v1/chat/completions", "/inference/v1/generate", "/weightline/rollouts")
+GENERATING = (COMPLETIONS_ROUTE, "/v1/chat/completions", GENERATE_ROUTE, ROLLOUTS_ROUTE)
 FORWARDED = (*GENERATING, "/tokenize", "/detokenize")
 _CONNECT_SECONDS = 5.0
 _MAX_CONNECTIONS = 1024
-#: Less than the 5 s after which uvicorn closes an idle connection, so that none is used while it closes.
-_KEEPALIVE_SECONDS = 2.0
 
 Handler = Callable[[Request], Awaitable[Response]]
 
@@ -74,7 +73,7 @@ class Front:
         self._settings, self._metrics = settings, FrontMetrics()
         self._began_at = datetime.now(UTC)
         limits = httpx.Limits(
-            max_connections=_MAX_CONNECTIONS, max_keepalive_connections=256, keepalive_expiry=_KEEPALIVE_SECONDS
+            max_connections=_MAX_CONNECTIONS, max_keepalive_connections=256, keepalive_expiry=KEEPALIVE_SECONDS
         )
         timeout = httpx.Timeout(settings.answer_seconds, connect=_CONNECT_SECONDS)
         self._client = httpx.AsyncClient(limits=limits, timeout=timeout, trust_env=False)

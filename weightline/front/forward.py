@@ -30,7 +30,8 @@ from weightline.front.metrics import FrontMetrics
 from weightline.front.replicas import Member, Replicas
 from weightline.serving.engines.base import VersionBounds
 from weightline.serving.http.errors import error_body
-from weightline.serving.http.versions import VERSION_HEADER, WAIT_HEADER, AskedVersion, asked_version
+from weightline.serving.http.names import VERSION_HEADER, WAIT_HEADER
+from weightline.serving.http.versions import AskedVersion, asked_version, client_left
 
 _log = logging.getLogger(__name__)
 
@@ -98,7 +99,7 @@ class Forwarder:
         began = time.monotonic()
         asked, body = asked or asked_version(request.headers), await request.body()
         key = key_of(_parsed(body), request.headers.get(AFFINITY_HEADER))
-        leaving = asyncio.create_task(_client_left(request))
+        leaving = asyncio.create_task(client_left(request.receive))
         try:
             answer = await self._answer(request, body, asked, key, leaving)
         except _ClientLeftError:
@@ -226,11 +227,6 @@ async def _joined(first: bytes, chunks: AsyncIterator[bytes]) -> AsyncIterator[b
     yield first
     async for chunk in chunks:
         yield chunk
-
-
-async def _client_left(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
 
 
 async def _unless_left(work: Coroutine[Any, Any, T], leaving: asyncio.Task[None]) -> T:

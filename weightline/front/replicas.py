@@ -18,11 +18,13 @@ import httpx
 from pydantic import BaseModel, ValidationError
 
 from weightline.chain import Chain
+from weightline.chain.read.history import is_same_chain
 from weightline.chain.read.leases import live_leases
 from weightline.errors import WeightlineError
 from weightline.front.affinity import Ranking, first_with_room
 from weightline.front.metrics import FrontMetrics
 from weightline.serving.engines.base import VersionBounds
+from weightline.serving.http.client import backoff_seconds
 from weightline.serving.http.hosts import REPLICA_HOSTS_VARIABLE, is_trusted_url
 from weightline.serving.replica.status import ServedVersion
 
@@ -32,7 +34,7 @@ LEASE_SECONDS = 2.0
 #: How long a replica keeps a poll open while nothing changes: a move backward is seen so late at the latest.
 POLL_SECONDS = 2.0
 _GRACE_SECONDS = 5.0
-_MAX_PAUSE_SECONDS = 2.0
+_FIRST_PAUSE_SECONDS, _MAX_PAUSE_SECONDS = 0.2, 2.0
 #: Polls in a row that fail before requests under way are taken from a replica: one may fail in a restart of a proxy.
 _FAILURES_UNTIL_GONE = 2
 
@@ -221,7 +223,7 @@ class Replicas:
             num_failures += 1
             if num_failures >= _FAILURES_UNTIL_GONE:
                 member.gone.set()
-            await asyncio.sleep(min(_MAX_PAUSE_SECONDS, 0.1 * 2**num_failures))
+            await asyncio.sleep(backoff_seconds(num_failures, _FIRST_PAUSE_SECONDS, _MAX_PAUSE_SECONDS))
 
     async def _identify(self, member: Member) -> bool:
         """Returns whether a replica of this chain listens at the member's URL, and not another server."""
@@ -231,7 +233,7 @@ class Replicas:
         except (httpx.HTTPError, ValidationError) as error:
             self._lose(member, error)
             return False
-        if identity.chain.rstrip("/") != self._chain.url.rstrip("/"):
+        if not is_same_chain(identity.chain, self._chain.url):
             self._lose(member, ValueError(f"it follows {identity.chain}"))
             return False
         return True

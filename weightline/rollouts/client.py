@@ -21,17 +21,22 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from weightline.errors import ApplyError, InputError, VersionNotServedError, WeightlineError
 from weightline.rollouts.sample import Sample, Span, as_float32, joined
 from weightline.rollouts.sampling import Sampling
+from weightline.serving.engines.base import VersionBounds
 from weightline.serving.http.errors import error_of
+from weightline.serving.http.names import (
+    COMPLETIONS_ROUTE,
+    GENERATE_ROUTE,
+    KEEPALIVE_SECONDS,
+    MIN_VERSION_HEADER,
+    MIXING_HEADER,
+    ROLLOUTS_ROUTE,
+    VERSION_HEADER,
+    WAIT_HEADER,
+)
+from weightline.serving.replica.status import ServedVersion
 
 Mixing = Literal["deny", "allow"]
-MIN_VERSION_HEADER = "x-weightline-min-version"
-PINNED_VERSION_HEADER = "x-weightline-version"
-WAIT_HEADER = "x-weightline-wait-seconds"
-MIXING_HEADER = "x-weightline-mixing"
-_ROLLOUTS, _GENERATE, _COMPLETIONS = "/weightline/rollouts", "/inference/v1/generate", "/v1/completions"
-_ROUTES = frozenset({_ROLLOUTS, _GENERATE, _COMPLETIONS})
-#: Less than the 5 s after which uvicorn closes an idle connection, so that none is used while it closes.
-KEEPALIVE_SECONDS = 2.0
+_ROUTES = frozenset({ROLLOUTS_ROUTE, GENERATE_ROUTE, COMPLETIONS_ROUTE})
 _CONNECT_SECONDS = 5.0
 #: Bytes of an answer: JSON of a token's id and logprob takes less, with names and texts of its choice.
 _NBYTES_A_TOKEN = 1024
@@ -40,12 +45,10 @@ _MAX_SMALL_NBYTES = 1024**2
 T = TypeVar("T", bound=BaseModel)
 
 
-class _Answer(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="ignore")
-
-
-class Offer(_Answer):
+class Offer(BaseModel):
     """The part of a replica's status that rollouts need."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
 
     replica: str
     chain: str
@@ -59,21 +62,12 @@ class Offer(_Answer):
     @property
     def route(self) -> str:
         """The route for samples: the first that is known of those that the replica names, best one first."""
-        return next((route for route in self.rollout_routes if route in _ROUTES), _COMPLETIONS)
+        return next((route for route in self.rollout_routes if route in _ROUTES), COMPLETIONS_ROUTE)
 
     @property
     def takes_many(self) -> bool:
         """Whether one request takes many prompts."""
-        return self.route == _ROLLOUTS
-
-
-class ServedVersion(_Answer):
-    """The version that a replica serves."""
-
-    version: int | None
-    commit_id: str | None = None
-    moving_to: int | None = None
-    last_error: str | None = None
+        return self.route == ROLLOUTS_ROUTE
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,9 +80,8 @@ class Wanted:
 
     def takes(self, version: int | None) -> bool:
         """Returns whether this version may answer."""
-        if version is None:
-            return False
-        return version >= self.min_version if self.pinned is None else version == self.pinned
+        bounds = VersionBounds(lowest=self.min_version) if self.pinned is None else VersionBounds(pinned=self.pinned)
+        return bounds.accept(version)
 
     def headers(self, wait_seconds: float) -> dict[str, str]:
         """Returns the headers by which a replica waits for such a version, and refuses with any other."""
@@ -96,7 +89,7 @@ class Wanted:
         if self.pinned is None:
             found[MIN_VERSION_HEADER] = str(self.min_version)
         else:
-            found[PINNED_VERSION_HEADER] = str(self.pinned)
+            found[VERSION_HEADER] = str(self.pinned)
         return found | ({MIXING_HEADER: "allow"} if self.mixing == "allow" else {})
 
 
@@ -152,7 +145,7 @@ class ReplicaClient:
         asked = _Asked(offer, sampling, wanted, wanted.headers(wait_seconds))
         if offer.takes_many:
             return await self._rollouts(asked, prompts, seeds)
-        one = self._generate if offer.route == _GENERATE else self._completions
+        one = self._generate if offer.route == GENERATE_ROUTE else self._completions
         pairs = zip(prompts, seeds, strict=True)
         tasks = [asyncio.ensure_future(one(asked, prompt, seed)) for prompt, seed in pairs]
         try:
@@ -170,7 +163,7 @@ class ReplicaClient:
             "temperature": sampling.temperature, "top_p": sampling.top_p, "seed": list(seeds),
             **_others(sampling, has_stop=False),
         }  # fmt: skip
-        _, received = await self._post(_ROLLOUTS, body, asked, len(prompts) * sampling.n * sampling.max_tokens)
+        _, received = await self._post(ROLLOUTS_ROUTE, body, asked, len(prompts) * sampling.n * sampling.max_tokens)
         with _Shape(self.url):
             version, groups = received["version"], received["samples"]
             _require(len(groups) == len(prompts), f"{len(groups)} groups for {len(prompts)} prompts")
@@ -190,7 +183,7 @@ class ReplicaClient:
             "top_p": sampling.top_p, "logprobs": 0, "seed": seed, **_others(sampling, has_stop=True),
         }  # fmt: skip
         body = {"token_ids": list(prompt), "sampling_params": params}
-        answered, received = await self._post(_GENERATE, body, asked, sampling.n * sampling.max_tokens)
+        answered, received = await self._post(GENERATE_ROUTE, body, asked, sampling.n * sampling.max_tokens)
         with _Shape(self.url):
             found = []
             for choice in _in_order(received["choices"]):
@@ -209,7 +202,7 @@ class ReplicaClient:
             "temperature": sampling.temperature, "top_p": sampling.top_p, "logprobs": 0, "return_token_ids": True,
             "seed": seed, **_others(sampling, has_stop=False),
         }  # fmt: skip
-        answered, received = await self._post(_COMPLETIONS, body, asked, sampling.n * sampling.max_tokens)
+        answered, received = await self._post(COMPLETIONS_ROUTE, body, asked, sampling.n * sampling.max_tokens)
         with _Shape(self.url):
             version = _version_of(answered)
             found = [
@@ -294,7 +287,7 @@ class ReplicaClient:
         if isinstance(error, InputError) or status in (400, 413, 422):
             return InputError(f"the replica at {self.url} refuses the request: {error}", url=self.url)
         if status == 409:
-            held = headers.get(PINNED_VERSION_HEADER, "")
+            held = headers.get(VERSION_HEADER, "")
             return VersionNotServedError(
                 f"the replica at {self.url}: {error}", url=self.url, version=int(held) if held.isdecimal() else None
             )
@@ -342,7 +335,7 @@ def _in_order(choices: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
 
 def _version_of(headers: httpx.Headers) -> int:
     """Returns the one version that wrote an answer. ValueError where it names two, or none."""
-    return int(headers.get(PINNED_VERSION_HEADER, "no version"))
+    return int(headers.get(VERSION_HEADER, "no version"))
 
 
 def _require(is_so: bool, what: str) -> None:

@@ -18,12 +18,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from weightline.chain.read.history import Chain, open_chain
+from weightline.chain.read.history import Chain, is_same_chain, open_chain
 from weightline.chain.read.leases import Lease, live_leases
 from weightline.errors import ApplyError, InputError, RolloutError, VersionNotServedError, WeightlineError
 from weightline.rollouts.client import Mixing, Offer, ReplicaClient, Wanted
 from weightline.rollouts.sample import Sample
 from weightline.rollouts.sampling import Sampling
+from weightline.serving.http.client import backoff_seconds
 from weightline.serving.http.hosts import REPLICA_HOSTS_VARIABLE, is_trusted_url
 
 _logger = logging.getLogger(__name__)
@@ -307,8 +308,8 @@ class ReplicaFleet:
             self.num_errors[member.name] = self.num_errors.get(member.name, 0) + 1
             member.last_error = str(error)
             member.num_failures += 1
-            pause = _FIRST_PAUSE_SECONDS * 2 ** min(member.num_failures - 1, 8)
-            member.blocked_until = time.monotonic() + min(pause, _LONGEST_PAUSE_SECONDS)
+            pause = backoff_seconds(member.num_failures, _FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS)
+            member.blocked_until = time.monotonic() + pause
         # Its long poll may wait for a version that it had before: it starts again.
         self._watch(member)
 
@@ -389,7 +390,7 @@ class ReplicaFleet:
             num_failures += 1
             member.is_lost = num_failures >= _FAILURES_OF_LOST
             self._note_change()
-            await asyncio.sleep(min(_FIRST_PAUSE_SECONDS * 2 ** min(num_failures - 1, 8), _LONGEST_PAUSE_SECONDS))
+            await asyncio.sleep(backoff_seconds(num_failures, _FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS))
 
     async def _poll(self, member: _Member) -> bool:
         """Returns whether the replica serves another version than before, after a wait for it."""
@@ -403,7 +404,7 @@ class ReplicaFleet:
     def _note_offer(self, member: _Member, offer: Offer) -> None:
         member.offer, member.version, member.problem = offer, offer.version, None
         member.last_error = offer.last_error or offer.follow_error
-        if offer.chain.rstrip("/") != self.chain_url.rstrip("/"):
+        if not is_same_chain(offer.chain, self.chain_url):
             member.problem = f"it serves another chain, {offer.chain}"
         self._note_change()
 

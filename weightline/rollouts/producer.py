@@ -24,6 +24,7 @@ from weightline.rollouts.episode import Play, Session, play_episode
 from weightline.rollouts.fleet import Group, Progress, ReplicaFleet
 from weightline.rollouts.sample import Sample
 from weightline.rollouts.sampling import Sampling, seed_of
+from weightline.serving.http.client import backoff_seconds
 
 _logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -279,7 +280,7 @@ class Producer:
                         ) from error
                     _logger.warning("the rollout function failed, and is called again: %r", error)
                     batch.progress.num_retries += 1
-                await asyncio.sleep(min(_FIRST_PAUSE_SECONDS * 2**attempt, _LONGEST_PAUSE_SECONDS))
+                await asyncio.sleep(backoff_seconds(attempt + 1, _FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS))
         batch.progress.samples[at] = (sample,)
 
     async def _end(self) -> None:

@@ -1,6 +1,6 @@
-"""Tells replicas of a new version the moment it is committed, so that none waits for its next look at the bucket.
+"""Pushes each version to replicas the moment it is committed, so that none waits for its next look at the bucket.
 
-For rank 0. A replica that cannot be told follows the chain as before: a failure is logged and counted, and training
+For rank 0. A replica that does not answer follows the chain as before: a failure is logged and counted, and training
 goes on.
 """
 
@@ -19,10 +19,10 @@ import httpx
 from weightline.chain.read.history import open_chain
 from weightline.chain.read.leases import live_leases
 from weightline.errors import WeightlineError
-from weightline.rollouts.client import KEEPALIVE_SECONDS
 from weightline.serving.http import client
 from weightline.serving.http.auth import TOKEN_VARIABLE
 from weightline.serving.http.hosts import is_trusted_url, may_receive_token
+from weightline.serving.http.names import KEEPALIVE_SECONDS
 from weightline.serving.replica.following import TIP, record_refresh
 from weightline.serving.replica.status import RefreshFacts
 
@@ -33,7 +33,7 @@ _CLOSE_SECONDS = 5.0
 
 @dataclass(frozen=True, slots=True)
 class Pushed:
-    """A version that a replica was told of, and serves."""
+    """A version that was pushed to a replica, which serves it."""
 
     version: int
     url: str
@@ -75,9 +75,9 @@ class Pusher:
         self._thread.start()
 
     def committed(self, version: int, commit_id: str = "") -> None:
-        """Tells all replicas of a version that was committed just now. Returns at once and raises nothing.
+        """Pushes a version that was committed just now to all replicas. Returns at once and raises nothing.
 
-        A replica that is still on its way to an earlier one is told of the newest only.
+        A replica that is still on its way to an earlier one gets the newest only.
         """
         with self._lock:
             self._newest = version, time.monotonic()
@@ -96,12 +96,12 @@ class Pusher:
             thread.join(max(0.0, deadline - time.monotonic()))
 
     def _look(self) -> None:
-        """Keeps a line to every replica that may be told, by its lease. A look at the bucket delays no push."""
+        """Keeps a line to every replica that may get versions, by its lease. A look at the bucket delays no push."""
         while True:
             try:
                 self._meet(self._targets())
             except WeightlineError as error:
-                _logger.warning("no new replica is told, since leases cannot be read: %s", error)
+                _logger.warning("versions are pushed to no new replica, since leases cannot be read: %s", error)
             except Exception:
                 _logger.exception("the leases of %s cannot be read", self._chain.url)
             is_closed = self._is_closed.wait(self._look_seconds)
@@ -110,7 +110,7 @@ class Pusher:
                 return
 
     def _targets(self) -> dict[str, str]:
-        """Returns the token of each replica to tell, by its URL."""
+        """Returns the token of each replica that gets versions, by its URL."""
         found = dict(self._named)
         token = os.environ.get(TOKEN_VARIABLE, "")
         for lease in live_leases(self._chain):
@@ -150,7 +150,7 @@ class Pusher:
 
 
 class _Line:
-    """The thread that tells one replica, so that a slow one holds no other up. It tells of the newest version only."""
+    """The thread that pushes to one replica, the newest version only, so that a slow one holds no other up."""
 
     def __init__(self, url: str, token: str, chain_url: str, note: Callable[[Pushed | None], None]) -> None:
         self._url, self._token, self._chain_url, self._note = url, token, chain_url, note
@@ -191,7 +191,7 @@ class _Line:
         self._http.close()
 
     def _next(self) -> tuple[int, float] | None:
-        """Returns the newest version that the replica was not told of; None at the end."""
+        """Returns the newest version that was not pushed to the replica; None at the end."""
         with self._arrived:
             self._arrived.wait_for(lambda: self._is_closed or self._waiting is not None)
             task, self._waiting = self._waiting, None

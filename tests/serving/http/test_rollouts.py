@@ -12,7 +12,6 @@ from transformers import AutoModelForCausalLM
 from tests.serving.http.test_app import AppClient
 from tests.serving.model_chains import ModelChain, make_chain
 from weightline.chain.files.checkpoint import write_checkpoint
-from weightline.serving.engines.transformers import TransformersEngine
 from weightline.serving.http.service import ReplicaService
 from weightline.serving.replica.replica import Replica
 
@@ -24,13 +23,6 @@ END = 256
 def grown(tmp_path_factory: pytest.TempPathFactory) -> ModelChain:
     """Three versions in float32, so that logprobs of the same weights agree closely."""
     return make_chain((tmp_path_factory.mktemp("chain") / "toy").as_uri(), num_versions=3, dtype=torch.float32)
-
-
-@pytest.fixture
-def replica(grown: ModelChain, tmp_path: Path) -> Replica:
-    made = Replica(grown.chain, TransformersEngine("cpu"), tmp_path / "state", "replica-0")
-    made.refresh(0)
-    return made
 
 
 @pytest.fixture

@@ -220,6 +220,11 @@ def open_chain(url: str, trusted: TrustedKeys | None = None, patience_seconds: f
     return Chain(open_store(url, patience_seconds), trusted or trusted_from_environment())
 
 
+def is_same_chain(a: str, b: str) -> bool:
+    """Returns whether two URLs name the same bucket prefix."""
+    return a.rstrip("/") == b.rstrip("/")
+
+
 def check_signed(store: Store, trusted: TrustedKeys, key: str, body: bytes) -> None:
     """Raises SignatureError unless a trusted key signed exactly these bytes under this key.
 

@@ -40,6 +40,7 @@ from weightline.serving.engines.base import (
 from weightline.serving.engines.float32 import compute_in_float32
 from weightline.serving.engines.in_place import LiveWeights
 from weightline.serving.engines.sampling import Draw, Sampler
+from weightline.serving.http.names import COMPLETIONS_ROUTE, ROLLOUTS_ROUTE
 from weightline.types import BitsArray, Changes, PositionArray, TensorSpec
 
 #: Dtypes that transformers can compute in.
@@ -67,7 +68,7 @@ class TransformersEngine(InProcessEngine):
     @property
     def abilities(self) -> Abilities:
         length = None if self._model is None else getattr(self._model.config, "max_position_embeddings", None)
-        return Abilities("processed_logprobs", length, rollout_routes=("/weightline/rollouts", "/v1/completions"))
+        return Abilities("processed_logprobs", length, rollout_routes=(ROLLOUTS_ROUTE, COMPLETIONS_ROUTE))
 
     def require_assets(self, sha256_of: Mapping[str, str], meaning_of: Callable[[str], str]) -> None:
         """Accepts all files, since config and tokenizer are loaded with the weights."""

@@ -22,6 +22,7 @@ from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException as StarletteHTTPException
 from starlette.types import Scope
 
+from weightline.chain.read.history import is_same_chain
 from weightline.errors import (
     ApplyError,
     ErrorKind,
@@ -35,12 +36,12 @@ from weightline.serving.engines.base import Generation, GenerationRequest, Versi
 from weightline.serving.http.auth import is_authorized
 from weightline.serving.http.bounds import BoundedApp
 from weightline.serving.http.errors import UNAUTHORIZED, error_body
+from weightline.serving.http.names import COMPLETIONS_ROUTE, ROLLOUTS_ROUTE, VERSION_HEADER
 from weightline.serving.http.openai import Body, ChatRequest, CompletionRequest, Text
-from weightline.serving.http.rollouts import ROLLOUTS_ROUTE, RolloutRequest
+from weightline.serving.http.rollouts import RolloutRequest
 from weightline.serving.http.service import ReplicaService
 from weightline.serving.http.versions import (
     MAX_WAIT_SECONDS,
-    VERSION_HEADER,
     AskedVersion,
     VersionWaits,
     asked_version,
@@ -54,7 +55,7 @@ MAX_WAITING_COMPLETIONS = 256
 _REFRESH = "/weightline/refresh"
 #: The routes that take a body, and how large it may be: a million tokens of text, millions of ids, one small object.
 _MAX_BODY_NBYTES = {
-    ("POST", "/v1/completions"): 8 * 1024 * 1024,
+    ("POST", COMPLETIONS_ROUTE): 8 * 1024 * 1024,
     ("POST", "/v1/chat/completions"): 8 * 1024 * 1024,
     ("POST", ROLLOUTS_ROUTE): 32 * 1024 * 1024,
     ("POST", _REFRESH): 64 * 1024,
@@ -101,7 +102,7 @@ def _add_completions(app: FastAPI, service: ReplicaService) -> None:
         model = {"id": replica.chain.name, "object": "model", "owned_by": "weightline", "root": replica.chain.url}
         return {"object": "list", "data": [model | {"weightline_version": replica.version}]}
 
-    @app.post("/v1/completions")
+    @app.post(COMPLETIONS_ROUTE)
     async def completions(body: CompletionRequest, http: Request) -> JSONResponse:
         return await converse(body, http)
 
@@ -212,7 +213,7 @@ def _add_errors(app: FastAPI) -> None:
 
 def _require_chain(expected: str | None, configured: str) -> None:
     """Raises InputError for a refresh of another chain, since a replica reads no bucket but its own."""
-    if expected is not None and expected.rstrip("/") != configured.rstrip("/"):
+    if expected is not None and not is_same_chain(expected, configured):
         raise InputError(f"this replica follows {configured}, not {expected}", field="chain", chain=configured)
 
 

@@ -56,6 +56,11 @@ def wait_for_version(url: str, version: int, wait_seconds: float = 0.0) -> Serve
     return _parsed(ServedVersion, url, _ask("GET", url, route, wait_seconds + 10.0))
 
 
+def backoff_seconds(num_failures: int, first: float, longest: float) -> float:
+    """Returns the pause after so many failures in a row, at least one: twice as long after each, up to the longest."""
+    return min(first * 2 ** min(num_failures - 1, 16), longest)
+
+
 def read_address(state_dir: Path) -> str | None:
     """Returns the URL that a running replica has written to its state folder on this machine, or None."""
     try:

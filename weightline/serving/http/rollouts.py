@@ -19,8 +19,6 @@ from weightline.serving.http.openai import (
     seeds_from,
 )
 
-ROLLOUTS_ROUTE = "/weightline/rollouts"
-
 
 class RolloutRequest(Body):
     """Prompts as token ids, and the sampling of `n` samples of each.

@@ -24,12 +24,9 @@ from starlette.types import Receive
 from weightline.errors import ApplyError, InputError, VersionNotServedError, http_status
 from weightline.serving.engines.base import VersionBounds
 from weightline.serving.http.errors import error_body
+from weightline.serving.http.names import MIN_VERSION_HEADER, MIXING_HEADER, VERSION_HEADER, WAIT_HEADER
 from weightline.serving.replica.watch import VersionWatch
 
-VERSION_HEADER = "x-weightline-version"
-MIN_VERSION_HEADER = "x-weightline-min-version"
-WAIT_HEADER = "x-weightline-wait-seconds"
-MIXING_HEADER = "x-weightline-mixing"
 MAX_WAIT_SECONDS = 600.0
 #: Requests of a kind that wait for a version at a time. Further ones are refused with a status that allows a retry.
 MAX_WAITING = 128
@@ -108,7 +105,7 @@ class VersionWaits:
         if self._num_waiting >= self._max_waiting:
             raise ApplyError(f"{self._max_waiting} requests wait for a version already: send it again later")
         self._num_waiting += 1
-        waits = (asyncio.ensure_future(changed.wait()), asyncio.ensure_future(_left(receive)))
+        waits = (asyncio.ensure_future(changed.wait()), asyncio.ensure_future(client_left(receive)))
         try:
             await asyncio.wait(waits, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
         finally:
@@ -118,7 +115,7 @@ class VersionWaits:
         return changed.is_set()
 
 
-async def _left(receive: Receive) -> None:
+async def client_left(receive: Receive) -> None:
     """Returns when the client has closed the connection."""
     while (await receive())["type"] != "http.disconnect":
         pass

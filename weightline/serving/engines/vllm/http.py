@@ -47,16 +47,15 @@ from weightline.serving.http.bounds import (
     unauthorized,
 )
 from weightline.serving.http.errors import error_body
-from weightline.serving.http.rollouts import ROLLOUTS_ROUTE
-from weightline.serving.http.service import ReplicaService
-from weightline.serving.http.versions import (
+from weightline.serving.http.names import (
+    COMPLETIONS_ROUTE,
+    GENERATE_ROUTE,
     MIXING_HEADER,
+    ROLLOUTS_ROUTE,
     VERSION_HEADER,
-    AskedVersion,
-    VersionWaits,
-    asked_version,
-    not_served,
 )
+from weightline.serving.http.service import ReplicaService
+from weightline.serving.http.versions import AskedVersion, VersionWaits, asked_version, not_served
 from weightline.serving.replica.replica import Replica, ReplicaSettings
 
 #: Bytes of bodies that the server holds at a time, over all requests. Images and sound are large.
@@ -83,15 +82,13 @@ class Route(Enum):
     """All other routes, including those of a later vLLM: needs the token, passes the barrier, names the version."""
 
 
-#: Of the answers of vLLM's own routes, only this one's name the version of each token.
-GENERATE_ROUTE = "/inference/v1/generate"
 _OPEN = frozenset(
     ("GET", path) for path in ("/health", "/load", "/metrics", "/ping", "/v1/models", "/version")
 ) | frozenset(("POST", path) for path in ("/tokenize", "/detokenize"))
 _INFERENCE = frozenset(
     ("POST", path)
     for path in (
-        "/v1/completions", "/v1/chat/completions", "/v1/messages", "/v1/embeddings", "/v1/responses",
+        COMPLETIONS_ROUTE, "/v1/chat/completions", "/v1/messages", "/v1/embeddings", "/v1/responses",
         "/v1/audio/transcriptions", "/v1/audio/translations", GENERATE_ROUTE, "/classify", "/pooling",
         "/score", "/v1/score", "/rerank", "/v1/rerank", "/v2/rerank",
     )
@@ -210,7 +207,7 @@ def abilities_of(state: Any) -> Abilities:
     has_spans = has_generate and hasattr(state.engine_client, "update_weight_version")
     routes = (GENERATE_ROUTE,) if has_generate else ()
     return Abilities(
-        config.logprobs_mode, config.max_model_len, has_spans, (*routes, ROLLOUTS_ROUTE, "/v1/completions")
+        config.logprobs_mode, config.max_model_len, has_spans, (*routes, ROLLOUTS_ROUTE, COMPLETIONS_ROUTE)
     )
 
 
