@@ -110,9 +110,9 @@ def transcripts(num_games: int, seed: int = 0) -> Iterator[dict[str, str]]:
         candidates = [set(LETTERS) for _ in range(WORD_LENGTH)]
         while not game.is_over:
             guess = "".join(draw.choice(sorted(letters)) for letters in candidates)
-            told = answer_to(game, guess)
-            written += guess if told.startswith("+" * WORD_LENGTH) else guess + told
-            for place, mark in enumerate(told.strip()):
+            marked = answer_to(game, guess)
+            written += guess if marked.startswith("+" * WORD_LENGTH) else guess + marked
+            for place, mark in enumerate(marked.strip()):
                 candidates[place] = {guess[place]} if mark == "+" else candidates[place] - {guess[place]}
             game = game.after(guess)
         yield {"prompt": prompt, "completion": written}

@@ -62,7 +62,7 @@ class ChainRollouts:
                 Default: 600.
             rollout: A function that plays an episode of several turns, or its module:function: see
                 `weightline.rollouts.episode`. Default: one completion for each prompt.
-            tokens: The token of each named replica, by its URL: rank 0 tells it of each version. Default: that of
+            tokens: The token of each named replica, by its URL: rank 0 pushes each version to it. Default: that of
                 WEIGHTLINE_TOKEN for all of them, if it is set.
 
         Raises:

@@ -50,7 +50,7 @@ class RolloutSettings:
     mixing: Mixing
     deadline_seconds: float
     tokens: Mapping[str, str]
-    """The token of each named replica that may be told of new versions, by its URL."""
+    """The token of each named replica to which new versions are pushed, by its URL."""
     play: Play | None
     """A rollout function; None for one completion for each prompt."""
 
@@ -160,7 +160,7 @@ class RolloutRun:
         write_atomically(_path(args, state), json.dumps(body), is_durable=False)
 
     def close(self) -> None:
-        """Ends the threads of the producer and of what tells replicas of versions, and their connections."""
+        """Ends the threads of the producer and of the pusher, and their connections."""
         self._producer.close()
         if self._pusher is not None:
             self._pusher.close()
