@@ -174,6 +174,36 @@ def test_a_trickle_after_the_answer_is_cut() -> None:
         wait_until(lambda: not server.server_state.connections)
 
 
+def test_a_refusal_is_read_by_a_client_that_is_still_sending(address: tuple[str, int]) -> None:
+    """A connection closed at once would be reset by the bytes that come after the answer."""
+    with _opened(address, _head(b"/guarded", b"content-length: 400000000\r\n")) as connection:
+        assert connection.recv(1, socket.MSG_PEEK)
+        for _ in range(3):
+            connection.sendall(b"x" * 300_000)
+        assert connection.recv(65536).startswith(b"HTTP/1.1 401")
+        connection.sendall(b"x")
+        connection.shutdown(socket.SHUT_WR)
+        while connection.recv(65536):
+            pass
+
+
+@pytest.mark.parametrize(("max_linger_seconds", "num_bytes"), [(0.1, 1), (3600.0, 5_000_000)])
+def test_a_client_that_sends_on_after_its_refusal_is_cut(max_linger_seconds: float, num_bytes: int) -> None:
+    """After a time if it sends slowly, and after some bytes if it sends fast."""
+    with _served(max_linger_seconds=max_linger_seconds) as (address, server):
+        with _opened(address, _head(b"/guarded", b"content-length: 400000000\r\n")) as connection:
+
+            def is_cut() -> bool:
+                try:
+                    connection.sendall(b"x" * num_bytes)
+                except ConnectionError:
+                    return True
+                return False
+
+            wait_until(is_cut)
+        wait_until(lambda: not server.server_state.connections)
+
+
 def test_an_answer_that_is_not_read_is_cut() -> None:
     with _served(max_unread_seconds=0.1) as (address, server):
         with _opened(address, _head(b"/large", method=b"GET")):

@@ -5,7 +5,9 @@ uvicorn gives no time limit to the head of a request, and counts connections onl
 - a connection whose request has not begun to arrive completely within MAX_HEAD_SECONDS is closed;
 - when all connections are taken, the one that has been sending its request for the longest gives way to a new one. If
   each of them has sent its request, the new one is answered 503;
-- a client that leaves its answer unread for MAX_UNREAD_SECONDS is disconnected.
+- a client that leaves its answer unread for MAX_UNREAD_SECONDS is disconnected;
+- a client that is answered before it has sent its whole request can read the answer: for MAX_LINGER_SECONDS, and up to
+  MAX_LINGER_NBYTES, what it still sends is read and dropped.
 
 The number of connections stays below the process's limit of open files, so that files can still be opened.
 """
@@ -17,18 +19,24 @@ import logging
 import resource
 from typing import Any
 
+import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from weightline.serving.http.bounds import MAX_HEADER_NBYTES, log_refusal
+from weightline.serving.http.lingering import LingeringTransport
 
 MAX_CONNECTIONS = 512
 MAX_HEAD_SECONDS = 30.0
 MAX_UNREAD_SECONDS = 30.0
+MAX_LINGER_SECONDS = 2.0
+MAX_LINGER_NBYTES = 4 * 1024 * 1024
 #: Open files that are left for everything but connections, at the least.
 _RESERVED_FILES = 64
 #: Connections that the event loop accepts before it looks at the first of them.
 _BACKLOG = 64
+#: Connections that linger at one time. Any more are closed at once. They come out of _RESERVED_FILES.
+_MAX_LINGERING = 32
 _FULL = (
     b"HTTP/1.1 503 Service Unavailable\r\ncontent-type: text/plain\r\ncontent-length: 46\r\nretry-after: 1\r\n"
     b"connection: close\r\n\r\nall connections are taken: send it again later"
@@ -67,6 +75,8 @@ class BoundedProtocol(H11Protocol):
 
     max_head_seconds = MAX_HEAD_SECONDS
     max_unread_seconds = MAX_UNREAD_SECONDS
+    max_linger_seconds = MAX_LINGER_SECONDS
+    transport: LingeringTransport  # type: ignore[assignment]
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
@@ -75,6 +85,7 @@ class BoundedProtocol(H11Protocol):
         self._max_connections, self.limit_concurrency = self.limit_concurrency, None
         self._head_timer: asyncio.TimerHandle | None = None
         self._unread_timer: asyncio.TimerHandle | None = None
+        self._is_surplus = False
         self.waits_since = 0.0
 
     @property
@@ -87,15 +98,17 @@ class BoundedProtocol(H11Protocol):
         return self.cycle is None or self.cycle.response_complete
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
+        lingering = LingeringTransport(transport, self._may_linger, self.max_linger_seconds, MAX_LINGER_NBYTES)
+        super().connection_made(lingering)  # type: ignore[arg-type]
         self._watch_head()
         held = [one for one in self.connections if isinstance(one, BoundedProtocol) and not one.transport.is_closing()]
         if self._max_connections is None or len(held) <= self._max_connections:
             return
         slowest = min((one for one in held if one.is_sending), key=lambda one: one.waits_since)
         if slowest is self:
-            transport.write(_FULL)
-            transport.close()
+            self._is_surplus = True
+            self.transport.write(_FULL)
+            self.transport.close()
             log_refusal("a connection", "all connections are taken")
         else:
             slowest.cut("all connections are taken, and it sent slowest")
@@ -103,7 +116,14 @@ class BoundedProtocol(H11Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_head_timer()
         self._stop_unread_timer()
+        self.transport.lost()
         super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        if self.transport.is_lingering:
+            self.transport.drop(len(data))
+        else:
+            super().data_received(data)
 
     def handle_events(self) -> None:
         super().handle_events()
@@ -131,6 +151,11 @@ class BoundedProtocol(H11Protocol):
         """Closes the connection at once."""
         log_refusal("a connection", why)
         self.transport.abort()
+
+    def _may_linger(self) -> bool:
+        is_sent_whole = self.conn.their_state not in (h11.SEND_BODY, h11.ERROR) and not self._is_surplus
+        lingering = [one for one in self.connections if isinstance(one, BoundedProtocol) and one.transport.is_lingering]
+        return not is_sent_whole and len(lingering) < _MAX_LINGERING
 
     def _watch_head(self) -> None:
         if not self._awaits_head:
