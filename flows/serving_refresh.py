@@ -8,7 +8,7 @@ from typing import Annotated
 
 from prefect import flow, get_run_logger
 
-from weightline.chain.read.records import Record
+from weightline.chain.read.records import REFRESHES, Record
 from weightline.errors import ApplyError
 from weightline.evaluation.gate import ScoreGate
 from weightline.fleet.rollout import Move, Rollout, RolloutSettings
@@ -16,7 +16,16 @@ from weightline.fleet.rollout_steps import advance, move_of
 from weightline.flows.forms import ChainUrl, VersionNumber, label
 from weightline.runs.checks import check_version
 from weightline.tasks.lineage import draw_lineage
-from weightline.tasks.serving import conclude, judge_version, move_replica, plan_rollout, take_back
+from weightline.tasks.serving import (
+    conclude,
+    find_newer,
+    judge_version,
+    move_replica,
+    plan_rollout,
+    skip_for_newer,
+    take_back,
+)
+from weightline.tasks.waiting_runs import finish_waiting_runs
 
 
 @flow(name="refresh-serving", flow_run_name="refresh to v{version}", persist_result=False)
@@ -32,6 +41,7 @@ def refresh_serving(
     limit: Annotated[int | None, label("Problems", ge=1)] = None,
     wait_seconds: Annotated[float, label("Wait for the evaluation (seconds)", ge=0)] = 60.0,
     allow_backward: Annotated[bool, label("Go back to an earlier version")] = False,
+    or_newer: Annotated[bool, label("Serve the newest version instead, if there is a newer one")] = False,
 ) -> Record:
     """Move a chain's replicas to a version: first one and then, if the version passes the gate, the others in waves.
 
@@ -50,11 +60,24 @@ def refresh_serving(
         limit: Number of problems, if this run measures the version. Empty: that of the recipe.
         wait_seconds: How long to wait for the evaluation that the commit started, before this run measures the version.
         allow_backward: Move replicas that serve a later version back to this one.
+        or_newer: If the same training has committed a newer version meanwhile, move to the newest one, and record that
+            this one and those between them were skipped. A milestone is always offered. Commits start the flow so.
     """
     settings = RolloutSettings(
         wave_size, canary, ScoreGate(min_score, max_drop), max_failed, allow_backward, task, limit, wait_seconds
     )
     check_version(chain, version)
+    overtaken = find_newer(chain, version) if or_newer and not allow_backward else None
+    if overtaken is None:
+        return _roll_out(chain, version, settings)
+    record = _roll_out(chain, overtaken.newer_version, settings)
+    skip_for_newer(chain, overtaken)
+    finish_waiting_runs(REFRESHES, chain, overtaken)
+    return record
+
+
+def _roll_out(chain: str, version: int, settings: RolloutSettings) -> Record:
+    """Moves the replicas and records the outcome. ApplyError when the replicas could not be moved."""
     rollout = plan_rollout(chain, version, settings)
     record = rollout.outcome
     if record is None:

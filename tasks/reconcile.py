@@ -93,7 +93,7 @@ def start_missing(missing: MissingRecord) -> None:
     """Starts the consumer's deployment for the version. Safe to repeat: the idempotency key makes it one run."""
     deployment = CONSUMERS[missing.kind]
     run_deployment(
-        deployment, parameters={"chain": missing.chain, "version": missing.version},
+        deployment, parameters={"chain": missing.chain, "version": missing.version, "or_newer": True},
         idempotency_key=idempotency_keys(missing)[missing.num_attempts], timeout=0, as_subflow=False,
     )  # fmt: skip
     get_run_logger().info("started %s for version %d of %s", deployment, missing.version, missing.chain)

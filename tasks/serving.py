@@ -6,6 +6,7 @@ from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 
 from weightline.chain import open_chain
+from weightline.chain.read.overtaken import Overtaken, find_overtaken
 from weightline.chain.read.records import Record
 from weightline.deployments.server.retries import retry_on
 from weightline.errors import ApplyError, TransientStorageError
@@ -17,6 +18,24 @@ from weightline.fleet.rollout_steps import Advance
 from weightline.runs.recipes import evaluation_dir, evaluation_task, recorded_recipe
 from weightline.serving.replica.following import SERVING_REF
 from weightline.serving.replica.status import RefreshFacts
+
+
+@task(
+    task_run_name="find a newer version than v{version}", cache_policy=NO_CACHE, persist_result=False,
+    retries=2, retry_delay_seconds=2, retry_condition_fn=retry_on(TransientStorageError),
+)  # fmt: skip
+def find_newer(chain: str, version: int) -> Overtaken | None:
+    """Finds what the newest version of the same training has overtaken from `version` on; None where nothing."""
+    return find_overtaken(open_chain(chain), version)
+
+
+@task(
+    task_run_name="skip versions for v{overtaken.newer_version}", cache_policy=NO_CACHE, persist_result=False,
+    retries=2, retry_delay_seconds=2, retry_condition_fn=retry_on(TransientStorageError),
+)  # fmt: skip
+def skip_for_newer(chain: str, overtaken: Overtaken) -> None:
+    """Records that versions are not offered to replicas, since a newer one is. Safe to repeat."""
+    steps.skip_overtaken(open_chain(chain), overtaken)
 
 
 @task(

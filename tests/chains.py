@@ -47,6 +47,7 @@ def commit_state(
     *,
     world_size: int = 2,
     stage: str = "sft",
+    run_id: str = "run-1",
     assets: tuple[AssetRef, ...] = (),
     is_milestone: bool = False,
     coding: str = "gap",
@@ -74,6 +75,7 @@ def commit_state(
     manifest = make_manifest(new, version, commit_id, tuple(payloads), is_anchor=old is None).model_copy(
         update={
             "stage": stage,
+            "run_id": run_id,
             "assets": assets,
             "is_milestone": is_milestone,
             "coding": coding if old else ANCHOR_CODING,

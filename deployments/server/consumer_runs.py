@@ -1,8 +1,8 @@
-"""Queries a Prefect server for runs of consumers: active runs, attempts at a record, and announced versions."""
+"""Runs of consumers on a Prefect server: active ones, attempts at a record, announced versions, and skipped runs."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from datetime import datetime, timedelta
 
 from prefect.client.orchestration import SyncPrefectClient
@@ -14,8 +14,11 @@ from prefect.client.schemas.filters import (
     FlowRunFilterState,
     FlowRunFilterStateType,
 )
-from prefect.client.schemas.objects import FlowRun, StateType
+from prefect.client.schemas.objects import FlowRun, State, StateType
+from prefect.client.schemas.sorting import FlowRunSort
+from prefect.states import Completed
 
+from weightline.chain.read.overtaken import Overtaken
 from weightline.chain.read.records import EVALUATIONS, REFRESHES
 from weightline.deployments.server.events import event_id
 from weightline.format.manifest import Manifest
@@ -76,13 +79,43 @@ def read_under_way(client: SyncPrefectClient, now: datetime) -> frozenset[Consum
     found: set[ConsumerRun] = set()
     for kind, deployment in CONSUMERS.items():
         runs = client.read_flow_runs(
-            deployment_filter=DeploymentFilter(name=DeploymentFilterName(any_=[deployment.rpartition("/")[2]])),
-            flow_run_filter=FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=_UNDER_WAY))),
-            limit=_MAX_READ,
+            deployment_filter=_named(deployment), flow_run_filter=_in_states(_UNDER_WAY), limit=_MAX_READ
         )
         going_on = (run.parameters for run in runs if ended_at(run, now) is None)
         found |= {ConsumerRun(kind, canonical_url(str(p.get("chain"))), p["version"]) for p in going_on}
     return frozenset(found)
+
+
+def skip_waiting_runs(client: SyncPrefectClient, kind: str, chain: str, overtaken: Overtaken) -> int:
+    """Completes the runs of the consumer that wait for one of these versions, or for the newer one. Returns how many.
+
+    Only runs with `or_newer` are ended, as those that commits started: a person asked for any other one.
+    """
+    versions = {*overtaken.versions, overtaken.newer_version}
+    runs = client.read_flow_runs(
+        deployment_filter=_named(CONSUMERS[kind]),
+        flow_run_filter=_in_states([StateType.SCHEDULED]),
+        sort=FlowRunSort.EXPECTED_START_TIME_ASC,
+        limit=_MAX_READ,
+    )
+    state: State[None] = Completed(name="Skipped", message=f"version {overtaken.newer_version} is newer")
+    waiting = [run for run in runs if _waits_for(run.parameters, canonical_url(chain), versions)]
+    for run in waiting:
+        client.set_flow_run_state(run.id, state)
+    return len(waiting)
+
+
+def _waits_for(parameters: Mapping[str, object], chain: str, versions: Collection[int]) -> bool:
+    is_listed = parameters.get("version") in versions and parameters.get("or_newer") is True
+    return is_listed and canonical_url(str(parameters.get("chain"))) == chain
+
+
+def _named(deployment: str) -> DeploymentFilter:
+    return DeploymentFilter(name=DeploymentFilterName(any_=[deployment.rpartition("/")[2]]))
+
+
+def _in_states(kinds: list[StateType]) -> FlowRunFilter:
+    return FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=kinds)))
 
 
 def read_announced(client: SyncPrefectClient, chain: str, manifests: Iterable[Manifest]) -> frozenset[str]:

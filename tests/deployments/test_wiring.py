@@ -69,7 +69,8 @@ def test_a_commit_triggers_the_consumers_with_what_it_says(name: str) -> None:
     parsed = DeploymentEventTrigger.model_validate({key: value for key, value in trigger.items() if key != "type"})
     assert parsed.expect == {COMMITTED}
     assert parsed.enabled
-    for template in trigger["parameters"].values():
+    assert trigger["parameters"]["or_newer"] is True
+    for template in (value for name, value in trigger["parameters"].items() if name != "or_newer"):
         found = re.fullmatch(r"\{\{ event\.payload\.(\w+) \}\}", template)
         assert found, f"{template} would not keep its type"
         assert found[1] in COMMIT_FACTS

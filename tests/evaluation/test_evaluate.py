@@ -15,14 +15,13 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.serving.model_chains import ModelChain, make_chain
-from weightline.chain import Chain
 from weightline.chain.files.checkpoint import write_checkpoint
-from weightline.chain.read.records import EVALUATIONS, read_record, read_records
+from weightline.chain.read.overtaken import Overtaken
+from weightline.chain.read.records import EVALUATIONS, read_record
 from weightline.errors import DigestMismatchError, InputError, VersionNotFoundError
 from weightline.evaluation.checkpoint import prove_checkpoint
-from weightline.evaluation.evaluate import evaluate_or_skip, measure_version
+from weightline.evaluation.evaluate import measure_version, skip_overtaken
 from weightline.evaluation.task import EvaluationTask, arithmetic_task
-from weightline.format import keys
 
 NUM_PROBLEMS = 40
 MAX_NEW_TOKENS = 3
@@ -115,40 +114,13 @@ def test_a_limit_measures_the_first_problems(grown: ModelChain, problems: Path, 
     assert (record["num_problems"], record["score"]) == (8, 0.75)
 
 
-def test_the_newest_wins_and_the_passed_over_one_is_recorded(task: EvaluationTask, tmp_path: Path) -> None:
-    grown = make_chain(f"memory://{uuid.uuid4().hex}/toy", num_versions=0)
-    grown.grow(is_milestone=True)
-    grown.grow()
-    grown.grow()
-    records = {v: evaluate_or_skip(grown.chain, v, task, tmp_path) for v in (1, 0, 2)}
-    assert {v: record["status"] for v, record in records.items()} == {1: "skipped", 0: "done", 2: "done"}
-    assert records[1]["newer_version"] == 2
-    assert [r["version"] for r in read_records(grown.chain, EVALUATIONS)] == [0, 1, 2]
-    assert evaluate_or_skip(grown.chain, 1, task, tmp_path) == records[1]
-
-
-def test_one_request_settles_those_that_wait_behind_it_except_for_milestones(
-    task: EvaluationTask, tmp_path: Path
-) -> None:
-    grown = make_chain(f"memory://{uuid.uuid4().hex}/toy", num_versions=0)
-    for number in range(6):
-        grown.grow(is_milestone=number == 3)
-    evaluate_or_skip(grown.chain, 1, task, tmp_path)
-    found = {record["version"]: record for record in read_records(grown.chain, EVALUATIONS)}
-    assert {version: record["newer_version"] for version, record in found.items()} == {1: 5, 2: 5, 4: 5}
-    assert evaluate_or_skip(grown.chain, 2, task, tmp_path) == found[2]
-
-
-def test_a_request_reads_nothing_before_it_and_is_not_stopped_by_a_manifest_after_it(
-    task: EvaluationTask, tmp_path: Path
-) -> None:
-    grown = make_chain(f"memory://{uuid.uuid4().hex}/toy", num_versions=0)
-    for _ in range(4):
-        grown.grow()
-    for version in (0, 2):
-        grown.chain.store.put(keys.commit(version), b"nobody reads this")
-    record = evaluate_or_skip(Chain(grown.chain.store), 1, task, tmp_path)
-    assert (record["status"], record["newer_version"]) == ("skipped", 3)
+def test_skipped_versions_keep_the_record_that_they_have(task: EvaluationTask, tmp_path: Path) -> None:
+    grown = make_chain(f"memory://{uuid.uuid4().hex}/toy", num_versions=4)
+    measured = measure_version(grown.chain, 2, task, tmp_path)
+    record = skip_overtaken(grown.chain, Overtaken(3, (1, 2)), task)
+    assert (record["version"], record["status"], record["newer_version"]) == (1, "skipped", 3)
+    assert read_record(grown.chain, EVALUATIONS, 2, task.name) == measured
+    assert skip_overtaken(grown.chain, Overtaken(3, (1, 2)), task) == record
 
 
 def test_another_checkpoint_than_the_versions_is_not_measured(grown: ModelChain, tmp_path: Path) -> None:
@@ -201,7 +173,7 @@ def test_a_task_of_the_users_own_folder(grown: ModelChain, problems: Path, tmp_p
 
 def test_a_version_that_does_not_exist(grown: ModelChain, task: EvaluationTask, tmp_path: Path) -> None:
     with pytest.raises(VersionNotFoundError):
-        evaluate_or_skip(grown.chain, 9, task, tmp_path)
+        measure_version(grown.chain, 9, task, tmp_path)
 
 
 def test_measuring_is_quiet(

@@ -313,3 +313,20 @@ def test_a_request_that_comes_late_moves_nobody(three: Three) -> None:
     assert three.versions() == dict.fromkeys(NAMES, 2)
     assert three.told(1) == dict.fromkeys(NAMES, "skipped")
     assert three.serving() == [2]
+
+
+def test_a_request_of_a_commit_serves_the_newest_version_and_settles_those_between(three: Three) -> None:
+    for number in range(6):
+        three.grown.grow(is_milestone=number == 2)
+    record = refresh_serving(three.url, 5, or_newer=True)
+    assert (record["version"], record["status"]) == (7, "done")
+    assert three.versions() == dict.fromkeys(NAMES, 7)
+    assert [three.told(version) for version in (5, 6)] == [{"serving": "skipped"}] * 2, "no replica knows of them"
+    milestone = refresh_serving(three.url, 4, or_newer=True)
+    assert (milestone["version"], milestone["status"]) == (4, "done")
+    assert three.versions() == dict.fromkeys(NAMES, 7)
+    three.grown.grow()
+    three.grown.grow()
+    assert refresh_serving(three.url, 8, or_newer=True)["version"] == 9
+    assert three.told(8) == dict.fromkeys(NAMES, "skipped")
+    assert three.serving() == [7, 9]

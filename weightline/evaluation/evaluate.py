@@ -2,60 +2,26 @@
 
 from __future__ import annotations
 
-import logging
 import tempfile
 import time
 from pathlib import Path
 
 from weightline.chain import Chain
 from weightline.chain.files.checkpoint import write_checkpoint
+from weightline.chain.read.overtaken import Overtaken
 from weightline.chain.read.records import EVALUATIONS, Record, read_record, write_record
-from weightline.errors import CorruptError
-from weightline.evaluation.plan import Done, Evaluate, Skip, plan_evaluation
 from weightline.evaluation.task import EvaluationTask, check_task
 from weightline.extras import check_installed
 
-_logger = logging.getLogger(__name__)
-#: Versions that one request skips at most, besides its own.
-_MAX_SKIPPED = 256
 
+def skip_overtaken(chain: Chain, overtaken: Overtaken, task: EvaluationTask) -> Record:
+    """Records that versions are skipped for a newer one. Returns the record of the first. Safe to repeat.
 
-def evaluate_or_skip(
-    chain: Chain, version: int, task: EvaluationTask, work_dir: Path, device: str | None = None
-) -> Record:
-    """Measures an announced version, or records that it was skipped for a newer one.
-
-    Returns the record of the version. Safe to repeat; a crash leaves no record, so repeat the call then.
+    A version that has a record keeps it.
     """
-    # The plan only needs the version, the tip, and the version's record, for a chain of any length.
-    manifests = [chain.manifest(number) for number in {version, chain.tip_version() or version}]
-    record = read_record(chain, EVALUATIONS, version, task.name)
-    match plan_evaluation(manifests, [] if record is None else [record], version):
-        case Done(record=standing):
-            return standing
-        case Skip(newer_version=newer):
-            return _skip(chain, version, newer, task)
-        case Evaluate():
-            return measure_version(chain, version, task, work_dir, device)
-
-
-def _skip(chain: Chain, version: int, newer_version: int, task: EvaluationTask) -> Record:
-    """Records that the version is skipped, and that those of its run between it and the newer one are.
-
-    Training with a version a step commits faster than requests are answered. So one request settles all that wait
-    behind it. Milestones wait for their own. Returns the record of the version; safe to repeat.
-    """
-    skipped: Record = {"status": "skipped", "newer_version": newer_version}
-    run_id = chain.manifest(version).run_id
-    for number in range(version + 1, min(newer_version, version + 1 + _MAX_SKIPPED)):
-        try:
-            manifest = chain.manifest_if_kept(number)
-        except CorruptError as error:
-            _logger.warning("version %d is left to its own request: %s", number, error)
-            continue
-        if manifest is not None and manifest.run_id == run_id and not manifest.is_milestone:
-            write_record(chain, EVALUATIONS, number, task.name, skipped)
-    return write_record(chain, EVALUATIONS, version, task.name, skipped)
+    skipped: Record = {"status": "skipped", "newer_version": overtaken.newer_version}
+    records = [write_record(chain, EVALUATIONS, version, task.name, skipped) for version in overtaken.versions]
+    return records[0]
 
 
 def wait_or_measure(

@@ -11,7 +11,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from weightline.chain import Chain
-from weightline.chain.read.records import EVALUATIONS, REFRESHES, Record, newest_records, read_record, write_record
+from weightline.chain.read.overtaken import Overtaken
+from weightline.chain.read.records import (
+    EVALUATIONS,
+    REFRESHES,
+    Record,
+    newest_records,
+    read_record,
+    recorded_versions,
+    write_record,
+)
 from weightline.errors import WeightlineError
 from weightline.evaluation.evaluate import wait_or_measure
 from weightline.evaluation.gate import Verdict, baseline_of, judge, measured_score
@@ -26,7 +35,7 @@ from weightline.fleet.rollout import (
     write_outcome,
 )
 from weightline.serving.http import client
-from weightline.serving.replica.following import done_record, record_refresh
+from weightline.serving.replica.following import SERVING_REF, done_record, record_refresh
 from weightline.serving.replica.status import RefreshFacts
 
 _MAX_RETURNS_AT_ONCE = 16
@@ -113,6 +122,19 @@ def conclude_rollout(chain: Chain, rollout: Rollout, reached: Advance) -> Record
             record_refresh(chain, rollout.version, move.name, move.facts)
     advance_serving_ref(chain, rollout)
     return write_outcome(chain, rollout, "done", reached.moves, reached.verdict, None)
+
+
+def skip_overtaken(chain: Chain, overtaken: Overtaken) -> None:
+    """Records that versions are skipped for a newer one, where no replica has a record of them. Safe to repeat.
+
+    A replica records by itself which versions it has skipped. So these records are written only for versions of which
+    no replica knows, as those before the first one of a new replica.
+    """
+    recorded = recorded_versions(chain, REFRESHES)
+    for version in overtaken.versions:
+        if version not in recorded:
+            skipped: Record = {"status": "skipped", "newer_version": overtaken.newer_version}
+            write_record(chain, REFRESHES, version, SERVING_REF, skipped)
 
 
 def take_back_rollout(chain: Chain, rollout: Rollout, reached: Advance) -> Record:
