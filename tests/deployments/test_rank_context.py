@@ -255,6 +255,7 @@ def test_a_refusal_that_may_pass_keeps_the_events_and_is_logged_once(caplog: pyt
     assert "PREFECT_API_AUTH_STRING" in warning
 
 
+@pytest.mark.nightly
 @pytest.mark.flows
 def test_events_reach_a_server_that_has_a_password(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its database is the one that the environment names, so the stack starts none."""

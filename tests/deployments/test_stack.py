@@ -12,13 +12,11 @@ from contextlib import ExitStack
 from datetime import timedelta
 from pathlib import Path
 
-import httpx
 import psutil
 import pytest
 from prefect.settings import Settings
 
 from tests.waiting import PATIENCE_SECONDS, wait_until
-from weightline.deployments.stack.database import Postgres, find_postgres
 from weightline.deployments.stack.folder import (
     StackFolder,
     StackRecord,
@@ -85,60 +83,9 @@ def flows(tmp_path: Path) -> Iterator[StartFlows]:
         yield start
 
 
-def _kill(record: StackRecord, name: str) -> None:
-    """With kill -9."""
-    os.kill(record.processes[name].pid, signal.SIGKILL)
-
-
 def _heed_interrupts() -> None:
     """A shell's background job, as a CI's may be, has SIGINT ignored, and its children inherit that."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
-def _answers(url: str) -> bool:
-    try:
-        return httpx.get(url, trust_env=False).is_success
-    except httpx.TransportError:
-        return False
-
-
-@pytest.mark.flows
-def test_up_leaves_a_stack_and_down_ends_all_of_it(tmp_path: Path, flows: StartFlows) -> None:
-    up = flows("up", "--port", "0")
-    out, err = up.communicate(timeout=PATIENCE_SECONDS)
-    assert up.returncode == 0, err
-    folder = StackFolder.under(tmp_path / "runs")
-    record = running_stack(folder)
-    assert record is not None
-    assert record.ui_url in out
-    has_database = isinstance(find_postgres(folder.root), Postgres)
-    names = {"server", "worker", "dashboard", "supervisor", *(["database"] if has_database else [])}
-    assert set(record.processes) == names
-    assert f"Dashboard: {record.dashboard_url}" in out
-    wait_until(lambda url=f"{record.dashboard_url}/api/chains": _answers(url))
-    members = [child for p in record.processes.values() for child in psutil.Process(p.pid).children(recursive=True)]
-
-    _kill(record, "server")
-    _kill(record, "worker")
-    repaired = wait_until(
-        lambda: running_stack(folder),
-        lambda found: found is not None and set(found.processes) == names,
-        told=(folder.log_dir / "supervisor.log").read_text,
-    )
-    assert repaired is not None
-    assert (repaired.api_url, repaired.dashboard_url) == (record.api_url, record.dashboard_url)
-    record = repaired
-
-    again = flows("up")
-    assert record.ui_url in again.communicate(timeout=PATIENCE_SECONDS)[0]
-    assert StackRecord.load(folder.record_path) == record
-
-    down = flows("down")
-    assert down.communicate(timeout=PATIENCE_SECONDS)[0] == "down\n"
-    assert not any(process.is_alive() for process in record.processes.values())
-    assert not any(member.is_running() and member.status() != psutil.STATUS_ZOMBIE for member in members)
-    assert not folder.record_path.exists()
-    assert flows("down").communicate(timeout=PATIENCE_SECONDS)[0] == "nothing was up\n"
 
 
 @pytest.mark.flows

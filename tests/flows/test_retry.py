@@ -30,7 +30,9 @@ from weightline.runs.prepare import prepare_run
 from weightline.stages.job import StageJob, StageResult
 from weightline.tasks.training import make_start_model
 
-pytestmark = [pytest.mark.train, pytest.mark.timeout(900), pytest.mark.usefixtures("server_environment")]
+pytestmark = [
+    pytest.mark.train, pytest.mark.nightly, pytest.mark.timeout(900), pytest.mark.usefixtures("server_environment"),
+]  # fmt: skip
 
 POOL, QUEUE = "retry-pool", "retry"
 _STAGES = [
@@ -101,13 +103,13 @@ def _undisturbed(run: Run, folder: Path) -> StageJob:
     return job
 
 
-@pytest.mark.parametrize("num_ranks", [1, pytest.param(2, marks=pytest.mark.nightly)])
+@pytest.mark.parametrize("num_ranks", [1, 2])
 def test_a_training_survives_cancel_and_kill(
     num_ranks: int, client: SyncPrefectClient, workers: Workers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each time it is held in the middle of a step, past a checkpoint.
 
-    tests/stages kills one of two ranks of every kind of stage by day.
+    By day, tests/trainer kills one of two ranks of every kind of stage, and tests/deployments cancels runs.
     """
     runs_dir, holds = tmp_path / "runs", tmp_path / "holds"
     holds.mkdir()

@@ -184,6 +184,7 @@ def test_the_request_of_a_client_that_leaves_is_given_up(tmp_path: Path) -> None
         assert asked == ["0"]
 
 
+@pytest.mark.nightly
 @pytest.mark.process
 def test_no_client_sees_that_a_replica_stops_answering_or_is_killed(tmp_path: Path) -> None:
     grown = make_chain(f"file://{tmp_path}/chain", num_versions=2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import zipfile
 from collections.abc import Iterator
@@ -11,12 +12,15 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
+import psutil
 import pytest
 
 from tests import ROOT
 from tests.package.installed import DECOYS, Installed, build_wheel, install
 from tests.runs.recipes import write_recipe
 from tests.waiting import PATIENCE_SECONDS, wait_until
+from weightline.deployments.stack.database import Postgres, find_postgres
+from weightline.deployments.stack.folder import StackFolder, StackRecord, running_stack
 from weightline.deployments.stack.stack import free_port
 from weightline.launch.processes import ProcessTree, marked_environment
 
@@ -112,12 +116,20 @@ def _answers(url: str) -> bool:
         return False
 
 
-def test_a_stack_comes_up_takes_deployments_trains_a_recipe_and_goes_down(installed: Installed) -> None:
+def test_a_stack_comes_up_stays_up_takes_deployments_trains_a_recipe_and_goes_down(installed: Installed) -> None:
+    """A server and a worker that are killed come back; `down` leaves no process and no record."""
     stages = [{"kind": "sft", "max_steps": 1, "learning_rate": 1e-3}]
     write_recipe(installed.folder, stages=stages, evaluation={"limit": 2}, num_processes=1)
     try:
         up = installed.weightline("up", "--port", "0")
         assert "up: http://127.0.0.1:" in up
+        record, members = _whole_stack(installed, up)
+        for name in ("server", "worker"):
+            os.kill(record.processes[name].pid, signal.SIGKILL)
+        repaired = _repaired(installed, set(record.processes))
+        assert (repaired.api_url, repaired.dashboard_url) == (record.api_url, record.dashboard_url)
+        assert repaired.ui_url in installed.weightline("up")
+        assert StackRecord.load(_stack_folder(installed).record_path) == repaired
         assert installed.weightline("deploy").startswith("deployed to http://127.0.0.1:")
         ran = installed.weightline("run", "recipe.yaml")
         assert "using the stack that is up" in ran
@@ -126,7 +138,44 @@ def test_a_stack_comes_up_takes_deployments_trains_a_recipe_and_goes_down(instal
         assert len(json.loads(installed.weightline("log", str(chain), "--json"))["versions"]) == 2
     finally:
         assert installed.weightline("down") == "down\n"
+    assert not any(process.is_alive() for process in repaired.processes.values())
+    assert not any(member.is_running() and member.status() != psutil.STATUS_ZOMBIE for member in members)
+    assert not _stack_folder(installed).record_path.exists()
+    assert installed.weightline("down") == "nothing was up\n"
     _serve_and_show(installed, chain)
+
+
+def _stack_folder(installed: Installed) -> StackFolder:
+    return StackFolder.under(installed.folder / "runs")
+
+
+def _whole_stack(installed: Installed, up: str) -> tuple[StackRecord, list[psutil.Process]]:
+    """The record of a stack that `up` has described, and the processes below those of the record."""
+    folder = _stack_folder(installed)
+    record = running_stack(folder)
+    assert record is not None
+    assert record.ui_url in up
+    assert f"Dashboard: {record.dashboard_url}" in up
+    has_database = isinstance(find_postgres(folder.root), Postgres)
+    assert set(record.processes) == {
+        "server", "worker", "dashboard", "supervisor", *(["database"] if has_database else []),
+    }  # fmt: skip
+    wait_until(lambda: _answers(f"{record.dashboard_url}/api/chains"))
+    return record, [
+        child for p in record.processes.values() for child in psutil.Process(p.pid).children(recursive=True)
+    ]
+
+
+def _repaired(installed: Installed, names: set[str]) -> StackRecord:
+    """The record of the stack once all of its processes are there again."""
+    folder = _stack_folder(installed)
+    found = wait_until(
+        lambda: running_stack(folder),
+        lambda found: found is not None and set(found.processes) == names,
+        told=(folder.log_dir / "supervisor.log").read_text,
+    )
+    assert found is not None
+    return found
 
 
 def _serve_and_show(installed: Installed, chain: Path) -> None:
