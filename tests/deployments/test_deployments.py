@@ -71,7 +71,7 @@ def test_a_commit_starts_evaluation_and_refresh_once_with_typed_parameters(deplo
         announce_commit(chain, seventh)
     for name in CONSUMERS:
         (run,) = wait_until(lambda name=name: _runs(deployed, name, chain), bool)
-        assert run.parameters == {"chain": chain, "version": 7}
+        assert run.parameters == {"chain": chain, "version": 7, "or_newer": True}
         assert run.work_queue_name in WORK_QUEUES
     announce_commit(chain, _committed(chain, 8))
     for name in CONSUMERS:
