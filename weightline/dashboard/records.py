@@ -22,7 +22,8 @@ _MAX_EXACT = 2**53
 _TEXTS = ("status", "recorded_at", "served_at", "commit_id", "state_digest", "reason", "error")
 _NUMBERS = (
     "score", "num_problems", "seconds", "newer_version", "from_version", "pause_seconds", "drain_seconds",
-    "prepare_seconds", "payload_nbytes", "num_changed",
+    "prepare_seconds", "fetch_seconds", "read_base_seconds", "decode_seconds", "stage_seconds", "payload_nbytes",
+    "num_changed",
 )  # fmt: skip
 
 

@@ -168,6 +168,7 @@ def test_a_refresh_answers_with_its_facts(client: AppClient, grown: ModelChain) 
     assert facts["num_changed"] == grown.chain.manifest(1).num_changed
     assert facts["payload_nbytes"] == grown.chain.manifest(1).payload_nbytes
     assert {"pause_seconds", "prepare_seconds", "served_at"} <= facts.keys()
+    assert client.ask("GET", "/weightline/status").json()["last_refresh"] == facts
     assert client.refresh(version=None).json()["version"] == 2
     assert client.refresh(version=0).json()["version"] == 2
     assert client.refresh(version=0, allow_backward=True).json()["version"] == 0
@@ -229,6 +230,7 @@ def test_metrics_count(client: AppClient, replica: Replica) -> None:
         'weightline_refresh_pause_seconds_count{replica="replica-0"} 1.0',
         'weightline_refresh_failures_total{kind="version-not-found",replica="replica-0"} 1.0',
         'weightline_refresh_prepare_seconds_count{replica="replica-0"} 1.0',
+        'weightline_refresh_part_seconds_count{part="read_base",replica="replica-0"} 1.0',
         'weightline_completions_total{replica="replica-0"} 2.0',
     ):
         assert line in lines

@@ -84,7 +84,10 @@ def test_facts_tell_what_moved(replica: Replica, grown: ModelChain) -> None:
     assert facts.num_changed == manifest.num_changed > 0
     assert facts.payload_nbytes == manifest.payload_nbytes
     assert facts.pause_seconds > 0
-    assert facts.prepare_seconds > 0
+    parts = (facts.fetch_seconds, facts.read_base_seconds, facts.decode_seconds)
+    assert min(parts) > 0
+    assert facts.prepare_seconds > sum(parts)
+    assert facts.stage_seconds > 0
 
 
 def test_several_deltas_are_one_write(replica: Replica, grown: ModelChain) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import tempfile
+import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -82,6 +83,8 @@ class Fetcher:
         self._opened: LRUCache[str, Payload] = LRUCache(_MAX_OPENED_SEGMENTS, lambda payload: 1 + len(payload.segments))
         self.broken_shortcuts: set[str] = set()
         """Keys of shortcuts that failed in this operation: readers plan without them."""
+        self.seconds = 0.0
+        """For which `fetch` kept its callers waiting."""
 
     def open(self, wanted: StoredObject) -> Payload:
         """Returns the opened payload. One that is named several times (ranks without changes) is opened once."""
@@ -94,8 +97,11 @@ class Fetcher:
 
     def fetch(self, wanted: StoredObject) -> Path:
         """Returns the object's local file, which exists while the fetcher is open."""
-        future = self._ahead.pop(wanted.sha256, None)
-        return future.result() if future is not None else self._obtain(wanted)
+        started, future = time.perf_counter(), self._ahead.pop(wanted.sha256, None)
+        try:
+            return future.result() if future is not None else self._obtain(wanted)
+        finally:
+            self.seconds += time.perf_counter() - started
 
     def prefetch(self, wanted: Iterable[StoredObject]) -> None:
         """Starts to fetch objects of a remote bucket, several at a time. `fetch` raises their errors."""

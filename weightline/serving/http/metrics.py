@@ -9,6 +9,8 @@ from weightline.serving.replica.status import RefreshFacts, ReplicaStatus
 
 #: The kind of an error that is not one of weightline's own.
 UNEXPECTED = "unexpected"
+#: Those of `RefreshFacts`, in their order. The first three belong to the preparation.
+_PARTS = ("fetch", "read_base", "decode", "stage", "drain")
 _PAUSE_BUCKETS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100)
 
 
@@ -25,6 +27,10 @@ class ReplicaMetrics:
         self.prepare_seconds = self._histogram(
             "refresh_prepare_seconds", "Fetching, verifying and decoding, while serving"
         )
+        self._parts = Histogram(
+            "weightline_refresh_part_seconds", "Seconds of a refresh before its pause, by part", ("replica", "part"),
+            registry=self.registry, buckets=_PAUSE_BUCKETS,
+        )  # fmt: skip
         self.payload_bytes = self._counter("refresh_payload_bytes", "Bytes of payloads that refreshes fetched")
         self.changed_elements = self._counter("refresh_changed_elements", "Elements that refreshes wrote")
         self._failures = self._failures_of("refresh_failures", "Refreshes that failed, by kind")
@@ -40,6 +46,8 @@ class ReplicaMetrics:
             return
         self.pause_seconds.observe(facts.pause_seconds)
         self.prepare_seconds.observe(facts.prepare_seconds)
+        for part in _PARTS:
+            self._parts.labels(**self._labels, part=part).observe(getattr(facts, f"{part}_seconds"))
         self.payload_bytes.inc(facts.payload_nbytes)
         self.changed_elements.inc(facts.num_changed)
 

@@ -41,6 +41,7 @@ class ReplicaService:
         self._refused: int | None = None
         self._moving_to: int | None = None
         self._follow_error: str | None = None
+        self._last_refresh: RefreshFacts | None = None
         self._newest_tip = -1
         """The newest tip that was seen, by which a move to a version is a move to the tip."""
         self._unrecorded: list[RefreshFacts] = []
@@ -103,6 +104,7 @@ class ReplicaService:
         self.metrics.count_refresh(facts)
         if facts.from_version == facts.version:
             return
+        self._last_refresh = facts
         _log.info(
             "replica %s moved from %s to version %s: %s elements, %s bytes, paused %.3f s",
             self.replica.name, "nothing" if facts.from_version is None else f"version {facts.from_version}",
@@ -122,7 +124,7 @@ class ReplicaService:
         return status.model_copy(
             update={
                 "tip_version": tip, "follows": follows, "lag_versions": lag_versions, "lag_seconds": lag_seconds,
-                "follow_error": self._follow_error, "lease_error": lease_error,
+                "follow_error": self._follow_error, "lease_error": lease_error, "last_refresh": self._last_refresh,
             }
         )  # fmt: skip
 

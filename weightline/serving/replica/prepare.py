@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,12 +14,12 @@ from weightline.chain.files.checkpoint import write_checkpoint
 from weightline.chain.files.meaning import have_same_meaning
 from weightline.chain.replay.diff import tensor_groups
 from weightline.chain.replay.fetch import Fetcher, fetching
-from weightline.chain.replay.plan import ReplayPlan, plan_between
+from weightline.chain.replay.plan import plan_between
 from weightline.chain.replay.state import OverlaidState, ReadBits, check_digests, read_state, replay
 from weightline.codec.capture import capture_tensors
 from weightline.errors import BaseMismatchError, DigestMismatchError, VersionNotFoundError
 from weightline.format.manifest import Manifest
-from weightline.types import Changes
+from weightline.types import BitsArray, Changes
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -30,6 +31,15 @@ class Held:
     digests: dict[str, int]
 
 
+@dataclass(frozen=True, slots=True)
+class PrepareSeconds:
+    """Where the time of a preparation went: see `RefreshFacts`. What is missing was taken by its plan."""
+
+    fetch_seconds: float = 0.0
+    read_base_seconds: float = 0.0
+    decode_seconds: float = 0.0
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class PreparedDelta:
     """Decoded changes from `held` to the version. The digests after them were checked against the manifest."""
@@ -39,6 +49,7 @@ class PreparedDelta:
     changes: tuple[Changes, ...]
     digests: dict[str, int]
     payload_nbytes: int
+    seconds: PrepareSeconds = PrepareSeconds()
 
     @property
     def num_changed(self) -> int:
@@ -56,6 +67,7 @@ class PreparedLoad:
     manifest: Manifest
     folder: Path
     payload_nbytes: int
+    seconds: PrepareSeconds = PrepareSeconds()
 
     @property
     def num_changed(self) -> int:
@@ -102,14 +114,33 @@ def prepare_delta(chain: Chain, version: int, held: Held, read_bits: ReadBits) -
     """
     check_base(chain, held)
     manifest = chain.manifest(version)
+    started, base = time.perf_counter(), _TimedBase(read_bits)
     with fetching(chain.store) as fetcher:
         pending, plan = replay(
-            chain, lambda: OverlaidState(held.version, manifest.specs, dict(held.digests), read_bits), version, fetcher
+            chain, lambda: OverlaidState(held.version, manifest.specs, dict(held.digests), base.read), version, fetcher
         )
         if plan.hops and plan.hops[0].base_version is None:
-            return _from_anchor(chain, manifest, held, plan, read_bits, fetcher)
-    changes = tuple(one for one in pending.changes.values() if one.num_changed)
-    return PreparedDelta(held, manifest, changes, pending.digests, plan.payload_nbytes)
+            changes, digests = _from_anchor(chain, manifest, base.read, fetcher)
+        else:
+            changes, digests = tuple(one for one in pending.changes.values() if one.num_changed), pending.digests
+        spent = time.perf_counter() - started
+        seconds = PrepareSeconds(fetcher.seconds, base.seconds, spent - fetcher.seconds - base.seconds)
+    return PreparedDelta(held, manifest, changes, digests, plan.payload_nbytes, seconds)
+
+
+class _TimedBase:
+    """Reads the engine's bits, and counts the seconds that it takes."""
+
+    def __init__(self, read_bits: ReadBits) -> None:
+        self._read_bits = read_bits
+        self.seconds = 0.0
+
+    def read(self, name: str) -> BitsArray:
+        started = time.perf_counter()
+        try:
+            return self._read_bits(name)
+        finally:
+            self.seconds += time.perf_counter() - started
 
 
 def fits_in_place(chain: Chain, version: int, held: Held) -> bool:
@@ -142,9 +173,12 @@ def _base_mismatch(chain: Chain, held: Held, why: str) -> BaseMismatchError:
 
 
 def _from_anchor(
-    chain: Chain, manifest: Manifest, held: Held, plan: ReplayPlan, read_bits: ReadBits, fetcher: Fetcher
-) -> PreparedDelta:
-    """Builds the version from an anchor, a group of tensors at a time, and compares it with the engine's weights."""
+    chain: Chain, manifest: Manifest, read_bits: ReadBits, fetcher: Fetcher
+) -> tuple[tuple[Changes, ...], dict[str, int]]:
+    """Returns the changes that lead to the version, and its digests.
+
+    Builds the version from an anchor, a group of tensors at a time, and compares it with the engine's weights.
+    """
     changes: list[Changes] = []
     digests: dict[str, int] = {}
     for names in tensor_groups(manifest.specs.values()):
@@ -152,4 +186,4 @@ def _from_anchor(
         held_bits = {name: read_bits(name) for name in state.specs}
         changes += capture_tensors(state.specs.values(), held_bits, state.bits)
         digests |= state.digests
-    return PreparedDelta(held, manifest, tuple(changes), digests, plan.payload_nbytes)
+    return tuple(changes), digests

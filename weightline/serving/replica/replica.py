@@ -50,6 +50,15 @@ class ReplicaSettings:
             )
 
 
+@dataclass(frozen=True, slots=True)
+class _ApplySeconds:
+    """Where the time of an apply went: see `RefreshFacts`."""
+
+    stage_seconds: float
+    drain_seconds: float
+    pause_seconds: float
+
+
 class Replica:
     """One engine that follows one chain. Safe for threads; refreshes run one at a time. One process per `state_dir`."""
 
@@ -109,20 +118,20 @@ class Replica:
         and ApplyError leave it at its version. When the undo fails as well, it serves no version.
         """
         with self._refreshing, self._remembering_errors():
+            started = time.perf_counter()
             wanted = self.chain.tip().version if version is None else self.chain.manifest(version).version
             held = self._held
             if held is not None and (wanted == held.version or (wanted < held.version and not allow_backward)):
                 check_base(self.chain, held)
                 return self._facts(held.version)
-            started = time.perf_counter()
             prepared = self._prepare(wanted)
             prepare_seconds = time.perf_counter() - started
-            drain_seconds, pause_seconds = self._apply(prepared)
+            applied = self._apply(prepared)
             return self._facts(
                 held.version if held else None,
-                pause_seconds=pause_seconds,
-                drain_seconds=drain_seconds,
                 prepare_seconds=prepare_seconds,
+                **asdict(prepared.seconds),
+                **asdict(applied),
                 num_changed=prepared.num_changed,
                 payload_nbytes=prepared.payload_nbytes,
             )
@@ -138,7 +147,7 @@ class Replica:
         Any other error leaves the engine at its version. When the undo fails as well, it has no version.
         """
         with self._refreshing, self._remembering_errors():
-            return self._apply(prepared)[1]
+            return self._apply(prepared).pause_seconds
 
     def _prepare(self, version: int) -> Prepared:
         held = self._held
@@ -151,16 +160,16 @@ class Replica:
             return prepare_load(self.chain, version, self.state_dir, held)
         return prepare_delta(self.chain, version, held, self.engine.read_bits)
 
-    def _apply(self, prepared: Prepared) -> tuple[float, float]:
-        """Returns the seconds of drain and pause."""
+    def _apply(self, prepared: Prepared) -> _ApplySeconds:
         self._require_base(prepared)
         try:
-            self._stage(prepared)
             started = time.perf_counter()
+            self._stage(prepared)
+            staged = time.perf_counter()
             with self._paused():
                 paused = time.perf_counter()
                 self._move(prepared)
-            return paused - started, time.perf_counter() - paused
+            return _ApplySeconds(staged - started, paused - staged, time.perf_counter() - paused)
         finally:
             if isinstance(prepared, PreparedLoad):
                 prepared.discard()

@@ -32,6 +32,15 @@ class RefreshFacts(_Facts):
     drain_seconds: float
     """Seconds before the pause for which new requests were held back, until those in flight had ended."""
     prepare_seconds: float
+    """Seconds in which the replica planned, fetched, decoded and proved the change, while the engine answered."""
+    fetch_seconds: float = 0.0
+    """Those of them for which it waited for payloads and checked them. 0, as the next two, when a model was loaded."""
+    read_base_seconds: float = 0.0
+    """Those of them in which it read the bits that the changes start from out of the engine."""
+    decode_seconds: float = 0.0
+    """Those of them in which it decoded the changes and proved the digests after them."""
+    stage_seconds: float = 0.0
+    """Seconds after the preparation in which the engine found the places of the changes, and still answered."""
     num_changed: int
     payload_nbytes: int
 
@@ -68,6 +77,8 @@ class ReplicaStatus(_Facts):
     """Whether an answer can name the version of each of its tokens. Without it, an answer has one version."""
     rollout_routes: tuple[str, ...] = ()
     """The routes that answer with token ids and logprobs, the best one first."""
+    last_refresh: RefreshFacts | None = None
+    """The last refresh since the start that moved the replica."""
 
 
 class ServedVersion(_Facts):
