@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -12,9 +13,10 @@ from rich.console import Console
 from tests.chains import commit_state, nudged, random_state
 from tests.lineage.rows import row
 from tests.runs.recipes import write_recipe
-from weightline.chain.read.records import EVALUATIONS, REFRESHES, write_record
+from weightline.chain.read.records import EVALUATIONS, REFRESHES, SAMPLES, write_record
 from weightline.deployments.stack.pipeline import RunScreen
 from weightline.lineage.read import read_lineage
+from weightline.rollouts.record import SamplesRecord, Spread
 from weightline.runs.folder import Run
 from weightline.runs.prepare import prepare_run
 from weightline.runs.progress import RunWatch
@@ -74,7 +76,13 @@ def test_the_summary_says_all_of_a_run(run: Run) -> None:
     assert "NOT proved equal" in told[2]
 
 
-def test_a_stage_that_learned_from_replicas_says_how_old_their_samples_were(run: Run) -> None:
+def _sampled(staleness: float, ratio: Spread, global_step: int) -> dict[str, Any]:
+    record = SamplesRecord(global_step, staleness=Spread(mean=staleness, max=staleness), made_by={0: 8}, ratio=ratio)
+    return record.to_record()
+
+
+def _learned_from_replicas(run: Run) -> list[str]:
+    """The lines of a run whose only finished stage learned from samples of replicas."""
     metrics = {
         "loss": 0.1, "reward": 0.83, "rollout/staleness_max": 2.0, "rollout/wait_seconds": 0.004,
         "sampling/importance_sampling_ratio/mean": 0.9991, "sampling/importance_sampling_ratio/min": 0.951,
@@ -84,11 +92,33 @@ def test_a_stage_that_learned_from_replicas_says_how_old_their_samples_were(run:
         kind="sft", run_id="run-1", global_step=3, resumed_from_step=0, train_seconds=1.0, metrics=metrics
     )
     run.job("sft").done_path.write_text(result.model_dump_json())
-    lines = list(stage_lines(write_summary(run, read_lineage(run.open_chain()), "", 1.0)))
-    assert lines[2] == (
-        "sft: reward 0.830 from samples of replicas, at the last step at most 2 versions old; importance sampling "
-        "ratio 0.9991, 0.951 to 1.043; training stood still for 0.00 s a batch"
-    )
+    run.job("sft").metrics_path.write_text('{"step": 1, "reward": 0.5}\n{"step": 3, "reward": 0.83}\n{"step": 3}\n')
+    written = write_summary(run, read_lineage(run.open_chain()), "", 1.0)
+    assert RunSummary.model_validate_json(run.summary_path.read_text()) == written
+    return list(stage_lines(written))[2:-1]
+
+
+def test_a_stage_that_learned_from_replicas_says_its_rewards_and_its_ratios(run: Run) -> None:
+    """That of staleness 0 is of the first step whose samples all have that age, as its record says."""
+    chain = run.open_chain()
+    write_record(chain, SAMPLES, 0, "sft-1", _sampled(1.0, Spread(0.9, 0.8, 1.2), 1))
+    write_record(chain, SAMPLES, 1, "sft-2", _sampled(0.0, Spread(1.00004, 0.9992, 1.0007), 2))
+    assert _learned_from_replicas(run) == [
+        "sft: reward 0.500 at step 1, 0.830 at step 3, on samples of replicas; docs/rollouts.md shows it beside that "
+        "of the shipped recipe without them, for the same seeds",
+        "sft: importance sampling ratio at staleness 0: 1.0000, 0.999 to 1.001 (step 2, whose samples the newest "
+        "version made)",
+        "sft: importance sampling ratio at the last step: 0.9991, 0.951 to 1.043, of samples at most 2 versions old; "
+        "training stood still for 0.00 s a batch",
+    ]
+
+
+def test_without_a_record_of_staleness_zero_no_ratio_is_said_of_it(run: Run) -> None:
+    write_record(run.open_chain(), SAMPLES, 0, "sft-1", _sampled(1.0, Spread(0.9, 0.8, 1.2), 1))
+    write_record(run.open_chain(), SAMPLES, 1, "sft-2", _sampled(0.0, Spread(), 2))
+    lines = _learned_from_replicas(run)
+    assert len(lines) == 2
+    assert not any("staleness 0" in line for line in lines)
 
 
 def test_the_table_fits_a_narrow_terminal(run: Run) -> None:

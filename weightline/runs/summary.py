@@ -8,13 +8,39 @@ from typing import Self
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from weightline.chain import Chain
 from weightline.files import write_atomically
 from weightline.lineage.rows import LineageRow
+from weightline.lineage.samples import read_samples
 from weightline.lineage.table import COLUMNS, cells
+from weightline.runs.curves import points_of
 from weightline.runs.folder import Run
+from weightline.runs.progress import MetricsFollower
 from weightline.runs.stage import read_proof
 from weightline.stages.job import StageResult
 from weightline.stages.recipe import FrozenModel, Recipe
+
+_STALENESS = "rollout/staleness_max"
+#: The first steps of a stage that may be trained on samples of the newest version: those before lookahead sets in.
+_MAX_RECORDS_READ = 8
+
+
+class RatioSummary(FrozenModel):
+    """The importance sampling ratio of one optimizer step, over all tokens that it was trained on."""
+
+    global_step: int
+    mean: float
+    min: float
+    max: float
+
+
+class RolloutsSummary(FrozenModel):
+    """What a stage measured that learned from samples of replicas."""
+
+    rewards: tuple[tuple[int, float], ...]
+    """The first and the last reward that were logged, each with its optimizer step."""
+    on_policy_ratio: RatioSummary | None
+    """The ratio of the stage's first step whose samples all had staleness 0. None where no record says it."""
 
 
 class StageSummary(FrozenModel):
@@ -28,6 +54,8 @@ class StageSummary(FrozenModel):
     train_seconds: float | None
     metrics: dict[str, float]
     """The last logged numbers."""
+    rollouts: RolloutsSummary | None = None
+    """None for a stage whose samples the trainer made, or that has none."""
 
 
 class VersionSummary(FrozenModel):
@@ -98,7 +126,31 @@ def _stage_summary(run: Run, kind: str, rows: Sequence[LineageRow]) -> StageSumm
         global_step=result.global_step if result else None,
         train_seconds=round(result.train_seconds, 1) if result else None,
         metrics=result.metrics if result else {},
+        rollouts=_rollouts_summary(run, kind, rows) if result and _STALENESS in result.metrics else None,
     )
+
+
+def _rollouts_summary(run: Run, kind: str, rows: Sequence[LineageRow]) -> RolloutsSummary:
+    metrics = MetricsFollower(run.job(kind).metrics_path)
+    metrics.refresh()
+    rewards = [(int(step), reward) for step, reward in points_of(metrics.history, "reward")]
+    versions = [row.version for row in rows if (row.stage, row.run_id) == (kind, run.run_id)]
+    return RolloutsSummary(
+        rewards=(rewards[0], rewards[-1]) if rewards else (),
+        on_policy_ratio=_on_policy_ratio(run.open_chain(), versions[:_MAX_RECORDS_READ]),
+    )
+
+
+def _on_policy_ratio(chain: Chain, versions: Sequence[int]) -> RatioSummary | None:
+    """Returns the ratio that is recorded beside the first of the versions whose samples all had staleness 0."""
+    for version in versions:
+        samples, _ = read_samples(chain, version)
+        if samples is None or samples.staleness.max != 0:
+            continue
+        mean, low, high = samples.ratio.mean, samples.ratio.min, samples.ratio.max
+        if mean is not None and low is not None and high is not None:
+            return RatioSummary(global_step=samples.global_step, mean=mean, min=low, max=high)
+    return None
 
 
 def milestone_rows(rows: Sequence[LineageRow]) -> tuple[LineageRow, ...]:
@@ -134,26 +186,44 @@ def versions_table(rows: Sequence[LineageRow], title: str) -> Table:
 def stage_lines(summary: RunSummary) -> Iterator[str]:
     """Yields a line for the start and one for each stage: its score, and whether its bits are the chain's.
 
-    A stage that learned from samples of replicas has a second line: their age, and how far they were off policy.
+    A stage that learned from samples of replicas has three lines more: its reward, the importance sampling ratio at
+    staleness 0, and what its last steps were trained on.
     """
     yield f"start: score {_score(summary.start_score)}"
     for kind, stage in summary.stages.items():
         equal = "bit-equal" if stage.is_bit_equal else "NOT proved equal"
         version = f"version {stage.last_version}, replayed from the bucket,"
         yield f"{kind}: score {_score(stage.score)}; {version} is {equal} to what trainer.save_model wrote"
-        if "rollout/staleness_max" in stage.metrics:
-            yield f"{kind}: {_rollouts(stage.metrics)}"
+        if stage.rollouts is not None:
+            for line in _rollout_lines(stage.rollouts, stage.metrics):
+                yield f"{kind}: {line}"
 
 
-def _rollouts(metrics: Mapping[str, float]) -> str:
-    """Returns what the last steps were trained on: how old the samples were, and what corrected for it."""
-    ratio = "sampling/importance_sampling_ratio"
-    low, mean, high = (metrics.get(f"{ratio}/{name}", float("nan")) for name in ("min", "mean", "max"))
-    return (
-        f"reward {metrics.get('reward', float('nan')):.3f} from samples of replicas, at the last step at most "
-        f"{metrics['rollout/staleness_max']:.0f} versions old; importance sampling ratio {mean:.4f}, {low:.3f} to "
-        f"{high:.3f}; training stood still for {metrics.get('rollout/wait_seconds', float('nan')):.2f} s a batch"
+def _rollout_lines(rollouts: RolloutsSummary, metrics: Mapping[str, float]) -> Iterator[str]:
+    """Yields what a stage on samples of replicas measured. The reward without them is that of another training."""
+    if rollouts.rewards:
+        shown = ", ".join(f"{reward:.3f} at step {step}" for step, reward in dict(rollouts.rewards).items())
+        yield (
+            f"reward {shown}, on samples of replicas; docs/rollouts.md shows it beside that of the shipped recipe "
+            "without them, for the same seeds"
+        )
+    ratio = rollouts.on_policy_ratio
+    if ratio is not None:
+        yield (
+            f"importance sampling ratio at staleness 0: {_spread(ratio.mean, ratio.min, ratio.max)} (step "
+            f"{ratio.global_step}, whose samples the newest version made)"
+        )
+    name = "sampling/importance_sampling_ratio"
+    mean, low, high = (metrics.get(f"{name}/{part}", float("nan")) for part in ("mean", "min", "max"))
+    yield (
+        f"importance sampling ratio at the last step: {_spread(mean, low, high)}, of samples at most "
+        f"{metrics[_STALENESS]:.0f} versions old; training stood still for "
+        f"{metrics.get('rollout/wait_seconds', float('nan')):.2f} s a batch"
     )
+
+
+def _spread(mean: float, low: float, high: float) -> str:
+    return f"{mean:.4f}, {low:.3f} to {high:.3f}"
 
 
 def _score(score: float | None) -> str:
