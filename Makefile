@@ -90,14 +90,17 @@ fuzz: $(VENV)/.test-ready  ## Hostile payloads, manifests and chains, FUZZ_SECON
 clean:  ## Remove the environment and caches; runs/ stays
 	rm -rf $(VENV) $(VLLM_VENV) $(LATEST_VENV) $(LOWEST_VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
 
-# An environment is rebuilt when the files that define it change. Constraints make an install repeatable.
+# An environment is rebuilt when the files that define it change. Constraints make an install repeatable. The kernels are
+# compiled here, so that the first training, or the first tests, need not do it in several processes at once.
 $(VENV)/.run-ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[all]'
+	$(BIN)/python -m weightline.codec.warm
 	touch $@
 
 $(VENV)/.test-ready: $(VENV)/.run-ready
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[all,dev]'
+	$(BIN)/python -m weightline.codec.warm --all
 	command -v chromium >/dev/null || { apt-get -qq update && apt-get -qq install -y --no-install-recommends chromium; } >/dev/null 2>&1 \
 		|| echo 'no Chromium could be installed: tests in a browser will be skipped'
 	npm install --silent --no-audit --no-fund --prefix $(VENV)/azurite azurite@$(AZURITE) >/dev/null 2>&1 \
