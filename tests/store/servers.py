@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from tests import ROOT
 from tests.waiting import PATIENCE_SECONDS, wait_until
 from weightline.store.objects.clients import open_s3
 from weightline.store.objects.store import ObjectStore, Patience
@@ -38,7 +39,7 @@ def azurite_command() -> str | None:
 def moto_server() -> Iterator[int]:
     """The port of a fresh S3 server. Its process ends with the block."""
     port = _free_port()
-    with _running([sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)], port):
+    with _running([sys.executable, "-m", "tests.store.atomic_moto", str(port)], port):
         yield port
 
 
@@ -85,7 +86,7 @@ def _put(port: int, path: str, headers: dict[str, str], expected: int) -> None:
 
 @contextmanager
 def _running(argv: list[str], port: int) -> Iterator[None]:
-    environment = os.environ | {"PYTHONWARNINGS": "ignore"}
+    environment = os.environ | {"PYTHONWARNINGS": "ignore", "PYTHONPATH": str(ROOT)}
     with subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment) as process:
         try:
             wait_until(lambda: process.poll() is not None or _answers(port))
