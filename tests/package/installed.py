@@ -96,8 +96,22 @@ def install(wheel: Path, folder: Path) -> Installed:
         "--no-index",
     ]
     subprocess.run([*argv, "--disable-pip-version-check", str(wheel)], check=True)
+    _copy_compiled_kernels(installed)
     # A line of a .pth file becomes an entry of sys.path. The .pth files in there, which lead to the checkout, are not
     # read.
     packages = [path for path in sys.path if path.endswith("site-packages")]
     (installed.site_packages / "others.pth").write_text("".join(f"{path}\n" for path in packages))
     return installed
+
+
+def _copy_compiled_kernels(installed: Installed) -> None:
+    """Copies the machine code of this checkout's kernels, whose compilation would take the first process a minute.
+
+    numba takes it for a source file of the same size and time.
+    """
+    kernels = Path("weightline", "codec", "kernels")
+    for source in (ROOT / kernels).glob("*.py"):
+        copy = installed.site_packages / kernels / source.name
+        os.utime(copy, ns=(source.stat().st_atime_ns, source.stat().st_mtime_ns))
+    for compiled in (ROOT / kernels / "__pycache__").glob("*.nb?"):
+        shutil.copy2(compiled, installed.site_packages / kernels / "__pycache__" / compiled.name)

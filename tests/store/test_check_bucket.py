@@ -24,7 +24,9 @@ def _run(url: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.process
-@pytest.mark.parametrize("any_url", ["local", "s3", "az", "gs"], indirect=True)
+@pytest.mark.parametrize(
+    "any_url", ["local", "s3", *(pytest.param(name, marks=pytest.mark.nightly) for name in ("az", "gs"))], indirect=True
+)
 def test_sound_buckets_pass(any_url: str) -> None:
     done = _run(any_url)
     assert done.returncode == 0, done.stdout + done.stderr
