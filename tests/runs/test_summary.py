@@ -106,7 +106,7 @@ def test_a_stage_that_learned_from_replicas_says_its_rewards_and_its_ratios(run:
     assert _learned_from_replicas(run) == [
         "sft: reward 0.500 at step 1, 0.830 at step 3, on samples of replicas; docs/rollouts.md shows it beside that "
         "of the shipped recipe without them, for the same seeds",
-        "sft: importance sampling ratio at staleness 0: 1.0000, 0.999 to 1.001 (step 2, whose samples the newest "
+        "sft: importance sampling ratio at staleness 0: 1.00004, 0.99920 to 1.00070 (step 2, whose samples the newest "
         "version made)",
         "sft: importance sampling ratio at the last step: 0.9991, 0.951 to 1.043, of samples at most 2 versions old; "
         "training stood still for 0.00 s a batch",

@@ -210,20 +210,16 @@ def _rollout_lines(rollouts: RolloutsSummary, metrics: Mapping[str, float]) -> I
     ratio = rollouts.on_policy_ratio
     if ratio is not None:
         yield (
-            f"importance sampling ratio at staleness 0: {_spread(ratio.mean, ratio.min, ratio.max)} (step "
+            f"importance sampling ratio at staleness 0: {ratio.mean:.5f}, {ratio.min:.5f} to {ratio.max:.5f} (step "
             f"{ratio.global_step}, whose samples the newest version made)"
         )
     name = "sampling/importance_sampling_ratio"
     mean, low, high = (metrics.get(f"{name}/{part}", float("nan")) for part in ("mean", "min", "max"))
     yield (
-        f"importance sampling ratio at the last step: {_spread(mean, low, high)}, of samples at most "
+        f"importance sampling ratio at the last step: {mean:.4f}, {low:.3f} to {high:.3f}, of samples at most "
         f"{metrics[_STALENESS]:.0f} versions old; training stood still for "
         f"{metrics.get('rollout/wait_seconds', float('nan')):.2f} s a batch"
     )
-
-
-def _spread(mean: float, low: float, high: float) -> str:
-    return f"{mean:.4f}, {low:.3f} to {high:.3f}"
 
 
 def _score(score: float | None) -> str:
