@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 RUN_ARGS ?=
+UP_ARGS ?=
 PYTEST_ARGS ?=
 # One worker more than there are cores, four at most: a test that waits for a process leaves its core to another one.
 # Tests that share a server or a training stay in one worker (tests/conftest.py).
@@ -24,7 +25,7 @@ run: $(VENV)/.run-ready  ## Train a small model through SFT, DPO and GRPO; every
 	$(BIN)/weightline run $(RUN_ARGS)
 
 up: $(VENV)/.run-ready  ## Leave the whole stack running: Prefect server with UI, worker, dashboard, inference server
-	$(BIN)/weightline up
+	$(BIN)/weightline up $(UP_ARGS)
 
 down: $(VENV)/.run-ready  ## End what `make up` started
 	$(BIN)/weightline down

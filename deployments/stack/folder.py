@@ -18,8 +18,9 @@ import certifi
 import httpx
 import psutil
 
+from weightline.deployments.stack import Engine
 from weightline.files import write_atomically
-from weightline.fleet.local_replica import REPLICAS_DIR_VARIABLE
+from weightline.fleet.local_replica import REPLICA_PYTHON_VARIABLE, REPLICAS_DIR_VARIABLE
 from weightline.launch.machines import RUNS_DIR_VARIABLE
 from weightline.launch.processes import ProcessId
 
@@ -76,7 +77,9 @@ class StackFolder:
         write_atomically(self.authorities_path, f"{first_authority}{end}\n")
 
 
-def stack_environment(folder: StackFolder, port: int, base: Mapping[str, str]) -> dict[str, str]:
+def stack_environment(
+    folder: StackFolder, port: int, base: Mapping[str, str], vllm_python: Path | None = None
+) -> dict[str, str]:
     """Returns `base` with the variables of all processes of a stack. They turn telemetry off. Pure."""
     no_proxy = ",".join(part for part in (base.get("NO_PROXY", base.get("no_proxy", "")), HOST, "localhost") if part)
     return {
@@ -119,6 +122,7 @@ def stack_environment(folder: StackFolder, port: int, base: Mapping[str, str]) -
         "no_proxy": no_proxy,
         "WEIGHTLINE_LOG_DIR": str(folder.log_dir),
         REPLICAS_DIR_VARIABLE: str(folder.replicas_dir),
+        REPLICA_PYTHON_VARIABLE: "" if vllm_python is None else str(vllm_python),
         RUNS_DIR_VARIABLE: str(folder.root.parent),
         "PYTHONUNBUFFERED": "1",
     }
@@ -133,6 +137,13 @@ class StackRecord:
     dashboard_url: str | None = None
     processes: dict[str, ProcessId] = field(default_factory=dict)
     """By name, in the order of their start."""
+    vllm_python: str | None = None
+    """The Python by which vLLM serves; None for the embedded server."""
+
+    @property
+    def engine(self) -> Engine:
+        """What serves."""
+        return Engine.EMBEDDED if self.vllm_python is None else Engine.VLLM
 
     @property
     def port(self) -> int:

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from weightline.deployments.stack.database import CONNECTION_VARIABLE, Postgres, find_postgres
 from weightline.deployments.stack.folder import (
@@ -45,6 +46,8 @@ class Stack:
     port: int
     is_supervised: bool = False
     """True in the supervisor, which keeps the stack running after `weightline up` has returned."""
+    vllm_python: Path | None = None
+    """The Python by which vLLM serves; None for the embedded server."""
     sqlite_reason: str | None = field(init=False, default=None)
     """The reason why the started server uses SQLite, or None."""
     _postgres: Postgres | None = field(init=False, default=None)
@@ -54,7 +57,7 @@ class Stack:
     _dashboard_port: int | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
-        self._env = stack_environment(self.folder, self.port, os.environ)
+        self._env = stack_environment(self.folder, self.port, os.environ, self.vllm_python)
 
     @property
     def api_url(self) -> str:
@@ -150,7 +153,8 @@ class Stack:
         alive = {one: ProcessId.of(p.pid) for one, p in self._started.items() if p.poll() is None}
         if self.is_supervised:
             alive[SUPERVISOR] = ProcessId.of(os.getpid())
-        StackRecord(self.api_url, self.ui_url, self.dashboard_url, alive).save(self.folder.record_path)
+        vllm_python = None if self.vllm_python is None else str(self.vllm_python)
+        StackRecord(self.api_url, self.ui_url, self.dashboard_url, alive, vllm_python).save(self.folder.record_path)
         return process
 
     def _wait_until_healthy(self) -> None:

@@ -18,35 +18,54 @@ from pathlib import Path
 import httpx
 from rich.console import Console
 
-from weightline.deployments.stack import DEFAULT_PORT
+from weightline.deployments.stack import DEFAULT_PORT, Engine
 from weightline.deployments.stack.folder import SUPERVISOR, StackFolder, StackRecord, ask_to_end, running_stack
 from weightline.deployments.stack.stack import Stack, free_port
 from weightline.errors import InputError, LaunchError
 from weightline.launch.processes import ProcessId, start_process
+from weightline.launch.replica import find_vllm_python, require_vllm_python
 from weightline.runs.folder import runs_dir_of
 
 _LOOK_SECONDS = 1.0
 _UP_SECONDS = 300.0
 
 
-def bring_up(runs_dir: Path, console: Console, port: int = DEFAULT_PORT) -> str:
-    """Starts a stack that outlives this process, unless one is up, and returns its UI's URL. Safe to repeat."""
+def bring_up(runs_dir: Path, console: Console, port: int = DEFAULT_PORT, engine: Engine | None = None) -> str:
+    """Starts a stack that outlives this process, unless one is up, and returns its UI's URL. Safe to repeat.
+
+    The replica is served by `engine`; None takes that of the stack that is up, else the embedded server. InputError
+    where there is no vLLM for it, or the stack that is up has another engine.
+    """
     folder = StackFolder.under(runs_dir_of(runs_dir))
     found = running_stack(folder)
+    vllm_python = require_vllm_python() if engine is Engine.VLLM else find_vllm_python()
     if found is None:
         bring_down(runs_dir)
         with console.status("starting the Prefect server and deploying the flows"):
-            found = _start_supervisor(folder, port)
+            found = _start_supervisor(folder, port, engine or Engine.EMBEDDED)
+    elif engine not in (None, found.engine):
+        raise InputError(
+            f"engine: the stack that is up serves with {found.engine}: end it first (weightline down)", field="engine"
+        )
     console.print(f"Dashboard: {found.dashboard_url}", highlight=False)
+    if found.vllm_python is not None:
+        console.print(f"Inference server: vLLM of {found.vllm_python}", highlight=False, soft_wrap=True)
+    elif vllm_python is not None:
+        console.print(
+            f"vLLM can serve instead of the embedded server ({vllm_python}): weightline down, then weightline up "
+            "--engine vllm",
+            highlight=False, soft_wrap=True,
+        )  # fmt: skip
     return found.ui_url
 
 
-def stay_up(runs_dir: Path, console: Console, port: int) -> None:
+def stay_up(runs_dir: Path, console: Console, port: int, engine: Engine = Engine.EMBEDDED) -> None:
     """Runs the supervisor: starts a stack, restarts processes that die, and ends the stack at SIGTERM.
 
     LaunchError if processes die too often. If the supervisor is killed with kill -9, the stack ends with it.
     """
-    stack = Stack(StackFolder.under(runs_dir_of(runs_dir)), port, is_supervised=True)
+    vllm_python = require_vllm_python() if engine is Engine.VLLM else None
+    stack = Stack(StackFolder.under(runs_dir_of(runs_dir)), port, is_supervised=True, vllm_python=vllm_python)
     try:
         _start(stack, console)
         stack.start_dashboard()
@@ -123,7 +142,7 @@ def _start(stack: Stack, console: Console) -> None:
     console.print(f"Prefect UI: {stack.ui_url}", highlight=False)
 
 
-def _start_supervisor(folder: StackFolder, port: int) -> StackRecord:
+def _start_supervisor(folder: StackFolder, port: int, engine: Engine) -> StackRecord:
     """Starts the supervisor, and returns when the whole stack is up and deployed.
 
     LaunchError with the supervisor's last lines if it ends before that. After an error or an interrupt, no process is
@@ -132,6 +151,7 @@ def _start_supervisor(folder: StackFolder, port: int) -> StackRecord:
     folder.make()
     runs_dir = str(folder.root.parent)
     argv = [sys.executable, "-m", "weightline", "stay", "--runs-dir", runs_dir, "--port", str(free_port(port))]
+    argv += ["--engine", engine]
     with folder.log_path(SUPERVISOR).open("ab") as log:
         process = start_process(argv, stdout=log, stderr=subprocess.STDOUT, dies_with_parent=False)
     process_id = ProcessId.of(process.pid)

@@ -17,6 +17,7 @@ import pytest
 from prefect.settings import Settings
 
 from tests.waiting import PATIENCE_SECONDS, wait_until
+from weightline.deployments.stack import Engine
 from weightline.deployments.stack.folder import (
     StackFolder,
     StackRecord,
@@ -25,6 +26,7 @@ from weightline.deployments.stack.folder import (
     stack_environment,
 )
 from weightline.deployments.stack.stack import free_port
+from weightline.fleet.local_replica import REPLICA_PYTHON_VARIABLE
 from weightline.launch.processes import ProcessTree, marked_environment
 
 StartFlows = Callable[..., subprocess.Popen[str]]
@@ -38,6 +40,15 @@ def test_nothing_of_a_stack_leaves_the_machine(tmp_path: Path) -> None:
     assert env["PREFECT_HOME"].startswith(str(tmp_path))
     assert env["NO_PROXY"] == env["no_proxy"] == "example.com,127.0.0.1,localhost"
     assert env["PATH"] == "/bin"
+    assert env[REPLICA_PYTHON_VARIABLE] == ""
+
+
+def test_the_processes_of_a_stack_know_what_serves(tmp_path: Path) -> None:
+    outer = stack_environment(StackFolder(tmp_path), 4321, {}, Path("/vllm/bin/python"))
+    assert outer[REPLICA_PYTHON_VARIABLE] == "/vllm/bin/python"
+    assert stack_environment(StackFolder(tmp_path), 4321, outer)[REPLICA_PYTHON_VARIABLE] == ""
+    assert StackRecord("", "", vllm_python="/vllm/bin/python").engine is Engine.VLLM
+    assert StackRecord("", "").engine is Engine.EMBEDDED
 
 
 def test_prefect_understands_every_setting_of_a_stack(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,6 +143,9 @@ def test_a_wrong_recipe_is_one_clear_error_before_anything_is_started(tmp_path: 
         (["run", "one.yaml", "--recipe", "two.yaml"], {}, 2, "name the recipe once"),
         (["run", "no-such-recipe"], {}, 1, "error (recipe): recipe: no-such-recipe cannot be read"),
         (["up", "--port", "-1"], {}, 2, "Invalid value for '--port'"),
+        (["up", "--engine", "sglang"], {}, 2, "Invalid value for '--engine'"),
+        (["up", "--engine", "vllm"], {"WEIGHTLINE_VLLM_PYTHON": "/no/python"}, 1, "engine: /no/python is no Python"),
+        (["up", "--engine", "vllm"], {"WEIGHTLINE_VLLM_PYTHON": "/bin/false"}, 1, "engine: /bin/false is no Python"),
         (["up", "--runs-dir", "{file}"], {}, 2, "Invalid value for '--runs-dir'"),
         (["up", "--runs-dir", "{file}/below"], {}, 1, "error (os): [Errno 20] Not a directory"),
         (

@@ -20,6 +20,8 @@ from weightline.errors import ApplyError, InputError, LaunchError
 from weightline.fleet.local_replica import REPLICAS_DIR_VARIABLE, end_replicas, ensure_replica
 from weightline.fleet.members import SERVING_URL_VARIABLE, Fleet, ReachableReplica, find_fleet
 from weightline.launch.processes import WORKER_PID_VARIABLE
+from weightline.launch.replica import VLLM_PYTHON_VARIABLE, find_vllm_python, replica_argv, require_vllm_python
+from weightline.serving.engines.vllm.serve import check_arguments
 from weightline.serving.http import client
 from weightline.serving.http.auth import TOKEN_VARIABLE
 from weightline.serving.http.hosts import REPLICA_HOSTS_VARIABLE, may_receive_token
@@ -125,6 +127,17 @@ def test_a_pattern_that_says_nothing_exact_is_refused(pattern: str, monkeypatch:
         may_receive_token(_lease("http://gpu-7.pool.svc"))
 
 
+def test_the_command_line_of_a_replica_is_that_of_its_engine() -> None:
+    url, state_dir = "file:///data/my-chain", Path("/state")
+    followed = ["--follow", url, "--state-dir", "/state", "--every", "0"]
+    embedded = replica_argv(url, state_dir, ["--every", "0"])
+    assert embedded == [sys.executable, "-m", "weightline", "serve", "transformers", *followed]
+    vllm = replica_argv(url, state_dir, ["--every", "0"], Path("/vllm/bin/python"))
+    started = ["/vllm/bin/python", "-m", "weightline", "serve", "vllm", "my-chain", *followed]
+    assert vllm[: len(started)] == started
+    check_arguments(vllm[len(started) :])
+
+
 def _lease(url: str | None, follows: str | None = None) -> Lease:
     return Lease(
         replica="r", holder="h", engine="transformers", host="here", pid=7, release="0", url=url, follows=follows,
@@ -135,6 +148,22 @@ def _lease(url: str | None, follows: str | None = None) -> Lease:
 def _only(chain: Chain) -> ReachableReplica:
     (found,) = find_fleet(chain).reached
     return found
+
+
+@pytest.mark.process
+def test_a_python_without_vllm_is_not_taken_for_one_that_serves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for named in (tmp_path / "missing", Path(sys.executable)):
+        monkeypatch.setenv(VLLM_PYTHON_VARIABLE, str(named))
+        assert find_vllm_python() is None
+        with pytest.raises(InputError, match=f"{named} is no Python with vLLM"):
+            require_vllm_python()
+    # A package of that name, in a folder that the named Python looks into.
+    (tmp_path / "vllm").mkdir()
+    (tmp_path / "vllm" / "__init__.py").touch()
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    assert find_vllm_python() == require_vllm_python() == Path(sys.executable)
 
 
 @pytest.mark.flows

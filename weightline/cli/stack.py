@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from weightline.deployments.stack import DEFAULT_PORT
+from weightline.deployments.stack import DEFAULT_PORT, Engine
 from weightline.errors import LaunchError
 from weightline.extras import check_installed
 
@@ -58,22 +58,36 @@ def run(
         run_pipeline(named if named or resume else DEFAULT_RECIPE, runs_dir, resume, _console(), port)
 
 
-def up(runs_dir: RunsDir = Path("runs"), port: Port = DEFAULT_PORT) -> None:
+def up(
+    runs_dir: RunsDir = Path("runs"),
+    port: Port = DEFAULT_PORT,
+    engine: Annotated[
+        Engine | None,
+        typer.Option(
+            help="Inference server: the embedded one, or vLLM of the Python that WEIGHTLINE_VLLM_PYTHON names, or of "
+            ".venv-vllm in a checkout. [default: embedded]"
+        ),
+    ] = None,
+) -> None:
     """Start a Prefect server, a worker and the dashboard, deploy every flow, and leave all of it running."""
     check_installed("prefect", "dashboard")
     with _stack_errors():
         from weightline.deployments.stack.up_and_down import bring_up
 
-        typer.echo(f"up: {bring_up(runs_dir, _console(), port)}")
+        typer.echo(f"up: {bring_up(runs_dir, _console(), port, engine)}")
 
 
-def stay(runs_dir: RunsDir = Path("runs"), port: Port = DEFAULT_PORT) -> None:
+def stay(
+    runs_dir: RunsDir = Path("runs"),
+    port: Port = DEFAULT_PORT,
+    engine: Annotated[Engine, typer.Option(help="Inference server.")] = Engine.EMBEDDED,
+) -> None:
     """Run the supervisor that `up` leaves behind: it keeps the stack up until SIGTERM."""
     check_installed("prefect", "dashboard")
     with _stack_errors():
         from weightline.deployments.stack.up_and_down import stay_up
 
-        stay_up(runs_dir, _console(), port)
+        stay_up(runs_dir, _console(), port, engine)
 
 
 def down(runs_dir: RunsDir = Path("runs")) -> None:

@@ -1,7 +1,8 @@
 """The inference server of a local stack: one process, for the chain that was trained last.
 
-The first refresh that needs it starts it (`weightline serve transformers`). It writes its address to its state folder,
-where later refreshes in other processes find it. It ends with the worker of those refreshes.
+The first refresh that needs it starts it: `weightline serve transformers`, or `weightline serve vllm` in a stack of
+`weightline up --engine vllm`. It writes its address to its state folder, where later refreshes in other processes find
+it. It ends with the worker of those refreshes.
 """
 
 from __future__ import annotations
@@ -24,7 +25,10 @@ from weightline.serving.http.auth import load_token
 
 #: Environment variable that a local stack sets: the folder of its replicas' state.
 REPLICAS_DIR_VARIABLE = "WEIGHTLINE_REPLICAS_DIR"
-_START_SECONDS = 180.0
+#: Environment variable that a local stack sets: the Python by which vLLM serves. Empty for the embedded server.
+REPLICA_PYTHON_VARIABLE = "WEIGHTLINE_REPLICA_PYTHON"
+#: vLLM takes a minute on an idle machine.
+_START_SECONDS = {"embedded": 180.0, "vllm": 600.0}
 _PROCESS = "process.json"
 #: Children of this process. Python warns of a child that runs while no variable refers to it.
 _started: list[subprocess.Popen[bytes]] = []
@@ -72,10 +76,17 @@ def end_replicas(folder: Path) -> None:
 
 def _start(chain_url: str, state_dir: Path) -> subprocess.Popen[bytes]:
     owner = int(os.environ.get(WORKER_PID_VARIABLE, os.getpid()))
-    process = start_replica(chain_url, state_dir, owner, "--every", "0", "--port", "0", dies_with_parent=False)
+    process = start_replica(
+        chain_url, state_dir, owner, "--every", "0", "--port", "0", dies_with_parent=False, vllm_python=_vllm_python()
+    )
     _started.append(process)
     write_atomically(state_dir / _PROCESS, json.dumps(asdict(ProcessId.of(process.pid))))
     return process
+
+
+def _vllm_python() -> Path | None:
+    python = os.environ.get(REPLICA_PYTHON_VARIABLE)
+    return Path(python) if python else None
 
 
 def _recorded_process(state_dir: Path) -> ProcessId | None:
@@ -86,7 +97,8 @@ def _recorded_process(state_dir: Path) -> ProcessId | None:
 
 
 def _wait_for_url(process: subprocess.Popen[bytes], state_dir: Path) -> str:
-    deadline = time.monotonic() + _START_SECONDS
+    start_seconds = _START_SECONDS["embedded" if _vllm_python() is None else "vllm"]
+    deadline = time.monotonic() + start_seconds
     while time.monotonic() < deadline:
         if process.poll() is not None:
             raise ended_error(state_dir, process.returncode)
@@ -94,7 +106,7 @@ def _wait_for_url(process: subprocess.Popen[bytes], state_dir: Path) -> str:
         if url is not None and _answers(url, timeout_seconds=2.0):
             return url
         time.sleep(0.1)
-    raise LaunchError(f"the inference server did not start within {_START_SECONDS:.0f} s: see {state_dir / LOG}")
+    raise LaunchError(f"the inference server did not start within {start_seconds:.0f} s: see {state_dir / LOG}")
 
 
 def _answers(url: str, timeout_seconds: float) -> bool:
