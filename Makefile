@@ -70,7 +70,7 @@ test-lowest: $(VENV)/.test-ready  ## The fast tests with the oldest releases tha
 	touch $(LOWEST_VENV)/.run-ready $(LOWEST_VENV)/.test-ready
 	$(MAKE) test-fast VENV=$(LOWEST_VENV) PYTEST_ARGS='-W default $(PYTEST_ARGS)'
 
-test-vllm: $(VLLM_VENV)/.ready  ## A real vLLM on the CPU, in an environment of its own, as a replica
+test-vllm: $(VLLM_VENV)/.ready $(VENV)/.test-ready  ## A real vLLM on the CPU, in an environment of its own, as a replica
 	$(VLLM_VENV)/bin/python -m pytest tests/vllm $(PYTEST_ARGS)
 
 lint: $(VENV)/.test-ready  ## Style, types, and the direction of imports

@@ -15,6 +15,7 @@ import pytest
 from tests.ranks import run_stage, start_stage
 from tests.serving.servers import RunningReplica, running_replica
 from tests.stages import rollout_ranks
+from tests.stages.exact_rollouts import NUM_GENERATIONS, assert_on_policy, logged_steps, make_model, rollout_job
 from tests.stages.rewards import NOTES
 from weightline.chain import open_chain
 from weightline.chain.read.records import SAMPLES, read_records
@@ -22,34 +23,13 @@ from weightline.rollouts.record import parse_samples
 from weightline.serving.engines.transformers import TransformersEngine
 from weightline.serving.replica.following import Following
 from weightline.stages.job import StageJob, StageResult
-from weightline.stages.model import materialize_model
-from weightline.stages.recipe import DatasetConfig, ModelConfig, RolloutsConfig, StageConfig, TinyModelConfig
 
 pytestmark = pytest.mark.train
-
-_NUM_GENERATIONS = 4
 
 
 @pytest.fixture(scope="module")
 def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    tiny = TinyModelConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=2, head_dim=32)
-    return materialize_model(ModelConfig(tiny=tiny), tmp_path_factory.mktemp("model"), 0, "float32")
-
-
-def _job(model_dir: Path, folder: Path, max_steps: int, **rollouts: Any) -> StageJob:
-    (folder / "notes").mkdir(parents=True, exist_ok=True)
-    stage = StageConfig(
-        kind="grpo", max_steps=max_steps, learning_rate=3e-4, per_device_batch_size=8, sync_steps=1, save_steps=4,
-        dataset=DatasetConfig(num_examples=100), reward="tests.stages.rewards:noted_share_of_even_bytes",
-        rollouts=RolloutsConfig(deadline_seconds=300, **rollouts),
-        trainer_args={
-            "num_generations": _NUM_GENERATIONS, "max_completion_length": 8, "lr_scheduler_type": "constant",
-        },
-    )  # fmt: skip
-    return StageJob(
-        stage=stage, model_dir=model_dir, dtype="float32", output_dir=folder / "grpo", run_id="run-1",
-        chain_url=f"file://{folder}/bucket/chain",
-    )  # fmt: skip
+    return make_model(tmp_path_factory.mktemp("model"))
 
 
 @contextmanager
@@ -65,26 +45,9 @@ def _run(job: StageJob, monkeypatch: pytest.MonkeyPatch) -> None:
     run_stage(job, job.output_dir.parent / "ranks.log", rollout_ranks.main)
 
 
-def _steps(job: StageJob) -> list[dict[str, float]]:
-    """What was logged of each step."""
-    lines = [json.loads(line) for line in job.metrics_path.read_text().splitlines()]
-    return [line for line in lines if "reward" in line]
-
-
 def _notes(job: StageJob) -> dict[str, Any]:
     """Prompts, completions and rewards by rank and step."""
     return {path.name: json.loads(path.read_text()) for path in (job.output_dir.parent / "notes").iterdir()}
-
-
-def _assert_on_policy(job: StageJob, num_steps: int) -> None:
-    """The replica's logprobs are the trainer's own, at every step."""
-    steps = _steps(job)
-    assert [line["step"] for line in steps] == list(range(1, num_steps + 1))
-    for line in steps:
-        assert line["rollout/staleness_max"] == 0
-        assert line["sampling/sampling_logp_difference/max"] < 1e-4
-        for part in ("min", "mean", "max"):
-            assert abs(line[f"sampling/importance_sampling_ratio/{part}"] - 1) < 1e-3
 
 
 @pytest.fixture(scope="module")
@@ -92,13 +55,13 @@ def on_policy(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
     """A stage that was trained exactly on policy."""
     folder = tmp_path_factory.mktemp("on-policy")
     with pytest.MonkeyPatch.context() as patch, _following(folder) as replica:
-        job = _job(model_dir, folder, 5, lookahead=0, staleness=0, replicas=[replica.url])
+        job = rollout_job(model_dir, folder, 5, lookahead=0, staleness=0, replicas=[replica.url])
         _run(job, patch)
         yield job
 
 
 def test_at_staleness_zero_the_replica_computes_what_the_trainer_computes(on_policy: StageJob) -> None:
-    _assert_on_policy(on_policy, 5)
+    assert_on_policy(on_policy, 5)
     assert on_policy.chain_url is not None
     chain = open_chain(on_policy.chain_url)
     assert min(manifest.num_changed for manifest in chain.manifests(1)) > 0
@@ -107,9 +70,9 @@ def test_at_staleness_zero_the_replica_computes_what_the_trainer_computes(on_pol
 @pytest.mark.nightly
 def test_twenty_five_steps_stay_exact(model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with _following(tmp_path) as replica:
-        job = _job(model_dir, tmp_path, 25, lookahead=0, staleness=0, replicas=[replica.url])
+        job = rollout_job(model_dir, tmp_path, 25, lookahead=0, staleness=0, replicas=[replica.url])
         _run(job, monkeypatch)
-    _assert_on_policy(job, 25)
+    assert_on_policy(job, 25)
 
 
 def test_nothing_is_gathered_for_generation(on_policy: StageJob) -> None:
@@ -133,7 +96,7 @@ def test_each_version_says_which_samples_it_was_trained_on(on_policy: StageJob) 
         assert samples.logp_difference.max is not None
         assert samples.logp_difference.max < 1e-4
         prompts, completions, rewards = notes[f"rank-0-step-{step}.json"]
-        assert [group.prompt for group in samples.groups] == prompts[::_NUM_GENERATIONS]
+        assert [group.prompt for group in samples.groups] == prompts[::NUM_GENERATIONS]
         shown = [(one.text, one.reward) for group in samples.groups for one in group.completions]
         assert [text for text, _ in shown] == completions
         assert [reward for _, reward in shown] == pytest.approx(rewards)
@@ -159,13 +122,13 @@ def test_a_replica_with_the_weights_of_another_version_is_seen(
     model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with _following(tmp_path, _Stuck("cpu")) as replica:
-        job = _job(model_dir, tmp_path, 3, lookahead=0, staleness=0, replicas=[replica.url])
+        job = rollout_job(model_dir, tmp_path, 3, lookahead=0, staleness=0, replicas=[replica.url])
         _run(job, monkeypatch)
-    first, *later = [line["sampling/sampling_logp_difference/max"] for line in _steps(job)]
+    first, *later = [line["sampling/sampling_logp_difference/max"] for line in logged_steps(job)]
     assert first < 1e-4
     assert min(later) > 1e-3
     with pytest.raises(AssertionError):
-        _assert_on_policy(job, 3)
+        assert_on_policy(job, 3)
 
 
 def test_a_killed_training_goes_on_with_the_samples_that_were_made_ahead(
@@ -176,7 +139,7 @@ def test_a_killed_training_goes_on_with_the_samples_that_were_made_ahead(
     for name in ("undisturbed", "killed"):
         folder = tmp_path / name
         with _following(folder) as replica:
-            job = _job(model_dir, folder, 9, lookahead=1, staleness=1, replicas=[replica.url])
+            job = rollout_job(model_dir, folder, 9, lookahead=1, staleness=1, replicas=[replica.url])
             jobs.append(job)
             if name == "killed":
                 monkeypatch.setenv(NOTES, str(folder / "notes"))
@@ -192,8 +155,8 @@ def test_a_killed_training_goes_on_with_the_samples_that_were_made_ahead(
     assert len(_notes(undisturbed)) == 2 * 9
     assert _notes(killed) == _notes(undisturbed)
     for name in ("reward", "rollout/staleness_max", "rollout/num_regenerated"):
-        assert [line[name] for line in _steps(killed)] == [line[name] for line in _steps(undisturbed)]
-    assert {line["rollout/staleness_max"] for line in _steps(undisturbed)[1:]} == {1}
+        assert [line[name] for line in logged_steps(killed)] == [line[name] for line in logged_steps(undisturbed)]
+    assert {line["rollout/staleness_max"] for line in logged_steps(undisturbed)[1:]} == {1}
     assert killed.chain_url is not None
     manifests = open_chain(killed.chain_url).manifests()
     revert = next(manifest for manifest in manifests if manifest.kind == "revert")
