@@ -29,7 +29,9 @@ from transformers import AutoModelForCausalLM, Qwen3Config
 from weightline.chain import Chain, open_chain
 from weightline.chain.files.checkpoint import write_checkpoint
 from weightline.chain.files.source import FolderSource
+from weightline.chain.replay.state import read_state
 from weightline.chain.write.standalone import commit_folder
+from weightline.codec.capture import capture_tensors
 from weightline.codec.changes import inverse
 from weightline.serving.engines.barrier import RequestBarrier
 from weightline.serving.engines.vllm.driver import OfflineTransport, VllmEngine
@@ -168,6 +170,8 @@ def _measure_version(
     folder, changes_path = work / f"reload-{name}-{version}", work / f"changes-{name}-{version}"
     write_checkpoint(chain, base, folder)
     manifest = chain.manifest(version)
+    old, new = (read_state(chain, one) for one in (base, version))
+    changes = list(capture_tensors(new.specs.values(), old.bits, new.bits))
     for _ in range(repeats):
         replica.refresh(base, allow_backward=True)
         prepared = replica.prepare(version)
@@ -179,12 +183,12 @@ def _measure_version(
         times["pause"].append(facts.pause_seconds)
         times["held"].append(facts.pause_seconds + facts.drain_seconds)
         # vLLM's own methods return to the base without the replica, whose next refresh starts from the base.
-        write_changes(changes_path, [inverse(one) for one in prepared.changes])
+        write_changes(changes_path, [inverse(one) for one in changes])
         times["helper"].append(llm.collective_rpc("bench_sparse_helper", args=(str(changes_path),))[0])
         drop_from_page_cache(folder)
         for key in ("disk_reload", "reload"):  # the first puts the checkpoint into the page cache
             times[key].append(llm.collective_rpc("bench_reload", args=(str(folder),))[0])
-        engine.stage(prepared.changes)  # proves that both led back to the exact bits
+        engine.stage(changes)  # proves that both led back to the exact bits
         engine.write_staged()
     median = {key: statistics.median(values) for key, values in times.items()}
     return Row(

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 from tests.vllm.parts import checksums, greedy_tokens, make_chain, offline, reference_tokens
+from weightline.chain.replay.state import read_state
+from weightline.codec.capture import capture_tensors
 from weightline.codec.changes import inverse
 from weightline.serving.engines.vllm.wire import write_changes
-from weightline.serving.replica.prepare import PreparedDelta
 from weightline.serving.replica.replica import Replica
 
 
@@ -19,10 +20,10 @@ def test_vllms_own_calls_move_it_forth_and_back_and_a_wrong_base_is_not_written_
         replica = Replica(made.chain, engine, tmp_path / "state", "replica-0")
         replica.refresh(0)
         before = checksums(llm)
-        prepared = replica.prepare(1)
-        assert isinstance(prepared, PreparedDelta)
-        write_changes(tmp_path / "forth", prepared.changes)
-        write_changes(tmp_path / "back", [inverse(one) for one in prepared.changes])
+        old, new = (read_state(made.chain, version) for version in (0, 1))
+        changes = list(capture_tensors(new.specs.values(), old.bits, new.bits))
+        write_changes(tmp_path / "forth", changes)
+        write_changes(tmp_path / "back", [inverse(one) for one in changes])
         llm.collective_rpc("init_weight_transfer_engine", kwargs={"init_info": {"folder": str(made.folders[0])}})
         _update(llm, tmp_path / "forth")
         assert greedy_tokens(llm) == reference_tokens(made.folders[1])

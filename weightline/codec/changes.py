@@ -15,6 +15,8 @@ from weightline.types import Changes, whole
 
 def join_parts(parts: Sequence[Changes]) -> Changes:
     """Returns the changes of a whole tensor from those of its disjoint segments, all relative to the same state."""
+    if len(parts) == 1 and parts[0].segment == whole(parts[0].segment.tensor):
+        return parts[0]
     ordered = sorted(parts, key=lambda part: part.segment.start)
     return Changes(
         whole(ordered[0].segment.tensor),

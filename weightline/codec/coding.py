@@ -6,6 +6,7 @@ coding turns the changes of a chunk into two streams (positions, steps) and back
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -69,6 +70,11 @@ def coding_named(name: str) -> DeltaCoding:
             f"unknown coding {name!r}; this release supports {', '.join(sorted(known))}", feature=name
         )
     return known[name]
+
+
+def num_cpus() -> int:
+    """Returns the number of CPUs that the calling thread may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def ordered_map(work: Callable[[Item], Result], items: Iterable[Item], num_threads: int) -> Iterator[Result]:

@@ -20,10 +20,10 @@ from weightline.codec.chunknumbers import flatten_changes
 from weightline.codec.coding import ChunkBase, Streams
 from weightline.codec.geometric import Counts, Numbers, decode_runs, encode_runs, level_of, start_mean
 from weightline.codec.rice import LEAST_MEAN, decode_rice, encode_rice, parameter_of
-from weightline.codec.steps import apply_steps, decode_steps, encode_steps
+from weightline.codec.steps import StepArray, decode_steps, encode_steps, ordering
 from weightline.codec.varint import NumberReader, put_numbers
 from weightline.errors import PayloadError
-from weightline.types import Changes, Segment
+from weightline.types import BitsArray, Changes, Segment
 
 #: Offset of a Rice stream's parameter, by which readers distinguish it from a level.
 _RICE = 256
@@ -53,8 +53,16 @@ class GapCoding:
                 continue
             low, high = bounds[number : number + 2]
             positions_K = at_K[low:high] - starts[number]
-            old_K = base.bits(number)[positions_K]
-            yield Changes(piece, positions_K, old_K, apply_steps(old_K, steps_K[low:high], dtype))
+            yield _stepped(piece, base.bits(number), positions_K, steps_K[low:high])
+
+
+def _stepped(piece: Segment, base_N: BitsArray, positions_K: Counts, steps_K: StepArray) -> Changes:
+    """Returns the changes of a piece by steps from its base at these positions, which lie within it."""
+    from weightline.codec.kernels import locate as kernel
+
+    old_K, new_K = np.empty(positions_K.size, base_N.dtype), np.empty(positions_K.size, base_N.dtype)
+    kernel.step_at(base_N, positions_K, steps_K, *ordering(piece.tensor.dtype), old_K, new_K)
+    return Changes(piece, positions_K, old_K, new_K)
 
 
 def _starts(pieces: Sequence[Segment]) -> Counts:

@@ -32,7 +32,7 @@ from weightline.codec.chunknumbers import group_changes
 from weightline.codec.coding import ChunkBase, Streams
 from weightline.codec.geometric import Counts, Numbers, decode_runs, encode_runs, level_of, start_levels
 from weightline.codec.pieces import NUM_CLASSES, RankedChanges, class_field
-from weightline.codec.steps import apply_steps, decode_steps, encode_steps
+from weightline.codec.steps import StepArray, decode_steps, encode_steps, ordering
 from weightline.codec.varint import NumberReader, put_numbers
 from weightline.errors import InputError, PayloadError
 from weightline.types import BitsArray, Changes, Segment
@@ -54,15 +54,11 @@ class MagnitudeCoding:
     def decode(
         self, streams: Streams, pieces: Sequence[Segment], num_changed: int, base: ChunkBase
     ) -> Iterator[Changes]:
-        dtype = pieces[0].tensor.dtype
         counts, gaps_K = unpack_class_counts(streams[0], num_changed, [piece.length for piece in pieces])
-        steps_K = decode_steps(streams[1], num_changed, dtype)
+        steps_K = decode_steps(streams[1], num_changed, pieces[0].tensor.dtype)
         for number, piece in enumerate(pieces):
             if base.wanted[number]:
-                base_N = base.bits(number)
-                positions_K, order_K = _locate(base_N, dtype, counts, number, gaps_K)
-                old_K = base_N[positions_K]
-                yield Changes(piece, positions_K, old_K, apply_steps(old_K, steps_K[order_K], dtype))
+                yield _locate(piece, base.bits(number), counts, number, gaps_K, steps_K)
 
 
 def _require_ranks(piece: Changes) -> RankedChanges:
@@ -73,25 +69,30 @@ def _require_ranks(piece: Changes) -> RankedChanges:
 
 
 def _locate(
-    base_N: BitsArray, dtype: str, counts: ClassCounts, piece: int, gaps_K: Counts
-) -> tuple[npt.NDArray[np.int64], Counts]:
-    """Returns (positions of the piece's changes, index of each in the order by class)."""
-    from weightline.codec.kernels import scan
+    piece: Segment, base_N: BitsArray, counts: ClassCounts, number: int, gaps_K: Counts, steps_K: StepArray
+) -> Changes:
+    """Returns the changes of a piece, which is the chunk's piece `number`. PayloadError when they lie beyond it."""
+    from weightline.codec.kernels import locate as kernel
 
-    shift, mask = (np.uint64(number) for number in class_field(dtype))
-    next_C, counts_C = counts.starts_PC[piece].copy(), counts.counts_PC[piece]
-    has_changes = counts_C > 0
-    left_C: npt.NDArray[Any] = np.full(counts_C.size, _NEVER)
-    left_C[has_changes] = gaps_K[next_C[has_changes]]
+    dtype = piece.tensor.dtype
+    counts_C = counts.counts_PC[number]
+    next_C, has_changes = counts.starts_PC[number].astype(np.uint64), counts_C > 0
+    ranks_C: npt.NDArray[Any] = np.full(counts_C.size, _NEVER, np.uint64)
+    ranks_C[has_changes] = gaps_K[next_C[has_changes]]
     num_changed = int(counts_C.sum())
-    positions_K, order_K = np.empty(num_changed, np.int64), np.empty(num_changed, np.int64)
-    found = scan.locate(base_N, shift, mask, gaps_K, left_C, next_C, next_C + counts_C, positions_K, order_K)
+    positions_K = np.empty(num_changed, np.int64)
+    old_K, new_K = np.empty(num_changed, base_N.dtype), np.empty(num_changed, base_N.dtype)
+    shift, mask = (np.uint64(one) for one in class_field(dtype))
+    found = kernel.locate(
+        base_N, shift, mask, gaps_K.view(np.uint64), ranks_C, next_C, next_C + counts_C.view(np.uint64),
+        steps_K, *ordering(dtype), positions_K, old_K, new_K,
+    )  # fmt: skip
     if int(found) != num_changed:
         missing = num_changed - int(found)
         raise PayloadError(
             f"{missing} changes lie beyond their piece: the payload may belong to another base", rule="position-range"
         )
-    return positions_K, order_K
+    return Changes(piece, positions_K, old_K, new_K)
 
 
 @dataclass(frozen=True, slots=True)

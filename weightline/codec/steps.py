@@ -48,6 +48,17 @@ def from_ordered(ordered_N: BitsArray, dtype: str) -> BitsArray:
     return np.where(ordered_N & sign, ordered_N ^ sign, ~ordered_N)
 
 
+def ordering(dtype: str) -> tuple[np.uint64, np.uint64, np.uint64]:
+    """Returns the masks (sign, flip, full) by which kernels map bits to ordered integers and back.
+
+    full: all of the dtype's bits; sign, flip: the sign and all bits of a float, zero for an integer.
+    """
+    width = 8 * DTYPES[dtype].itemsize
+    full = (1 << width) - 1
+    sign, flip = (1 << width - 1, full) if DTYPES[dtype].is_float else (0, 0)
+    return np.uint64(sign), np.uint64(flip), np.uint64(full)
+
+
 def steps(old_K: BitsArray, new_K: BitsArray, dtype: str) -> StepArray:
     """Returns the signed steps from `old_K` to `new_K`, modulo 2**width."""
     return (to_ordered(new_K, dtype) - to_ordered(old_K, dtype)).view(signed_dtype(dtype))
@@ -87,20 +98,21 @@ def decode_steps(stream: bytes, num_changed: int, dtype: str) -> StepArray:
         return np.zeros(0, width)
     reader = NumberReader(stream, "step-head")
     signs = np.frombuffer(reader.take(-(-num_changed // 8)), np.uint8)
-    negative_K = np.unpackbits(signs, count=num_changed, bitorder="little").view(np.bool_)
-    sizes_K = np.zeros(num_changed, np.int64)
+    negative_K = np.unpackbits(signs, count=num_changed, bitorder="little").view(np.int8)
+    steps_K: StepArray = (1 - 2 * negative_K).astype(width)
     num_large = reader.number()
     if num_large > num_changed:
         raise PayloadError(f"{num_large} large steps among {num_changed}", rule="step-count")
     if num_large:
         large_J, size_J = _decode_large(reader, num_large, num_changed)
-        sizes_K[large_J] = size_J
+        negative_J = negative_K[large_J].astype(np.bool_)
+        limit = (1 << (8 * width.itemsize - 1)) - 1
+        if int(size_J.min()) < 0 or int((size_J - negative_J).max()) >= limit:
+            raise PayloadError(f"a step does not fit {dtype}", rule="step-range")
+        steps_K[large_J] = np.where(negative_J, ~size_J, size_J + 1)
     elif reader.rest():
         raise PayloadError("bytes after the last step", rule="stream-length")
-    limit = (1 << (8 * width.itemsize - 1)) - 1
-    if int(sizes_K.min()) < 0 or int((sizes_K - negative_K).max()) >= limit:
-        raise PayloadError(f"a step does not fit {dtype}", rule="step-range")
-    return np.where(negative_K, ~sizes_K, sizes_K + 1).astype(width)
+    return steps_K
 
 
 def _decode_large(reader: NumberReader, num_large: int, num_changed: int) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:

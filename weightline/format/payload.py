@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from threading import Lock
 from typing import BinaryIO
 
 import numpy as np
@@ -52,9 +53,10 @@ class Payload:
     def read_changes(self, select: Select | None, base: Base, *, num_threads: int = 1) -> Iterator[Changes]:
         """Yields the changes of every selected segment (None: all), one Changes per segment, in the table's order.
 
-        `base` returns a segment's bits before this delta. It is called for selected segments that are not empty, with
-        several threads on worker threads and ahead of the yielded segments. A caller that applies changes while
-        iterating may write to segments that were yielded. After PayloadError, changes yielded before are valid.
+        `base` returns a segment's bits before this delta. It is called once for each selected segment that is not
+        empty, one call at a time, with several threads on worker threads and ahead of the yielded segments. A caller
+        that applies changes while iterating may write to segments that were yielded. After PayloadError, changes
+        yielded before are valid.
         """
         self._require("delta")
         coding = coding_named(self.coding)
@@ -126,12 +128,13 @@ def _check_tile(chunk: PlacedChunk) -> None:
 
 
 class _Bases:
-    """The base bits of segments. It keeps the last segment's bits, since a large segment has many pieces."""
+    """The base bits of segments. It keeps a segment's bits until all of its pieces were asked for. Safe for threads."""
 
     def __init__(self, segments: Sequence[Segment], select: Select, base: Base) -> None:
         self._segments = segments
         self._base = base
-        self._last: tuple[int, BitsArray] | None = None
+        self._reading = Lock()
+        self._held: dict[int, tuple[BitsArray, int]] = {}
         self.wanted = [select(segment) for segment in segments]
 
     def of_chunk(self, chunk: PlacedChunk) -> ChunkBase:
@@ -140,11 +143,14 @@ class _Bases:
     def _bits(self, chunk: PlacedChunk, number: int) -> BitsArray:
         owner, piece = chunk.owners[number], chunk.pieces[number]
         segment = self._segments[owner]
-        held = self._last
-        if held is None or held[0] != owner:
-            held = self._last = (owner, np.ascontiguousarray(check_bits(segment, self._base(segment))))
+        with self._reading:
+            bits_N, num_pieces_left = self._held.pop(owner, (None, num_tiles(segment)))
+            if bits_N is None:
+                bits_N = np.ascontiguousarray(check_bits(segment, self._base(segment)))
+            if num_pieces_left > 1:
+                self._held[owner] = bits_N, num_pieces_left - 1
         at = piece.start - segment.start
-        return held[1][at : at + piece.length]
+        return bits_N[at : at + piece.length]
 
 
 def _delta_pieces(
@@ -156,7 +162,7 @@ def _delta_pieces(
         chunk, streams = item
         return list(coding.decode(streams, chunk.pieces, chunk.entry.num_changed, bases.of_chunk(chunk)))
 
-    for pieces in ordered_map(decode, wanted, num_threads):
+    for pieces in ordered_map(decode, wanted, min(num_threads, len(chunks))):
         yield from pieces
 
 
@@ -167,6 +173,8 @@ def _read_streams(file: BinaryIO, chunk: PlacedChunk) -> tuple[bytes, bytes]:
 
 
 def _join_changes(segment: Segment, pieces: list[Changes]) -> Changes:
+    if len(pieces) == 1 and pieces[0].segment == segment:
+        return pieces[0]
     bits = bits_dtype(segment.tensor.dtype)
     positions = [piece.positions_K + (piece.segment.start - segment.start) for piece in pieces]
     return Changes(

@@ -24,7 +24,6 @@ from weightline.serving.engines.vllm.driver import VllmEngine
 from weightline.serving.engines.vllm.wire import allocate, exchange_folder
 from weightline.serving.http.service import ReplicaService
 from weightline.serving.replica.following import Following
-from weightline.serving.replica.prepare import PreparedDelta
 from weightline.serving.replica.replica import Replica, prove_weights
 from weightline.serving.replica.status import read_mark
 
@@ -65,9 +64,10 @@ def served(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Served]:
     made.engine.close()
 
 
+@pytest.mark.parametrize("world_size", [1, 2])
 @pytest.mark.parametrize("coding", ["gap", "gap-by-magnitude"])
-def test_a_sharded_engine_moves_forth_and_back_bit_for_bit(coding: str, tmp_path: Path) -> None:
-    served = Served(2, tmp_path, coding)
+def test_an_engine_moves_forth_and_back_bit_for_bit(coding: str, world_size: int, tmp_path: Path) -> None:
+    served = Served(world_size, tmp_path, coding)
     for version in (1, 2, 0, 2):
         served.replica.refresh(version, allow_backward=True)
         served.assert_at(version)
@@ -121,12 +121,11 @@ def test_when_a_worker_cannot_go_back_the_version_is_loaded_again(served: Served
 
 def test_a_worker_that_lost_its_base_is_not_written_to_but_loaded_again(served: Served) -> None:
     """The chain is right, the numbers agree, but one element of one worker's memory is not the version's."""
-    changed = served.replica.prepare(1)
-    assert isinstance(changed, PreparedDelta)
-    position = int(next(one for one in changed.changes if one.segment.tensor.name == "norm.weight").positions_K[0])
+    prepared = served.replica.prepare(1)
+    position = int(np.flatnonzero(served.states[0]["norm.weight"] != served.states[1]["norm.weight"])[0])
     served.transport.models[-1].norm.data[position] = 77
     with pytest.raises(BaseMismatchError, match=r"norm\.weight does not hold the bits"):
-        served.replica.refresh(1)
+        served.replica.apply(prepared)
     served.assert_at(0)
 
 
@@ -143,21 +142,17 @@ def test_a_flipped_bit_anywhere_is_found_by_the_full_proof(served: Served) -> No
         prove_weights(served.engine, served.chain.manifest(0))
 
 
-def test_parts_that_do_not_add_up_are_undone(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parts_that_do_not_add_up_are_undone(served: Served) -> None:
     """A worker that answers for something it did not write: the sum over workers is not the manifest's."""
-    worker = served.transport.workers[0]
-    honest = worker.stage
 
-    def stage_and_forget(path: str) -> dict[str, object]:
-        told = honest(path)
-        assert worker._staged is not None
-        worker._staged.digests.pop("norm.weight")
-        return told
+    def forget(rank: int) -> None:
+        staged = served.transport.workers[rank]._staged
+        assert staged is not None
+        staged.digests.pop("norm.weight", None)
 
-    monkeypatch.setattr(worker, "stage", stage_and_forget)
+    served.transport.on_write = forget
     with pytest.raises(DigestMismatchError, match=r"do not add up to the change of norm\.weight"):
         served.replica.refresh(1)
-    monkeypatch.undo()
     served.assert_at(0)
 
 

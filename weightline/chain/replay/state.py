@@ -20,6 +20,7 @@ from weightline.chain.read.refs import oldest_kept
 from weightline.chain.replay.fetch import Fetcher, fetching
 from weightline.chain.replay.plan import Hop, ReplayPlan, Ways, direct_plan, plan_between, plan_replay
 from weightline.codec.changes import compose, join_parts, undo_decoded
+from weightline.codec.coding import num_cpus, ordered_map
 from weightline.codec.digest import add_digests, digest_change, format_digest, tensor_digest
 from weightline.dtypes import bits_dtype
 from weightline.errors import (
@@ -39,9 +40,12 @@ from weightline.types import BitsArray, Changes, Segment, TensorSpec
 
 _logger = logging.getLogger(__name__)
 
+#: For fewer changes, to start threads takes longer than the work on them.
+_MANY_CHANGES = 1 << 16
+
 Select = Callable[[str], bool]
-#: Returns the flat bits of a tensor by name. They may be a view of an engine's memory, so they must not be written to.
-ReadBits = Callable[[str], BitsArray]
+#: Returns the bits of a segment. They may be a view of an engine's memory, so they must not be written to.
+ReadSegment = Callable[[Segment], BitsArray]
 
 
 @dataclass(slots=True)
@@ -56,6 +60,33 @@ class ReplayState(ABC):
     digests: dict[str, int] = field(default_factory=dict)
 
     @abstractmethod
+    def apply_payloads(
+        self, payloads: Iterable[Payload], specs: Mapping[str, TensorSpec], *, is_backward: bool
+    ) -> None:
+        """Applies the deltas of one version, of all ranks together. Not safe to repeat.
+
+        specs: the tensors of the version. `is_backward`: from the version to its base. PayloadError.
+        """
+
+    def check(self, manifest: Manifest, select: Select | None = None) -> None:
+        """Raises DigestMismatchError unless the tensors of `select` (None: all) have the manifest's digests."""
+        check_digests(self.digests, manifest, select)
+
+    def require_known(self, payload: Payload, specs: Mapping[str, TensorSpec]) -> None:
+        """Raises PayloadError unless the payload's tensors are those of the version (`specs`) and of this state."""
+        for segment in payload.segments:
+            tensor = segment.tensor
+            if specs.get(tensor.name) != tensor or self.specs.get(tensor.name, tensor) != tensor:
+                raise PayloadError(
+                    f"the payload covers {tensor}, the manifest says {specs.get(tensor.name)}", rule="known-tensor"
+                )
+
+
+@dataclass(slots=True)
+class DecodingState(ReplayState):
+    """A state whose bits are at hand, so that payloads can be decoded against them, on all CPUs."""
+
+    @abstractmethod
     def segment_bits(self, segment: Segment) -> BitsArray:
         """Returns the segment's elements in this state."""
 
@@ -67,17 +98,25 @@ class ReplayState(ABC):
         that decodes them from the result of `segment_bits`.
         """
 
-    def check(self, manifest: Manifest, select: Select | None = None) -> None:
-        """Raises DigestMismatchError unless the tensors of `select` (None: all) have the manifest's digests."""
-        check_digests(self.digests, manifest, select)
+    def apply_payloads(
+        self, payloads: Iterable[Payload], specs: Mapping[str, TensorSpec], *, is_backward: bool
+    ) -> None:
+        self.apply(self._decoded(payloads, specs, is_backward=is_backward))
 
-    def _follow(self, changes: Changes) -> None:
-        name = changes.segment.tensor.name
-        self.digests[name] = add_digests(self.digests[name], digest_change(changes))
+    def _decoded(
+        self, payloads: Iterable[Payload], specs: Mapping[str, TensorSpec], *, is_backward: bool
+    ) -> Iterator[Changes]:
+        """Yields the changes of the state's tensors, in the given direction."""
+        for payload in payloads:
+            self.require_known(payload, specs)
+            for changes in payload.read_changes(
+                lambda s: s.tensor.name in self.specs, self.segment_bits, num_threads=num_cpus()
+            ):
+                yield undo_decoded(changes) if is_backward else changes
 
 
 @dataclass(slots=True)
-class HostState(ReplayState):
+class HostState(DecodingState):
     """Bits of (some of) a version's tensors in host memory, by name. `version` is None before the first anchor."""
 
     bits: dict[str, BitsArray] = field(default_factory=dict)
@@ -89,7 +128,8 @@ class HostState(ReplayState):
     def apply(self, parts: Iterable[Changes]) -> None:
         for changes in parts:
             self.segment_bits(changes.segment)[changes.positions_K] = changes.new_K
-            self._follow(changes)
+            name = changes.segment.tensor.name
+            self.digests[name] = add_digests(self.digests[name], digest_change(changes))
 
     def allocate(self, specs: Iterable[TensorSpec]) -> None:
         """Replaces the state by zeros for these tensors, which an anchor fills. InputError without enough memory."""
@@ -106,7 +146,7 @@ class HostState(ReplayState):
 
 
 @dataclass(slots=True)
-class OverlaidState(ReplayState):
+class OverlaidState(DecodingState):
     """A state kept as changes on top of weights that another owner holds, such as an engine that is serving them.
 
     `changes` lead from the held weights to this state, by tensor. The base bits of a later version's delta are the held
@@ -117,14 +157,17 @@ class OverlaidState(ReplayState):
     version: int
     specs: dict[str, TensorSpec]
     digests: dict[str, int]
-    read_bits: ReadBits
+    read_segment: ReadSegment
     changes: dict[str, Changes] = field(default_factory=dict)
+
+    @property
+    def num_changed(self) -> int:
+        return sum(one.num_changed for one in self.changes.values())
 
     def segment_bits(self, segment: Segment) -> BitsArray:
         """Returns the segment's elements. They must not be written to."""
-        name = segment.tensor.name
-        bits_N = self.read_bits(name)[segment.start : segment.stop]
-        pending = self.changes.get(name)
+        bits_N = self.read_segment(segment)
+        pending = self.changes.get(segment.tensor.name)
         if pending is None:
             return bits_N
         bits_N = bits_N.copy()
@@ -136,11 +179,18 @@ class OverlaidState(ReplayState):
         by_tensor: dict[str, list[Changes]] = defaultdict(list)
         for part in parts:
             by_tensor[part.segment.tensor.name].append(part)
-        for name, held in by_tensor.items():
-            joined = join_parts(held)
-            self._follow(joined)
-            earlier = self.changes.get(name)
-            self.changes[name] = joined if earlier is None else compose(earlier, joined)
+        num_changed = sum(part.num_changed for held in by_tensor.values() for part in held)
+        num_threads = num_cpus() if num_changed >= _MANY_CHANGES else 1
+        done = ordered_map(self._laid_over, by_tensor.values(), num_threads)
+        for name, (changes, digest) in zip(by_tensor, done, strict=True):
+            self.changes[name] = changes
+            self.digests[name] = add_digests(self.digests[name], digest)
+
+    def _laid_over(self, parts: Sequence[Changes]) -> tuple[Changes, int]:
+        """Returns a tensor's changes from the held weights to the next version, and the last step's digest change."""
+        joined = join_parts(parts)
+        earlier = self.changes.get(joined.segment.tensor.name)
+        return joined if earlier is None else compose(earlier, joined), digest_change(joined)
 
 
 State = TypeVar("State", bound=ReplayState)
@@ -260,7 +310,7 @@ def apply_hop(chain: Chain, state: ReplayState, hop: Hop, fetcher: Fetcher, sele
         specs = {name: spec for name, spec in manifest.specs.items() if select is None or select(name)}
         _place_anchor(state, specs, list(payloads))
     else:
-        state.apply(_hop_changes(state, hop, manifest.specs, payloads))
+        state.apply_payloads(payloads, manifest.specs, is_backward=hop.is_backward)
     state.version = hop.target
     state.check(manifest, select)
 
@@ -275,25 +325,6 @@ def _place_anchor(state: HostState, specs: Mapping[str, TensorSpec], payloads: S
     for payload in payloads:
         for segment, bits_N in payload.read_anchor(lambda s: s.tensor.name in specs):
             state.place(segment, bits_N)
-
-
-def _hop_changes(
-    state: ReplayState, hop: Hop, specs: Mapping[str, TensorSpec], payloads: Iterable[Payload]
-) -> Iterator[Changes]:
-    """Yields the changes of the state's tensors, in the hop's direction."""
-    for payload in payloads:
-        _require_known_tensors(payload, state, specs)
-        for changes in payload.read_changes(lambda s: s.tensor.name in state.specs, state.segment_bits):
-            yield undo_decoded(changes) if hop.is_backward else changes
-
-
-def _require_known_tensors(payload: Payload, state: ReplayState, specs: Mapping[str, TensorSpec]) -> None:
-    for segment in payload.segments:
-        tensor = segment.tensor
-        if specs.get(tensor.name) != tensor or state.specs.get(tensor.name, tensor) != tensor:
-            raise PayloadError(
-                f"the payload covers {tensor}, the manifest says {specs.get(tensor.name)}", rule="known-tensor"
-            )
 
 
 def _require_cover(specs: Mapping[str, TensorSpec], payloads: Iterable[Payload]) -> None:

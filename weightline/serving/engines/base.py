@@ -1,7 +1,7 @@
 """The interface between a replica and an inference engine.
 
 The steps of a refresh, in their only order:
-    fetch, verify, decode                while the engine serves (`read_bits`)
+    fetch, verify, decode                while the engine serves (`begin_decoding`, or else `read_bits`)
     stage                                while the engine serves
     pause                                requests in flight end on the old version, new ones wait
     withdraw the mark, set_version(None)
@@ -149,6 +149,35 @@ class Generation:
         return sum(map(len, self.prompts))
 
 
+class Decoding(Protocol):
+    """Changes that an engine decodes against its own memory and keeps, from its weights to a later state.
+
+    An engine keeps one: the next `begin_decoding`, `load` or `stage` drops it. Errors are those of `Payload` and
+    ApplyError.
+    """
+
+    @property
+    def num_changed(self) -> int:
+        """The number of elements that differ from the engine's weights."""
+        ...
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether the engine still keeps the changes, so that they can be staged."""
+        ...
+
+    def apply(self, payloads: Sequence[Path], *, is_backward: bool) -> Mapping[str, int]:
+        """Decodes the payloads of one step, of all ranks, on top of the steps before. Writes no weights.
+
+        Returns the changes of the digests, by tensor. `is_backward`: from the payloads' version to its base.
+        """
+        ...
+
+    def discard(self) -> None:
+        """Lets the engine drop the changes. Safe to repeat, and after they were staged."""
+        ...
+
+
 class Engine(Protocol):
     """An engine's weights and its request barrier. Errors are ApplyError unless said otherwise.
 
@@ -198,7 +227,11 @@ class Engine(Protocol):
         """Returns the digest of every tensor, computed from the engine's memory."""
         ...
 
-    def stage(self, changes: Sequence[Changes]) -> None:
+    def begin_decoding(self) -> Decoding | None:
+        """Returns a decoding from the engine's weights on; None when the caller is to decode from `read_bits`."""
+        ...
+
+    def stage(self, changes: Sequence[Changes] | Decoding) -> None:
         """Makes whole-tensor changes ready to be written, while the engine serves. Replaces what was staged before.
 
         Writes nothing. BaseMismatchError when the engine does not hold the old bits, so that its weights are no longer
@@ -263,7 +296,12 @@ class InProcessEngine(ABC):
     def read_digests(self) -> dict[str, int]:
         return {name: tensor_digest(whole(spec), self.read_bits(name)) for name, spec in self.specs().items()}
 
-    def stage(self, changes: Sequence[Changes]) -> None:
+    def begin_decoding(self) -> Decoding | None:
+        """Returns None: the weights lie in this process, so the caller decodes from views of them."""
+        return None
+
+    def stage(self, changes: Sequence[Changes] | Decoding) -> None:
+        assert isinstance(changes, Sequence)
         self._staged = changes
 
     def write_staged(self) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import shutil
 import tempfile
 import time
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,11 +17,14 @@ from weightline.chain.files.meaning import have_same_meaning
 from weightline.chain.replay.diff import tensor_groups
 from weightline.chain.replay.fetch import Fetcher, fetching
 from weightline.chain.replay.plan import plan_between
-from weightline.chain.replay.state import OverlaidState, ReadBits, check_digests, read_state, replay
+from weightline.chain.replay.state import OverlaidState, ReplayState, check_digests, read_state, replay
 from weightline.codec.capture import capture_tensors
+from weightline.codec.digest import add_digests
 from weightline.errors import BaseMismatchError, DigestMismatchError, VersionNotFoundError
 from weightline.format.manifest import Manifest
-from weightline.types import BitsArray, Changes
+from weightline.format.payload import Payload
+from weightline.serving.engines.base import Decoding, Engine
+from weightline.types import BitsArray, Changes, Segment, TensorSpec
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -42,18 +47,33 @@ class PrepareSeconds:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PreparedDelta:
-    """Decoded changes from `held` to the version. The digests after them were checked against the manifest."""
+    """Decoded changes from `held` to the version. The digests after them were checked against the manifest.
+
+    changes: those of each tensor, or the engine's own decoding, which it keeps. Call `discard` after use.
+    """
 
     held: Held
     manifest: Manifest
-    changes: tuple[Changes, ...]
+    changes: tuple[Changes, ...] | Decoding
     digests: dict[str, int]
     payload_nbytes: int
     seconds: PrepareSeconds = PrepareSeconds()
 
     @property
     def num_changed(self) -> int:
-        return sum(one.num_changed for one in self.changes)
+        if isinstance(self.changes, tuple):
+            return sum(one.num_changed for one in self.changes)
+        return self.changes.num_changed
+
+    @property
+    def is_kept(self) -> bool:
+        """Returns whether the changes can still be applied. An engine keeps no more than one decoding."""
+        return isinstance(self.changes, tuple) or self.changes.is_kept
+
+    def discard(self) -> None:
+        """Lets the engine drop what it decoded. Safe to repeat."""
+        if not isinstance(self.changes, tuple):
+            self.changes.discard()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -104,7 +124,26 @@ def prepare_load(chain: Chain, version: int, state_dir: Path, held: Held | None 
     return prepared
 
 
-def prepare_delta(chain: Chain, version: int, held: Held, read_bits: ReadBits) -> PreparedDelta:
+@dataclass(slots=True)
+class EngineState(ReplayState):
+    """A state that an engine decodes against its own memory, so that no bits pass between the two."""
+
+    version: int
+    specs: dict[str, TensorSpec]
+    digests: dict[str, int]
+    decoding: Decoding
+
+    def apply_payloads(
+        self, payloads: Iterable[Payload], specs: Mapping[str, TensorSpec], *, is_backward: bool
+    ) -> None:
+        opened = list(payloads)
+        for payload in opened:
+            self.require_known(payload, specs)
+        for name, digest in self.decoding.apply([one.path for one in opened], is_backward=is_backward).items():
+            self.digests[name] = add_digests(self.digests[name], digest)
+
+
+def prepare_delta(chain: Chain, version: int, held: Held, engine: Engine) -> PreparedDelta:
     """Decodes the changes from the engine's weights to the version. Writes nothing; safe to repeat.
 
     If the cheapest path starts at an anchor, the version is built in host memory and compared with the weights.
@@ -114,33 +153,47 @@ def prepare_delta(chain: Chain, version: int, held: Held, read_bits: ReadBits) -
     """
     check_base(chain, held)
     manifest = chain.manifest(version)
-    started, base = time.perf_counter(), _TimedBase(read_bits)
-    with fetching(chain.store) as fetcher:
-        pending, plan = replay(
-            chain, lambda: OverlaidState(held.version, manifest.specs, dict(held.digests), base.read), version, fetcher
-        )
+    started, base = time.perf_counter(), _TimedBase(engine)
+    with fetching(chain.store) as fetcher, ExitStack() as after_error:
+
+        def begin() -> EngineState | OverlaidState:
+            decoding = engine.begin_decoding()
+            if decoding is None:
+                return OverlaidState(held.version, manifest.specs, dict(held.digests), base.read_segment)
+            after_error.callback(decoding.discard)
+            return EngineState(held.version, manifest.specs, dict(held.digests), decoding)
+
+        changes: tuple[Changes, ...] | Decoding
+        pending, plan = replay(chain, begin, version, fetcher)
+        digests = pending.digests
         if plan.hops and plan.hops[0].base_version is None:
             changes, digests = _from_anchor(chain, manifest, base.read, fetcher)
+        elif isinstance(pending, EngineState):
+            changes = pending.decoding
+            after_error.pop_all()
         else:
-            changes, digests = tuple(one for one in pending.changes.values() if one.num_changed), pending.digests
+            changes = tuple(one for one in pending.changes.values() if one.num_changed)
         spent = time.perf_counter() - started
-        seconds = PrepareSeconds(fetcher.seconds, base.seconds, spent - fetcher.seconds - base.seconds)
+        seconds = PrepareSeconds(fetcher.seconds, base.seconds, max(0.0, spent - fetcher.seconds - base.seconds))
     return PreparedDelta(held, manifest, changes, digests, plan.payload_nbytes, seconds)
 
 
 class _TimedBase:
     """Reads the engine's bits, and counts the seconds that it takes."""
 
-    def __init__(self, read_bits: ReadBits) -> None:
-        self._read_bits = read_bits
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
         self.seconds = 0.0
 
     def read(self, name: str) -> BitsArray:
         started = time.perf_counter()
         try:
-            return self._read_bits(name)
+            return self._engine.read_bits(name)
         finally:
             self.seconds += time.perf_counter() - started
+
+    def read_segment(self, segment: Segment) -> BitsArray:
+        return self.read(segment.tensor.name)[segment.start : segment.stop]
 
 
 def fits_in_place(chain: Chain, version: int, held: Held) -> bool:
@@ -173,7 +226,7 @@ def _base_mismatch(chain: Chain, held: Held, why: str) -> BaseMismatchError:
 
 
 def _from_anchor(
-    chain: Chain, manifest: Manifest, read_bits: ReadBits, fetcher: Fetcher
+    chain: Chain, manifest: Manifest, read_bits: Callable[[str], BitsArray], fetcher: Fetcher
 ) -> tuple[tuple[Changes, ...], dict[str, int]]:
     """Returns the changes that lead to the version, and its digests.
 

@@ -137,7 +137,10 @@ class Replica:
             )
 
     def prepare(self, version: int) -> Prepared:
-        """Does the work before the pause, for `apply`. The engine goes on serving and its weights are not written."""
+        """Does the work before the pause, for `apply`. The engine goes on serving and its weights are not written.
+
+        An engine may keep only what was prepared last. Call `discard` of a result that is not applied.
+        """
         with self._refreshing:
             return self._prepare(version)
 
@@ -158,7 +161,7 @@ class Replica:
         )
         if held is None or not fits_in_place(self.chain, version, held):
             return prepare_load(self.chain, version, self.state_dir, held)
-        return prepare_delta(self.chain, version, held, self.engine.read_bits)
+        return prepare_delta(self.chain, version, held, self.engine)
 
     def _apply(self, prepared: Prepared) -> _ApplySeconds:
         self._require_base(prepared)
@@ -171,13 +174,13 @@ class Replica:
                 self._move(prepared)
             return _ApplySeconds(staged - started, paused - staged, time.perf_counter() - paused)
         finally:
-            if isinstance(prepared, PreparedLoad):
-                prepared.discard()
+            prepared.discard()
             if self._held is None and prepared.held is not None:
                 self._load_again(prepared.held)
 
     def _require_base(self, prepared: Prepared) -> None:
-        if prepared.held is not self._held:
+        is_kept = isinstance(prepared, PreparedLoad) or prepared.is_kept
+        if prepared.held is not self._held or not is_kept:
             raise BaseMismatchError(
                 f"version {prepared.manifest.version} was prepared for another state of the engine: prepare it again",
                 version=prepared.manifest.version,

@@ -10,23 +10,19 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import json
 import threading
-import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 from cachetools import LRUCache
 
 from weightline.chain.files.meaning import meaning_of
 from weightline.chain.files.source import FolderSource
-from weightline.codec.digest import add_digests, digest_change, format_digest
-from weightline.dtypes import bits_dtype
+from weightline.codec.digest import digest_change, format_digest
 from weightline.errors import ApplyError, DigestMismatchError, InputError, UnsupportedFeatureError
 from weightline.serving.engines.barrier import RequestBarrier
 from weightline.serving.engines.base import (
@@ -34,18 +30,15 @@ from weightline.serving.engines.base import (
     Abilities,
     Completion,
     Conversation,
+    Decoding,
     Generation,
     GenerationRequest,
 )
 from weightline.serving.engines.vllm.features import OFFLINE, require
-from weightline.serving.engines.vllm.mapping import Assignment, Box, assign_boxes, box_from_json
+from weightline.serving.engines.vllm.group import Transport, WorkerDecoding, WorkerGroup
 from weightline.serving.engines.vllm.wire import (
     WORKER_EXTENSION,
-    allocate,
     exchange_folder,
-    results_of,
-    specs_to_json,
-    write_changes,
 )
 from weightline.types import BitsArray, Changes, TensorSpec
 
@@ -54,40 +47,8 @@ _READ_AT_START = (
     "config.json", "generation_config.json", "*.jinja", "chat_template.*", "*token*", "vocab.*", "merges.txt",
     "*.model", "*.tiktoken", "*processor_config.json", "*.py",
 )  # fmt: skip
-_FIRST_POLL_SECONDS = 0.001
-_LONGEST_POLL_SECONDS = 0.05
 #: Bound of the cache of tensors that were read from the workers. It always has room for one tensor.
 _RECENT_NBYTES = 2 * 1024**3
-#: Tensors as large as this stay in shared memory when they are read; smaller ones are copied.
-_MAPPED_NBYTES = 32 * 1024**2
-
-
-class Transport(Protocol):
-    """The calls to a vLLM. Errors are ApplyError."""
-
-    def call_workers(self, method: str, *arguments: str) -> Sequence[str]:
-        """Calls a method of every worker; returns an answer a worker, by rank."""
-        ...
-
-    def pause(self) -> None:
-        """Stops generation; requests that the barrier let through wait in vLLM's queue."""
-        ...
-
-    def resume(self) -> None:
-        """Continues generation."""
-        ...
-
-    def drop_prefix_cache(self) -> None:
-        """Drops every cached key-value block. Called in a pause."""
-        ...
-
-    def report_version(self, version: int | None) -> None:
-        """Sets the version that vLLM names in its own answers, if it supports that."""
-        ...
-
-    def generate(self, request: GenerationRequest) -> tuple[tuple[Completion, ...], tuple[tuple[int, ...], ...]]:
-        """Returns (completions, token ids of the prompts)."""
-        ...
 
 
 class Barrier(Protocol):
@@ -98,79 +59,6 @@ class Barrier(Protocol):
     def drain(self, timeout_seconds: float) -> None: ...
 
     def release(self) -> None: ...
-
-
-class WorkerGroup:
-    """All workers of a vLLM: calls them together, and checks and sums their answers. For one thread at a time."""
-
-    def __init__(self, transport: Transport) -> None:
-        self._transport = transport
-        self._boxes: list[dict[str, list[Box]]] = []
-        self._assignments: list[Assignment] = []
-
-    def load(self, folder: Path, specs: Mapping[str, TensorSpec]) -> None:
-        """Replaces all weights by vLLM's own loader, maps the tensors, and assigns every element to one worker."""
-        found = self._request("weightline_load", {"folder": str(folder), "specs": specs_to_json(specs)})
-        self._boxes = [
-            {name: [box_from_json(raw) for raw in boxes] for name, boxes in one["boxes"].items()} for one in found
-        ]
-        self._assignments = assign_boxes(specs, self._boxes)
-        self._call("assign", assignments=self._assignments)
-
-    def stage(self, path: Path) -> int:
-        """Prepares a file's changes while the engine serves. Returns how many elements have an address in a worker."""
-        return sum(one["num_elements"] for one in self._work("stage", path=str(path)))
-
-    def write(self, *, is_undo: bool) -> dict[str, int]:
-        """Writes the staged changes on all workers. Returns their changes of the digests, by tensor."""
-        total: dict[str, int] = {}
-        for one in self._call("write", is_undo=is_undo):
-            for name, digest in one["digests"].items():
-                total[name] = add_digests(total.get(name, 0), digest)
-        return total
-
-    def read_bits(self, spec: TensorSpec, path: Path) -> BitsArray:
-        """Returns a tensor's N bits, by way of a file that is removed afterwards."""
-        allocate(path, spec.nbytes)
-        bits_N = np.memmap(path, bits_dtype(spec.dtype), "r+", shape=(spec.num_elements,))
-        try:
-            self._work("read_bits", name=spec.name, path=str(path))
-        finally:
-            path.unlink()
-        # A map holds a file descriptor, and a mixture has thousands of small tensors.
-        return np.array(bits_N) if bits_N.nbytes < _MAPPED_NBYTES else bits_N
-
-    def read_digests(self, names: Iterable[str]) -> dict[str, int]:
-        """Returns the digests of the workers' state together. ApplyError when copies of one part differ."""
-        found = [one["digests"] for one in self._work("read_digests", names=list(names))]
-        total: dict[str, int] = {}
-        digest_of: dict[tuple[str, Box], int] = {}
-        for boxes_of, assignment, digests_of in zip(self._boxes, self._assignments, found, strict=True):
-            for name, digests in digests_of.items():
-                for number, digest in enumerate(digests):
-                    if digest_of.setdefault((name, boxes_of[name][number]), digest) != digest:
-                        raise ApplyError(f"two workers hold different bits of one part of {name}", tensor=name)
-                    if number in assignment.get(name, ()):
-                        total[name] = add_digests(total.get(name, 0), digest)
-        return total
-
-    def _work(self, method: str, **arguments: Any) -> list[Any]:
-        """Runs a call in background threads of the workers, whose loop continues, and waits until all are done."""
-        self._call(method, is_background=True, **arguments)
-        wait_seconds = _FIRST_POLL_SECONDS
-        while True:
-            time.sleep(wait_seconds)
-            wait_seconds = min(2 * wait_seconds, _LONGEST_POLL_SECONDS)
-            found = self._call("poll")
-            if all(one["is_done"] for one in found):
-                return [one["result"] for one in found]
-
-    def _call(self, method: str, *, is_background: bool = False, **arguments: Any) -> list[Any]:
-        request = {"method": method, "arguments": arguments, "is_background": is_background}
-        return self._request("weightline_call", request)
-
-    def _request(self, worker_method: str, request: Mapping[str, Any]) -> list[Any]:
-        return results_of(self._transport.call_workers(worker_method, json.dumps(request)))
 
 
 class VllmEngine:
@@ -233,19 +121,20 @@ class VllmEngine:
         with self._calling:
             return self._workers.read_digests(self._specs)
 
-    def stage(self, changes: Sequence[Changes]) -> None:
+    def begin_decoding(self) -> WorkerDecoding | None:
+        with self._calling:
+            return WorkerDecoding(self._workers, self._calling) if self._workers.can_decode else None
+
+    def stage(self, changes: Sequence[Changes] | Decoding) -> None:
         with self._calling:
             self._staged_digests = None
-            path = self._new_file()
-            write_changes(path, changes)
-            try:
-                num_placed = self._workers.stage(path)
-            finally:
-                path.unlink()
-            num_changed = sum(one.num_changed for one in changes)
-            if num_placed != num_changed:
-                raise ApplyError(f"only {num_placed} of {num_changed} changed elements have an address in the engine")
-            self._staged_digests = {one.segment.tensor.name: digest_change(one) for one in changes}
+            if isinstance(changes, WorkerDecoding):
+                self._workers.stage_decoded(changes)
+                self._staged_digests = changes.digests
+            else:
+                assert isinstance(changes, Sequence)
+                self._workers.stage(changes, self._new_file())
+                self._staged_digests = {one.segment.tensor.name: digest_change(one) for one in changes}
             # Cleared here and not in the pause: freeing as much shared memory as a model takes longer than the write.
             self._recent.clear()
 
@@ -405,7 +294,7 @@ def _recent_bits(specs: Mapping[str, TensorSpec]) -> LRUCache[str, BitsArray]:
 def _require_equal(written: Mapping[str, int], expected: Mapping[str, int]) -> None:
     """Raises DigestMismatchError unless the workers together wrote exactly the changes."""
     for name, digest in expected.items():
-        if written.get(name) != digest:
+        if written.get(name, 0) != digest:
             raise DigestMismatchError(
                 f"the workers' writes do not add up to the change of {name}",
                 what=name, expected=format_digest(digest), actual=format_digest(written.get(name, 0)),

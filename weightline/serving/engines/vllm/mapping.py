@@ -123,6 +123,11 @@ def _require_each_once(spec: TensorSpec, boxes: set[Box]) -> None:
         )  # fmt: skip
 
 
+def is_each_held_once(specs: Mapping[str, TensorSpec], held: Sequence[Mapping[str, Sequence[Box]]]) -> bool:
+    """Returns whether each tensor lies in the memory of one rank alone, which then can decode its changes by itself."""
+    return all(sum(bool(boxes_of.get(name)) for boxes_of in held) <= 1 for name in specs)
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class PlacedBox:
     """One box of a tensor's elements and the memory that holds it.
@@ -140,6 +145,12 @@ class PlacedBox:
         """Returns the box's elements, in place."""
         return self.flat.as_strided(self.box.shape, self.strides, self.offset)
 
+    def is_whole(self, spec: TensorSpec) -> bool:
+        """Returns whether all elements of the tensor lie in the memory one after the other, in its own order."""
+        return self.box.num_elements == spec.num_elements and self.strides == self.box.strides == _row_major_strides(
+            self.box.shape
+        )
+
     def locate(self, positions_K: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns (mask of the positions that are in the box, their indices in `flat`). Pure."""
         rest_K = positions_K - self.box.offset
@@ -152,6 +163,10 @@ class PlacedBox:
             rest_K = rest_K - index_K * source_stride
         found_K &= rest_K == 0
         return found_K, at_K[found_K]
+
+
+def _row_major_strides(shape: Sequence[int]) -> tuple[int, ...]:
+    return tuple(prod(shape[axis + 1 :]) for axis in range(len(shape)))
 
 
 Placement = dict[str, tuple[PlacedBox, ...]]

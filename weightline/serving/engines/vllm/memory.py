@@ -17,6 +17,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +25,16 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from weightline.chain.replay.state import OverlaidState, ReadSegment
 from weightline.codec.coding import ordered_map
 from weightline.codec.digest import add_digests, digest_change, tensor_digest
 from weightline.codec.torch_ops import signed_tensor
 from weightline.dtypes import bits_dtype
 from weightline.errors import ApplyError, BaseMismatchError, DigestMismatchError
+from weightline.format.payload import open_payload
 from weightline.serving.engines.vllm.mapping import Assignment, PlacedBox, Placement, learn_placement
 from weightline.serving.engines.vllm.wire import answer_of, read_changes_file
-from weightline.types import BitsArray, Changes, TensorSpec
+from weightline.types import BitsArray, Changes, Segment, TensorSpec
 
 
 def _host_cpus() -> frozenset[int]:
@@ -59,12 +62,13 @@ class WorkerWeights:
         self._placement: Placement = {}
         self._assignment: Assignment = {}
         self._staged: StagedChanges | None = None
+        self._decoded: DecodedChanges | None = None
         self._background = ThreadPoolExecutor(1, "weightline", initializer=_use_all_cpus)
         self._job: Future[Any] | None = None
 
     def learn(self, specs: Mapping[str, TensorSpec]) -> dict[str, Any]:
         """Maps the tensors and returns the boxes of each. ApplyError when the model cannot be refreshed in place."""
-        self._staged, self._assignment, self._specs = None, {}, dict(specs)
+        self._staged, self._decoded, self._assignment, self._specs = None, None, {}, dict(specs)
         self._placement = learn_placement(self._model, specs)
         boxes = {name: [placed.box.to_json() for placed in held] for name, held in self._placement.items()}
         return {"boxes": boxes}
@@ -112,15 +116,39 @@ class WorkerWeights:
             bits_N = np.memmap(path, bits_dtype(spec.dtype), "r+", shape=(spec.num_elements,))
         except OSError as error:
             raise ApplyError(f"{path} cannot be written by an engine's worker: {error.strerror}", path=path) from error
-        for number in self._assignment.get(name, ()):
-            placed = self._placement[name][number]
-            placed.box.within(bits_N)[...] = _box_bits(placed, spec).reshape(placed.box.shape)
+        self._gather(spec, bits_N)
         return {}
+
+    def decode(self, ticket: int, step: int, paths: Sequence[str], *, is_backward: bool) -> dict[str, Any]:
+        """Decodes the payloads of one step on top of the steps before under the same ticket. Writes no weights.
+
+        Keeps the changes of the tensors that this worker holds, for `stage_decoded`. Returns, by tensor, this step's
+        changes of the digests, and how many elements now differ from the memory. Drops what was staged or kept before.
+        """
+        decoded, self._staged, self._decoded = self._decoded, None, None
+        if step == 0:
+            specs = {name: spec for name, spec in self._specs.items() if self._placement[name]}
+            decoded = DecodedChanges(ticket, specs, self._segment_bits)
+        if decoded is None or (decoded.ticket, decoded.num_steps) != (ticket, step):
+            raise ApplyError("the worker does not keep the changes that this step is to follow: prepare it again")
+        digests = decoded.apply([Path(path) for path in paths], self._specs, is_backward=is_backward)
+        self._decoded = decoded
+        return {"digests": digests, "num_changed": decoded.state.num_changed}
+
+    def stage_decoded(self, ticket: int) -> dict[str, Any]:
+        """Prepares the changes that `decode` kept. Writes no weights. BaseMismatchError as `stage` raises it."""
+        decoded, self._staged, self._decoded = self._decoded, None, None
+        if decoded is None or decoded.ticket != ticket:
+            raise ApplyError("the worker does not keep the changes that are to be staged: prepare them again")
+        return self._stage(decoded.state.changes.values())
 
     def stage(self, path: str) -> dict[str, Any]:
         """Prepares a file's changes. Writes no weights. BaseMismatchError when the memory lacks the old bits."""
-        self._staged = None
-        staged = stage(self._placement, self._assignment, read_changes_file(Path(path)))
+        self._staged = self._decoded = None
+        return self._stage(map(_copied, read_changes_file(Path(path))))
+
+    def _stage(self, changes: Iterable[Changes]) -> dict[str, Any]:
+        staged = stage(self._placement, self._assignment, changes, num_threads=max(1, len(_CPUS)))
         staged.check_base()
         self._staged = staged
         return {"num_elements": staged.num_elements}
@@ -137,9 +165,25 @@ class WorkerWeights:
         return {"digests": self._staged.digests}
 
     def unstage(self) -> dict[str, Any]:
-        """Drops the staged changes, which frees their memory. Safe to repeat."""
-        self._staged = None
+        """Drops the staged and the decoded changes, which frees their memory. Safe to repeat."""
+        self._staged = self._decoded = None
         return {}
+
+    def _segment_bits(self, segment: Segment) -> BitsArray:
+        """Returns the bits of a part of a tensor that this worker holds: a view on a CPU if they lie in order."""
+        spec = segment.tensor
+        for placed in self._placement[spec.name]:
+            if placed.is_whole(spec):
+                return _host_bits(placed.flat[placed.offset :][segment.start : segment.stop], spec)
+        bits_N = np.empty(spec.num_elements, bits_dtype(spec.dtype))
+        self._gather(spec, bits_N)
+        return bits_N[segment.start : segment.stop]
+
+    def _gather(self, spec: TensorSpec, bits_N: BitsArray) -> None:
+        """Copies the boxes that are assigned to this worker to their positions in the whole tensor."""
+        for number in self._assignment.get(spec.name, ()):
+            placed = self._placement[spec.name][number]
+            placed.box.within(bits_N)[...] = _box_bits(placed, spec).reshape(placed.box.shape)
 
     def _spec(self, name: str) -> TensorSpec:
         if name not in self._specs:
@@ -147,7 +191,30 @@ class WorkerWeights:
         return self._specs[name]
 
 
-_METHODS = frozenset({"assign", "poll", "read_digests", "read_bits", "stage", "write", "unstage"})
+_METHODS = frozenset(
+    {"assign", "poll", "read_digests", "read_bits", "decode", "stage", "stage_decoded", "write", "unstage"}
+)
+
+
+class DecodedChanges:
+    """Changes that a worker decoded against its own memory, in steps, and keeps until they are staged."""
+
+    def __init__(self, ticket: int, specs: Mapping[str, TensorSpec], read_segment: ReadSegment) -> None:
+        self.ticket, self.num_steps = ticket, 0
+        self.state = OverlaidState(0, dict(specs), dict.fromkeys(specs, 0), read_segment)
+
+    def apply(self, paths: Sequence[Path], specs: Mapping[str, TensorSpec], *, is_backward: bool) -> dict[str, int]:
+        """Decodes one more step. Returns its changes of the digests, by tensor. After an error it cannot go on."""
+        try:
+            payloads = [open_payload(path) for path in paths]
+        except OSError as error:
+            raise ApplyError(
+                f"a payload cannot be read by an engine's worker: {error}. Workers on other hosts are not supported"
+            ) from error
+        self.state.digests = dict.fromkeys(self.state.specs, 0)
+        self.state.apply_payloads(payloads, specs, is_backward=is_backward)
+        self.num_steps += 1
+        return {name: digest for name, digest in self.state.digests.items() if digest}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -188,27 +255,51 @@ class StagedChanges:
             raise DigestMismatchError(f"{name} did not take the bits that were written", what=name)
 
 
-def stage(placement: Placement, assignment: Assignment, changes: Iterable[Changes]) -> StagedChanges:
-    """Computes the addresses of the changed elements. Reads and writes no weights. ApplyError for unknown tensors."""
+def stage(
+    placement: Placement, assignment: Assignment, changes: Iterable[Changes], *, num_threads: int = 1
+) -> StagedChanges:
+    """Computes the addresses of the changed elements. Reads and writes no weights. ApplyError for unknown tensors.
+
+    The result may hold views of the changes' arrays.
+    """
     boxes: list[BoxChanges] = []
     digests: dict[str, int] = {}
     num_elements = 0
-    for one in changes:
-        name = one.segment.tensor.name
-        if name not in placement:
-            raise ApplyError(f"the engine's parameters were not mapped for {name}: load the version", tensor=name)
-        positions_K = torch.from_numpy(one.positions_K)
-        for number, placed in enumerate(placement[name]):
-            found_K, at_K = placed.locate(positions_K)
-            if not at_K.numel():
-                continue
-            held = one if bool(found_K.all()) else _part(one, found_K.numpy())
-            old_K, new_K = (_signed(bits_K, placed.flat.device) for bits_K in (held.old_K, held.new_K))
-            boxes.append(BoxChanges(name, placed.flat, at_K.to(placed.flat.device), old_K, new_K))
-            if number in assignment.get(name, ()):
-                digests[name] = add_digests(digests.get(name, 0), digest_change(held))
-                num_elements += held.num_changed
+    work = partial(_stage_tensor, placement, assignment)
+    for found, name, digest, num in ordered_map(work, changes, num_threads):
+        boxes += found
+        num_elements += num
+        if num:
+            digests[name] = digest
     return StagedChanges(tuple(boxes), digests, num_elements)
+
+
+def _stage_tensor(
+    placement: Placement, assignment: Assignment, changes: Changes
+) -> tuple[list[BoxChanges], str, int, int]:
+    """Returns (changes in each box, tensor's name, digest change of its assigned boxes, their changed elements)."""
+    spec = changes.segment.tensor
+    name = spec.name
+    if name not in placement:
+        raise ApplyError(f"the engine's parameters were not mapped for {name}: load the version", tensor=name)
+    boxes: list[BoxChanges] = []
+    digest = num_elements = 0
+    positions_K = torch.from_numpy(changes.positions_K)
+    for number, placed in enumerate(placement[name]):
+        if placed.is_whole(spec):
+            held, at_K = changes, positions_K + placed.offset if placed.offset else positions_K
+        else:
+            found_K, at_K = placed.locate(positions_K)
+            held = changes if bool(found_K.all()) else _part(changes, found_K.numpy())
+        if not held.num_changed:
+            continue
+        device = placed.flat.device
+        old_K, new_K = (signed_tensor(bits_K).to(device) for bits_K in (held.old_K, held.new_K))
+        boxes.append(BoxChanges(name, placed.flat, at_K.to(device), old_K, new_K))
+        if number in assignment.get(name, ()):
+            digest = add_digests(digest, digest_change(held))
+            num_elements += held.num_changed
+    return boxes, name, digest, num_elements
 
 
 def write_box(one: BoxChanges, *, is_undo: bool) -> bool:
@@ -237,9 +328,9 @@ def _part(changes: Changes, mask_K: npt.NDArray[np.bool_]) -> Changes:
     return Changes(changes.segment, changes.positions_K[mask_K], changes.old_K[mask_K], changes.new_K[mask_K])
 
 
-def _signed(bits_K: BitsArray, device: torch.device) -> torch.Tensor:
-    """Returns a copy on the device, since the shared file that the bits are read from is removed."""
-    return signed_tensor(bits_K.copy()).to(device)
+def _copied(changes: Changes) -> Changes:
+    """Returns changes with arrays of their own, since the shared file that they are read from is removed."""
+    return Changes(changes.segment, changes.positions_K.copy(), changes.old_K.copy(), changes.new_K.copy())
 
 
 def _first_failing(boxes: Sequence[BoxChanges], check: Callable[[BoxChanges], bool], num_threads: int) -> str | None:
@@ -266,7 +357,12 @@ def _shares(boxes: Sequence[BoxChanges], num_shares: int) -> list[list[BoxChange
 
 def _box_bits(placed: PlacedBox, spec: TensorSpec) -> BitsArray:
     """Returns the box's bits in its row-major order; on a CPU a view when they are contiguous."""
-    held: BitsArray = placed.view().reshape(-1).cpu().numpy().view(bits_dtype(spec.dtype))
+    return _host_bits(placed.view().reshape(-1), spec)
+
+
+def _host_bits(flat_N: torch.Tensor, spec: TensorSpec) -> BitsArray:
+    """Returns signed elements as bits: a view on a CPU."""
+    held: BitsArray = flat_N.cpu().numpy().view(bits_dtype(spec.dtype))
     return held
 
 
