@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from tests.serving.engines.served import Served
 from tests.serving.engines.sharded import WIDTH, FusedModel
-from tests.serving.engines.test_vllm_driver import Served
 from weightline.errors import ApplyError, BaseMismatchError, DigestMismatchError, PayloadError
 from weightline.format.write_payload import write_delta
 from weightline.serving.engines.vllm.group import WorkerDecoding
@@ -21,10 +21,8 @@ from weightline.types import TensorSpec
 
 
 @pytest.fixture
-def served(tmp_path: Path) -> Iterator[Served]:
-    made = Served(1, tmp_path, "gap-by-magnitude")
-    yield made
-    made.engine.close()
+def served(serve: Callable[..., Served]) -> Served:
+    return serve(1, "gap-by-magnitude")
 
 
 def _staged(served: Served, version: int, *, decodes: bool) -> tuple[StagedChanges, PreparedDelta]:
@@ -45,10 +43,10 @@ def _staged(served: Served, version: int, *, decodes: bool) -> tuple[StagedChang
     + [("gap", 2, version) for version in (1, 0)],
 )
 def test_a_worker_stages_what_is_staged_from_bits_that_were_read(
-    coding: str, start: int, version: int, tmp_path: Path
+    coding: str, start: int, version: int, serve: Callable[..., Served]
 ) -> None:
     """One hop and several, forward and, where the coding allows it, backward."""
-    served = Served(1, tmp_path, coding)
+    served = serve(1, coding)
     served.replica.refresh(start)
     own, prepared = _staged(served, version, decodes=True)
     sent, expected = _staged(served, version, decodes=False)
@@ -60,7 +58,6 @@ def test_a_worker_stages_what_is_staged_from_bits_that_were_read(
     for one in own.boxes:
         for column in ("flat", "at_K", "old_K", "new_K"):
             assert torch.equal(getattr(one, column), getattr(by_name[one.name], column)), (one.name, column)
-    served.engine.close()
 
 
 def test_neither_bits_nor_changes_pass_through_shared_memory(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -72,10 +69,9 @@ def test_neither_bits_nor_changes_pass_through_shared_memory(served: Served, mon
     served.assert_at(2)
 
 
-def test_a_tensor_that_two_workers_hold_is_read_and_sent(tmp_path: Path) -> None:
-    served = Served(2, tmp_path)
+def test_a_tensor_that_two_workers_hold_is_read_and_sent(serve: Callable[..., Served]) -> None:
+    served = serve(2)
     assert served.engine.begin_decoding() is None
-    served.engine.close()
 
 
 def test_the_rule_for_decoding_in_the_workers() -> None:
@@ -89,7 +85,9 @@ def test_the_rule_for_decoding_in_the_workers() -> None:
     assert not is_each_held_once(specs, [{"w": [whole], "other": [half]}, {"other": [half]}])
 
 
-def test_parts_of_a_tensor_that_lie_apart_are_decoded_as_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parts_of_a_tensor_that_lie_apart_are_decoded_as_well(
+    serve: Callable[..., Served], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The experts lie column by column, so that their bits are no view of the memory and their addresses no sum."""
 
     def transposed(model: FusedModel, rank: int, world_size: int, dtype: torch.dtype = torch.bfloat16) -> None:
@@ -99,12 +97,11 @@ def test_parts_of_a_tensor_that_lie_apart_are_decoded_as_well(tmp_path: Path, mo
 
     original = FusedModel.__init__
     monkeypatch.setattr(FusedModel, "__init__", transposed)
-    served = Served(1, tmp_path, "gap-by-magnitude")
+    served = serve(1, "gap-by-magnitude")
     assert served.engine.begin_decoding() is not None
     for version in (2, 0):
         served.replica.refresh(version, allow_backward=True)
         served.assert_at(version)
-    served.engine.close()
 
 
 def test_a_damaged_payload_keeps_nothing(served: Served) -> None:

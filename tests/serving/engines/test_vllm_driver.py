@@ -5,73 +5,36 @@ from __future__ import annotations
 import hashlib
 import subprocess
 import sys
-import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from tests.chains import commit_state, nudged, random_state
-from tests.serving.engines.sharded import SHAPES, ToyTransport, toy_engine
+from tests.chains import commit_state
+from tests.serving.engines.served import Served
 from tests.waiting import PATIENCE_SECONDS
-from weightline.chain import Chain, open_chain
 from weightline.errors import ApplyError, BaseMismatchError, DigestMismatchError, UnsupportedFeatureError
 from weightline.format import keys
 from weightline.format.manifest import AssetRef
-from weightline.serving.engines.base import GenerationRequest
-from weightline.serving.engines.vllm.driver import VllmEngine
 from weightline.serving.engines.vllm.wire import allocate, exchange_folder
 from weightline.serving.http.service import ReplicaService
 from weightline.serving.replica.following import Following
-from weightline.serving.replica.replica import Replica, prove_weights
-from weightline.serving.replica.status import read_mark
-
-ASK = GenerationRequest(("a",), max_tokens=1)
-
-
-class Served:
-    """A replica on toy workers at version 0 of a chain with three versions."""
-
-    def __init__(self, world_size: int, folder: Path, coding: str = "gap") -> None:
-        self.chain: Chain = open_chain(f"memory://{uuid.uuid4().hex}/toy")
-        self.states = [random_state(0, SHAPES)]
-        commit_state(self.chain, self.states[0])
-        for version in (1, 2):
-            self.states.append(nudged(self.states[-1], version, 0.3))
-            commit_state(self.chain, self.states[-1], self.states[-2], coding=coding)
-        self.engine: VllmEngine
-        self.transport: ToyTransport
-        self.engine, self.transport = toy_engine(world_size, folder)
-        self.replica = Replica(self.chain, self.engine, folder / "state", "toy")
-        self.replica.refresh(0)
-
-    def assert_at(self, version: int) -> None:
-        """Read back through the mapping, the digests computed where the parts are, the mark, and the answers."""
-        for name, bits in self.states[version].items():
-            np.testing.assert_array_equal(self.engine.read_bits(name), bits.reshape(-1), err_msg=name)
-        prove_weights(self.engine, self.chain.manifest(version))
-        mark = read_mark(self.replica.state_dir)
-        assert mark is not None
-        assert (mark.status, mark.version) == ("checked", version)
-        assert self.engine.generate(ASK).version == version
+from weightline.serving.replica.replica import prove_weights
 
 
 @pytest.fixture(params=[1, 2, 4])
-def served(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Served]:
-    made = Served(request.param, tmp_path)
-    yield made
-    made.engine.close()
+def served(request: pytest.FixtureRequest, serve: Callable[..., Served]) -> Served:
+    return serve(request.param)
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
 @pytest.mark.parametrize("coding", ["gap", "gap-by-magnitude"])
-def test_an_engine_moves_forth_and_back_bit_for_bit(coding: str, world_size: int, tmp_path: Path) -> None:
-    served = Served(world_size, tmp_path, coding)
+def test_an_engine_moves_forth_and_back_bit_for_bit(coding: str, world_size: int, serve: Callable[..., Served]) -> None:
+    served = serve(world_size, coding)
     for version in (1, 2, 0, 2):
         served.replica.refresh(version, allow_backward=True)
         served.assert_at(version)
-    served.engine.close()
 
 
 def test_all_is_staged_before_the_pause_and_caches_are_dropped_within_it(served: Served) -> None:
@@ -177,12 +140,12 @@ def test_what_vllm_read_at_its_start_needs_a_restart_and_is_refused_before_anyth
     served.assert_at(0)
 
 
-def test_a_file_that_says_the_same_needs_no_restart(tmp_path: Path) -> None:
+def test_a_file_that_says_the_same_needs_no_restart(tmp_path: Path, serve: Callable[..., Served]) -> None:
     """A tokenizer that was loaded offline gains `local_files_only`, and another machine has another path."""
     (tmp_path / "tokenizer_config.json").write_text('{"model_max_length": 8}')
     (tmp_path / "additional_chat_templates").mkdir()
     (tmp_path / "additional_chat_templates" / "rag.jinja").write_text("{{ a }}")
-    served = Served(2, tmp_path)
+    served = serve(2)
     said_again = b'{"name_or_path": "/elsewhere", "local_files_only": true, "model_max_length": 8}'
     version = _commit_with_file(served, "tokenizer_config.json", said_again)
     served.replica.refresh(version)
