@@ -18,6 +18,9 @@ from weightline.types import BitsArray, Changes, Segment
 
 Streams = tuple[bytes, bytes]
 
+#: For fewer changes, to start threads takes longer than the work on them.
+_MANY_CHANGES = 1 << 16
+
 Item = TypeVar("Item")
 
 Result = TypeVar("Result")
@@ -75,6 +78,11 @@ def coding_named(name: str) -> DeltaCoding:
 def num_cpus() -> int:
     """Returns the number of CPUs that the calling thread may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def num_threads_for(num_changed: int) -> int:
+    """Returns the number of threads for work on changes: one for few of them, and else all CPUs of the caller."""
+    return num_cpus() if num_changed >= _MANY_CHANGES else 1
 
 
 def ordered_map(work: Callable[[Item], Result], items: Iterable[Item], num_threads: int) -> Iterator[Result]:

@@ -20,7 +20,7 @@ from weightline.chain.read.refs import oldest_kept
 from weightline.chain.replay.fetch import Fetcher, fetching
 from weightline.chain.replay.plan import Hop, ReplayPlan, Ways, direct_plan, plan_between, plan_replay
 from weightline.codec.changes import compose, join_parts, undo_decoded
-from weightline.codec.coding import num_cpus, ordered_map
+from weightline.codec.coding import num_cpus, num_threads_for, ordered_map
 from weightline.codec.digest import add_digests, digest_change, format_digest, tensor_digest
 from weightline.dtypes import bits_dtype
 from weightline.errors import (
@@ -39,9 +39,6 @@ from weightline.format.payload import Payload
 from weightline.types import BitsArray, Changes, Segment, TensorSpec
 
 _logger = logging.getLogger(__name__)
-
-#: For fewer changes, to start threads takes longer than the work on them.
-_MANY_CHANGES = 1 << 16
 
 Select = Callable[[str], bool]
 #: Returns the bits of a segment. They may be a view of an engine's memory, so they must not be written to.
@@ -180,8 +177,7 @@ class OverlaidState(DecodingState):
         for part in parts:
             by_tensor[part.segment.tensor.name].append(part)
         num_changed = sum(part.num_changed for held in by_tensor.values() for part in held)
-        num_threads = num_cpus() if num_changed >= _MANY_CHANGES else 1
-        done = ordered_map(self._laid_over, by_tensor.values(), num_threads)
+        done = ordered_map(self._laid_over, by_tensor.values(), num_threads_for(num_changed))
         for name, (changes, digest) in zip(by_tensor, done, strict=True):
             self.changes[name] = changes
             self.digests[name] = add_digests(self.digests[name], digest)

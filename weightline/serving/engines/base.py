@@ -26,6 +26,7 @@ from typing import Literal, Protocol
 import numpy as np
 
 from weightline.codec.changes import inverse
+from weightline.codec.coding import num_threads_for, ordered_map
 from weightline.codec.digest import tensor_digest
 from weightline.errors import ApplyError, DigestMismatchError, VersionNotServedError
 from weightline.types import BitsArray, Changes, PositionArray, TensorSpec, whole
@@ -316,7 +317,11 @@ class InProcessEngine(ABC):
         The digests after the changes were checked before, so this proves the whole state.
         """
         self.scatter(changes)
-        for one in changes:
-            name = one.segment.tensor.name
-            if not np.array_equal(self.read_elements(name, one.positions_K), one.new_K):
+        num_threads = num_threads_for(sum(one.num_changed for one in changes))
+        for one, is_written in zip(changes, ordered_map(self._is_written, changes, num_threads), strict=True):
+            if not is_written:
+                name = one.segment.tensor.name
                 raise DigestMismatchError(f"{name} did not take the bits that were written", what=name)
+
+    def _is_written(self, changes: Changes) -> bool:
+        return np.array_equal(self.read_elements(changes.segment.tensor.name, changes.positions_K), changes.new_K)

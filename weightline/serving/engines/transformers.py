@@ -24,6 +24,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from weightline.codec.coding import num_threads_for, ordered_map
 from weightline.codec.torch_ops import torch_dtype
 from weightline.errors import ApplyError, InputError
 from weightline.serving.engines.barrier import RequestBarrier
@@ -101,8 +102,9 @@ class TransformersEngine(InProcessEngine):
         return self._loaded().read_elements(name, positions_K)
 
     def scatter(self, changes: Sequence[Changes]) -> None:
-        for one in changes:
-            self.scatter_tensor(one)
+        num_threads = num_threads_for(sum(one.num_changed for one in changes))
+        for _ in ordered_map(self.scatter_tensor, changes, num_threads):
+            pass
 
     def scatter_tensor(self, changes: Changes) -> None:
         """Writes one tensor's new bits. Safe to repeat."""

@@ -31,7 +31,7 @@ from weightline.types import BitsArray, Changes, TensorSpec
 _logger = logging.getLogger(__name__)
 
 _FIRST_POLL_SECONDS = 0.001
-_LONGEST_POLL_SECONDS = 0.05
+_LONGEST_POLL_SECONDS = 0.02
 #: Tensors as large as this stay in shared memory when they are read; smaller ones are copied.
 _MAPPED_NBYTES = 32 * 1024**2
 _NOT_KEPT = "the engine does not keep the changes any more: prepare them again"

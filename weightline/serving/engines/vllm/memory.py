@@ -238,7 +238,7 @@ class StagedChanges:
 
     def check_base(self) -> None:
         """Raises BaseMismatchError, naming a tensor, unless every element here holds the old bits."""
-        name = _first_failing(self.boxes, lambda one: _holds(one.flat, one.at_K, one.old_K), torch.get_num_threads())
+        name = _first_failing(self.boxes, lambda one: _holds(one.flat, one.at_K, one.old_K), max(1, len(_CPUS)))
         if name is not None:
             raise BaseMismatchError(
                 f"the engine's {name} does not hold the bits that the changes start from", tensor=name
