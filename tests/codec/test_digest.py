@@ -17,6 +17,7 @@ from weightline.codec.digest import (
     digest_to_limbs,
     format_digest,
     limbs_to_digest,
+    limbs_to_lanes,
     parse_digest,
     tensor_digest,
 )
@@ -141,3 +142,11 @@ def test_a_frozen_digest() -> None:
     bits_N = np.array([0x3F80, 0x8000, 0x7FC1, 0x0001], np.uint16)
     segment = Segment(TensorSpec("model.norm.weight", "BF16", (4,)), 0, 4)
     assert format_digest(tensor_digest(segment, bits_N)) == "b70c99d08fac87a93101655f48e1faca"
+
+
+@given(st.lists(st.lists(st.integers(0, (1 << 128) - 1), min_size=1, max_size=4), min_size=1, max_size=5))
+def test_limbs_of_many_tensors_become_lanes_at_once(ranks_of_tensors: list[list[int]]) -> None:
+    summed = [np.array([digest_to_limbs(one) for one in ranks], np.int64).sum(axis=0) for ranks in ranks_of_tensors]
+    lanes_T = limbs_to_lanes(np.array(summed))
+    expected = [limbs_to_digest([int(limb) for limb in limbs]) for limbs in summed]
+    assert [int(high) << 64 | int(low) for high, low in lanes_T] == expected

@@ -1,10 +1,13 @@
-"""Writes the conformance cases. Run by hand, when the format gains something; never to make a test pass.
+"""Writes the conformance cases, and the JSON Schema of headers. Run by hand, when the format gains something.
+
+Never to make a test pass.
 
 python -m tests.conformance.generate
 """
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -12,13 +15,16 @@ from typing import Any
 
 import numpy as np
 
+import weightline.format
 from tests.codec import test_hostile as hostile
 from tests.codec.states import DTYPES, Pair, changed, random_bits, whole
 from tests.conformance.cases import entry_of, save
 from tests.conformance.objects import object_cases
+from tests.conformance.shared_objects import header_cases, layout_cases, state_cases
 from weightline.codec.capture import capture
 from weightline.codec.coding import codings
 from weightline.codec.digest import format_digest, tensor_digest
+from weightline.format.header import WireHeader
 from weightline.format.table import ChunkEntry, pack_table
 from weightline.format.write_payload import PayloadInfo, write_anchor, write_delta
 from weightline.types import BitsArray, Segment, TensorSpec
@@ -132,7 +138,11 @@ def main() -> None:
     save("deltas", [delta_case(name, pairs, coding) for coding in codings() for name, pairs in found.items()])
     save("anchors", [anchor_case(name, pairs) for name, pairs in found.items()])
     save("refused", refused_cases())
-    save("objects", object_cases())
+    save("objects", [*object_cases(), *header_cases()])
+    save("layouts", layout_cases())
+    save("states", state_cases())
+    schema = Path(weightline.format.__file__).with_name("header.schema.json")
+    schema.write_text(json.dumps(WireHeader.model_json_schema(), indent=1) + "\n")
     save("digests", [case for name, pairs in found.items() for case in digest_cases(name, pairs)])
 
 

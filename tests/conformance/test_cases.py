@@ -20,14 +20,17 @@ from weightline.codec.coding import codings
 from weightline.codec.digest import format_digest, tensor_digest
 from weightline.errors import CorruptError, UnsupportedFeatureError
 from weightline.format.envelope import read_envelope
+from weightline.format.header import parse_header
 from weightline.format.manifest import Manifest
 from weightline.format.payload import open_payload
 from weightline.format.shortcut import Shortcut
+from weightline.format.state_digests import apply_changes, pack_list, root_of, unpack_list
+from weightline.format.tensor_layout import unpack_layout
 from weightline.format.write_payload import write_anchor, write_delta
 from weightline.types import BitsArray, Segment
 
-TOPICS = ("deltas", "anchors", "digests", "refused", "objects")
-DELTAS, ANCHORS, DIGESTS, REFUSED, OBJECTS = (load(topic) for topic in TOPICS)
+TOPICS = ("deltas", "anchors", "digests", "refused", "objects", "layouts", "states")
+DELTAS, ANCHORS, DIGESTS, REFUSED, OBJECTS, LAYOUTS, STATES = (load(topic) for topic in TOPICS)
 
 
 def name_of(case: dict[str, Any]) -> str:
@@ -50,9 +53,11 @@ def test_the_corpus_is_not_empty() -> None:
     assert len(DIGESTS) >= 25
     assert len(REFUSED) >= 30
     assert {(case["object"], "error" in case) for case in OBJECTS} == {
-        (kind, is_refused) for kind in ("manifest", "shortcut") for is_refused in (True, False)
+        (kind, is_refused) for kind in ("manifest", "shortcut", "header") for is_refused in (True, False)
     }
-    assert len(OBJECTS) >= 90
+    assert len(OBJECTS) >= 110
+    assert len(LAYOUTS) >= 15
+    assert len(STATES) >= 10
 
 
 @pytest.mark.parametrize("case", DELTAS, ids=name_of)
@@ -99,7 +104,7 @@ def test_refused(tmp_path: Path, case: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("case", OBJECTS, ids=name_of)
 def test_manifests_and_shortcuts(case: dict[str, Any]) -> None:
-    parse = {"manifest": Manifest.from_bytes, "shortcut": Shortcut.from_bytes}[case["object"]]
+    parse = {"manifest": Manifest.from_bytes, "shortcut": Shortcut.from_bytes, "header": parse_header}[case["object"]]
     raw = case["text"].encode()
     if "error" in case:
         with pytest.raises((CorruptError, UnsupportedFeatureError)) as caught:
@@ -108,6 +113,34 @@ def test_manifests_and_shortcuts(case: dict[str, Any]) -> None:
         return
     found = parse(raw)
     assert json.loads(found.to_bytes()) == json.loads(raw)
+
+
+@pytest.mark.parametrize("case", LAYOUTS, ids=name_of)
+def test_layouts(case: dict[str, Any]) -> None:
+    raw = bytes.fromhex(case["layout"])
+    if "error" in case:
+        with pytest.raises(CorruptError) as caught:
+            unpack_layout(raw, case["num_tensors"])
+        assert (caught.value.kind, caught.value.facts.get("rule")) == (case["error"], case["rule"])
+        return
+    found = unpack_layout(raw, case["num_tensors"])
+    assert [spec.name for spec in found.specs] == case["names"]
+    assert zlib.decompress(found.packed, -15) == zlib.decompress(raw, -15)
+
+
+@pytest.mark.parametrize("case", STATES, ids=name_of)
+def test_states(case: dict[str, Any]) -> None:
+    if "root" in case:
+        listed_T = unpack_list(bytes.fromhex("".join(case["digests"])), len(case["digests"]))
+        assert root_of(case["layout_sha256"], listed_T) == case["root"]
+        return
+    listed_T = unpack_list(b"".join(number.to_bytes(16, "big") for number in (1, 2, 3)), 3)
+    if "error" in case:
+        with pytest.raises(CorruptError) as caught:
+            apply_changes(listed_T, bytes.fromhex(case["changes"]))
+        assert (caught.value.kind, caught.value.facts.get("rule")) == (case["error"], case["rule"])
+        return
+    assert pack_list(apply_changes(listed_T, bytes.fromhex(case["changes"]))).hex() == case["result"]
 
 
 def _zeros(segment: Segment) -> BitsArray:

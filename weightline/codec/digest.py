@@ -22,6 +22,7 @@ import hashlib
 import json
 
 import numpy as np
+import numpy.typing as npt
 
 from weightline.codec.capture import check_bits
 from weightline.errors import InputError
@@ -93,3 +94,10 @@ def limbs_to_digest(limbs: tuple[int, int, int, int] | list[int]) -> int:
     """Returns the digest of summed limbs: carries move up within a lane and wrap at its end."""
     low0, low1, high0, high1 = (int(limb) for limb in limbs)
     return (((high0 + (high1 << 32)) & _MASK) << 64) | ((low0 + (low1 << 32)) & _MASK)
+
+
+def limbs_to_lanes(limbs_T: npt.NDArray[np.int64]) -> npt.NDArray[np.uint64]:
+    """Returns the lanes of T summed digests, shape (T, 2), high lane first: `limbs_to_digest` of many at once."""
+    limbs = limbs_T.astype(np.uint64)
+    shift = np.uint64(32)
+    return np.stack([limbs[:, 2] + (limbs[:, 3] << shift), limbs[:, 0] + (limbs[:, 1] << shift)], axis=1)

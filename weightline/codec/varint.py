@@ -25,6 +25,19 @@ class NumberReader:
 
     def number(self) -> int:
         """Returns the next number, below 2**63."""
+        raw, at = self._raw, self._at
+        if at + 1 < len(raw):  # most numbers have one byte or two
+            first = raw[at]
+            if first < 128:
+                self._at = at + 1
+                return first
+            second = raw[at + 1]
+            if second < 128:
+                self._at = at + 2
+                return first & 127 | second << 7
+        return self._long_number()
+
+    def _long_number(self) -> int:
         value = 0
         for shift in range(0, 63, 7):
             byte = self.take(1)[0]
@@ -40,9 +53,14 @@ class NumberReader:
         self._at += count
         return self._raw[self._at - count : self._at]
 
+    @property
+    def num_left(self) -> int:
+        """Returns the number of remaining bytes."""
+        return len(self._raw) - self._at
+
     def rest(self) -> bytes:
         """Returns all remaining bytes."""
-        return self.take(len(self._raw) - self._at)
+        return self.take(self.num_left)
 
     def rest_of_words(self, word_nbytes: int = 4) -> bytes:
         """Returns all remaining bytes. PayloadError unless they are a whole number of words."""

@@ -12,8 +12,12 @@ from pydantic import Field
 
 from weightline.errors import InputError
 
-#: Of a manifest or shortcut.
+#: Of a manifest (format 1) or shortcut.
 MAX_MANIFEST_NBYTES = 256 * 1024 * 1024
+#: Of the header of a version in format 2.
+MAX_HEADER_NBYTES = 1024 * 1024
+#: Of a list of assets or a provenance.
+MAX_LIST_NBYTES = 16 * 1024 * 1024
 #: Of a record, whose fields are its writer's.
 MAX_RECORD_NBYTES = 16 * 1024 * 1024
 #: Of a ref, horizon, lease, signature or hint: a few fields.

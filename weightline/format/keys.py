@@ -10,11 +10,17 @@ COMMITS = "commits/"
 SHORTCUTS = "shortcuts/"
 PAYLOADS = "payloads/"
 ASSETS = "assets/"
+LAYOUTS = "layouts/"
+DIGESTS = "digests/"
+PROVENANCE = "provenance/"
+#: Objects whose keys name their content: several versions share one, and it may be put again at any time.
+SHARED = (ASSETS, LAYOUTS, DIGESTS, PROVENANCE)
 RECORDS = "records/"
 LEASES = "records/replicas/"
 REFS = "refs/"
 SIGNATURES = "signatures/"
 HISTORY = "history/"
+FORMATS = "formats/"
 PROBES = "probes/"
 TIP_HINT = "hints/tip.json"
 
@@ -72,8 +78,28 @@ def payload(version: int, commit_id: str, rank: int) -> str:
 
 
 def asset(sha256: str) -> str:
-    """Returns the key of a small file of the model (config.json, tokenizer), by its content."""
+    """Returns the key of a small file of the model (config.json, tokenizer), or of a list of them, by its content."""
     return f"{ASSETS}{sha256}"
+
+
+def layout(sha256: str) -> str:
+    """Returns the key of a layout, by its content."""
+    return f"{LAYOUTS}{sha256}"
+
+
+def digests(sha256: str) -> str:
+    """Returns the key of a list of digests, by its content."""
+    return f"{DIGESTS}{sha256}"
+
+
+def provenance(sha256: str) -> str:
+    """Returns the key of a provenance, by its content."""
+    return f"{PROVENANCE}{sha256}"
+
+
+def upgrade(number: int) -> str:
+    """Returns the key of the mark by which a chain goes on in a newer format from its next version on."""
+    return f"{FORMATS}weightline-{number}.json"
 
 
 def record(kind: str, version: int, name: str) -> str:

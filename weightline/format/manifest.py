@@ -1,6 +1,7 @@
-"""The manifest: the immutable JSON object that defines a version. SPEC "Manifest".
+"""The manifest of format 1: the immutable JSON object that defines a version. SPEC "Manifest of format 1".
 
-Only this module parses bytes into a frozen, validated `Manifest`; all other code relies on the validation.
+Only this module and `weightline.format.header` parse bytes into frozen, validated objects; all other code relies on the
+validation. `Header` is what both formats say of a version besides its tensors.
 """
 
 from __future__ import annotations
@@ -9,10 +10,10 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import PurePosixPath
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Final, Literal, Self, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -26,7 +27,8 @@ from weightline.format import keys
 from weightline.format.documents import MAX_MANIFEST_NBYTES, Count, Label, Note, parse_json
 from weightline.types import MAX_ELEMENTS, MAX_NAME_NBYTES, MAX_NDIM, TensorSpec, is_shape_in_range
 
-FORMAT = "weightline/1"
+FORMAT_1: Final = "weightline/1"
+FORMAT_2: Final = "weightline/2"
 
 #: Features of the format that this release reads. A manifest that names any other feature is refused.
 #: `asset-paths`: an asset's name is a path, or a name that release 0.1 did not know. `mx-dtypes`: F8_E8M0 or F4.
@@ -58,7 +60,7 @@ def _path_inside_folder(name: str) -> str:
         raise ValueError(str(error)) from error
 
 
-def _files_of_one_folder(assets: tuple[AssetRef, ...]) -> tuple[AssetRef, ...]:
+def files_of_one_folder(assets: tuple[AssetRef, ...]) -> tuple[AssetRef, ...]:
     """No two assets have one path, and none is a folder in the path of another."""
     names = [asset.name for asset in assets]
     folders = {str(parent) for name in names for parent in PurePosixPath(name).parents}
@@ -84,6 +86,9 @@ Hex128 = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
 
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+AssetName = Annotated[str, AfterValidator(_path_inside_folder)]
 
 
 Key = Annotated[str, Field(min_length=1, max_length=1024), AfterValidator(_key_inside_chain)]
@@ -115,7 +120,7 @@ class PayloadRef(StoredObject):
 class AssetRef(StoredObject):
     """A small file of the model's folder: config.json, tokenizer.json, additional_chat_templates/tool_use.jinja."""
 
-    name: Annotated[str, AfterValidator(_path_inside_folder)]
+    name: AssetName
     """Its path below the folder."""
 
 
@@ -152,10 +157,10 @@ class AdapterBase(Frozen):
         return cls(name_or_path=name_or_path, digest=digest, num_elements=num_elements)
 
 
-class Manifest(Frozen):
-    """One committed version. Field order is the order in the file."""
+class Header(Frozen):
+    """The facts of one committed version but its tensors, small files and provenance."""
 
-    format: Literal["weightline/1"] = "weightline/1"
+    format: str
     features: Annotated[tuple[Label, ...], Field(strict=False)] = ()
     version: Count
     base_version: Count | None
@@ -183,18 +188,11 @@ class Manifest(Frozen):
     full_nbytes: Count
     """Bytes of the whole state, uncoded."""
     payloads: Annotated[tuple[PayloadRef, ...], Field(strict=False)]
-    assets: Annotated[
-        tuple[AssetRef, ...], Field(strict=False, max_length=MAX_ASSETS), AfterValidator(_files_of_one_folder)
-    ] = ()
-    """The small files of the model. Empty means those of the version before."""
-    tensors: dict[TensorName, TensorState]
     metrics: Annotated[dict[Label, float], AfterValidator(_finite_only)] = Field(default_factory=dict)
     """Numbers that the trainer logged at this step: loss, reward, ... Numbers that are not finite are left out."""
-    provenance: dict[Label, Note] = Field(default_factory=dict)
-    """Links for people: flow_run_id, host, library versions."""
 
     @model_validator(mode="after")
-    def _base_fits_kind(self) -> Manifest:
+    def _facts_agree(self) -> Self:
         if (self.kind == "anchor") != (self.base_version is None):
             raise ValueError("an anchor has no base_version, a delta or revert has one")
         if self.base_version is not None and self.base_version != self.version - 1:
@@ -203,19 +201,49 @@ class Manifest(Frozen):
             raise ValueError("reverts_to goes with kind revert")
         if self.reverts_to is not None and self.reverts_to >= self.version:
             raise ValueError("reverts_to must be an earlier version")
+        if sum(payload.nbytes for payload in self.payloads) != self.payload_nbytes:
+            raise ValueError("payload_nbytes is not the sum over the payloads")
+        if self.num_changed > self.num_elements:
+            raise ValueError("num_changed exceeds num_elements")
         return self
 
+    @property
+    def key(self) -> str:
+        return keys.commit(self.version)
+
+
+class HeaderV1(Header):
+    """The header of a version in format 1: its manifest without the tensors."""
+
+    format: Literal["weightline/1"] = "weightline/1"
+    assets: tuple[AssetRef, ...]
+    """The small files of the model. Empty means those of the version before."""
+    provenance: dict[Label, Note]
+
+
+class Manifest(Header):
+    """One committed version with all that its header refers to: its tensors and their digests, and its small files.
+
+    It is what an object of format 1 holds, and what `Chain.manifest` returns for a version of any format. To build one
+    takes time and memory for every tensor; `Chain.header` and `Chain.digests` do without it.
+    """
+
+    format: Literal["weightline/1", "weightline/2"] = "weightline/1"
+    assets: Annotated[
+        tuple[AssetRef, ...], Field(strict=False, max_length=MAX_ASSETS), AfterValidator(files_of_one_folder)
+    ] = ()
+    """The small files of the model. In format 1, empty means those of the version before."""
+    tensors: dict[TensorName, TensorState]
+    provenance: dict[Label, Note] = Field(default_factory=dict)
+    """Links for people: flow_run_id, host, library versions."""
+
     @model_validator(mode="after")
-    def _counts_add_up(self) -> Manifest:
+    def _tensors_add_up(self) -> Manifest:
         specs = self.specs.values()
         if sum(spec.num_elements for spec in specs) != self.num_elements:
             raise ValueError("num_elements is not the sum over the tensors")
         if sum(spec.nbytes for spec in specs) != self.full_nbytes:
             raise ValueError("full_nbytes is not the sum over the tensors")
-        if sum(payload.nbytes for payload in self.payloads) != self.payload_nbytes:
-            raise ValueError("payload_nbytes is not the sum over the payloads")
-        if self.num_changed > self.num_elements:
-            raise ValueError("num_changed exceeds num_elements")
         return self
 
     @property
@@ -229,16 +257,24 @@ class Manifest(Frozen):
         return {name: tensor.digest for name, tensor in self.tensors.items()}
 
     @property
-    def key(self) -> str:
-        return keys.commit(self.version)
+    def header(self) -> HeaderV1:
+        """Returns the manifest without its tensors."""
+        return HeaderV1.model_construct(**{name: getattr(self, name) for name in HeaderV1.model_fields})
 
     def to_bytes(self) -> bytes:
-        """Returns deterministic UTF-8 JSON."""
-        return self.model_dump_json(indent=1).encode()
+        """Returns the object of format 1: deterministic UTF-8 JSON. A manifest of a later format is converted."""
+        manifest = self
+        if self.format != FORMAT_1:
+            features = features_of(self.specs.values(), self.assets)
+            manifest = self.model_copy(update={"format": FORMAT_1, "features": features})
+        return manifest.model_dump_json(indent=1).encode()
 
     @classmethod
     def from_bytes(cls, raw: bytes) -> Manifest:
-        """Parses and validates. ManifestError names the broken rule; UnsupportedFeatureError asks for an upgrade."""
+        """Parses and validates an object of format 1.
+
+        ManifestError names the broken rule; UnsupportedFeatureError for another format or an unknown feature.
+        """
         return parse_wire(cls, raw, "manifest")
 
 
@@ -250,14 +286,26 @@ def features_of(specs: Iterable[TensorSpec], assets: Iterable[AssetRef]) -> tupl
 
 
 def parse_wire(cls: type[Wire], raw: bytes, noun: str) -> Wire:
-    """Parses a stored object. ManifestError names the broken rule; UnsupportedFeatureError asks for an upgrade."""
+    """Parses a stored object of format 1.
+
+    ManifestError names the broken rule; UnsupportedFeatureError asks for an upgrade.
+    """
+    return validated(cls, read_document(raw, noun, (FORMAT_1,)), noun)
+
+
+def read_document(raw: bytes, noun: str, formats: Sequence[str]) -> Mapping[str, object]:
+    """Returns the JSON object of one of these formats. Raises as `parse_wire` does."""
     if len(raw) > MAX_MANIFEST_NBYTES:
         raise ManifestError(f"a {noun} of {len(raw)} bytes exceeds {MAX_MANIFEST_NBYTES}", rule="size")
     try:
         document = parse_json(raw)
     except ValueError as error:
         raise ManifestError(f"a {noun} is not JSON that can be read: {error}", rule="json") from error
-    _refuse_unknown_features(document)
+    return _known(document, noun, formats)
+
+
+def validated(cls: type[Wire], document: Mapping[str, object], noun: str) -> Wire:
+    """Returns the document as an object. ManifestError names the field that breaks a rule."""
     try:
         return cls.model_validate(document)
     except ValidationError as error:
@@ -266,25 +314,26 @@ def parse_wire(cls: type[Wire], raw: bytes, noun: str) -> Wire:
         raise ManifestError(f"{noun} field {field}: {first['msg']}", rule=field) from error
 
 
-def _refuse_unknown_features(document: object) -> None:
+def _known(document: object, noun: str, formats: Sequence[str]) -> Mapping[str, object]:
     """Raises UnsupportedFeatureError for objects of newer releases, before the schema would call them broken."""
     if not isinstance(document, Mapping):
-        raise ManifestError("a manifest is not a JSON object", rule="json")
+        raise ManifestError(f"a {noun} is not a JSON object", rule="json")
     written_as = document.get("format")
-    if written_as != FORMAT:
+    if written_as not in formats:
         if isinstance(written_as, str) and written_as.startswith("weightline/"):
             raise UnsupportedFeatureError(
-                f"this release reads {FORMAT}, not {written_as}: upgrade weightline", feature=written_as
+                f"this release reads {' and '.join(formats)}, not {written_as}: upgrade weightline", feature=written_as
             )
-        raise ManifestError(f"the object is not a weightline manifest (format {written_as!r})", rule="format")
+        raise ManifestError(f"the object is not a weightline {noun} (format {written_as!r})", rule="format")
     features = document.get("features", [])
     names = [name for name in features if isinstance(name, str)] if isinstance(features, list) else []
     unknown = [name for name in names if name not in KNOWN_FEATURES]
     if unknown:
         raise UnsupportedFeatureError(
-            f"the manifest needs {unknown[0]!r}, which this release does not support: upgrade weightline",
+            f"the {noun} needs {unknown[0]!r}, which this release does not support: upgrade weightline",
             feature=unknown[0],
         )
+    return document
 
 
 def utc_now() -> str:
