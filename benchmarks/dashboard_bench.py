@@ -24,9 +24,15 @@ import httpx
 import psutil
 from playwright.sync_api import Page, sync_playwright
 
+from weightline.chain import Chain
 from weightline.chain.write.commit import new_commit_id
+from weightline.chain.write.version import NewVersion, put_contents
 from weightline.format import keys
-from weightline.format.manifest import Manifest, PayloadRef, TensorState
+from weightline.format.manifest import FORMAT_2, Header, PayloadRef
+from weightline.format.state_digests import StateDigests
+from weightline.format.tensor_layout import Layout
+from weightline.store.local import LocalStore
+from weightline.types import TensorSpec
 
 STAGES = ("sft", "dpo", "grpo")
 _DRAWN = "#version-{tip}[aria-selected=true]"
@@ -36,23 +42,30 @@ _MODULES = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_at
 
 
 def write_chain(root: Path, num_versions: int, num_tensors: int) -> None:
-    """Writes manifests and records as the engine does, without fsync."""
+    """Writes headers and records as the engine does, without fsync. Every version changes four tensors."""
     names = [f"model.layers.{n // len(_MODULES)}.{_MODULES[n % len(_MODULES)]}.weight" for n in range(num_tensors)]
-    tensors = {name: TensorState(dtype="BF16", shape=(1024, 1024), digest=new_commit_id()) for name in names}
+    digests = StateDigests.zeros(Layout.of(TensorSpec(name, "BF16", (1024, 1024)) for name in names))
+    chain, base = Chain(LocalStore(root)), None
     num_elements = num_tensors << 20
     for version in range(num_versions):
         is_anchor = version == 0
         commit_id = new_commit_id()
         payload = PayloadRef(key=keys.payload(version, commit_id, 0), nbytes=3_000_000, sha256="0" * 64, rank=0)
-        manifest = Manifest(
-            version=version, base_version=None if is_anchor else version - 1, kind="anchor" if is_anchor else "delta",
+        facts = Header(
+            format=FORMAT_2, version=version, base_version=None if is_anchor else version - 1,
+            kind="anchor" if is_anchor else "delta",
             commit_id=commit_id, created_at=_clock(version), run_id="bench", global_step=10 * version,
             stage=STAGES[min(2, 3 * version // num_versions)], coding="gap", world_size=1, is_milestone=is_anchor,
             num_changed=num_elements if is_anchor else num_elements // (80 + version % 40), num_elements=num_elements,
-            payload_nbytes=payload.nbytes, full_nbytes=2 * num_elements, payloads=(payload,), tensors=tensors,
+            payload_nbytes=payload.nbytes, full_nbytes=2 * num_elements, payloads=(payload,),
             metrics={f"metric_{n}": 1.0 / (1 + n + version) for n in range(20)} | {"loss": 10.0 / (10 + version)},
         )  # fmt: skip
-        _write(root / manifest.key, manifest.to_bytes())
+        digests = digests.copy()
+        for at in range(4 * version, 4 * version + 4):
+            digests.digests_T[at % num_tensors] += 1
+        base = put_contents(chain, NewVersion(facts, digests), base)
+        chain.keep_header(base)
+        _write(root / base.key, base.to_bytes())
         evaluation = {"status": "done", "score": 1 - 1 / (1 + version / 500), "num_problems": 400}
         served = {"status": "done", "served_at": _clock(version, 2.5), "pause_seconds": 0.02}
         for kind, name, record in (("evaluations", "arithmetic", evaluation), ("refreshes", "replica-0", served)):

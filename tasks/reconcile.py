@@ -24,7 +24,7 @@ from weightline.deployments.server.consumer_runs import (
     read_under_way,
 )
 from weightline.deployments.server.events import announce_commit
-from weightline.format.manifest import Manifest
+from weightline.format.manifest import Header
 from weightline.lineage.owed import (
     MAX_ATTEMPTS,
     RETRY_SECONDS,
@@ -82,7 +82,7 @@ def find_owed(
 
 
 @task(task_run_name="announce v{manifest.version} again", cache_policy=NO_CACHE, persist_result=False)
-def announce_again(chain: str, manifest: Manifest) -> None:
+def announce_again(chain: str, manifest: Header) -> None:
     """Sends the version's event again, which starts its consumers. Safe to repeat."""
     announce_commit(chain, manifest)
     get_run_logger().info("announced version %d of %s", manifest.version, chain)

@@ -25,7 +25,7 @@ def release(
     """Writes the checkpoint with its card, then uploads it. Safe to repeat: existing files are not changed."""
     opened = open_chain(chain)
     number = resolve(opened, version)
-    commit_id, recipe = opened.manifest(number).commit_id, recorded_recipe(opened, number)
+    commit_id, recipe = opened.header(number).commit_id, recorded_recipe(opened, number)
     url = None
     with tempfile.TemporaryDirectory(prefix="weightline-release-") as scratch:
         target = user_path(folder).absolute() if folder is not None else Path(scratch) / "model"

@@ -18,7 +18,9 @@ from weightline.codec.coding import coding_named
 from weightline.codec.digest import format_digest, tensor_digest
 from weightline.dtypes import bits_dtype
 from weightline.format import keys
+from weightline.format.header import encoded, parse_header
 from weightline.format.manifest import AssetRef, Manifest, PayloadRef, TensorState, utc_now
+from weightline.format.state_digests import pack_changes
 from weightline.format.write_payload import write_anchor, write_delta
 from weightline.store import Store
 from weightline.store.base import read_clock
@@ -51,8 +53,13 @@ def commit_state(
     assets: tuple[AssetRef, ...] = (),
     is_milestone: bool = False,
     coding: str = "gap",
+    written_as: str | None = None,
+    provenance: Mapping[str, str] | None = None,
 ) -> Manifest:
-    """Commit `new` as the next version: an anchor when `old` is None, else the delta from it."""
+    """Commit `new` as the next version: an anchor when `old` is None, else the delta from it.
+
+    `written_as`: the format; None for that in which the chain goes on.
+    """
     tip = chain.tip_version()
     version = 0 if tip is None else tip + 1
     commit_id = new_commit_id()
@@ -77,13 +84,13 @@ def commit_state(
             "stage": stage,
             "run_id": run_id,
             "assets": assets,
+            "provenance": dict(provenance or {}),
             "is_milestone": is_milestone,
             "coding": coding if old else ANCHOR_CODING,
         }
         | ({"num_changed": num_changed} if old is not None else {})
     )
-    commit_manifest(chain, manifest)
-    return manifest
+    return commit_manifest(chain, manifest, written_as=written_as)
 
 
 def _spec(name: str, bits: npt.NDArray[np.uint16]) -> TensorSpec:
@@ -104,6 +111,27 @@ def make_manifest(
         payload_nbytes=payload_nbytes, full_nbytes=sum(spec.nbytes for spec in specs), payloads=payloads,
         tensors=tensors,
     )  # fmt: skip
+
+
+def restate(chain: Chain, version: int, digests: Mapping[str, int]) -> None:
+    """Let a version state other digests of some tensors, so that all else in the bucket agrees with it."""
+    key = keys.commit(version)
+    header = parse_header(chain.store.get(key))
+    if isinstance(header, Manifest):
+        changed = {n: t.model_copy(update={"digest": format_digest(digests[n])}) for n, t in header.tensors.items()
+                   if n in digests}  # fmt: skip
+        chain.store.put(key, header.model_copy(update={"tensors": header.tensors | changed}).to_bytes())
+        return
+    stated = Chain(chain.store).digests(version).copy()
+    for name, digest in digests.items():
+        stated[name] = digest
+    listed_T = chain.contents.digest_list(header.digests.sha256, header.layout.num_tensors)
+    changes = encoded(pack_changes(listed_T, stated.digests_T)[0])
+    update = {
+        "root": stated.root(header.layout.sha256),
+        "digests": header.digests.model_copy(update={"changes": changes}),
+    }
+    chain.store.put(key, header.model_copy(update=update).to_bytes())
 
 
 def later(**duration: float) -> Callable[[Store], datetime]:

@@ -21,7 +21,7 @@ from prefect.states import Completed
 from weightline.chain.read.overtaken import Overtaken
 from weightline.chain.read.records import EVALUATIONS, REFRESHES
 from weightline.deployments.server.events import event_id
-from weightline.format.manifest import Manifest
+from weightline.format.manifest import Header
 from weightline.lineage.owed import MAX_ATTEMPTS, Attempt, ConsumerRun, MissingRecord
 from weightline.runs.folder import canonical_url
 
@@ -118,7 +118,7 @@ def _in_states(kinds: list[StateType]) -> FlowRunFilter:
     return FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=kinds)))
 
 
-def read_announced(client: SyncPrefectClient, chain: str, manifests: Iterable[Manifest]) -> frozenset[str]:
+def read_announced(client: SyncPrefectClient, chain: str, manifests: Iterable[Header]) -> frozenset[str]:
     """Returns the commit ids of those of these versions whose event the server has."""
     by_event = {str(event_id(chain, manifest.commit_id)): manifest.commit_id for manifest in manifests}
     found: set[str] = set()

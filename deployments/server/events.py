@@ -8,7 +8,7 @@ from uuid import NAMESPACE_URL, UUID, uuid5
 from prefect.events import emit_event
 
 from weightline.chain import open_chain
-from weightline.format.manifest import Manifest
+from weightline.format.manifest import Header
 
 COMMITTED = "weightline.delta.committed"
 #: The fields of the manifest that the event's payload contains, beside the chain's URL under `chain`.
@@ -27,7 +27,7 @@ def event_id(chain_url: str, commit_id: str) -> UUID:
     return uuid5(NAMESPACE_URL, f"{chain_url}#{commit_id}")
 
 
-def announce_commit(chain_url: str, manifest: Manifest) -> None:
+def announce_commit(chain_url: str, manifest: Header) -> None:
     """Emits `weightline.delta.committed`. Safe to repeat. Returns at once; never raises: a failure is logged."""
     try:
         name = open_chain(chain_url).name

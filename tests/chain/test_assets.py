@@ -20,6 +20,7 @@ from weightline.chain.upkeep.verify import verify_chain
 from weightline.chain.write.standalone import commit_folder, commit_fork, commit_revert
 from weightline.errors import InputError
 from weightline.format import keys
+from weightline.format.manifest import FORMAT_1
 from weightline.store import ObjectInfo
 from weightline.store.memory import MemoryStore
 from weightline.testing.faults import FaultStore
@@ -84,7 +85,7 @@ def test_what_the_tip_names_is_not_put_again(store: AgedStore, folder: Path) -> 
     store.age()
     commit_folder(chain, folder)
     commit_revert(chain, 0)
-    assert [key.partition("/")[0] for key in puts] == ["assets", "payloads"]
+    assert [key.partition("/")[0] for key in puts] == ["assets", "payloads", "layouts", "digests", "assets"]
     assert verify_chain(Chain(store)).findings == ()
 
 
@@ -107,9 +108,9 @@ def test_gc_leaves_the_files_of_an_expired_version_to_a_revert(store: AgedStore,
 def test_the_search_for_files_goes_through_what_gc_is_deleting(
     store: AgedStore, folder: Path, tmp_path: Path, read: Callable[[Chain, Path], object]
 ) -> None:
-    """Versions 1 to 3 are collected after they were listed. Version 0 stays, since it names the files."""
+    """Versions 1 to 3 are collected after they were listed. In format 1 version 0 stays, since it names the files."""
     state = random_state(0)
-    commit_state(Chain(store), state, assets=upload_files(store, folder))
+    commit_state(Chain(store), state, assets=upload_files(store, folder), written_as=FORMAT_1)
     for seed in range(6):
         before, state = state, nudged(state, seed)
         commit_state(Chain(store), state, before)

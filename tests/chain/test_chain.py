@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.chains import commit_state, make_manifest, nudged, random_state
+from tests.chains import commit_state, make_manifest, nudged, random_state, restate
 from weightline.chain.files.checkpoint import write_checkpoint
 from weightline.chain.read.history import Chain
 from weightline.chain.read.records import EVALUATIONS, read_record, read_records, write_record
@@ -26,6 +25,7 @@ from weightline.errors import (
     VersionNotFoundError,
 )
 from weightline.format import keys
+from weightline.format.manifest import FORMAT_1, FORMAT_2
 from weightline.store.memory import MemoryStore
 
 
@@ -119,11 +119,12 @@ def test_flipped_payload_bit_is_refused(chain: Chain) -> None:
         read_state(chain, 1)
 
 
-def test_wrong_state_digest_is_refused(chain: Chain) -> None:
-    _grow(chain, 2)
-    document = json.loads(chain.store.get(keys.commit(1)))
-    document["tensors"]["model.norm.weight"]["digest"] = "0" * 32
-    chain.store.put(keys.commit(1), json.dumps(document).encode())
+@pytest.mark.parametrize("written_as", [FORMAT_1, FORMAT_2])
+def test_wrong_state_digest_is_refused(chain: Chain, written_as: str) -> None:
+    state = random_state(0)
+    commit_state(chain, state, written_as=written_as)
+    commit_state(chain, nudged(state, 1), state, written_as=written_as)
+    restate(chain, 1, {"model.norm.weight": 0})
     with pytest.raises(DigestMismatchError, match=r"model\.norm\.weight"):
         read_state(Chain(chain.store), 1)
 

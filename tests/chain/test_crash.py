@@ -20,8 +20,11 @@ from weightline.chain.upkeep.compact import AnchorPolicy, plan_compaction, write
 from weightline.chain.upkeep.gc import collect, plan_gc, view_chain
 from weightline.chain.upkeep.retention import expire_before
 from weightline.chain.upkeep.verify import verify_chain
+from weightline.chain.write import version as version_module
 from weightline.chain.write.standalone import commit_folder, commit_fork, commit_revert
+from weightline.chain.write.version import mark_upgraded
 from weightline.errors import CommitConflictError, TransientStorageError
+from weightline.format.manifest import FORMAT_1, FORMAT_2
 from weightline.store.memory import MemoryStore
 from weightline.testing.faults import FaultStore
 
@@ -62,6 +65,7 @@ def _collect(chain: Chain) -> None:
 STEPS: list[Callable[[Chain], object]] = [
     *(_commit(version) for version in range(4)),
     lambda chain: move_ref(chain, "serving", 2),
+    mark_upgraded,
     _revert,
     _compact,
     lambda chain: expire_before(chain, 3),
@@ -92,6 +96,14 @@ def _check_goes_on(inner: MemoryStore, num_done: int) -> None:
         assert all(np.array_equal(state.bits[n], b.reshape(-1)) for n, b in _EXPECTED[version].items())
 
 
+@pytest.fixture(params=[FORMAT_1, FORMAT_2])
+def written_as(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Chains begin in this format."""
+    monkeypatch.setattr(version_module, "NEW_CHAINS", request.param)
+    return str(request.param)
+
+
+@pytest.mark.usefixtures("written_as")
 def test_a_crash_before_any_store_operation_leaves_a_chain_that_goes_on() -> None:
     whole = FaultStore(MemoryStore(), lambda *_: None)
     assert _run(whole) == len(STEPS)
@@ -101,6 +113,7 @@ def test_a_crash_before_any_store_operation_leaves_a_chain_that_goes_on() -> Non
         _check_goes_on(inner, _run(FaultStore(inner, _crash_at(crash_at))))
 
 
+@pytest.mark.usefixtures("written_as")
 def test_a_crash_after_any_write_leaves_a_chain_that_goes_on() -> None:
     whole = _CrashAfterWrite(MemoryStore(), -1)
     assert _run(whole) == len(STEPS)

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from tests.chain.test_leases import make_lease
 from tests.chains import AT_ONCE, commit_state, nudged, random_state
@@ -22,6 +22,10 @@ from weightline.chain.upkeep.gc import collect, plan_gc, view_chain
 from weightline.chain.upkeep.retention import expire_before
 from weightline.chain.upkeep.verify import verify_chain
 from weightline.chain.write.standalone import commit_fork, commit_revert
+from weightline.chain.write.version import mark_upgraded
+from weightline.errors import UnsupportedFeatureError
+from weightline.format import keys
+from weightline.format.manifest import FORMAT_1, FORMAT_2, Manifest
 from weightline.store.memory import MemoryStore
 
 SHAPES = {"model.embed.weight": (30, 4), "model.norm.weight": (4,), "scale": (), "empty": (0, 4)}
@@ -41,10 +45,13 @@ class ChainMachine(RuleBasedStateMachine):
         self.store = MemoryStore()
         self.chain = Chain(self.store)
         self.states: list[State] = [random_state(0, SHAPES)]
-        commit_state(self.chain, self.states[0])
-        self.replica = read_state(self.chain, 0)
         self.named: dict[str, int] = {}
         self.leased: dict[str, set[int]] = {}
+
+    @initialize(written_as=st.sampled_from([FORMAT_1, FORMAT_2]))
+    def begin(self, written_as: str) -> None:
+        commit_state(self.chain, self.states[0], written_as=written_as)
+        self.replica = read_state(self.chain, 0)
 
     @property
     def tip(self) -> int:
@@ -60,6 +67,33 @@ class ChainMachine(RuleBasedStateMachine):
         new = nudged(self.states[-1], seed, density)
         commit_state(self.chain, new, self.states[-1], world_size=ranks, coding=coding)
         self.states.append(new)
+
+    @rule(seed=st.integers(0, 1000), written_as=st.sampled_from([FORMAT_1, FORMAT_2]))
+    def commit_in_a_format(self, seed: int, written_as: str) -> None:
+        """Another writer, which does not ask how the chain goes on: readers take any mix."""
+        new = nudged(self.states[-1], seed)
+        commit_state(Chain(self.store), new, self.states[-1], written_as=written_as)
+        self.states.append(new)
+
+    @rule(seed=st.integers(0, 1000))
+    def commit_by_an_older_release(self, seed: int) -> None:
+        """It reads format 1 alone, and so goes on with the chain or is asked to upgrade."""
+        new = nudged(self.states[-1], seed)
+        try:
+            Manifest.from_bytes(self.store.get(keys.commit(self.tip)))
+        except UnsupportedFeatureError:
+            assert self.chain.header(self.tip).format == FORMAT_2
+            return
+        commit_state(Chain(self.store), new, self.states[-1], written_as=FORMAT_1)
+        self.states.append(new)
+
+    @rule()
+    def upgrade(self) -> None:
+        is_old = self.chain.tip_header().format == FORMAT_1
+        mark_upgraded(self.chain)
+        commit_state(self.chain, self.states[-1], self.states[-1])
+        self.states.append(self.states[-1])
+        assert self.chain.tip_header().format == FORMAT_2 or not is_old
 
     @rule(seed=st.integers(0, 1000))
     def commit_any_bits(self, seed: int) -> None:

@@ -17,6 +17,7 @@ from weightline.chain.files.meaning import have_same_meaning, meaning_of, withou
 from weightline.chain.files.small_files import find_small_files, foreign_patterns
 from weightline.chain.read.history import Chain
 from weightline.chain.write.standalone import commit_folder, commit_fork, commit_revert
+from weightline.chain.write.version import NewVersion
 from weightline.errors import InputError
 from weightline.store.memory import MemoryStore
 
@@ -100,8 +101,9 @@ def test_a_fork_and_a_revert_carry_the_paths(folder: Path) -> None:
     commit_folder(chain, folder)
     assert [asset.name for asset in chain.tip().assets] == ["config.json", "vocab.bpe"]
     assert commit_revert(chain, 0).assets == chain.manifest(0).assets == commit_fork(chain, 0, forked).assets
-    assert chain.tip().features == forked.tip().features == ("asset-paths",)
-    assert chain.manifest(1).features == ()
+    assert chain.tip().features == forked.tip().features == (), "paths are part of format 2"
+    assert NewVersion.of(chain.tip()).manifest().features == ("asset-paths",)
+    assert NewVersion.of(chain.manifest(1)).manifest().features == ()
 
 
 def test_files_of_the_hubs_cache_are_links(folder: Path, tmp_path: Path) -> None:

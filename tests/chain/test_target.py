@@ -212,7 +212,9 @@ def test_tensors_that_lie_at_no_multiple_of_their_width_are_read(tmp_path: Path,
                     "half": ("BF16", [2, 1], raw[1:5]), "one": ("U8", [], raw[:1]), "wide": ("F64", [1], raw[40:])},
              padding)  # fmt: skip
     commit_folder(chain, tmp_path)
-    first, second = (b"".join(bits.tobytes() for bits in read_state(chain, v).bits.values()) for v in (0, 1))
+    names = ("flag", "packed", "ids", "half", "one", "wide")
+    states = [read_state(chain, version).bits for version in (0, 1)]
+    first, second = (b"".join(bits[name].tobytes() for name in names) for bits in states)
     assert first == raw
     assert second == raw[:3] + raw[7:23] + raw[19:35] + raw[1:5] + raw[:1] + raw[40:]
     for bits_N in FolderSource(tmp_path).read(["flag", "packed", "ids", "half", "one", "wide"]).values():

@@ -22,6 +22,7 @@ from weightline.cli import output
 from weightline.cli.main import app, main
 from weightline.errors import ChainEmptyError, InputError, NotFoundError, WeightlineError
 from weightline.format import keys
+from weightline.format.header import pack_provenance, ref_to
 from weightline.rollouts.record import Completion, Group, ReplicaWork, SamplesRecord, Spread, record_name
 from weightline.rollouts.sample import Span
 
@@ -367,7 +368,9 @@ def test_a_bad_record_or_ref_hides_no_version(bucket: str) -> None:
 def test_show_is_a_page_and_no_spelling_of_python(bucket: str) -> None:
     chain = open_chain(bucket)
     key = keys.commit(3)
-    labels = {"metrics": {"loss": 0.25, "reward": 1.5}, "provenance": {"host": "a\x1b[2Jb"}}
+    links = pack_provenance({"host": "a\x1b[2Jb"})
+    chain.store.put(keys.provenance(ref_to(links).sha256), links)
+    labels = {"metrics": {"loss": 0.25, "reward": 1.5}, "provenance": ref_to(links).model_dump()}
     chain.store.put(key, json.dumps(json.loads(chain.store.get(key)) | labels).encode())
     told = {"status": "done", "score": 0.5, "metrics": {"exact_match": 0.5}, "seconds": 2.0}
     write_record(chain, EVALUATIONS, 3, "gsm8k", told)

@@ -69,8 +69,7 @@ def commit_step(chain: Chain, new: State, old: State | None, **fields: Any) -> M
     counted = {} if old is None else {"num_changed": info.num_changed}
     manifest = make_manifest(new, version, commit_id, (payload,), is_anchor=old is None)
     manifest = Manifest.from_bytes(manifest.model_copy(update={"world_size": 1} | counted | fields).to_bytes())
-    commit_manifest(chain, manifest)
-    return manifest
+    return commit_manifest(chain, manifest)
 
 
 def broken_chain(root: Path) -> Chain:

@@ -178,7 +178,7 @@ def test_a_row_in_memory_is_bounded() -> None:
     from weightline.dashboard.plain import plain_row
 
     chain = _grown("memory://hostile-row/x")
-    raw = json.loads(chain.store.get(keys.commit(1))) | {
+    raw = json.loads(chain.manifest(1).to_bytes()) | {
         "stage": "B" * 1024, "metrics": {f"m{number}": 0.5 for number in range(2000)},
     }  # fmt: skip
     row = plain_row(row_of(Manifest.from_bytes(json.dumps(raw).encode())))

@@ -96,7 +96,9 @@ def test_a_hub_model_is_named_as_the_base(tmp_path: Path) -> None:
 
 def test_names_from_the_bucket_are_text(chain: Chain) -> None:
     hostile = chain.manifest(1).model_copy(update={"stage": "a|b<script>", "run_id": "[x](http://evil)"})
-    card = model_card(CardFacts(chain.url, "<b>name</b>", [hostile], (Score("c|d<script>", None, None),), None))
+    card = model_card(
+        CardFacts(chain.url, "<b>name</b>", [hostile], hostile, (Score("c|d<script>", None, None),), None)
+    )
     assert "<script>" not in card
     assert "[x](http" not in card
     assert "a|b" not in card

@@ -39,7 +39,7 @@ BROKEN: dict[str, tuple[int, str | None, Callable[..., Any]]] = {
     "capture": (1, "weightline.trainer.baseline.capture_tensor", _raiser(MemoryError("no room"))),
     "encode": (1, "weightline.trainer.writer.write_delta", _raiser(ValueError("no such table"))),
     "upload": (1, "weightline.store.local.LocalStore.put_file", _raiser(KeyError("payload"))),
-    "commit": (0, "weightline.trainer.writer.commit_manifest", _refuse_as_pydantic),
+    "commit": (0, "weightline.trainer.writer.commit_version", _refuse_as_pydantic),
     "thread": (1, "weightline.trainer.writer.VersionWriter._step", _raiser(SystemExit(3))),
     "none": (2, None, _raiser(RuntimeError())),
     "loop": (1, None, _raiser(RuntimeError("the user's callback broke"))),

@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
+from tests.chain.counting import CountingStore
 from tests.chains import AT_ONCE
 from weightline.chain.files.checkpoint import VersionMark
 from weightline.chain.read.history import Chain
@@ -21,6 +22,7 @@ from weightline.chain.upkeep.compact import AnchorPolicy
 from weightline.chain.upkeep.gc import collect, plan_gc, view_chain
 from weightline.chain.upkeep.retention import expire_before
 from weightline.chain.upkeep.verify import verify_chain
+from weightline.chain.write import version as version_module
 from weightline.codec.digest import parse_digest
 from weightline.codec.torch_ops import bits_of
 from weightline.errors import (
@@ -31,7 +33,7 @@ from weightline.errors import (
     PublishError,
     TransientStorageError,
 )
-from weightline.format.manifest import Manifest
+from weightline.format.manifest import FORMAT_1, FORMAT_2
 from weightline.store.local import LocalStore
 from weightline.store.memory import MemoryStore
 from weightline.store.retry import RetryingStore
@@ -103,7 +105,11 @@ def test_every_sync_is_a_version_with_the_exact_bits(tmp_path: Path) -> None:
     assert chain.manifest(0).is_milestone
 
 
-def test_assets_are_named_again_so_that_no_reader_looks_far_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("written_as", [FORMAT_1, FORMAT_2])
+def test_assets_are_named_again_so_that_no_reader_looks_far_for_them(
+    monkeypatch: pytest.MonkeyPatch, written_as: str
+) -> None:
+    monkeypatch.setattr(version_module, "NEW_CHAINS", written_as)
     monkeypatch.setattr(writer, "ASSETS_EVERY", 3)
     chain, model = Chain(MemoryStore()), Model()
     model.generation_config = GenerationConfig(max_new_tokens=7)
@@ -112,7 +118,7 @@ def test_assets_are_named_again_so_that_no_reader_looks_far_for_them(monkeypatch
         session.start(model, None, 0)
         _train(session, model, num_steps)
     named = [manifest.version for manifest in chain.manifests() if manifest.assets]
-    assert named == [0, 3, 6]
+    assert named == ([0, 3, 6] if written_as == FORMAT_1 else list(range(8)))
     assert len({manifest.assets for manifest in chain.manifests() if manifest.assets}) == 1
     assert verify_chain(Chain(chain.store)).holds
 
@@ -196,16 +202,6 @@ def test_resume_behind_the_tip_commits_a_revert() -> None:
     _assert_version_is(chain, 5, resumed)
 
 
-class _CountingChain(Chain):
-    """Counts the manifests that are read from it."""
-
-    num_read = 0
-
-    def manifest(self, version: int) -> Manifest:
-        self.num_read += 1
-        return super().manifest(version)
-
-
 @pytest.mark.parametrize("says", ["truth", "another version", "another chain", "a version that is not there"])
 def test_the_mark_of_a_checkpoint_saves_the_search_and_is_not_trusted(says: str) -> None:
     chain, model = Chain(MemoryStore()), Model()
@@ -228,11 +224,14 @@ def test_the_mark_of_a_checkpoint_saves_the_search_and_is_not_trusted(says: str)
     }[says]
     resumed = Model()
     resumed.load_state_dict(checkpoint)
-    counting = _CountingChain(chain.store)
+    counting = CountingStore(chain.store)
     loaded = {name: parse_digest(digest) for name, digest in chain.manifest(1).digests.items()}
-    plan = plan_start(counting, loaded, chain.tip().specs, is_resumed=True, run_id="run", stage="train", mark=mark)
+    plan = plan_start(
+        Chain(counting), loaded, chain.tip().specs, is_resumed=True, run_id="run", stage="train", mark=mark
+    )
     assert (plan.action, plan.reverts_to) == ("revert", 1)
-    assert counting.num_read == 2 if says == "truth" else counting.num_read > 10
+    num_read = counting.num("get", "commits")
+    assert num_read == 2 if says == "truth" else num_read > 10
     with _session(chain) as session:
         assert session.start(resumed, None, 1, mark).reverts_to == 1
 

@@ -96,10 +96,10 @@ def _recover(made: FolderChain, engine: VllmEngine, llm: Any, kill_point: str) -
     replica = Replica(made.chain, engine, state_dir, "replica-0")
     facts = replica.recover()
     assert facts is not None
-    prove_weights(engine, made.chain.manifest(facts.version))
+    prove_weights(engine, made.chain, facts.version)
     recovered = greedy_tokens(llm)
     replica.refresh(1)
-    prove_weights(engine, made.chain.manifest(1))
+    prove_weights(engine, made.chain, 1)
     return {
         "kill_point": kill_point, "mark": left.model_dump(), "version": facts.version, "tokens": recovered,
         "later": greedy_tokens(llm),

@@ -24,7 +24,7 @@ app = typer.Typer(
 )
 for verb in (
     *(read.log, read.show, read.diff, read.plan, read.pull),
-    *(write.commit, write.revert, write.fork, write.tag, write.keygen, write.sign),
+    *(write.commit, write.revert, write.fork, write.upgrade, write.tag, write.keygen, write.sign),
     *(upkeep.verify, upkeep.compact, upkeep.expire, upkeep.gc, upkeep.repair),
     *(stack.run, stack.up, stack.down, stack.deploy),
     *(serve.dashboard, bench.plan_cluster),

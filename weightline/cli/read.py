@@ -25,7 +25,8 @@ from weightline.cli.output import (
 from weightline.lineage.text import format_nbytes
 
 if TYPE_CHECKING:
-    from weightline.format.manifest import Manifest
+    from weightline.chain import Chain
+    from weightline.format.manifest import Header
     from weightline.lineage.rows import Record
 
 
@@ -37,34 +38,42 @@ def log(
     as_json: Json = False,
 ) -> None:
     """List the versions of a chain, newest first, with their scores and refs."""
+    from weightline.chain import open_chain
+    from weightline.chain.read.discovery import empty_chain_error
     from weightline.cli.pages import log_lines
     from weightline.lineage.listing import list_versions
     from weightline.lineage.samples import staleness_by_version
 
-    chain = open_existing(bucket)
-    versions = chain.versions()
-    num_shown = limit or (len(versions) if as_json else screenful())
-    listed, problems = list_versions(chain, versions[-num_shown:][::-1])
+    chain = open_chain(bucket)
+    num_shown = limit or (None if as_json else screenful())
+    versions = chain.versions()[::-1] if num_shown is None else chain.newest_versions(num_shown)
+    if not versions:
+        raise empty_chain_error(bucket)
+    num_versions = len(versions) if num_shown is None else chain.num_versions(versions[0])
+    listed, problems = list_versions(chain, versions)
     staleness, unreadable = staleness_by_version(chain, [one.row for one in listed])
     warn([*problems, *unreadable])
     document = {
-        "num_versions": len(versions),
+        "num_versions": num_versions,
         "versions": [
-            summary(one.manifest)
+            summary(chain, one.manifest)
             | {"score": one.row.score, "evaluation": one.row.evaluation, "refs": one.refs}
             | {"staleness": staleness.get(one.row.version)}
             for one in listed
         ],
     }
     lines = log_lines(listed, staleness)
-    if len(listed) < len(versions):
-        lines.append(f"{len(listed)} of {len(versions)} versions; --limit {len(versions)} shows all")
+    if len(listed) < num_versions:
+        lines.append(f"{len(listed)} of {num_versions} versions; --limit {num_versions} shows all")
     emit(document, lines, as_json=as_json)
 
 
-def summary(manifest: Manifest) -> dict[str, Any]:
-    """Returns the manifest without its tensors and payloads."""
-    return manifest.model_dump(exclude={"tensors", "payloads", "assets", "features", "format"})
+def summary(chain: Chain, header: Header) -> dict[str, Any]:
+    """Returns the facts of a version without its tensors and payloads."""
+    from weightline.format.manifest import Header
+
+    facts = header.model_dump(include=set(Header.model_fields) - {"payloads", "features", "format"})
+    return facts | {"provenance": chain.provenance(header)}
 
 
 def show(
@@ -188,11 +197,11 @@ def pull(
     number = resolve(chain, one_version(version, version_option, "tip"))
     with transferring("pulling", lambda: plan_between(chain, None, number).payload_nbytes):
         write_checkpoint(chain, number, out)
-    manifest = chain.manifest(number)
+    header, num_tensors = chain.header(number), len(chain.layout(number))
     document = {
         "version": number,
-        "commit_id": manifest.commit_id,
+        "commit_id": header.commit_id,
         "out": str(out),
-        "num_tensors": len(manifest.tensors),
+        "num_tensors": num_tensors,
     }
-    emit(document, [f"version {number} ({len(manifest.tensors)} tensors, digests checked) -> {out}"], as_json=as_json)
+    emit(document, [f"version {number} ({num_tensors} tensors, digests checked) -> {out}"], as_json=as_json)

@@ -1,4 +1,4 @@
-"""weightline commit | revert | fork | tag | keygen | sign: create versions, name them and sign them."""
+"""weightline commit | revert | fork | upgrade | tag | keygen | sign: create versions, name them and sign them."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ from weightline.errors import CorruptError
 from weightline.lineage.text import format_nbytes
 
 if TYPE_CHECKING:
+    from weightline.chain import Chain
     from weightline.format.manifest import Manifest
 
 _UNTIED = (
@@ -51,19 +52,20 @@ def commit(
     from weightline.chain.files.assets import is_adapter
     from weightline.chain.write.standalone import commit_folder
 
+    chain = open_chain(bucket)
     with transferring("committing"):
-        manifest = commit_folder(open_chain(bucket), checkpoint_dir, stage=stage, coding=coding, base=base)
+        manifest = commit_folder(chain, checkpoint_dir, stage=stage, coding=coding, base=base)
     if manifest.base_model is None and is_adapter(checkpoint_dir):
         typer.echo(_UNTIED, err=True)
-    _report(manifest, as_json)
+    _report(chain, manifest, as_json)
 
 
-def _report(manifest: Manifest, as_json: bool) -> None:
+def _report(chain: Chain, manifest: Manifest, as_json: bool) -> None:
     """Prints the committed version."""
     changed = percent(manifest.num_changed, manifest.num_elements)
     nbytes = f"{format_nbytes(manifest.payload_nbytes)} of {format_nbytes(manifest.full_nbytes)}"
     line = f"version {manifest.version} ({manifest.kind}): {changed} changed, {nbytes}"
-    emit(summary(manifest), [line], as_json=as_json)
+    emit(summary(chain, manifest), [line], as_json=as_json)
 
 
 def revert(
@@ -78,7 +80,7 @@ def revert(
 
     named = one_version(version, version_option)
     chain = open_existing(bucket)
-    _report(commit_revert(chain, resolve(chain, named)), as_json)
+    _report(chain, commit_revert(chain, resolve(chain, named)), as_json)
 
 
 def fork(
@@ -95,7 +97,25 @@ def fork(
 
     chain = open_existing(bucket)
     number = resolve(chain, one_version(version, version_option, "tip"))
-    _report(commit_fork(chain, number, open_chain(new_bucket)), as_json)
+    forked = open_chain(new_bucket)
+    _report(forked, commit_fork(chain, number, forked), as_json)
+
+
+def upgrade(bucket: Bucket, as_json: Json = False) -> None:
+    """Let the next version of a chain be in format 2. Commits nothing; new chains are in format 2 anyway.
+
+    Releases that read format 1 alone cannot read the chain from that version on. Older versions stay as they are.
+    """
+    from weightline.chain.write.version import mark_upgraded
+    from weightline.format.manifest import FORMAT_1, FORMAT_2
+
+    chain = open_existing(bucket)
+    is_marked, tip = mark_upgraded(chain), chain.tip_header()
+    line = f"the next version of {chain.url} will be in {FORMAT_2}"
+    if tip.format != FORMAT_1:
+        line = f"version {tip.version} of {chain.url} is in {tip.format} already"
+    emit({"is_marked": is_marked, "tip": tip.version, "format": tip.format, "next_format": FORMAT_2}, [line],
+         as_json=as_json)  # fmt: skip
 
 
 def tag(

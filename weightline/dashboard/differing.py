@@ -39,8 +39,9 @@ class DifferingCounts:
         pair = (a.commit_id, b.commit_id)
         with self._lock:
             if pair not in self._kept:
-                # A temporary Chain, so that the manifests that the replay reads are not kept in memory.
-                differing = diff_versions(Chain(chain.store), a.version, b.version)
+                # A temporary Chain, so that the headers that the replay reads are not kept in memory.
+                reader = Chain(chain.store, contents=chain.contents)
+                differing = diff_versions(reader, a.version, b.version)
                 self._kept[pair] = [
                     TensorChange(d.name, d.num_elements, d.num_changed > 0, d.num_changed) for d in differing
                 ]

@@ -23,6 +23,7 @@ from weightline.dashboard.replicas import known_replicas, lease_document
 from weightline.dashboard.snapshot import Snapshot
 from weightline.errors import ManifestError, WeightlineError
 from weightline.format import keys
+from weightline.format.header import parse_header
 from weightline.format.manifest import Manifest
 from weightline.lineage.edges import Shortcut
 from weightline.lineage.read import read_shortcuts
@@ -92,7 +93,7 @@ class ChainIndex:
 
     def manifest(self, version: int) -> Manifest:
         """Reads a manifest from the bucket, since the index keeps none. ManifestError, VersionNotFoundError."""
-        return Chain(self.chain.store).manifest(version)
+        return Chain(self.chain.store, contents=self.chain.contents).manifest(version)
 
     def _look(self, number: int) -> bool:
         is_first, is_full = not self._versions, number % _FULL_EVERY == 0
@@ -178,10 +179,10 @@ class ChainIndex:
 
 def _row(key: str, version: int, raw: bytes) -> LineageRow:
     """Returns the row of a manifest. ManifestError, UnsupportedFeatureError."""
-    manifest = Manifest.from_bytes(raw)
-    if manifest.version != version:
-        raise ManifestError(f"{key} holds the manifest of version {manifest.version}", rule="version-is-key")
-    return plain_row(row_of(manifest))
+    parsed = parse_header(raw)
+    if parsed.version != version:
+        raise ManifestError(f"{key} holds the manifest of version {parsed.version}", rule="version-is-key")
+    return plain_row(row_of(parsed))
 
 
 def _parse_plain(_: str, raw: bytes) -> Document | None:

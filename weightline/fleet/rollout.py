@@ -93,7 +93,7 @@ def open_rollout(chain: Chain, version: int, settings: RolloutSettings, fleet: F
     The outcome of a version that was rolled back is final and is returned. A version that is done is rolled out again
     to replicas that did not answer before.
     """
-    chain.manifest(version)
+    chain.header(version)
     attempt = f"back-{datetime.now(UTC):%Y%m%dT%H%M%S%f}-" if settings.allow_backward else ""
     outcome = read_record(chain, ROLLOUTS, version, f"{attempt}outcome")
     members = [one.member for one in fleet.reached]

@@ -17,7 +17,7 @@ from weightline.chain.read.records import EVALUATIONS, LOGGED, read_record
 from weightline.chain.read.refs import current_refs
 from weightline.errors import CorruptError, InputError, NotFoundError
 from weightline.format import keys
-from weightline.format.manifest import Manifest
+from weightline.format.manifest import Header
 from weightline.lineage.rows import LineageRow, row_of, with_records
 from weightline.lineage.text import slug
 
@@ -40,7 +40,7 @@ class Records:
 class ListedVersion:
     """A version as a list shows it."""
 
-    manifest: Manifest
+    manifest: Header
     row: LineageRow
     refs: tuple[str, ...] = ()
     evaluations: tuple[Record, ...] = field(default=())
@@ -64,7 +64,7 @@ def list_versions(chain: Chain, versions: Sequence[int]) -> tuple[tuple[ListedVe
         problems.append(str(error))
     listed = []
     for version in versions:
-        manifest = chain.manifest_if_kept(version)
+        manifest = chain.header_if_kept(version)
         if manifest is None:
             continue
         found = tuple(evaluations.of.get(version, ()))

@@ -21,7 +21,7 @@ from uuid import NAMESPACE_URL, uuid5
 from weightline.chain import Chain
 from weightline.chain.read.records import EVALUATIONS, read_version_records
 from weightline.extras import requires
-from weightline.format.manifest import Manifest
+from weightline.format.manifest import Header
 
 if TYPE_CHECKING:
     from openlineage.client.event_v2 import RunEvent
@@ -70,13 +70,13 @@ def try_export(chain: Chain, version: int, logger: logging.Logger | logging.Logg
 
 def version_events(chain: Chain, version: int) -> Iterator[RunEvent]:
     """Yields the event of the commit, then those of the evaluations. Reads the bucket; sends nothing."""
-    manifest = chain.manifest(version)
+    manifest = chain.header(version)
     yield commit_event(chain.url, chain.name, manifest)
     for record in read_version_records(chain, EVALUATIONS, version):
         yield evaluation_event(chain.url, chain.name, manifest, record)
 
 
-def commit_event(url: str, name: str, manifest: Manifest) -> RunEvent:
+def commit_event(url: str, name: str, manifest: Header) -> RunEvent:
     """Returns a finished run that made the version from its base, or a fork's first version from its origin. Pure."""
     from openlineage.client.event_v2 import Job, OutputDataset, Run, RunEvent, RunState
     from openlineage.client.facet_v2 import output_statistics_output_dataset
@@ -101,7 +101,7 @@ def commit_event(url: str, name: str, manifest: Manifest) -> RunEvent:
     )
 
 
-def evaluation_event(url: str, name: str, manifest: Manifest, record: Mapping[str, Any]) -> RunEvent:
+def evaluation_event(url: str, name: str, manifest: Header, record: Mapping[str, Any]) -> RunEvent:
     """Returns a run that read the version: complete with its score, or aborted when the version was skipped. Pure."""
     from openlineage.client.event_v2 import Job, Run, RunEvent, RunState
 

@@ -21,7 +21,7 @@ from typing import Literal, NamedTuple
 from weightline.chain import Chain
 from weightline.chain.read.records import EVALUATIONS, REFRESHES
 from weightline.errors import CorruptError, NotFoundError, UnsupportedFeatureError, WeightlineError
-from weightline.format.manifest import Manifest, parse_time
+from weightline.format.manifest import Header, parse_time
 
 #: Runs for one record. With the default pause the last starts two and a half hours after the first.
 MAX_ATTEMPTS = 6
@@ -72,7 +72,7 @@ class ExhaustedRecord:
 class Owed:
     """The actions of one run of `reconcile` for the missing records of one chain."""
 
-    unannounced: tuple[Manifest, ...]
+    unannounced: tuple[Header, ...]
     """Versions whose event is sent again."""
     to_start: tuple[MissingRecord, ...]
     """Records for which a run may be started."""
@@ -96,7 +96,7 @@ def lacking_versions(
 
 def plan_missing(
     chain: str,
-    manifests: Sequence[Manifest],
+    manifests: Sequence[Header],
     lacking: Mapping[int, Sequence[str]],
     committed_before: datetime,
     under_way: Collection[ConsumerRun] = frozenset(),
@@ -116,8 +116,8 @@ def plan_missing(
 
 
 def plan_announcements(
-    manifests: Sequence[Manifest], announced: Collection[str], committed_before: datetime, committed_after: datetime
-) -> tuple[Manifest, ...]:
+    manifests: Sequence[Header], announced: Collection[str], committed_before: datetime, committed_after: datetime
+) -> tuple[Header, ...]:
     """Returns the versions whose event the server lacks, oldest first. `announced`: commit ids of those that it has."""
     unannounced = (
         manifest
@@ -173,21 +173,21 @@ def take_turns(
     return tuple(started)
 
 
-def committed_at(manifest: Manifest) -> datetime:
+def committed_at(manifest: Header) -> datetime:
     """Returns when the version was committed, by the writer's clock. A manifest without a time counts as old."""
     return parse_time(manifest.created_at) or _LONG_AGO
 
 
-def read_manifests(chain: Chain, versions: Iterable[int]) -> tuple[tuple[Manifest, ...], tuple[WeightlineError, ...]]:
+def read_manifests(chain: Chain, versions: Iterable[int]) -> tuple[tuple[Header, ...], tuple[WeightlineError, ...]]:
     """Reads the manifests of these versions. Returns them and the errors of those that cannot be read.
 
     A version that has expired in the meantime is left out.
     """
-    manifests: list[Manifest] = []
+    manifests: list[Header] = []
     errors: list[WeightlineError] = []
     for version in versions:
         try:
-            manifests.append(chain.manifest(version))
+            manifests.append(chain.header(version))
         except NotFoundError:
             continue
         except (CorruptError, UnsupportedFeatureError) as error:

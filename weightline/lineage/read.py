@@ -10,14 +10,13 @@ from weightline.lineage.rows import LineageRow, lineage_rows
 
 
 def read_lineage(chain: Chain, max_versions: int | None = None) -> tuple[LineageRow, ...]:
-    """Returns the rows of the chain's newest versions (all for None), oldest first. Manifests are read once."""
+    """Returns the rows of the chain's newest versions (all for None), oldest first. Headers are read one by one."""
     tip = chain.tip_version()
     if tip is None:
         return ()
     first = 0 if max_versions is None else max(0, tip - max_versions + 1)
-    manifests = chain.manifests(first, tip)
     evaluations, refreshes, logged = (read_records(chain, kind, first) for kind in (EVALUATIONS, REFRESHES, LOGGED))
-    return lineage_rows(manifests, evaluations, refreshes, logged)
+    return lineage_rows(chain.headers(first, tip), evaluations, refreshes, logged)
 
 
 def read_shortcuts(chain: Chain) -> tuple[Shortcut, ...]:

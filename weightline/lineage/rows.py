@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from weightline.format.manifest import Manifest, Origin, parse_time
+from weightline.format.manifest import Header, Origin, parse_time
 
 Record = Mapping[str, Any]
 _STALENESS = ("rollout/staleness_mean", "rollout/staleness_max")
@@ -71,7 +71,7 @@ class LineageRow:
 
 
 def lineage_rows(
-    manifests: Iterable[Manifest],
+    manifests: Iterable[Header],
     evaluations: Iterable[Record],
     refreshes: Iterable[Record],
     logged: Iterable[Record] = (),
@@ -84,7 +84,7 @@ def lineage_rows(
     )
 
 
-def row_of(manifest: Manifest) -> LineageRow:
+def row_of(manifest: Header) -> LineageRow:
     """Returns the row of a version without any record."""
     return LineageRow(
         version=manifest.version,

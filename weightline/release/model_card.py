@@ -14,7 +14,7 @@ from pathlib import Path
 from weightline.chain import Chain
 from weightline.chain.read.records import EVALUATIONS, Record, read_version_records
 from weightline.evaluation.gate import measured_score
-from weightline.format.manifest import Manifest
+from weightline.format.manifest import Header, Manifest
 from weightline.lineage.text import escape_markdown, escape_markdown_url, format_nbytes
 from weightline.stages.preflight import is_local_path
 from weightline.stages.recipe import ModelConfig
@@ -46,19 +46,16 @@ class Score:
 
 @dataclass(frozen=True, slots=True)
 class CardFacts:
-    """The facts of a card. `manifests` are those up to the version, oldest first; the last one is the version's own."""
+    """The facts of a card. `headers` are those up to the version, oldest first; `manifest` is the version's own."""
 
     chain_url: str
     chain_name: str
-    manifests: Sequence[Manifest]
+    headers: Sequence[Header]
+    manifest: Manifest
     scores: Sequence[Score]
     start: ModelConfig | None
     """The model that training started from, if the run's recipe is recorded."""
     license_id: str | None = None
-
-    @property
-    def manifest(self) -> Manifest:
-        return self.manifests[-1]
 
     @property
     def base_model(self) -> str | None:
@@ -71,14 +68,15 @@ class CardFacts:
 
     @property
     def spans(self) -> tuple[Span, ...]:
-        return tuple(_spans(self.manifests))
+        return tuple(_spans(self.headers))
 
 
 def card_facts(chain: Chain, version: int, start: ModelConfig | None, license_id: str | None = None) -> CardFacts:
-    """Reads the facts of a card: every manifest up to the version, and the version's evaluations."""
+    """Reads the facts of a card: every header up to the version, its own manifest, and its evaluations."""
     records = read_version_records(chain, EVALUATIONS, version)
     scores = tuple(_score(record) for record in records if record.get("status") == "done")
-    return CardFacts(chain.url, chain.name, chain.manifests(last=version), scores, start, license_id)
+    headers = tuple(chain.headers(last=version))
+    return CardFacts(chain.url, chain.name, headers, chain.manifest(version), scores, start, license_id)
 
 
 def model_card(facts: CardFacts) -> str:
@@ -86,7 +84,7 @@ def model_card(facts: CardFacts) -> str:
     from huggingface_hub import ModelCard, ModelCardData
 
     manifest = facts.manifest
-    stages = dict.fromkeys(one.stage for one in facts.manifests)
+    stages = dict.fromkeys(one.stage for one in facts.headers)
     metadata = ModelCardData(
         library_name="peft" if manifest.base_model is not None else "transformers",
         pipeline_tag="text-generation",
@@ -101,7 +99,7 @@ def model_card(facts: CardFacts) -> str:
         manifest=manifest,
         adapted=manifest.base_model,
         start=facts.start,
-        fork=facts.manifests[0].forked_from,
+        fork=facts.headers[0].forked_from,
         tensors=list(manifest.tensors.items())[:_MAX_DIGESTS],
         num_more=max(0, len(manifest.tensors) - _MAX_DIGESTS),
         text=escape_markdown,
@@ -118,8 +116,8 @@ def card_body(card: str) -> str:
     return str(ModelCard(card).text)
 
 
-def _spans(manifests: Sequence[Manifest]) -> Iterator[Span]:
-    for (stage, run_id), group in groupby(manifests, key=lambda m: (m.stage, m.run_id)):
+def _spans(headers: Sequence[Header]) -> Iterator[Span]:
+    for (stage, run_id), group in groupby(headers, key=lambda m: (m.stage, m.run_id)):
         span = list(group)
         first, last = span[0], span[-1]
         versions = f"v{first.version}" if first is last else f"v{first.version} to v{last.version}"

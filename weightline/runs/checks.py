@@ -45,7 +45,7 @@ def check_version(url: str, version: int) -> Chain:
     """Opens a chain that holds this version. Events lead here as well, so it has readers' usual retry deadline."""
     chain = check_chain(url)
     with check_form("version"):
-        chain.manifest(version)
+        chain.header(version)
     return chain
 
 

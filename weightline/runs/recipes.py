@@ -32,7 +32,7 @@ def record_recipe(chain: Chain, run_id: str, recipe: Recipe) -> None:
 
 def recorded_recipe(chain: Chain, version: int) -> Recipe | None:
     """Reads the recipe of the run that committed the version. Returns None when the run recorded none."""
-    run_id = chain.manifest(version).run_id
+    run_id = chain.header(version).run_id
     recorded = {record["name"]: record for record in read_records(chain, RUNS)}
     return parse_recipe(recorded[run_id]["recipe"]) if run_id in recorded else None
 

@@ -16,7 +16,7 @@ from weightline.chain import Chain
 from weightline.chain.replay.state import HostState, read_state
 from weightline.errors import DigestMismatchError, InputError
 from weightline.files import write_atomically
-from weightline.format.manifest import Manifest
+from weightline.format.manifest import Header
 from weightline.launch.command import launch_environment
 from weightline.launch.machines import launching
 from weightline.launch.ranks import run_ranks, with_rank_logs
@@ -70,15 +70,15 @@ def _replica_of(job: StageJob) -> Iterator[Callable[[], None]]:
         yield look
 
 
-def last_version(manifests: Iterable[Manifest], stage: str, run_id: str) -> Manifest | None:
+def last_version(manifests: Iterable[Header], stage: str, run_id: str) -> Header | None:
     """Returns the newest version that this stage of this run committed. `manifests`: newest first. Pure."""
     return next((m for m in manifests if m.stage == stage and m.run_id == run_id), None)
 
 
-def finished_version(job: StageJob, chain: Chain) -> Manifest | None:
+def finished_version(job: StageJob, chain: Chain) -> Header | None:
     """Returns the stage's last version if the stage is finished: its marker and the chain name the same step."""
     result = StageResult.load(job)
-    manifest = None if result is None else last_version(chain.newest_first(), job.stage.kind, job.run_id)
+    manifest = None if result is None else last_version(chain.headers_newest_first(), job.stage.kind, job.run_id)
     if result is None or manifest is None or not manifest.is_milestone:
         return None
     return manifest if manifest.global_step == result.global_step else None
@@ -100,7 +100,7 @@ def prove_stage(run: Run, job: StageJob) -> StageProof:
     Raises DigestMismatchError with the names of the tensors that differ; nothing is written then.
     """
     chain = run.open_chain()
-    manifest = last_version(chain.newest_first(), job.stage.kind, run.run_id)
+    manifest = last_version(chain.headers_newest_first(), job.stage.kind, run.run_id)
     if manifest is None:
         raise InputError(f"{chain.url} has no version of stage {job.stage.kind} of run {run.run_id}")
     different = differing_tensors(chain, manifest.version, job.final_model_dir)
@@ -112,7 +112,7 @@ def prove_stage(run: Run, job: StageJob) -> StageProof:
         )  # fmt: skip
     proof = StageProof(
         version=manifest.version, commit_id=manifest.commit_id, is_bit_equal=True,
-        num_tensors=len(manifest.tensors), num_elements=manifest.num_elements,
+        num_tensors=len(chain.layout(manifest.version)), num_elements=manifest.num_elements,
     )  # fmt: skip
     write_atomically(run.equality_path(job.stage.kind), proof.model_dump_json())
     return proof

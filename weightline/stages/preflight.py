@@ -119,7 +119,7 @@ def _check_model(model: ModelConfig) -> None:
 def _check_start_version(chain_url: str, version: str) -> None:
     try:
         chain = open_chain(chain_url)
-        manifest = chain.manifest(resolve(chain, version))
+        manifest = chain.header(resolve(chain, version))
     except (InputError, NotFoundError) as error:
         remedy = "give the URL of a chain and a version that it has (weightline log URL)"
         raise recipe_error("model.chain", f"{chain_url} has no version {version}: {error}", remedy) from error

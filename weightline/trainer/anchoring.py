@@ -15,7 +15,7 @@ from weightline.chain.upkeep.compact import AnchorPolicy
 from weightline.chain.write.commit import put_shortcut
 from weightline.chain.write.draft import Draft
 from weightline.codec.anchor import ANCHOR_CODING
-from weightline.format.manifest import Manifest
+from weightline.format.manifest import Header
 from weightline.format.write_payload import write_anchor
 from weightline.trainer.baseline import Baseline
 from weightline.trainer.group import Failure, RankGroup, attempt
@@ -34,7 +34,7 @@ class LateJoiner:
         """Reads the hops from the bucket."""
         return cls(policy, [] if tip is None else list(plan_between(chain, None, tip).hops))
 
-    def add(self, manifest: Manifest) -> None:
+    def add(self, manifest: Header) -> None:
         """Adds the hop of a version that was committed."""
         hop = hop_of(manifest)
         self.hops = [hop] if hop.base_version is None else [*self.hops, hop]
@@ -76,5 +76,5 @@ def _upload_part(chain: Chain, draft: Draft, baseline: Baseline, rank: int) -> P
 
 def _put_shortcut(chain: Chain, draft: Draft, parts: list[PayloadPart], late_joiner: LateJoiner) -> None:
     add_parts(draft, parts)
-    shortcut = put_shortcut(chain, draft.shortcut(chain.manifest(draft.version), None, ANCHOR_CODING))
+    shortcut = put_shortcut(chain, draft.shortcut(chain.header(draft.version), None, ANCHOR_CODING))
     late_joiner.hops = [hop_of_shortcut(shortcut)]

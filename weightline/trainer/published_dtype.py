@@ -76,7 +76,7 @@ def decide_rule(setting: DtypeSetting, model: Any, mixed_precision: str | None, 
     configured = _config_dtype(model)
     reason = "the dtype of the model's config" if configured else "in which training computes"
     tip = chain.tip_version()
-    at_tip = {} if tip is None else {name: spec.dtype for name, spec in chain.manifest(tip).specs.items()}
+    at_tip = {} if tip is None else {spec.name: spec.dtype for spec in chain.layout(tip).specs}
     return DtypeRule(configured or computed, frozenset({"F32"}), reason, at_tip, base=configured)
 
 

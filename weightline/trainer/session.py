@@ -19,8 +19,9 @@ from weightline.chain.files.checkpoint import VersionMark
 from weightline.chain.read.history import Chain
 from weightline.chain.read.records import LOGGED, Record, write_record
 from weightline.codec.coding import coding_named
-from weightline.codec.digest import parse_digest
 from weightline.errors import PublishError
+from weightline.format.state_digests import StateDigests
+from weightline.format.tensor_layout import Layout
 from weightline.trainer.anchoring import LateJoiner
 from weightline.trainer.baseline import Baseline
 from weightline.trainer.earlier import Trail, finish_left_sessions, forget, leave_trail, register, unfinished_trail
@@ -154,11 +155,12 @@ class PublishSession:
     def _writer(self, start: Start, specs: dict[str, TensorSpec]) -> VersionWriter:
         tip = start.plan.tip
         tip_on_first = tip if self.group.rank == 0 else None
-        digests = {} if tip_on_first is None else self.chain.manifest(tip_on_first).digests
+        layout = Layout.of(specs.values())
+        digests = StateDigests.zeros(layout) if tip_on_first is None else self.chain.digests(tip_on_first)
         return VersionWriter(
-            chain=self.chain, settings=self.settings, session_id=start.session_id, specs=specs,
+            chain=self.chain, settings=self.settings, session_id=start.session_id, layout=digests.layout,
             baseline=self._baseline, base_model=start.base_model, assets=start.assets, group=self._publisher_group,
-            observer=self.observer, tip=tip, digests={name: parse_digest(digest) for name, digest in digests.items()},
+            observer=self.observer, tip=tip, digests=digests,
             late_joiner=LateJoiner.of(self.chain, tip_on_first, self.settings.anchor_policy),
             on_committed=self._tell_committed,
         )  # fmt: skip

@@ -27,7 +27,10 @@ from weightline.codec.digest import digest_to_limbs, format_digest, limbs_to_dig
 from weightline.codec.torch_ops import bits_of
 from weightline.dtypes import DTYPES
 from weightline.errors import BaseMismatchError, NotFoundError
-from weightline.format.manifest import AdapterBase, AssetRef, Manifest
+from weightline.format.header import HeaderV2
+from weightline.format.manifest import AdapterBase, AssetRef, Header
+from weightline.format.state_digests import StateDigests
+from weightline.format.tensor_layout import Layout
 from weightline.naming import CheckpointTensor, checkpoint_tensors
 from weightline.store.open import check_writable
 from weightline.trainer.adapter import adapter_names, adapter_parts, base_model_of, is_peft_model
@@ -153,7 +156,7 @@ def decide_start(
     check_signing_key()
     check_writable(chain.store)
     tip_version = chain.tip_version()
-    tip = None if tip_version is None else chain.manifest(tip_version)
+    tip = None if tip_version is None else chain.header(tip_version)
     base_model = require_base(None if tip is None else tip.base_model, base_model, chain_url=chain.url)
     goes_on = tip is not None and trail is not None and trail.leads_to(chain.url, tip.commit_id)
     plan = plan_start(
@@ -195,48 +198,65 @@ def plan_start(
     tip_version = chain.tip_version()
     if tip_version is None:
         return StartPlan("anchor", None)
-    tip = chain.manifest(tip_version)
-    if tip.specs != specs:
-        name = min(name for name, _ in set(tip.specs.items()) ^ set(specs.items()))
-        there, here = tip.specs.get(name), specs.get(name)
+    tip, layout = chain.digests(tip_version), Layout.of(specs.values())
+    if tip.layout != layout:
+        name = min(spec.name for spec in set(tip.layout.specs) ^ set(layout.specs))
+        there, here = tip.layout.by_name.get(name), specs.get(name)
         remedy = "Name a chain of its own for this model"
         if there is not None and here is not None and there.shape == here.shape:
             remedy += f", or the dtype that the chain has: dtype='{DTYPES[there.dtype].torch_name}'"
         raise BaseMismatchError(
             f"{chain.url} holds another model: tensor {name} is {there} in the chain, {here} here. {remedy}",
-            tensor=name, version=tip_version, expected=str(tip.specs.get(name)), actual=str(specs.get(name)),
+            tensor=name, version=tip_version, expected=str(there), actual=str(here),
         )  # fmt: skip
-    written = {name: format_digest(digest) for name, digest in loaded.items()}
-    if tip.digests == written:
+    held = StateDigests.of(tip.layout, loaded)
+    if tip == held:
         return StartPlan("continue", tip_version)
-    earlier = _marked_version(chain, written, mark)
+    earlier = _marked_version(chain, held, mark)
     if earlier is None:
-        earlier = next((m.version for m in chain.newest_first(tip_version - 1) if m.digests == written), None)
-    if earlier is not None and (is_resumed or _are_of(chain.manifests(earlier + 1, tip_version), run_id, stage)):
+        earlier = _newest_at(chain, tip_version - 1, held)
+    if earlier is not None and (is_resumed or _are_of(chain.headers(earlier + 1, tip_version), run_id, stage)):
         return StartPlan("revert", tip_version, earlier)
     if is_resumed:
         return StartPlan("delta", tip_version)
-    name = next(name for name, digest in written.items() if tip.digests[name] != digest)
+    name = tip.differing(held)[0]
+    there_digest, here_digest = format_digest(tip[name]), format_digest(held[name])
     raise BaseMismatchError(
-        f"the loaded weights are not version {tip_version} of {chain.url} (tensor {name}: digest {written[name]}, "
-        f"in the chain {tip.digests[name]}). Start from that version (weightline pull), or name a new chain",
-        tensor=name, version=tip_version, expected=tip.digests[name], actual=written[name],
+        f"the loaded weights are not version {tip_version} of {chain.url} (tensor {name}: digest {here_digest}, "
+        f"in the chain {there_digest}). Start from that version (weightline pull), or name a new chain",
+        tensor=name, version=tip_version, expected=there_digest, actual=here_digest,
     )  # fmt: skip
 
 
-def _marked_version(chain: Chain, written: dict[str, str], mark: VersionMark | None) -> int | None:
+def _newest_at(chain: Chain, last: int, held: StateDigests) -> int | None:
+    """Returns the newest version up to `last` that has this state: by the root in its header, where it has one."""
+    roots: dict[str, str | None] = {}
+    for header in chain.headers_newest_first(last):
+        if not isinstance(header, HeaderV2):
+            if chain.digests(header.version) == held:
+                return header.version
+            continue
+        layout = header.layout.sha256
+        if layout not in roots:
+            roots[layout] = held.root(layout) if chain.layout(header.version) == held.layout else None
+        if header.root == roots[layout]:
+            return header.version
+    return None
+
+
+def _marked_version(chain: Chain, held: StateDigests, mark: VersionMark | None) -> int | None:
     """Returns the mark's version if the chain has that commit and its digests are those of the loaded weights."""
     if mark is None:
         return None
     try:
-        manifest = chain.manifest(mark.version)
+        header = chain.header(mark.version)
     except NotFoundError:
         return None
-    return mark.version if manifest.commit_id == mark.commit_id and manifest.digests == written else None
+    return mark.version if header.commit_id == mark.commit_id and chain.digests(mark.version) == held else None
 
 
-def _are_of(manifests: Iterable[Manifest], run_id: str, stage: str) -> bool:
-    return all((manifest.run_id, manifest.stage) == (run_id, stage) for manifest in manifests)
+def _are_of(headers: Iterable[Header], run_id: str, stage: str) -> bool:
+    return all((header.run_id, header.stage) == (run_id, stage) for header in headers)
 
 
 def changes_from_tip(chain: Chain, tip: int, baseline: Baseline, *, ranked: bool) -> tuple[Changes, ...]:

@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import Literal, Protocol, Self
 
 from weightline.errors import InputError
-from weightline.format.manifest import Manifest
+from weightline.format.manifest import Header
 
 #: Environment variable: the factory of a step observer, as `module:function`, for callers that pass none.
 OBSERVER_VARIABLE = "WEIGHTLINE_STEP_OBSERVER"
@@ -33,11 +33,11 @@ class StepFacts:
     """Number of all elements of that partition or model."""
     payload_nbytes: int | None = None
     """Bytes of this rank's payload, or of all payloads for a commit."""
-    manifest: Manifest | None = None
+    manifest: Header | None = None
     """The manifest that a commit wrote."""
 
     @classmethod
-    def of_commit(cls, manifest: Manifest) -> StepFacts:
+    def of_commit(cls, manifest: Header) -> StepFacts:
         """Returns the facts of the step that wrote this manifest."""
         return cls(manifest.num_changed, manifest.num_elements, manifest.payload_nbytes, manifest)
 

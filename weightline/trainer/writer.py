@@ -17,11 +17,13 @@ import torch
 
 from weightline.chain.files.assets import ASSETS_EVERY
 from weightline.chain.read.history import Chain
-from weightline.chain.write.commit import commit_manifest
+from weightline.chain.write.commit import commit_version
 from weightline.chain.write.draft import Authorship, Draft
-from weightline.codec.digest import add_digests, digest_change, digest_to_limbs, limbs_to_digest
+from weightline.codec.digest import digest_change, digest_to_limbs, limbs_to_lanes
 from weightline.errors import ConflictError
-from weightline.format.manifest import AdapterBase, AssetRef, Manifest
+from weightline.format.manifest import AdapterBase, AssetRef, Header
+from weightline.format.state_digests import StateDigests
+from weightline.format.tensor_layout import Layout
 from weightline.format.write_payload import PayloadInfo, write_anchor, write_delta
 from weightline.trainer.anchoring import LateJoiner, write_anchor_shortcut
 from weightline.trainer.baseline import Baseline
@@ -30,7 +32,6 @@ from weightline.trainer.published_dtype import explain_large_change
 from weightline.trainer.settings import PublishSettings
 from weightline.trainer.steps import Step, StepFacts, StepName, StepObserver
 from weightline.trainer.sync import PayloadPart, Sync, SyncOutcome, add_parts
-from weightline.types import TensorSpec
 
 _logger = logging.getLogger(__name__)
 
@@ -48,18 +49,19 @@ class VersionWriter:
     settings: PublishSettings
     session_id: str
     """Random id from rank 0. It makes the object keys of every attempt unique."""
-    specs: dict[str, TensorSpec]
+    layout: Layout
+    """The tensors that the chain holds, the same on every rank."""
     baseline: Baseline
     base_model: AdapterBase | None
     """The base model of an adapter; None for a whole model."""
     assets: tuple[AssetRef, ...]
-    """The model's small files, which every `ASSETS_EVERY`-th version names again."""
+    """The model's small files. In format 1, every `ASSETS_EVERY`-th version names them again."""
     group: RankGroup
     observer: StepObserver
     tip: int | None
     """The version that the next one builds on."""
-    digests: dict[str, int]
-    """State digests of the tip, by tensor."""
+    digests: StateDigests
+    """State digests of the tip."""
     late_joiner: LateJoiner
     on_committed: Callable[[int, str], object]
     """Called on rank 0 with version and commit_id once the version exists. It must be quick and raise nothing."""
@@ -73,7 +75,7 @@ class VersionWriter:
         commit_id = commit_id_of(self.session_id, sync.sequence)
         draft = Draft(0 if self.tip is None else self.tip + 1, commit_id)
         # Row per tensor: four 32-bit limbs of the digest's change, then the number of changed elements.
-        totals = torch.zeros((len(self.specs), 5), dtype=torch.int64)
+        totals = torch.zeros((len(self.layout), 5), dtype=torch.int64)
         part = attempt(lambda: self._upload_part(sync, draft, totals))
         if isinstance(part, Failure):
             part = PayloadPart(self.group.rank, error=part.reason)
@@ -114,7 +116,7 @@ class VersionWriter:
 
     def _sum_changes(self, sync: Sync, totals: torch.Tensor) -> None:
         """Fills `totals` with the change of digest and the number of changed elements, a row for each tensor."""
-        row_of = {name: row for row, name in enumerate(self.specs)}
+        row_of = self.layout.index
         if sync.kind == "anchor":
             rows = {row_of[name]: (digest, 0) for name, digest in self.baseline.digests().items()}
         else:
@@ -129,23 +131,23 @@ class VersionWriter:
         return write_delta(path, sync.changes, self.settings.coding) if sync.changes else None
 
     def _commit(self, sync: Sync, draft: Draft, parts: list[PayloadPart], totals: torch.Tensor) -> SyncOutcome:
-        """Commits one manifest for all ranks' payloads, and returns the outcome. For rank 0."""
+        """Commits one version of all ranks' payloads, and returns the outcome. For rank 0."""
         for part in parts:
             if part.error is not None:
                 return SyncOutcome(sync.sequence, draft.version, "failed", f"rank {part.rank}: {part.error}")
-        manifest = attempt(lambda: self._put_manifest(sync, draft, parts, totals))
-        if isinstance(manifest, Failure):
-            is_conflict = isinstance(manifest.error, ConflictError)
-            reason = str(manifest.error) if is_conflict else f"commit: {manifest.reason}"
+        header = attempt(lambda: self._put_version(sync, draft, parts, totals))
+        if isinstance(header, Failure):
+            is_conflict = isinstance(header.error, ConflictError)
+            reason = str(header.error) if is_conflict else f"commit: {header.reason}"
             return SyncOutcome(sync.sequence, draft.version, "failed", reason, is_conflict)
-        self.late_joiner.add(manifest)
-        wants_anchor = not sync.with_anchor and self.late_joiner.wants_anchor(manifest.num_elements)
+        self.late_joiner.add(header)
+        wants_anchor = not sync.with_anchor and self.late_joiner.wants_anchor(header.num_elements)
         return SyncOutcome(
             sync.sequence, draft.version, "committed", wants_anchor=wants_anchor,
-            payload_nbytes=manifest.payload_nbytes, commit_id=draft.attempt_id,
+            payload_nbytes=header.payload_nbytes, commit_id=draft.attempt_id,
         )  # fmt: skip
 
-    def _put_manifest(self, sync: Sync, draft: Draft, parts: list[PayloadPart], totals: torch.Tensor) -> Manifest:
+    def _put_version(self, sync: Sync, draft: Draft, parts: list[PayloadPart], totals: torch.Tensor) -> Header:
         digests = self._digests_after(sync, totals)
         settings = self.settings
         assets = sync.assets or (self.assets if draft.version % ASSETS_EVERY == 0 else ())
@@ -157,30 +159,32 @@ class VersionWriter:
         )  # fmt: skip
         add_parts(draft, parts)
         draft.num_changed = int(totals[:, 4].sum())
-        manifest = draft.manifest(author, self.specs, digests, world_size=self.group.world_size)
+        new = draft.new_version(author, digests, world_size=self.group.world_size)
         with self._step("commit_version", draft.version) as step:
             # Remote stores retry transient errors. If the bucket stays unavailable, the version counts as failed. If it
             # was committed nevertheless, the next commit is a conflict, which stops training.
-            commit_manifest(self.chain, manifest)
-            step.report(StepFacts.of_commit(manifest))
+            header = commit_version(self.chain, new)
+            step.report(StepFacts.of_commit(header))
         self.on_committed(draft.version, draft.attempt_id)
         self.digests, self.assets = digests, sync.assets or self.assets
         if sync.kind == "delta" and not sync.at_start:
             self._explain_large_change(totals)
-        return manifest
+        return header
 
     def _explain_large_change(self, totals: torch.Tensor) -> None:
         """Warns, once a session, when a sync changed more than half of all elements."""
-        counts = zip(self.specs.values(), totals[:, 4].tolist(), strict=True)
-        warning = None if self._has_explained_large_change else explain_large_change(dict(counts))
+        if self._has_explained_large_change or 2 * int(totals[:, 4].sum()) <= self.layout.num_elements:
+            return
+        warning = explain_large_change(dict(zip(self.layout.specs, totals[:, 4].tolist(), strict=True)))
         if warning is not None:
             self._has_explained_large_change = True
             _logger.warning("%s", warning)
 
-    def _digests_after(self, sync: Sync, totals: torch.Tensor) -> dict[str, int]:
-        before = {} if sync.kind == "anchor" else self.digests
-        rows = zip(self.specs, totals[:, :4].tolist(), strict=True)
-        return {name: add_digests(before.get(name, 0), limbs_to_digest(limbs)) for name, limbs in rows}
+    def _digests_after(self, sync: Sync, totals: torch.Tensor) -> StateDigests:
+        changes_T = limbs_to_lanes(totals[:, :4].numpy())
+        # Lanes wrap around, as the digest's do.
+        digests_T = changes_T if sync.kind == "anchor" else self.digests.digests_T + changes_T
+        return StateDigests(self.layout, digests_T)
 
     def _write_anchor(self, draft: Draft) -> None:
         reason = write_anchor_shortcut(self.chain, draft, self.baseline, self.group, self.late_joiner)

@@ -38,7 +38,7 @@ class Served:
         """Read back through the mapping, the digests computed where the parts are, the mark, and the answers."""
         for name, bits in self.states[version].items():
             np.testing.assert_array_equal(self.engine.read_bits(name), bits.reshape(-1), err_msg=name)
-        prove_weights(self.engine, self.chain.manifest(version))
+        prove_weights(self.engine, self.chain, version)
         mark = read_mark(self.replica.state_dir)
         assert mark is not None
         assert (mark.status, mark.version) == ("checked", version)

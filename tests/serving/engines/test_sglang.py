@@ -134,7 +134,8 @@ def test_a_version_that_no_patch_can_make_is_published_in_full(chain: Chain, tmp
     source, local = tmp_path / "source", tmp_path / "local"
     grown = random_state(1, {"model.embed.weight": (40, 8), "extra.weight": (3, 3)})
     moved = nudged(grown, 2)
-    asset = AssetRef(key="assets/chosen", nbytes=2, sha256=hashlib.sha256(b"{}").hexdigest(), name="tokenizer.json")
+    sha256 = hashlib.sha256(b"{}").hexdigest()
+    asset = AssetRef(key=keys.asset(sha256), nbytes=2, sha256=sha256, name="tokenizer.json")
     chain.store.put(asset.key, b"{}")
     commit_state(chain, grown)
     commit_state(chain, moved, grown)

@@ -93,8 +93,8 @@ def test_a_taken_name_is_told_before_vllm_starts(tmp_path: Path, monkeypatch: py
 
 def test_other_options_go_to_vllm_and_the_dtype_is_the_chains(tmp_path: Path) -> None:
     check_arguments(["--max-model-len", "9"])
-    manifest = make_chain(f"memory://{uuid.uuid4().hex}/toy").chain.manifest(0)
-    argv = vllm_argv("toy", tmp_path, manifest, SETTINGS, ["--max-model-len", "9"])
+    layout = make_chain(f"memory://{uuid.uuid4().hex}/toy").chain.layout(0)
+    argv = vllm_argv("toy", tmp_path, layout, SETTINGS, ["--max-model-len", "9"])
     assert argv[:2] == ["serve", str(tmp_path)]
     assert argv[argv.index("--host") + 1] == "127.0.0.1"
     assert argv[argv.index("--port") + 1] == "8123"
@@ -104,8 +104,8 @@ def test_other_options_go_to_vllm_and_the_dtype_is_the_chains(tmp_path: Path) ->
     assert "--enable-scale-out" in argv
     assert argv[argv.index("--logprobs-mode") + 1] == "processed_logprobs"
     given = ["--logprobs_mode=raw_logprobs", "--no-enable-scale-out"]
-    assert not {"--logprobs-mode", "--enable-scale-out"} & set(vllm_argv("toy", tmp_path, manifest, SETTINGS, given))
-    assert vllm_argv("toy", tmp_path, manifest, SETTINGS, ["--dtype", "float32"]).count("--dtype") == 1
+    assert not {"--logprobs-mode", "--enable-scale-out"} & set(vllm_argv("toy", tmp_path, layout, SETTINGS, given))
+    assert vllm_argv("toy", tmp_path, layout, SETTINGS, ["--dtype", "float32"]).count("--dtype") == 1
 
 
 def test_the_model_folder_holds_the_chains_files_and_no_weights(tmp_path: Path) -> None:

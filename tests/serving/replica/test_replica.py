@@ -30,6 +30,7 @@ from weightline.errors import (
     InputError,
     VersionNotFoundError,
 )
+from weightline.format import keys as keys_of_objects
 from weightline.format.manifest import AssetRef
 from weightline.serving.engines.base import GenerationRequest
 from weightline.serving.engines.transformers import TransformersEngine
@@ -201,7 +202,7 @@ def _commit_with_tokenizer(grown: ModelChain, **keys: object) -> int:
     """Commits a step of training whose tokenizer configuration has these keys as well."""
     (old,) = (asset for asset in grown.assets if asset.name == "tokenizer_config.json")
     body = json.dumps(json.loads(grown.chain.store.get(old.key)) | keys).encode()
-    changed = AssetRef(key="assets/changed", nbytes=len(body), sha256=_sha256(body), name=old.name)
+    changed = AssetRef(key=keys_of_objects.asset(_sha256(body)), nbytes=len(body), sha256=_sha256(body), name=old.name)
     grown.chain.store.put(changed.key, body)
     grown.assets = tuple(changed if asset == old else asset for asset in grown.assets)
     new = trained(grown.states[-1], 77)

@@ -10,7 +10,6 @@ import json
 import logging
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 
 from weightline.chain.files.meaning import meaning_of, meaning_of_asset, without_local_keys
@@ -24,11 +23,12 @@ from weightline.codec.digest import format_digest, tensor_digest
 from weightline.errors import BaseMismatchError, DigestMismatchError, InputError, NotFoundError
 from weightline.files import copy_file, sha256_of, user_path
 from weightline.format import keys
-from weightline.format.manifest import AdapterBase, AssetRef
+from weightline.format.header import HeaderV2
+from weightline.format.manifest import AdapterBase, AssetRef, Header, HeaderV1
 from weightline.store import Store
 from weightline.types import Segment
 
-#: A trainer names the assets again in every so-many-th version, so that no reader looks for them further back.
+#: In format 1, a trainer names the assets again in every so-many-th version, so that no reader looks further back.
 ASSETS_EVERY = 64
 
 _logger = logging.getLogger(__name__)
@@ -101,34 +101,51 @@ def upload_file(store: Store, path: Path, held: Iterable[AssetRef] = (), *, name
 
 
 def assets_of(chain: Chain, version: int) -> tuple[AssetRef, ...]:
-    """Returns the assets of a version: those of the newest manifest up to it that names any.
+    """Returns the assets of a version.
 
-    Manifests are read from the version backwards, one at a time. One that is collected meanwhile is passed over: gc
+    A header names their list. In format 1 they are those of the newest manifest up to the version that names any:
+    manifests are read from the version backwards, one at a time. One that is collected meanwhile is passed over: gc
     leaves the manifest that names the assets of a kept version. A version after one that was looked up before costs at
     most its own manifest, and no listing.
     """
+    header = _header_if_there(chain, version)
+    if isinstance(header, HeaderV2):
+        return _listed(chain, header)
     assets = chain.assets.get(version) or _assets_beside(chain, version)
     if assets:
         chain.assets[version] = assets
         return assets
     for candidate in _backwards(chain, version):
-        with suppress(NotFoundError):
-            assets = chain.assets.get(candidate) or chain.read_manifest(candidate).assets
+        assets = chain.assets.get(candidate) or _own_assets(chain, candidate)
         if assets:
             break
     chain.assets[version] = assets
     return assets
 
 
+def _header_if_there(chain: Chain, version: int) -> Header | None:
+    try:
+        return chain.read_header(version)
+    except NotFoundError:
+        return None
+
+
+def _listed(chain: Chain, header: HeaderV2) -> tuple[AssetRef, ...]:
+    return chain.contents.assets(header.assets) if header.assets else ()
+
+
+def _own_assets(chain: Chain, version: int) -> tuple[AssetRef, ...]:
+    """Returns the assets that the version's own header names; nothing for a version that is gone."""
+    header = _header_if_there(chain, version)
+    if isinstance(header, HeaderV2):
+        return _listed(chain, header)
+    return header.assets if isinstance(header, HeaderV1) else ()
+
+
 def _assets_beside(chain: Chain, version: int) -> tuple[AssetRef, ...]:
     """Returns the assets of a version if those of the version before it are known; nothing otherwise."""
     before = chain.assets.get(version - 1, ())
-    if not before:
-        return ()
-    try:
-        return chain.read_manifest(version).assets or before
-    except NotFoundError:
-        return ()
+    return before and (_own_assets(chain, version) or before)
 
 
 def _backwards(chain: Chain, version: int) -> Iterator[int]:

@@ -21,7 +21,7 @@ from weightline.chain.replay.fetch import fetching
 from weightline.dtypes import DTYPES
 from weightline.errors import InputError
 from weightline.format import keys
-from weightline.format.manifest import Manifest
+from weightline.format.manifest import Header
 from weightline.types import BitsArray, TensorSpec
 
 #: The fields of `VersionMark`, as a JSON object.
@@ -48,11 +48,9 @@ class VersionMark:
     global_step: int = 0
 
     @classmethod
-    def of(cls, chain: Chain, manifest: Manifest) -> Self:
+    def of(cls, chain: Chain, header: Header) -> Self:
         """Returns the mark of a version of the chain."""
-        return cls(
-            chain.url, manifest.version, manifest.commit_id, manifest.run_id, manifest.stage, manifest.global_step
-        )
+        return cls(chain.url, header.version, header.commit_id, header.run_id, header.stage, header.global_step)
 
     @classmethod
     def read(cls, folder: Path) -> Self | None:
@@ -84,11 +82,10 @@ def write_checkpoint(chain: Chain, version: int, out_dir: Path, max_shard_nbytes
     up at the end, the marker `weightline.json` last: a folder without it is incomplete. InputError when `out_dir` holds
     another version or foreign files, or cannot be written. Safe to repeat otherwise: remains of a crash are removed.
     """
-    manifest = chain.manifest(version)
-    mark = VersionMark.of(chain, manifest)
+    mark = VersionMark.of(chain, chain.header(version))
     assets = assets_of(chain, version)
     files = plan_files(
-        manifest.specs,
+        chain.layout(version).by_name,
         is_adapter=any(asset.name == ADAPTER_CONFIG for asset in assets),
         max_shard_nbytes=max_shard_nbytes,
     )

@@ -47,7 +47,7 @@ class VersionSource:
 
     @property
     def specs(self) -> dict[str, TensorSpec]:
-        return self.chain.manifest(self.version).specs
+        return self.chain.layout(self.version).by_name
 
     def read(self, names: Iterable[str]) -> dict[str, BitsArray]:
         return read_state(self.chain, self.version, frozenset(names).__contains__, self.fetcher).bits

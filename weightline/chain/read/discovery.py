@@ -26,8 +26,8 @@ _PATIENCE_SECONDS = 5.0
 _PREFIXES = frozenset(
     prefix.partition("/")[0]
     for prefix in (
-        keys.ASSETS, keys.COMMITS, keys.HISTORY, keys.PAYLOADS, keys.PROBES, keys.RECORDS, keys.REFS, keys.SHORTCUTS,
-        keys.SIGNATURES, keys.TIP_HINT,
+        *keys.SHARED, keys.COMMITS, keys.FORMATS, keys.HISTORY, keys.PAYLOADS, keys.PROBES, keys.RECORDS, keys.REFS,
+        keys.SHORTCUTS, keys.SIGNATURES, keys.TIP_HINT,
     )
 )  # fmt: skip
 

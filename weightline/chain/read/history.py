@@ -1,16 +1,17 @@
-"""Reads a chain: its tip and its manifests. Manifests are immutable, so each is fetched once.
+"""A chain: which versions there are, and the newest one. `weightline.chain.read.version_reader` reads each of them.
 
-When this process is configured with trusted keys, a manifest or shortcut without a signature by one of them is refused.
+When this process is configured with trusted keys, a header or shortcut without a signature by one of them is refused.
 """
 
 from __future__ import annotations
 
-import hashlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import PurePosixPath
 from urllib.parse import unquote, urlsplit
 
+from weightline.chain.read.contents import Contents
+from weightline.chain.read.version_reader import VersionReader
 from weightline.errors import (
     ChainEmptyError,
     CorruptError,
@@ -23,11 +24,9 @@ from weightline.errors import (
     VersionNotFoundError,
 )
 from weightline.format import keys
-from weightline.format.documents import MAX_MANIFEST_NBYTES, MAX_NOTE_NBYTES, parse_json
-from weightline.format.manifest import AssetRef, Manifest
+from weightline.format.documents import MAX_NOTE_NBYTES, parse_json
+from weightline.format.manifest import AssetRef, Header, Manifest
 from weightline.format.signature import (
-    SIGNING_KEY_VARIABLE,
-    Signature,
     TrustedKeys,
     trusted_from_environment,
 )
@@ -36,25 +35,23 @@ from weightline.store import Store, open_store
 _logger = logging.getLogger(__name__)
 
 
-class Chain:
+class Chain(VersionReader):
     """A chain in its bucket. Reads only; `weightline.chain.write` writes.
 
-    Safe to share between threads: the cache holds immutable manifests and only grows. With `trusted`, a manifest or
-    shortcut that none of those keys signed is refused (SignatureError) before it is parsed.
+    Safe to share between threads: the caches hold immutable objects and are bounded by bytes. With `trusted`, a header
+    or shortcut that none of those keys signed is refused (SignatureError) before it is parsed.
     """
 
-    def __init__(self, store: Store, trusted: TrustedKeys | None = None) -> None:
-        self.store = store
-        self.trusted = trusted
+    def __init__(self, store: Store, trusted: TrustedKeys | None = None, contents: Contents | None = None) -> None:
+        super().__init__(store, trusted, contents)
         self.horizons: dict[str, int] = {}
         """The horizon that each record of it states, by key: records are immutable, so each is fetched once."""
         self.assets: dict[int, tuple[AssetRef, ...]] = {}
-        """The assets of versions, as `weightline.chain.files.assets` found them."""
-        self._manifests: dict[int, Manifest] = {}
+        """The assets of versions in format 1, as `weightline.chain.files.assets` found them."""
 
-    @property
-    def url(self) -> str:
-        return self.store.url
+    def reopened(self) -> Chain:
+        """Returns the same chain without any header in its cache: it reads what the bucket holds now."""
+        return Chain(self.store, self.trusted, self.contents)
 
     @property
     def name(self) -> str:
@@ -66,91 +63,86 @@ class Chain:
 
         An object that stands alone behind a gap is read, and passed over when it is not the manifest of its version.
         """
+        versions = self._from_hint(2)
+        return versions[0] if versions else None
+
+    def newest_versions(self, count: int) -> tuple[int, ...]:
+        """Returns the newest `count` versions, newest first; fewer where there are no more. Costs as `tip_version`."""
+        found = self._from_hint(count)
+        return found[:count] if len(found) >= count or 0 in found else self.versions()[::-1][:count]
+
+    def num_versions(self, tip: int) -> int:
+        """Returns the number of versions up to the tip.
+
+        From the horizon on they are contiguous, so that only those before it are listed.
+        """
+        from weightline.chain.read.refs import oldest_kept  # which imports this module
+
+        horizon = oldest_kept(self)
+        return max(0, tip - horizon + 1) + (len(self.versions(0, horizon - 1)) if horizon else 0)
+
+    def _from_hint(self, count: int) -> tuple[int, ...]:
+        """Returns the versions from `count` before the hinted tip on, newest first; all without a hint that helps."""
         hinted = self._hinted_tip() or 0
         # The version before the hinted one is listed, too, so that in most cases none stands alone.
-        versions = self.versions(hinted - 1) if hinted > 1 else ()
-        versions = versions or self.versions()
-        return versions[-1] if versions else None
+        versions = self.versions(hinted - count + 1) if hinted >= count else ()
+        return (versions or self.versions())[::-1]
 
     def tip(self) -> Manifest:
         """Returns the manifest of the newest version. ChainEmptyError when there is none."""
+        return self.manifest(self.tip_header().version)
+
+    def tip_header(self) -> Header:
+        """Returns the header of the newest version. ChainEmptyError when there is none."""
         version = self.tip_version()
         if version is None:
             raise ChainEmptyError(f"{self.url} holds no version yet: commit a first one", chain=self.url)
-        return self.manifest(version)
+        return self.header(version)
 
-    def manifest(self, version: int) -> Manifest:
-        """Returns a version's manifest. VersionNotFoundError, or ManifestError for bytes that break the format.
+    def headers(self, first: int = 0, last: int | None = None) -> Iterator[Header]:
+        """Yields the headers of versions first..last (both included; the tip when last is None), oldest first.
 
-        SignatureError when keys are trusted and the signature is missing, forged or for other bytes.
+        The versions are listed at once, and each header is read when asked for. A version that was collected since it
+        was listed is left out.
         """
-        try:
-            manifest = self._manifests[version] = self.read_manifest(version)
-        except NotFoundError as error:
-            raise VersionNotFoundError(
-                f"{self.url} has no version {version}; its tip is {self.tip_version()}",
-                chain=self.url,
-                version=version,
-            ) from error
-        return manifest
+        return self._kept_headers(self.versions(first, last))
 
-    def read_manifest(self, version: int) -> Manifest:
-        """Returns a version's manifest and does not keep it: a walk over many versions holds one at a time.
+    def headers_newest_first(self, last: int | None = None) -> Iterator[Header]:
+        """Yields the headers of versions up to `last`, newest first, as `headers` does."""
+        return self._kept_headers(self.versions(last=last)[::-1])
 
-        Raises as `manifest` does, but a plain NotFoundError.
-        """
-        if version in self._manifests:
-            return self._manifests[version]
-        manifest = Manifest.from_bytes(self.get_trusted(keys.commit(version)))
-        if manifest.version != version:
-            raise ManifestError(
-                f"{keys.commit(version)} holds the manifest of version {manifest.version}", rule="version-is-key"
-            )
-        return manifest
-
-    def get_trusted(self, key: str) -> bytes:
-        """Returns a manifest's or shortcut's bytes. NotFoundError; ManifestError for an object that is too large.
-
-        SignatureError when no trusted key signed them.
-        """
-        try:
-            raw = self.store.get(key, MAX_MANIFEST_NBYTES)
-        except CorruptError as error:
-            raise ManifestError(str(error), rule="size") from error
-        if self.trusted is not None:
-            check_signed(self.store, self.trusted, key, raw)
-        return raw
+    def _kept_headers(self, versions: Iterable[int]) -> Iterator[Header]:
+        for version in versions:
+            if (header := self.header_if_kept(version)) is not None:
+                yield header
 
     def manifests(self, first: int = 0, last: int | None = None) -> tuple[Manifest, ...]:
         """Returns the manifests of versions first..last (both included; the tip when last is None), oldest first.
 
         A version that was collected since it was listed is left out.
         """
-        found = (self.manifest_if_kept(version) for version in self.versions(first, last))
-        return tuple(manifest for manifest in found if manifest is not None)
+        return tuple(self.manifest(header.version) for header in self.headers(first, last))
 
     def newest_first(self, last: int | None = None) -> Iterator[Manifest]:
         """Yields the manifests up to `last`, newest first. Each is read when asked for, if it was not collected."""
-        for version in reversed(self.versions(last=last)):
-            if (manifest := self.manifest_if_kept(version)) is not None:
-                yield manifest
+        return (self.manifest(header.version) for header in self.headers_newest_first(last))
 
-    def manifest_if_kept(self, version: int) -> Manifest | None:
-        """Returns the manifest of a version that was listed; None when it is behind the horizon and was collected.
+    def header_if_kept(self, version: int) -> Header | None:
+        """Returns the header of a version that was listed; None when it is behind the horizon and was collected.
 
-        Raises as `manifest` does for any other version that is missing.
+        Raises as `header` does for any other version that is missing.
         """
         from weightline.chain.read.refs import oldest_kept  # which imports this module
 
         try:
-            return self.manifest(version)
+            return self.header(version)
         except VersionNotFoundError:
             if version >= oldest_kept(self):
                 raise
             return None
 
     def versions(self, first: int = 0, last: int | None = None) -> tuple[int, ...]:
-        """Returns the committed versions among first..last, oldest first. Costs one listing; no manifest is read."""
+        """Returns the committed versions among first..last, oldest first. Costs one listing; no header is read."""
         start_after = keys.commit(first - 1) if first > 0 else ""
         found: list[int] = []
         for version in self._committed(start_after):
@@ -171,7 +163,7 @@ class Chain:
         if version == 0 or version <= oldest_kept(self):
             return False
         try:
-            self._manifests[version] = self.read_manifest(version)
+            self.read_header(version)
         except (ManifestError, NotFoundError):
             return True
         except (SignatureError, UnsupportedFeatureError):
@@ -223,32 +215,3 @@ def open_chain(url: str, trusted: TrustedKeys | None = None, patience_seconds: f
 def is_same_chain(a: str, b: str) -> bool:
     """Returns whether two URLs name the same bucket prefix."""
     return a.rstrip("/") == b.rstrip("/")
-
-
-def check_signed(store: Store, trusted: TrustedKeys, key: str, body: bytes) -> None:
-    """Raises SignatureError unless a trusted key signed exactly these bytes under this key.
-
-    Reads one object per trusted key until one is found.
-    """
-    digest = hashlib.sha256(body).hexdigest()
-    for key_id in trusted.key_ids:
-        try:
-            raw = store.get(keys.signature(key, digest, key_id), MAX_NOTE_NBYTES)
-        except NotFoundError:
-            continue
-        except CorruptError as error:
-            raise SignatureError(f"the signature of {key} cannot be read: {error}", key=key) from error
-        trusted.check(_parsed(raw, key), key, body)
-        return
-    raise SignatureError(
-        f"{store.url}: {key} is not signed by a trusted key ({', '.join(trusted.key_ids)}). Set {SIGNING_KEY_VARIABLE} "
-        "where this chain is written",
-        key=key, key_ids=trusted.key_ids,
-    )  # fmt: skip
-
-
-def _parsed(raw: bytes, key: str) -> Signature:
-    try:
-        return Signature.from_bytes(raw)
-    except CorruptError as error:
-        raise SignatureError(f"the signature of {key} cannot be read: {error}", key=key) from error

@@ -30,20 +30,20 @@ class Overtaken:
 def find_overtaken(chain: Chain, version: int) -> Overtaken | None:
     """Returns what the tip has overtaken from `version` on; None where `version` itself is to be worked on.
 
-    That is so for the tip, for a milestone, and where the tip is of another training. Reads the manifests from
-    `version` to the tip, and none before. A manifest between them that cannot be read is left to its own request.
+    That is so for the tip, for a milestone, and where the tip is of another training. Reads the headers from
+    `version` to the tip, and none before. A header between them that cannot be read is left to its own request.
     VersionNotFoundError for a version that the chain does not have.
     """
-    requested, tip = chain.manifest(version), chain.tip_version()
-    if requested.is_milestone or tip is None or tip <= version or chain.manifest(tip).run_id != requested.run_id:
+    requested, tip = chain.header(version), chain.tip_version()
+    if requested.is_milestone or tip is None or tip <= version or chain.header(tip).run_id != requested.run_id:
         return None
     found = [version]
     for number in range(version + 1, min(tip, version + 1 + _MAX_OVERTAKEN)):
         try:
-            manifest = chain.manifest_if_kept(number)
+            header = chain.header_if_kept(number)
         except CorruptError as error:
             _logger.warning("version %d is left to its own request: %s", number, error)
             continue
-        if manifest is not None and manifest.run_id == requested.run_id and not manifest.is_milestone:
+        if header is not None and header.run_id == requested.run_id and not header.is_milestone:
             found.append(number)
     return Overtaken(tip, tuple(found))

@@ -50,9 +50,9 @@ def move_ref(chain: Chain, name: str, version: int, *, is_tag: bool = False) -> 
     """
     _require_name(name)
     newest = newest_move(chain, name)
-    manifest = chain.manifest(version)
+    header = chain.header(version)
     if newest is not None:
-        stays = newest.commit_id == manifest.commit_id
+        stays = newest.commit_id == header.commit_id
         if stays and newest.is_tag == is_tag:
             return newest
         if (newest.is_tag or (is_tag and not stays)) and names_version(chain, newest):
@@ -62,7 +62,7 @@ def move_ref(chain: Chain, name: str, version: int, *, is_tag: bool = False) -> 
                 name=name, version=newest.version,
             )  # fmt: skip
     ref = Ref(
-        name=name, number=0 if newest is None else newest.number + 1, version=version, commit_id=manifest.commit_id,
+        name=name, number=0 if newest is None else newest.number + 1, version=version, commit_id=header.commit_id,
         created_at=utc_now(), is_tag=is_tag,
     )  # fmt: skip
     try:
@@ -83,7 +83,7 @@ def move_ref(chain: Chain, name: str, version: int, *, is_tag: bool = False) -> 
 def names_version(chain: Chain, ref: Ref) -> bool:
     """Returns whether the version of a ref is in the chain. Reads the bucket, not what this process remembers of it."""
     try:
-        found = Chain(chain.store, chain.trusted).manifest(ref.version)
+        found = chain.reopened().header(ref.version)
     except (NotFoundError, ManifestError):
         return False
     return found.commit_id == ref.commit_id
@@ -130,9 +130,9 @@ def read_move(chain: Chain, key: str) -> Ref:
 def resolve(chain: Chain, text: str) -> int:
     """Returns the version that a number, `tip` or the name of a ref refers to. NotFoundError for an unknown ref."""
     if _VERSION.fullmatch(text):
-        return chain.manifest(int(text)).version
+        return chain.header(int(text)).version
     if text == TIP:
-        return chain.tip().version
+        return chain.tip_header().version
     newest = newest_move(chain, text)
     if newest is None:
         raise NotFoundError(f"{chain.url} has no ref {text!r}: give a version number, 'tip' or a name", key=text)

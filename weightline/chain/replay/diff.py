@@ -59,15 +59,15 @@ def diff_versions(chain: Chain, a: int, b: int, group_nbytes: int = GROUP_NBYTES
 
     Tensors with equal digests are not read. InputError when the versions hold different tensors.
     """
-    at_a, at_b = chain.manifest(a), chain.manifest(b)
-    if at_a.specs != at_b.specs:
+    at_a, at_b = chain.digests(a), chain.digests(b)
+    if at_a.layout != at_b.layout:
         raise InputError(f"versions {a} and {b} of {chain.url} hold different tensors", versions=(a, b))
-    differing = [spec for name, spec in at_a.specs.items() if at_a.digests[name] != at_b.digests[name]]
-    counts = dict.fromkeys(at_a.specs, 0)
+    specs = at_a.layout.by_name
+    counts = dict.fromkeys(specs, 0)
     with fetching(chain.store) as fetcher:
-        for names in tensor_groups(differing, group_nbytes):
+        for names in tensor_groups((specs[name] for name in at_a.differing(at_b)), group_nbytes):
             old = read_state(chain, a, names.__contains__, fetcher)
             new = read_state(chain, b, names.__contains__, fetcher)
             for changes in capture_tensors(new.specs.values(), old.bits, new.bits):
                 counts[changes.segment.tensor.name] = changes.num_changed
-    return [TensorDiff(name, count, at_a.specs[name].num_elements) for name, count in counts.items()]
+    return [TensorDiff(name, count, specs[name].num_elements) for name, count in counts.items()]

@@ -26,7 +26,7 @@ from weightline.errors import (
     WeightlineError,
 )
 from weightline.format import keys
-from weightline.format.manifest import Manifest, PayloadRef
+from weightline.format.manifest import Header, PayloadRef
 from weightline.format.shortcut import Shortcut
 
 _logger = logging.getLogger(__name__)
@@ -94,7 +94,7 @@ def plan_replay(ways_into: WaysInto, have: int | None, want: int, stands: Stands
     """Returns the cheapest path (by bytes, then hops) from `have` (None: nothing) to `want`.
 
     VersionNotFoundError when there is no path. This is Dijkstra's algorithm from the wanted version backwards, so that
-    only manifests near the path are read. `ways_into(version)` yields the hops whose target is that version, and
+    only headers near the path are read. `ways_into(version)` yields the hops whose target is that version, and
     nothing for a version that is not in the chain. `stands(hop)` says whether the hop's base is the chain's; it is
     called only for hops that are the cheapest ones.
     """
@@ -176,15 +176,15 @@ class Ways:
         if self._is_gone(version):
             return
         try:
-            manifest = self._chain.manifest(version)
+            header = self._chain.header(version)
         except VersionNotFoundError:
             return  # collected since the horizon was read
-        yield hop_of(manifest)
+        yield hop_of(header)
         for shortcut in self.shortcuts_into(version):
-            if shortcut.commit_id == manifest.commit_id:
+            if shortcut.commit_id == header.commit_id:
                 yield hop_of_shortcut(shortcut)
         if self._backward_below is not None and version < self._backward_below and not self._is_gone(version + 1):
-            above = self._chain.manifest(version + 1)
+            above = self._chain.header(version + 1)
             if above.base_version == version and above.coding in REVERSIBLE_CODINGS:
                 yield Hop(version, above.version, above.payloads, above.num_changed, is_backward=True)
 
@@ -211,14 +211,14 @@ class Ways:
         if self._is_gone(hop.base_version):
             return False
         try:
-            return self._chain.manifest(hop.base_version).commit_id == hop.base_commit_id
+            return self._chain.header(hop.base_version).commit_id == hop.base_commit_id
         except VersionNotFoundError:
             return False
 
     def _is_gone(self, version: int) -> bool:
-        """Returns whether a version was collected. gc deletes manifests before payloads, so the manifest decides.
+        """Returns whether a version was collected. gc deletes headers before payloads, so the header decides.
 
-        Behind the horizon the bucket is read and not the cache of manifests, since gc may have run.
+        Behind the horizon the bucket is read and not the cache of headers, since gc may have run.
         """
         return version < self._horizon and self._chain.store.head(keys.commit(version)) is None
 
@@ -239,9 +239,9 @@ def read_shortcut(chain: Chain, key: str) -> Shortcut:
     return shortcut
 
 
-def hop_of(manifest: Manifest) -> Hop:
+def hop_of(header: Header) -> Hop:
     """Returns the version's own payloads as a hop."""
-    return Hop(manifest.base_version, manifest.version, manifest.payloads, manifest.num_changed)
+    return Hop(header.base_version, header.version, header.payloads, header.num_changed)
 
 
 def hop_of_shortcut(shortcut: Shortcut) -> Hop:
@@ -253,12 +253,12 @@ def hop_of_shortcut(shortcut: Shortcut) -> Hop:
 
 
 def plan_between(chain: Chain, have: int | None, want: int, avoiding: Collection[str] = ()) -> ReplayPlan:
-    """Returns the cheapest path in the bucket's present state. Reads manifests near the path, and no payload.
+    """Returns the cheapest path in the bucket's present state. Reads headers near the path, and no payload.
 
     A reader that can move forward from what it has does so: shortcuts from before that version are not read.
     `avoiding`: keys of shortcuts that are known to be broken.
     """
-    chain.manifest(want)
+    chain.header(want)
     horizon = oldest_kept(chain)
     try:
         return _plan(chain, have, want, avoiding)
@@ -274,9 +274,9 @@ def direct_plan(chain: Chain, have: int | None, want: int) -> ReplayPlan | None:
 
     A reader that is one step behind takes it without a look at shortcuts: it costs no listing.
     """
-    manifest = chain.manifest(want)
-    is_next = have is not None and want == have + 1 and manifest.base_version == have
-    return ReplayPlan(have, want, (hop_of(manifest),)) if is_next else None
+    header = chain.header(want)
+    is_next = have is not None and want == have + 1 and header.base_version == have
+    return ReplayPlan(have, want, (hop_of(header),)) if is_next else None
 
 
 def _plan(chain: Chain, have: int | None, want: int, avoiding: Collection[str]) -> ReplayPlan:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -34,13 +34,17 @@ from weightline.errors import (
     UnsupportedFeatureError,
     WeightlineError,
 )
-from weightline.format.manifest import Manifest
+from weightline.format.header import HeaderV2
 from weightline.format.payload import Payload
+from weightline.format.state_digests import StateDigests
+from weightline.format.tensor_layout import Layout
 from weightline.types import BitsArray, Changes, Segment, TensorSpec
 
 _logger = logging.getLogger(__name__)
 
 Select = Callable[[str], bool]
+#: Digests by tensor: of a whole state or a group of tensors, or of the tensors that one worker holds.
+MutableDigests = StateDigests | MutableMapping[str, int]
 #: Returns the bits of a segment. They may be a view of an engine's memory, so they must not be written to.
 ReadSegment = Callable[[Segment], BitsArray]
 
@@ -54,7 +58,7 @@ class ReplayState(ABC):
 
     version: int | None = None
     specs: dict[str, TensorSpec] = field(default_factory=dict)
-    digests: dict[str, int] = field(default_factory=dict)
+    digests: MutableDigests = field(default_factory=dict)
 
     @abstractmethod
     def apply_payloads(
@@ -65,9 +69,9 @@ class ReplayState(ABC):
         specs: the tensors of the version. `is_backward`: from the version to its base. PayloadError.
         """
 
-    def check(self, manifest: Manifest, select: Select | None = None) -> None:
-        """Raises DigestMismatchError unless the tensors of `select` (None: all) have the manifest's digests."""
-        check_digests(self.digests, manifest, select)
+    def check(self, chain: Chain, version: int, select: Select | None = None) -> None:
+        """Raises DigestMismatchError unless the tensors of `select` (None: all) have the version's digests."""
+        check_digests(self.digests, chain, version, select)
 
     def require_known(self, payload: Payload, specs: Mapping[str, TensorSpec]) -> None:
         """Raises PayloadError unless the payload's tensors are those of the version (`specs`) and of this state."""
@@ -128,12 +132,13 @@ class HostState(DecodingState):
             name = changes.segment.tensor.name
             self.digests[name] = add_digests(self.digests[name], digest_change(changes))
 
-    def allocate(self, specs: Iterable[TensorSpec]) -> None:
+    def allocate(self, specs: Layout | Iterable[TensorSpec]) -> None:
         """Replaces the state by zeros for these tensors, which an anchor fills. InputError without enough memory."""
         self.version = None
-        self.specs = {spec.name: spec for spec in specs}
+        layout = specs if isinstance(specs, Layout) else Layout.of(specs)
+        self.specs = layout.by_name
         self.bits = {name: _zeros(spec) for name, spec in self.specs.items()}
-        self.digests = dict.fromkeys(self.specs, 0)
+        self.digests = StateDigests.zeros(layout)
 
     def place(self, segment: Segment, bits_N: BitsArray) -> None:
         """Fills one part of a tensor that holds zeros there."""
@@ -153,7 +158,7 @@ class OverlaidState(DecodingState):
 
     version: int
     specs: dict[str, TensorSpec]
-    digests: dict[str, int]
+    digests: MutableDigests
     read_segment: ReadSegment
     changes: dict[str, Changes] = field(default_factory=dict)
 
@@ -192,19 +197,35 @@ class OverlaidState(DecodingState):
 State = TypeVar("State", bound=ReplayState)
 
 
-def check_digests(digests: Mapping[str, int], manifest: Manifest, select: Select | None = None) -> None:
-    """Raises DigestMismatchError, with the first tensor that differs, unless `digests` are the manifest's.
+def check_digests(
+    digests: Mapping[str, int] | StateDigests, chain: Chain, version: int, select: Select | None = None
+) -> None:
+    """Raises DigestMismatchError, with the first tensor that differs, unless `digests` are the version's.
 
-    `select` limits the comparison to some tensors; None means all.
+    `select` limits the comparison to some tensors; None means all. The digests of all tensors are proven by the root in
+    the version's header, without a look at its list of digests.
     """
-    for name in filter(select, manifest.tensors):
-        expected = manifest.tensors[name].digest
+    if select is None and isinstance(digests, StateDigests) and _have_root(digests, chain, version):
+        return
+    stated = chain.digests(version)
+    if isinstance(digests, StateDigests) and digests == stated:
+        return
+    for name in filter(select, stated):
+        expected = format_digest(stated[name])
         actual = format_digest(digests[name]) if name in digests else "missing"
         if actual != expected:
             raise DigestMismatchError(
-                f"tensor {name} has digest {actual}, the manifest of version {manifest.version} says {expected}",
-                what=name, version=manifest.version, expected=expected, actual=actual,
+                f"tensor {name} has digest {actual}, the manifest of version {version} says {expected}",
+                what=name, version=version, expected=expected, actual=actual,
             )  # fmt: skip
+
+
+def _have_root(digests: StateDigests, chain: Chain, version: int) -> bool:
+    """Returns whether the digests have the root of the version's header. False for a version of format 1."""
+    header = chain.header(version)
+    if not isinstance(header, HeaderV2) or chain.layout(version) != digests.layout:
+        return False
+    return digests.root(header.layout.sha256) == header.root
 
 
 def read_state(chain: Chain, version: int, select: Select | None = None, fetcher: Fetcher | None = None) -> HostState:
@@ -287,7 +308,7 @@ def _may_go_round(chain: Chain, hop: Hop, error: WeightlineError, fetcher: Fetch
     if hop.shortcut_key is not None:
         fetcher.broken_shortcuts.add(hop.shortcut_key)
         return True
-    # gc deletes manifests first, and only behind the horizon: the next plan finds the version gone.
+    # gc deletes headers first, and only behind the horizon: the next plan finds the version gone.
     is_collected = isinstance(error, NotFoundError) and hop.version < oldest_kept(chain) and hop.version not in lost
     lost.add(hop.version)
     return is_collected
@@ -299,27 +320,30 @@ def apply_hop(chain: Chain, state: ReplayState, hop: Hop, fetcher: Fetcher, sele
     After an error the state is torn: discard it.
     """
     assert hop.target is not None
-    manifest = chain.manifest(hop.target)
+    layout = chain.layout(hop.target)
     payloads = (fetcher.open(ref) for ref in hop.payloads)
     if hop.base_version is None:
         assert isinstance(state, HostState)
-        specs = {name: spec for name, spec in manifest.specs.items() if select is None or select(name)}
-        _place_anchor(state, specs, list(payloads))
+        _place_anchor(state, _selected(layout, select), list(payloads))
     else:
-        state.apply_payloads(payloads, manifest.specs, is_backward=hop.is_backward)
+        state.apply_payloads(payloads, layout.by_name, is_backward=hop.is_backward)
     state.version = hop.target
-    state.check(manifest, select)
+    state.check(chain, hop.target, select)
 
 
-def _place_anchor(state: HostState, specs: Mapping[str, TensorSpec], payloads: Sequence[Payload]) -> None:
+def _selected(layout: Layout, select: Select | None) -> Layout:
+    return layout if select is None else Layout.of(spec for spec in layout.specs if select(spec.name))
+
+
+def _place_anchor(state: HostState, layout: Layout, payloads: Sequence[Payload]) -> None:
     """Allocates these tensors and fills them.
 
-    All payloads are opened before the allocation, since a manifest alone can claim any size.
+    All payloads are opened before the allocation, since a header alone can claim any size.
     """
-    _require_cover(specs, payloads)
-    state.allocate(specs.values())
+    _require_cover(layout.by_name, payloads)
+    state.allocate(layout)
     for payload in payloads:
-        for segment, bits_N in payload.read_anchor(lambda s: s.tensor.name in specs):
+        for segment, bits_N in payload.read_anchor(lambda s: s.tensor.name in layout.index):
             state.place(segment, bits_N)
 
 

@@ -1,7 +1,7 @@
 """Garbage collection: deletes objects that no kept version needs. A pure function plans; `collect` deletes.
 
 Never collected: objects that a kept version needs, versions that a ref or a live replica's lease names, and any object
-younger than the grace period, since a commit under way has payloads that no manifest names yet. Ages are by the store's
+younger than the grace period, since a commit under way has payloads that no header names yet. Ages are by the store's
 clock, which is read from an object that this writes; a plan that is only shown writes nothing, and takes `host_clock`.
 """
 
@@ -15,10 +15,10 @@ from datetime import UTC, datetime, timedelta
 from weightline.chain.read.history import Chain
 from weightline.chain.read.refs import current_refs, oldest_kept, require_horizon
 from weightline.chain.replay.plan import Ways
-from weightline.chain.upkeep.retention import Kept, pinned_versions, read_kept
+from weightline.chain.upkeep.retention import Kept, names_of, pinned_versions, read_kept
 from weightline.errors import CorruptError, InputError, StorageError, VersionNotFoundError
 from weightline.format import keys
-from weightline.format.manifest import Manifest, StoredObject
+from weightline.format.manifest import Header, StoredObject
 from weightline.format.shortcut import Shortcut
 from weightline.store import ObjectInfo, Store
 from weightline.store.base import read_clock
@@ -34,7 +34,7 @@ _BATCH_SIZE = 1000
 #: Some stores report whole seconds in one reply and fractions in another.
 _CLOCK_GRAIN = timedelta(seconds=1)
 _COLLECTED = (
-    keys.PAYLOADS, keys.ASSETS, keys.SHORTCUTS, keys.COMMITS, keys.SIGNATURES, keys.PROBES, keys.LEASES,
+    keys.PAYLOADS, *keys.SHARED, keys.SHORTCUTS, keys.COMMITS, keys.SIGNATURES, keys.PROBES, keys.LEASES,
 )  # fmt: skip
 #: Objects below these prefixes name other objects or versions that must be kept.
 _LEADING = (keys.COMMITS, keys.SHORTCUTS, keys.REFS)
@@ -49,6 +49,9 @@ class GcPlan:
     shortcuts: tuple[ObjectInfo, ...]
     signatures: tuple[ObjectInfo, ...]
     assets: tuple[ObjectInfo, ...]
+    """Small files, and lists of them."""
+    shared: tuple[ObjectInfo, ...]
+    """Layouts, lists of digests and provenances."""
     probes: tuple[ObjectInfo, ...]
     leases: tuple[ObjectInfo, ...]
     """Leases of replicas that are gone."""
@@ -66,8 +69,8 @@ class GcPlan:
     def groups(self) -> tuple[tuple[ObjectInfo, ...], ...]:
         """Returns the objects in the order of deletion. Objects that others may refer to come last."""
         return (
-            self.shortcuts, self.manifests, self.signatures, self.payloads, self.assets, self.probes, self.leases,
-            self.staged,
+            self.shortcuts, self.manifests, self.signatures, self.payloads, self.assets, self.shared, self.probes,
+            self.leases, self.staged,
         )  # fmt: skip
 
     @property
@@ -84,7 +87,8 @@ class GcView:
     """The objects of the bucket and the versions that are kept: the input of `plan_gc`."""
 
     objects: tuple[ObjectInfo, ...]
-    manifests: tuple[Manifest, ...]
+    headers: Mapping[int, frozenset[str]]
+    """By version, the keys of all objects that its header names."""
     shortcuts: tuple[Shortcut, ...]
     kept: Kept
     now: datetime
@@ -98,11 +102,11 @@ class GcView:
 
 def plan_gc(view: GcView, *, grace: timedelta = DEFAULT_GRACE) -> GcPlan:
     """Returns the objects to delete: those that nothing kept names, and that are older than `grace`. Pure."""
-    kept_manifests = [m for m in view.manifests if m.version in view.kept.versions]
     kept_shortcuts = [s for s in view.shortcuts if view.kept.keeps_shortcut(s)]
-    needed = {ref.key for m in kept_manifests for ref in (*m.payloads, *m.assets)}
-    needed |= {ref.key for s in kept_shortcuts for ref in s.payloads}
-    needed |= {m.key for m in kept_manifests} | {s.key for s in kept_shortcuts}
+    needed = {ref.key for s in kept_shortcuts for ref in s.payloads} | {s.key for s in kept_shortcuts}
+    for version, named in view.headers.items():
+        if version in view.kept.versions:
+            needed |= named | {keys.commit(version)}
     old = [info for info in view.objects if info.key not in needed and view.now - info.modified_at >= grace]
 
     def under(prefix: str) -> tuple[ObjectInfo, ...]:
@@ -114,6 +118,7 @@ def plan_gc(view: GcView, *, grace: timedelta = DEFAULT_GRACE) -> GcPlan:
         shortcuts=under(keys.SHORTCUTS),
         signatures=tuple(s for s in under(keys.SIGNATURES) if keys.subject_of_signature(s.key) not in needed),
         assets=under(keys.ASSETS),
+        shared=tuple(info for prefix in (keys.LAYOUTS, keys.DIGESTS, keys.PROVENANCE) for info in under(prefix)),
         probes=under(keys.PROBES),
         leases=tuple(info for info in under(keys.LEASES) if info.key not in view.kept.live_leases),
         staged=tuple(info for info in view.staged if view.now - info.modified_at >= grace),
@@ -129,8 +134,8 @@ def host_clock(_: Store) -> datetime:
 def view_chain(chain: Chain, clock: Clock = read_clock) -> GcView:
     """Reads the input of `plan_gc`, at the time of the store's clock: the host's may be wrong by any amount.
 
-    Objects are listed before manifests are read, so a commit under way is safe. Signatures are not checked: objects
-    that an unsigned manifest names are kept, too. Nothing can be collected, and an error says why, when a ref or the
+    Objects are listed before headers are read, so a commit under way is safe. Signatures are not checked: objects that
+    an unsigned header names are kept, too. Nothing can be collected, and an error says why, when a ref or the
     horizon names a version that cannot be replayed (VersionNotFoundError), when the horizon is beyond the tip, a
     manifest is missing or a shortcut cannot be read (CorruptError), and while a version, a shortcut or a ref is won and
     not yet published (StorageError).
@@ -148,31 +153,32 @@ def _view(chain: Chain, now: datetime, horizon: int) -> GcView:
     objects = tuple(info for prefix in _COLLECTED for info in chain.store.list(prefix))
     staging_prefix = chain.store.staging_prefix
     staged = tuple(chain.store.list(staging_prefix)) if staging_prefix else ()
-    _require_published(chain)  # before manifests are read, so that those published meanwhile are among them
-    manifests = tuple(_manifests(chain))
-    _require_whole(chain, manifests, horizon)
-    shortcuts, ways = _shortcuts(chain, manifests, {info.key: info for info in objects})
+    _require_published(chain)  # before headers are read, so that those published meanwhile are among them
+    headers = tuple(_headers(chain))
+    _require_whole(chain, headers, horizon)
+    shortcuts, ways = _shortcuts(chain, headers, {info.key: info for info in objects})
     pinned = pinned_versions(chain, now)
-    kept = read_kept(chain, manifests, current_refs(chain).values(), ways, horizon, now)
+    kept = read_kept(chain, headers, current_refs(chain).values(), ways, horizon, now)
     for version, error in kept.unreachable.items():
         raise VersionNotFoundError(
             f"{chain.url}: {error}. A ref or the horizon names this version, so nothing is collected. `weightline "
             "repair` removes refs whose version is gone",
             chain=chain.url, version=version,
         )  # fmt: skip
-    return GcView(objects, manifests, shortcuts, kept, now, horizon, pinned, staged)
+    named = {h.version: frozenset(names_of(chain, h)) for h in headers if h.version in kept.versions}
+    return GcView(objects, named, shortcuts, kept, now, horizon, pinned, staged)
 
 
-def _manifests(chain: Chain) -> Iterator[Manifest]:
+def _headers(chain: Chain) -> Iterator[Header]:
     for version in chain.versions():
         with suppress(VersionNotFoundError):  # collected since it was listed; a kept one would be missed
-            yield chain.manifest(version)
+            yield chain.header(version)
 
 
-def _require_whole(chain: Chain, manifests: Sequence[Manifest], horizon: int) -> None:
+def _require_whole(chain: Chain, headers: Sequence[Header], horizon: int) -> None:
     """Raises CorruptError unless there is every version from the horizon to the tip."""
-    kept = [m.version for m in manifests if m.version >= horizon]
-    require_horizon(chain, horizon, manifests[-1].version if manifests else None)
+    kept = [header.version for header in headers if header.version >= horizon]
+    require_horizon(chain, horizon, headers[-1].version if headers else None)
     for expected, version in enumerate(kept, horizon):
         if version != expected:
             raise CorruptError(
@@ -183,11 +189,11 @@ def _require_whole(chain: Chain, manifests: Sequence[Manifest], horizon: int) ->
 
 
 def _shortcuts(
-    chain: Chain, manifests: Sequence[Manifest], listed: Mapping[str, ObjectInfo]
+    chain: Chain, headers: Sequence[Header], listed: Mapping[str, ObjectInfo]
 ) -> tuple[tuple[Shortcut, ...], Ways]:
     """Returns all shortcuts, and the paths without those whose payloads are gone: nothing may be kept by them alone."""
     ways = Ways(chain)
-    shortcuts = tuple(s for m in manifests for s in ways.shortcuts_into(m.version))
+    shortcuts = tuple(s for header in headers for s in ways.shortcuts_into(header.version))
     if ways.passed_over:
         key, error = next(iter(ways.passed_over.items()))
         if not isinstance(error, CorruptError):
@@ -244,15 +250,29 @@ def collect(chain: Chain, plan: GcPlan, clock: Clock = read_clock) -> None:
         for start in range(0, len(group), _BATCH_SIZE):
             now_pinned = frozenset(v for v in pinned_versions(chain, plan.now) if v < plan.horizon)
             if not now_pinned <= pinned:
-                again = plan_gc(view_chain(chain, clock), grace=plan.grace)
-                pinned, allowed = again.pinned, allowed & {info.key for info in again.objects}
+                replanned = plan_gc(view_chain(chain, clock), grace=plan.grace)
+                pinned, allowed = replanned.pinned, allowed & {info.key for info in replanned.objects}
             batch = [info for info in group[start : start + _BATCH_SIZE] if info.key in allowed]
-            doomed = [info.key for info in batch if not _is_put_again(chain, info)]
+            again = _put_again(chain, batch)
+            doomed = [info.key for info in batch if info.key not in again]
             if doomed:
                 chain.store.delete(*doomed)
 
 
-def _is_put_again(chain: Chain, info: ObjectInfo) -> bool:
-    """Returns whether an asset or a lease was put again since the plan was made, by a commit or a replica."""
-    found = chain.store.head(info.key) if info.key.startswith((keys.ASSETS, keys.LEASES)) else None
-    return found is not None and found.modified_at - info.modified_at > _CLOCK_GRAIN
+def _put_again(chain: Chain, batch: Sequence[ObjectInfo]) -> set[str]:
+    """Returns the keys that a commit or a replica has put again since the plan was made: shared objects and leases.
+
+    Lists them once more, which takes fewer requests than asking for each.
+    """
+    found: set[str] = set()
+    for prefix in (*keys.SHARED, keys.LEASES):
+        planned = {info.key: info for info in batch if info.key.startswith(prefix)}
+        if not planned:
+            continue
+        last = max(planned)
+        for info in chain.store.list(prefix, min(planned)[:-1]):
+            if info.key > last:
+                break
+            if info.key in planned and info.modified_at - planned[info.key].modified_at > _CLOCK_GRAIN:
+                found.add(info.key)
+    return found

@@ -18,13 +18,14 @@ from weightline.chain.upkeep.compact import CompactionPlan, write_compaction
 from weightline.codec.anchor import ANCHOR_CODING
 from weightline.errors import CorruptError, VersionNotFoundError
 from weightline.format import keys
-from weightline.format.manifest import Manifest
+from weightline.format.header import HeaderV2
+from weightline.format.manifest import Header, HeaderV1
 from weightline.format.shortcut import Shortcut
 
 
 def first_of_newest(chain: Chain, num_versions: int) -> int:
     """Returns the oldest of the newest `num_versions` versions."""
-    return max(0, chain.tip().version - num_versions + 1)
+    return max(0, chain.tip_header().version - num_versions + 1)
 
 
 def expire_before(chain: Chain, version: int) -> int:
@@ -34,7 +35,7 @@ def expire_before(chain: Chain, version: int) -> int:
     when its anchor is broken, since the history before it is then the only way to the version.
     """
     horizon = oldest_kept(chain)
-    chain.manifest(version)
+    chain.header(version)
     require_horizon(chain, horizon, chain.tip_version())
     if version <= horizon:
         return horizon
@@ -80,7 +81,7 @@ class Kept:
 
 def read_kept(
     chain: Chain,
-    manifests: Sequence[Manifest],
+    headers: Sequence[Header],
     refs: Iterable[Ref],
     ways: Ways,
     horizon: int,
@@ -88,10 +89,10 @@ def read_kept(
 ) -> Kept:
     """Reads from the bucket which versions and shortcuts must stay.
 
-    `manifests`: all of the chain, oldest first. `horizon`: read before them. Leases that have expired by `now` keep
+    `headers`: all of the chain, oldest first. `horizon`: read before them. Leases that have expired by `now` keep
     nothing.
     """
-    kept = {m.version for m in manifests if m.version >= horizon}
+    kept = {header.version for header in headers if header.version >= horizon}
     pinned = {ref.version for ref in refs} | ({horizon} if kept else set())
     leases = live_leases(chain, now)
     plans, unreachable = _plans_to(ways, pinned)
@@ -99,7 +100,7 @@ def read_kept(
     plans += _plans_to(ways, leased_versions(chain, leases) - pinned)[0]
     hops = [hop for plan in plans for hop in plan.hops]
     kept |= {hop.version for hop in hops}
-    bearers = frozenset(_bearers_of_assets(manifests, kept)) - kept
+    bearers = frozenset(_bearers_of_assets(headers, kept)) - kept
     on_the_way = frozenset(hop.shortcut_key for hop in hops if hop.shortcut_key is not None)
     live = frozenset(keys.lease(lease.replica) for lease in leases)
     return Kept(bearers | kept, bearers, on_the_way, live, unreachable)
@@ -121,16 +122,34 @@ def pinned_versions(chain: Chain, now: datetime) -> frozenset[int]:
     return frozenset(refs.union(*(lease.versions for lease in live_leases(chain, now))))
 
 
-def _bearers_of_assets(manifests: Iterable[Manifest], kept: set[int]) -> Iterable[int]:
-    """Yields the versions whose assets kept versions use.
+def _bearers_of_assets(headers: Iterable[Header], kept: set[int]) -> Iterable[int]:
+    """Yields the versions whose assets kept versions of format 1 use.
 
-    A version without assets of its own has those of the newest version before it that names any.
+    Such a version without assets of its own has those of the newest version before it that names any.
     """
     bearer: int | None = None
-    for manifest in manifests:
-        bearer = manifest.version if manifest.assets else bearer
-        if manifest.version in kept and bearer is not None:
+    for header in headers:
+        bearer = header.version if isinstance(header, HeaderV2) or _names_assets(header) else bearer
+        if header.version in kept and bearer is not None:
             yield bearer
+
+
+def _names_assets(header: Header) -> bool:
+    return isinstance(header, HeaderV1) and bool(header.assets)
+
+
+def names_of(chain: Chain, header: Header) -> tuple[str, ...]:
+    """Returns the keys of all objects that a header names, the assets of its list among them.
+
+    Raises what reading the list raises: without it, the assets that must stay are unknown.
+    """
+    found = [ref.key for ref in header.payloads]
+    if isinstance(header, HeaderV2):
+        found += header.shared_keys
+        found += [asset.key for asset in chain.contents.assets(header.assets)] if header.assets else []
+    elif isinstance(header, HeaderV1):
+        found += [asset.key for asset in header.assets]
+    return tuple(found)
 
 
 def leased_versions(chain: Chain, leases: Iterable[Lease]) -> set[int]:

@@ -7,7 +7,7 @@ reads every kept object and replays every hop into every kept version, a bounded
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
@@ -18,12 +18,19 @@ from weightline.chain.read.refs import Ref, newest_moves, oldest_kept, read_move
 from weightline.chain.replay.diff import GROUP_NBYTES
 from weightline.chain.replay.plan import Ways
 from weightline.chain.upkeep.retention import Kept, read_kept
-from weightline.chain.upkeep.verify_replay import Finding, Progress, asset_findings, noting, replay_findings
+from weightline.chain.upkeep.verify_objects import (
+    CONTENTS,
+    NamedObject,
+    content_findings,
+    named_objects,
+    object_findings,
+)
+from weightline.chain.upkeep.verify_replay import Finding, Progress, noting, replay_findings
 from weightline.errors import VersionNotFoundError
 from weightline.format import keys
-from weightline.format.manifest import Manifest, StoredObject
+from weightline.format.header import HeaderV2
+from weightline.format.manifest import Header
 from weightline.format.shortcut import Shortcut
-from weightline.store import ObjectInfo
 
 __all__ = ["Finding", "VerifyReport", "verify_chain"]
 
@@ -51,16 +58,16 @@ def verify_chain(
 ) -> VerifyReport:
     """Checks the chain and returns the findings. StorageError only when the bucket cannot be read at all.
 
-    Nothing is replayed when manifests, objects or refs already have findings.
+    Nothing is replayed when headers, objects or refs already have findings.
     """
     findings: list[Finding] = []
     seen = _look(chain, findings)
     num_versions = num_shortcuts = num_objects = 0
     if seen is not None:
-        objects = seen.objects()
-        num_versions, num_shortcuts, num_objects = len(seen.manifests), len(seen.shortcuts), len(objects)
-        findings += _object_findings(chain, objects)
-        if is_deep and seen.manifests and not findings:
+        objects = seen.objects(chain, findings)
+        num_versions, num_shortcuts, num_objects = len(seen.headers), len(seen.shortcuts), len(objects)
+        findings += object_findings(chain, objects)
+        if is_deep and seen.headers and not findings:
             findings += _deep_findings(chain, seen, group_nbytes, progress)
     findings += (Finding(contest.kind, contest.key, contest.message) for contest in chain.store.contests())
     return VerifyReport(
@@ -69,9 +76,12 @@ def verify_chain(
 
 
 def _deep_findings(chain: Chain, seen: _Seen, group_nbytes: int, progress: Progress | None) -> Iterator[Finding]:
-    replayed = [m for m in seen.manifests if m.version in seen.kept.versions - seen.kept.bearers]
+    replayed = [h for h in seen.headers if h.version in seen.kept.versions - seen.kept.bearers]
     shortcuts = [s for s in seen.shortcuts if seen.replays(s)]
-    yield from asset_findings(chain, seen.kept_manifests())
+    found = list(content_findings(chain, seen.kept_headers()))
+    yield from found
+    if any(finding.rule == CONTENTS for finding in found):
+        return  # without layouts and digests no state can be told from another
     yield from replay_findings(chain, replayed, shortcuts, seen.ways, group_nbytes=group_nbytes, progress=progress)
 
 
@@ -79,22 +89,22 @@ def _deep_findings(chain: Chain, seen: _Seen, group_nbytes: int, progress: Progr
 class _Seen:
     """The parts of the chain that could be read."""
 
-    manifests: tuple[Manifest, ...]
+    headers: tuple[Header, ...]
     """Oldest first."""
     shortcuts: tuple[Shortcut, ...]
     ways: Ways
     kept: Kept
 
-    def kept_manifests(self) -> list[Manifest]:
-        return [m for m in self.manifests if m.version in self.kept.versions]
+    def kept_headers(self) -> list[Header]:
+        return [header for header in self.headers if header.version in self.kept.versions]
 
-    def objects(self) -> dict[str, tuple[StoredObject, str]]:
-        """Returns the objects that kept versions and shortcuts need, by key, with the key of what names them."""
-        found: dict[str, tuple[StoredObject, str]] = {}
+    def objects(self, chain: Chain, findings: list[Finding]) -> dict[str, NamedObject]:
+        """Returns the objects that kept versions and shortcuts need, by key."""
+        found: dict[str, NamedObject] = {}
         for shortcut in filter(self.kept.keeps_shortcut, self.shortcuts):
-            found |= {ref.key: (ref, shortcut.key) for ref in shortcut.payloads}
-        for manifest in self.kept_manifests():
-            found |= {ref.key: (ref, manifest.key) for ref in (*manifest.payloads, *manifest.assets)}
+            found |= {ref.key: NamedObject(ref.nbytes, shortcut.key) for ref in shortcut.payloads}
+        for header in self.kept_headers():
+            found |= named_objects(chain, header, findings)
         return found
 
     def replays(self, shortcut: Shortcut) -> bool:
@@ -102,9 +112,9 @@ class _Seen:
 
 
 def _look(chain: Chain, findings: list[Finding]) -> _Seen | None:
-    """Reads horizon, refs, records, manifests and shortcuts, each object once.
+    """Reads horizon, refs, records, headers and shortcuts, each object once.
 
-    What names versions is read before manifests, since a writer may add versions meanwhile.
+    What names versions is read before headers, since a writer may add versions meanwhile.
     """
     horizon = -1
     with noting(findings, "horizon", keys.HISTORY):
@@ -113,22 +123,22 @@ def _look(chain: Chain, findings: list[Finding]) -> _Seen | None:
         return None  # all other checks depend on the horizon
     refs = _refs(chain, findings)
     recorded = list(_recorded_versions(chain, findings))
-    manifests = tuple(_parsed_manifests(chain, findings))
+    headers = tuple(_parsed_headers(chain, findings))
     ways = Ways(chain)
-    shortcuts = tuple(_parsed_shortcuts(ways, manifests, findings))
-    findings += _history_findings(manifests, horizon)
-    findings += _pointer_findings(manifests, refs, recorded)
-    return _Seen(manifests, shortcuts, ways, _kept(chain, manifests, refs, ways, horizon, findings))
+    shortcuts = tuple(_parsed_shortcuts(ways, headers, findings))
+    findings += _history_findings(chain, headers, horizon)
+    findings += _pointer_findings(headers, refs, recorded)
+    return _Seen(headers, shortcuts, ways, _kept(chain, headers, refs, ways, horizon, findings))
 
 
 def _kept(
-    chain: Chain, manifests: Sequence[Manifest], refs: Sequence[Ref], ways: Ways, horizon: int, findings: list[Finding]
+    chain: Chain, headers: Sequence[Header], refs: Sequence[Ref], ways: Ways, horizon: int, findings: list[Finding]
 ) -> Kept:
-    kept = Kept(frozenset(m.version for m in manifests if m.version >= horizon))
+    kept = Kept(frozenset(header.version for header in headers if header.version >= horizon))
     if findings:
         return kept  # replay cannot be planned for a chain that cannot be read
     with noting(findings, "kept", chain.url):
-        kept = read_kept(chain, manifests, refs, ways, horizon)
+        kept = read_kept(chain, headers, refs, ways, horizon)
     findings += (Finding("unreachable", f"version {v}", str(error)) for v, error in kept.unreachable.items())
     return kept
 
@@ -150,7 +160,7 @@ def _recorded_versions(chain: Chain, findings: list[Finding]) -> Iterator[tuple[
             yield from [(kind, record["version"]) for record in read_records(chain, kind)]
 
 
-def _parsed_manifests(chain: Chain, findings: list[Finding]) -> Iterator[Manifest]:
+def _parsed_headers(chain: Chain, findings: list[Finding]) -> Iterator[Header]:
     for info in chain.store.list(keys.COMMITS):
         version = keys.version_of_commit(info.key)
         if version is None:
@@ -158,15 +168,15 @@ def _parsed_manifests(chain: Chain, findings: list[Finding]) -> Iterator[Manifes
             continue
         # A version behind the horizon may be collected meanwhile. A missing kept version is a finding further below.
         with noting(findings, "manifest", info.key), suppress(VersionNotFoundError):
-            yield chain.manifest(version)
+            yield chain.header(version)
 
 
-def _parsed_shortcuts(ways: Ways, manifests: Sequence[Manifest], findings: list[Finding]) -> Iterator[Shortcut]:
-    commit_ids = {m.version: m.commit_id for m in manifests}
-    for manifest in manifests:
-        for shortcut in ways.shortcuts_into(manifest.version):
+def _parsed_shortcuts(ways: Ways, headers: Sequence[Header], findings: list[Finding]) -> Iterator[Shortcut]:
+    commit_ids = {header.version: header.commit_id for header in headers}
+    for header in headers:
+        for shortcut in ways.shortcuts_into(header.version):
             base_id = commit_ids.get(-1 if shortcut.base_version is None else shortcut.base_version)
-            if shortcut.commit_id == manifest.commit_id and base_id in (None, shortcut.base_commit_id):
+            if shortcut.commit_id == header.commit_id and base_id in (None, shortcut.base_commit_id):
                 yield shortcut
             else:
                 message = "starts or ends at a commit that is not in the chain: readers ignore it"
@@ -176,58 +186,56 @@ def _parsed_shortcuts(ways: Ways, manifests: Sequence[Manifest], findings: list[
             raise passed_over
 
 
-def _history_findings(manifests: Sequence[Manifest], horizon: int) -> Iterator[Finding]:
-    by_version = {m.version: m for m in manifests}
-    tip = manifests[-1].version if manifests else None
+def _history_findings(chain: Chain, headers: Sequence[Header], horizon: int) -> Iterator[Finding]:
+    tip = headers[-1].version if headers else None
     if (tip is None and horizon > 0) or (tip is not None and horizon > tip):
         there = "the chain holds no version" if tip is None else f"the tip is {tip}"
         yield Finding("horizon", keys.HISTORY, f"keeps nothing before {horizon}: {there}")
-    kept = [horizon - 1, *(m.version for m in manifests if m.version >= horizon)]
+    kept = [horizon - 1, *(header.version for header in headers if header.version >= horizon)]
     for before, after in pairwise(kept):
         if after - before == 2:
             yield Finding("contiguous", keys.commit(before + 1), "is missing between kept versions")
         elif after - before > 2:
             message = f"is missing between kept versions, and so are those up to {after - 1}"
             yield Finding("contiguous", keys.commit(before + 1), message)
-    for commit_id, count in Counter(m.commit_id for m in manifests).items():
+    for commit_id, count in Counter(header.commit_id for header in headers).items():
         if count > 1:
             yield Finding("commit-id", commit_id, f"is in {count} manifests")
-    bases = [m.base_model for m in manifests if m.base_model is not None]
-    for manifest in manifests:
-        if bases and manifest.base_model not in (None, bases[0]):
-            yield Finding("base-model", manifest.key, "is an adapter of another base model than the chain's")
-    for manifest in manifests:
-        earlier = None if manifest.reverts_to is None else by_version.get(manifest.reverts_to)
-        if earlier is not None and earlier.digests != manifest.digests:
-            yield Finding("revert", manifest.key, f"is not the state of version {earlier.version}")
-        if len({payload.key for payload in manifest.payloads}) != len(manifest.payloads):
-            yield Finding("payload-keys", manifest.key, "names a payload twice")
+    bases = [header.base_model for header in headers if header.base_model is not None]
+    for header in headers:
+        if bases and header.base_model not in (None, bases[0]):
+            yield Finding("base-model", header.key, "is an adapter of another base model than the chain's")
+        if len({payload.key for payload in header.payloads}) != len(header.payloads):
+            yield Finding("payload-keys", header.key, "names a payload twice")
+    yield from _revert_findings(chain, headers)
 
 
-def _object_findings(chain: Chain, objects: Mapping[str, tuple[StoredObject, str]]) -> Iterator[Finding]:
-    """Compares sizes with a listing; an object that it lacks is asked for, since it may be newer."""
-    listed: dict[str, ObjectInfo] = {}
+def _revert_findings(chain: Chain, headers: Sequence[Header]) -> Iterator[Finding]:
+    by_version = {header.version: header for header in headers}
     findings: list[Finding] = []
-    for prefix in (keys.PAYLOADS, keys.ASSETS) if objects else ():
-        with noting(findings, "objects", prefix):
-            listed |= {info.key: info for info in chain.store.list(prefix)}
+    for header in headers:
+        earlier = None if header.reverts_to is None else by_version.get(header.reverts_to)
+        with noting(findings, "revert", header.key, header.key):
+            if earlier is not None and not _have_same_state(chain, earlier, header):
+                findings.append(Finding("revert", header.key, f"is not the state of version {earlier.version}"))
     yield from findings
-    for key, (ref, owner) in objects.items():
-        info = listed.get(key) or chain.store.head(key)
-        if info is None:
-            yield Finding("object-missing", key, f"{owner} needs it", owner)
-        elif info.nbytes != ref.nbytes:
-            yield Finding("object-size", key, f"has {info.nbytes} bytes, {owner} says {ref.nbytes}", owner)
+
+
+def _have_same_state(chain: Chain, one: Header, other: Header) -> bool:
+    """Compares the roots of two headers that name one layout; else the digests of all tensors."""
+    if isinstance(one, HeaderV2) and isinstance(other, HeaderV2) and one.layout == other.layout:
+        return one.root == other.root
+    return chain.digests(one.version) == chain.digests(other.version)
 
 
 def _pointer_findings(
-    manifests: Sequence[Manifest], refs: Sequence[Ref], recorded: Sequence[tuple[str, int]]
+    headers: Sequence[Header], refs: Sequence[Ref], recorded: Sequence[tuple[str, int]]
 ) -> Iterator[Finding]:
-    commit_ids = {m.version: m.commit_id for m in manifests}
+    commit_ids = {header.version: header.commit_id for header in headers}
     for ref in refs:
         if commit_ids.get(ref.version) != ref.commit_id:
             message = f"names version {ref.version}, commit {ref.commit_id}, which is missing"
             yield Finding("ref", ref.name, message, keys.ref(ref.name, ref.number))
     for kind, version in recorded:
-        if manifests and version > manifests[-1].version:
+        if headers and version > headers[-1].version:
             yield Finding("record", f"{kind}/{version}", "names a version that does not exist")

@@ -5,6 +5,7 @@ Works through a bounded group of tensors at a time. Fetched objects stay in a te
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,7 +23,7 @@ from weightline.errors import (
     TransientStorageError,
     UnsupportedFeatureError,
 )
-from weightline.format.manifest import Manifest
+from weightline.format.manifest import Header
 from weightline.format.shortcut import Shortcut
 
 Progress = Callable[[int, int], None]
@@ -57,42 +58,35 @@ def noting(findings: list[Finding], rule: str, subject: str, key: str | None = N
         findings.append(Finding(rule, subject, str(error)))
 
 
-def asset_findings(chain: Chain, manifests: Sequence[Manifest]) -> Iterator[Finding]:
-    """Yields a finding for each asset that is missing or whose bytes differ from the manifest's sha256."""
-    findings: list[Finding] = []
-    with fetching(chain.store, is_cached=False) as fetcher:
-        for asset in {asset.key: asset for manifest in manifests for asset in manifest.assets}.values():
-            with noting(findings, "asset", f"{asset.name} ({asset.key})"):
-                fetcher.fetch(asset)
-    yield from findings
-
-
 def replay_findings(
     chain: Chain,
-    manifests: Sequence[Manifest],
+    headers: Sequence[Header],
     shortcuts: Sequence[Shortcut],
     ways: Ways,
     *,
     group_nbytes: int,
     progress: Progress | None,
 ) -> Iterator[Finding]:
-    """Yields a finding for each hop into these versions that gives another state, or contradicts its manifest.
+    """Yields a finding for each hop into these versions that gives another state, or contradicts its header.
 
-    `manifests` come oldest first.
+    `headers` come oldest first.
     """
-    groups = list(tensor_groups(manifests[-1].specs.values(), group_nbytes))
+    groups = list(tensor_groups(chain.layout(headers[-1].version).specs, group_nbytes))
     findings: dict[str, Finding] = {}
+    into: defaultdict[int, list[Shortcut]] = defaultdict(list)
+    for shortcut in shortcuts:
+        into[shortcut.version].append(shortcut)
     with fetching(chain.store, is_cached=False) as fetcher:
         for number, names in enumerate(groups):
             walk = _Walk(chain, ways, fetcher, names)
-            for count, manifest in enumerate(manifests, 1):
-                walk.into(manifest, [s for s in shortcuts if s.version == manifest.version])
+            for count, header in enumerate(headers, 1):
+                walk.into(header, into[header.version])
                 if progress is not None:
-                    progress(number * len(manifests) + count, len(groups) * len(manifests))
+                    progress(number * len(headers) + count, len(groups) * len(headers))
             for finding in walk.findings:
                 findings.setdefault(finding.subject, finding)
         yield from findings.values()
-        paths: tuple[Manifest | Shortcut, ...] = (*manifests, *shortcuts)
+        paths: tuple[Header | Shortcut, ...] = (*headers, *shortcuts)
         for way in paths:
             if _subject(way) not in findings:
                 yield from _fact_findings(way, fetcher)
@@ -110,18 +104,18 @@ class _Walk:
     _state: HostState = field(default_factory=HostState)
     _unreached: set[int] = field(default_factory=set)
 
-    def into(self, manifest: Manifest, shortcuts: Sequence[Shortcut]) -> None:
+    def into(self, header: Header, shortcuts: Sequence[Shortcut]) -> None:
         """Replays the version's shortcuts on states of their own, then moves to the version by its own payloads."""
         for shortcut in shortcuts:
             with noting(self.findings, "replay", _subject(shortcut)):
                 self._try(hop_of_shortcut(shortcut))
-        if manifest.base_version in self._unreached:
-            self._unreached.add(manifest.version)  # the finding of its base is the cause
+        if header.base_version in self._unreached:
+            self._unreached.add(header.version)  # the finding of its base is the cause
             return
-        with noting(self.findings, "replay", _subject(manifest)):
-            self._move(manifest)
-        if self._state.version != manifest.version:
-            self._unreached.add(manifest.version)
+        with noting(self.findings, "replay", _subject(header)):
+            self._move(header)
+        if self._state.version != header.version:
+            self._unreached.add(header.version)
 
     def _try(self, hop: Hop) -> None:
         state = HostState()
@@ -133,26 +127,26 @@ class _Walk:
         with noting(self.findings, "replay", subject, hop.shortcut_key):
             apply_hop(self.chain, state, hop, self.fetcher, self._selects)
 
-    def _move(self, manifest: Manifest) -> None:
+    def _move(self, header: Header) -> None:
         """Moves the state to the version, by the cheapest path from nothing when the base is not kept.
 
         After an error the state has no version.
         """
-        own, state = hop_of(manifest), self._state
+        own, state = hop_of(header), self._state
         self._state = HostState()
         if own.base_version is None or own.base_version == state.version:
             apply_hop(self.chain, state, own, self.fetcher, self._selects)
         else:
             state = HostState()
-            advance_state(self.chain, state, manifest.version, self._selects, self.fetcher, self.ways)
+            advance_state(self.chain, state, header.version, self._selects, self.fetcher, self.ways)
         self._state = state
 
     def _selects(self, name: str) -> bool:
         return name in self.names
 
 
-def _fact_findings(way: Manifest | Shortcut, fetcher: Fetcher) -> Iterator[Finding]:
-    """Yields a finding when a manifest's kind, coding or count differs from its payloads'. Readers plan by them."""
+def _fact_findings(way: Header | Shortcut, fetcher: Fetcher) -> Iterator[Finding]:
+    """Yields a finding when a header's kind, coding or count differs from its payloads'. Readers plan by them."""
     findings: list[Finding] = []
     with noting(findings, "payload", _subject(way)):
         payloads = [fetcher.open(ref) for ref in way.payloads]
@@ -165,9 +159,9 @@ def _fact_findings(way: Manifest | Shortcut, fetcher: Fetcher) -> Iterator[Findi
     yield from findings
 
 
-def _contradiction(way: Manifest | Shortcut, says: str, has: str) -> Finding:
+def _contradiction(way: Header | Shortcut, says: str, has: str) -> Finding:
     return Finding("payload-facts", way.key, f"says {says}, its payloads: {has}")
 
 
-def _subject(way: Manifest | Shortcut) -> str:
+def _subject(way: Header | Shortcut) -> str:
     return f"version {way.version} from {'nothing' if way.base_version is None else f'version {way.base_version}'}"

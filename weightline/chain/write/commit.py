@@ -1,4 +1,4 @@
-"""Commits a version by one create-only put of its manifest, after its signature. SPEC "Commit", "Signatures".
+"""Commits a version by one create-only put of its header, after its signature. SPEC "Commit", "Signatures".
 
 A signature is an object of its own, written before the object that it signs. So the commit stays one create-only put,
 and a reader without trusted keys reads no signatures.
@@ -12,15 +12,18 @@ import tempfile
 from pathlib import Path
 
 from weightline.chain.read.history import Chain
+from weightline.chain.write.version import NewVersion, format_of_next, put_contents
 from weightline.errors import (
     CommitConflictError,
     InputError,
+    ManifestError,
     ObjectExistsError,
     StorageError,
 )
 from weightline.format import keys
-from weightline.format.documents import MAX_MANIFEST_NBYTES
-from weightline.format.manifest import Manifest
+from weightline.format.documents import MAX_HEADER_NBYTES, MAX_MANIFEST_NBYTES
+from weightline.format.header import HeaderV2
+from weightline.format.manifest import FORMAT_1, Header, Manifest
 from weightline.format.shortcut import Shortcut
 from weightline.format.signature import Signer, signer_from_environment
 from weightline.store import Store
@@ -31,38 +34,64 @@ def new_commit_id() -> str:
     return secrets.token_hex(16)
 
 
-def commit_manifest(chain: Chain, manifest: Manifest) -> None:
-    """Commits the version by a create-only put. Its payloads must be uploaded already.
+def commit_manifest(chain: Chain, manifest: Manifest, *, written_as: str | None = None) -> Manifest:
+    """Commits the version that a manifest describes, in the format in which the chain goes on: see `commit_version`.
 
-    The manifest is signed first if this process has a signing key. Safe to repeat with the same manifest: an earlier
-    attempt whose reply was lost is recognized by its commit_id. CommitConflictError names the winner when another
-    writer committed the version. A crash before the put leaves orphaned payloads, which gc removes; a crash after it
-    leaves a committed version.
+    Returns the manifest as readers will find it.
     """
-    body = manifest.to_bytes()
-    if len(body) > MAX_MANIFEST_NBYTES:
+    header = commit_version(chain, NewVersion.of(manifest), written_as=written_as)
+    return chain.manifest(header.version) if isinstance(header, HeaderV2) else manifest
+
+
+def commit_version(chain: Chain, new: NewVersion, *, written_as: str | None = None) -> Header:
+    """Commits the version by a create-only put of its header, and returns that. Its payloads must be uploaded already.
+
+    What the header names besides payloads is put before it. The header is signed first if this process has a signing
+    key. `written_as`: the format; None for that in which the chain goes on.
+
+    Safe to repeat with the same version: an earlier attempt whose reply was lost is recognized by its commit_id.
+    CommitConflictError names the winner when another writer committed the version. A crash before the put leaves
+    orphans, which gc removes; a crash after it leaves a committed version.
+    """
+    version = new.facts.version
+    base = _base_of(chain, version) if version > 0 else None
+    header, body = _written(chain, new, base, written_as or format_of_next(chain, base))
+    if len(body) > (MAX_HEADER_NBYTES if isinstance(header, HeaderV2) else MAX_MANIFEST_NBYTES):
         raise InputError(
-            f"version {manifest.version} cannot be committed: its manifest of {len(body)} bytes exceeds the "
-            f"{MAX_MANIFEST_NBYTES} that readers accept",
-            version=manifest.version,
+            f"version {version} cannot be committed: its header of {len(body)} bytes exceeds what readers accept",
+            version=version,
         )
-    if manifest.version > 0:
-        _require_base(chain, manifest)
     try:
-        put_signed(chain.store, manifest.key, body)
+        put_signed(chain.store, header.key, body)
     except ObjectExistsError as error:
-        winner = chain.manifest(manifest.version)
-        if winner.commit_id != manifest.commit_id:
-            is_same_run = winner.run_id == manifest.run_id
+        winner = chain.header(version)
+        if winner.commit_id != header.commit_id:
+            is_same_run = winner.run_id == header.run_id
             writer = "an earlier attempt of this run, or another writer" if is_same_run else "another writer"
             raise CommitConflictError(
-                f"version {manifest.version} of {chain.url} was committed by {writer} (run {winner.run_id!r}, "
-                f"commit {winner.commit_id}): start again from that version, or commit to a chain of your own",
-                version=manifest.version,
-                commit_id=manifest.commit_id,
+                f"version {version} of {chain.url} was committed by {writer} (run {winner.run_id!r}, commit "
+                f"{winner.commit_id}): start again from that version, or commit to a chain of your own",
+                version=version,
+                commit_id=header.commit_id,
                 winner=winner.commit_id,
             ) from error
-    _hint_tip(chain, manifest.version)
+    chain.keep_header(header)
+    _hint_tip(chain, version)
+    return header
+
+
+def _written(chain: Chain, new: NewVersion, base: Header | None, written_as: str) -> tuple[Header, bytes]:
+    """Returns the header and the bytes of its object. InputError for facts that contradict each other."""
+    try:
+        if written_as == FORMAT_1:
+            manifest = new.manifest()
+            return manifest.header, manifest.to_bytes()
+        header = put_contents(chain, new, base)
+        return header, header.to_bytes()
+    except (ValueError, ManifestError) as error:
+        raise InputError(
+            f"version {new.facts.version} cannot be committed: {error}", version=new.facts.version
+        ) from error
 
 
 def put_shortcut(chain: Chain, shortcut: Shortcut) -> Shortcut:
@@ -74,13 +103,13 @@ def put_shortcut(chain: Chain, shortcut: Shortcut) -> Shortcut:
     return shortcut
 
 
-def _require_base(chain: Chain, manifest: Manifest) -> None:
-    """Raises InputError for a version whose predecessor does not exist, since versions are contiguous."""
-    if chain.store.head(keys.commit(manifest.version - 1)) is None:
+def _base_of(chain: Chain, version: int) -> Header:
+    """Returns the header of the version before. InputError when it does not exist, since versions are contiguous."""
+    if chain.store.head(keys.commit(version - 1)) is None:
         raise InputError(
-            f"version {manifest.version} cannot be committed: {chain.url} has no version {manifest.version - 1}",
-            version=manifest.version,
+            f"version {version} cannot be committed: {chain.url} has no version {version - 1}", version=version
         )
+    return chain.header(version - 1)
 
 
 def _hint_tip(chain: Chain, version: int) -> None:

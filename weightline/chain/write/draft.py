@@ -17,22 +17,23 @@ from typing import Literal
 from pydantic import ValidationError
 
 from weightline.chain.write.commit import new_commit_id
+from weightline.chain.write.version import NewVersion
 from weightline.codec.anchor import ANCHOR_CODING
-from weightline.codec.digest import format_digest
 from weightline.errors import InputError
 from weightline.format import keys
 from weightline.format.documents import MAX_LABEL_LENGTH, MAX_NOTE_LENGTH, require_text
 from weightline.format.manifest import (
     AdapterBase,
     AssetRef,
+    Header,
     Manifest,
     Origin,
     PayloadRef,
-    TensorState,
-    features_of,
     utc_now,
 )
 from weightline.format.shortcut import Shortcut
+from weightline.format.state_digests import StateDigests
+from weightline.format.tensor_layout import Layout
 from weightline.store import Store
 from weightline.store.open import is_remote
 from weightline.types import TensorSpec
@@ -95,21 +96,30 @@ class Draft:
 
         InputError for facts that contradict each other, and for those that no reader would accept.
         """
+        state = StateDigests.of(Layout.of(specs.values()), digests)
+        with self._naming_fields():
+            return self.new_version(author, state, world_size=world_size).manifest()
+
+    def new_version(self, author: Authorship, digests: StateDigests, *, world_size: int) -> NewVersion:
+        """Returns the version, once its payloads are up. `digests` of its whole state. Raises as `manifest` does."""
+        with self._naming_fields():
+            facts = self._facts(author, digests.layout, world_size)
+        return NewVersion(facts, digests, author.assets, author.provenance)
+
+    @contextmanager
+    def _naming_fields(self) -> Iterator[None]:
         try:
-            return self._manifest(author, specs, digests, world_size)
+            yield
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
             name = ".".join(str(part) for part in first["loc"]) or "manifest"
             message = f"version {self.version} cannot be committed: {name}: {first['msg']}"
             raise InputError(message, field=name) from error
 
-    def _manifest(
-        self, author: Authorship, specs: Mapping[str, TensorSpec], digests: Mapping[str, int], world_size: int
-    ) -> Manifest:
+    def _facts(self, author: Authorship, layout: Layout, world_size: int) -> Header:
         is_anchor = author.kind == "anchor"
-        num_elements = sum(spec.num_elements for spec in specs.values())
-        return Manifest(
-            features=features_of(specs.values(), author.assets),
+        return Header(
+            format="",
             version=self.version,
             base_version=None if is_anchor else self.version - 1,
             kind=author.kind,
@@ -124,21 +134,15 @@ class Draft:
             is_milestone=author.is_milestone,
             coding=ANCHOR_CODING if is_anchor else author.coding,
             world_size=world_size,
-            num_changed=num_elements if is_anchor else self.num_changed,
-            num_elements=num_elements,
+            num_changed=layout.num_elements if is_anchor else self.num_changed,
+            num_elements=layout.num_elements,
             payload_nbytes=self._payload_nbytes,
-            full_nbytes=sum(spec.nbytes for spec in specs.values()),
+            full_nbytes=layout.nbytes,
             payloads=tuple(self.payloads),
-            assets=author.assets,
-            tensors={
-                name: TensorState(dtype=spec.dtype, shape=spec.shape, digest=format_digest(digests[name]))
-                for name, spec in specs.items()
-            },
             metrics=author.metrics,
-            provenance=author.provenance,
         )
 
-    def shortcut(self, version: Manifest, base: Manifest | None, coding: str) -> Shortcut:
+    def shortcut(self, version: Header, base: Header | None, coding: str) -> Shortcut:
         """Builds the shortcut to a committed version, once all payloads are added. Without `base` it is an anchor."""
         return Shortcut(
             version=version.version,

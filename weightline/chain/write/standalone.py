@@ -6,7 +6,7 @@ One process works through a bounded group of tensors at a time; each group is a 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -136,8 +136,7 @@ def commit_source(chain: Chain, source: WeightSource, author: Authorship) -> Man
             draft.add(rank, info.nbytes, info.sha256, info.num_changed)
     manifest = draft.manifest(author, source.specs, digests, world_size=max(1, len(draft.payloads)))
     _check_revert(chain, manifest)
-    commit_manifest(chain, manifest)
-    return manifest
+    return commit_manifest(chain, manifest)
 
 
 def _anchor_parts(
@@ -158,7 +157,7 @@ def _changes_to(source: WeightSource, old: HostState, ranked: bool) -> list[Chan
     return list(capture_tensors(specs, old.bits, source.read(old.specs), ranked=ranked))
 
 
-def _digests_after(before: dict[str, int], changes: list[Changes]) -> dict[str, int]:
+def _digests_after(before: Mapping[str, int], changes: list[Changes]) -> dict[str, int]:
     after = dict(before)
     for change in changes:
         name = change.segment.tensor.name

@@ -64,7 +64,7 @@ def publish_version(chain: Chain, version: int, source_dir: Path, *, is_full: bo
     folder = version_folder(source_dir, version)
     if folder.exists():
         return folder
-    chain.manifest(version)
+    chain.header(version)
     source_dir.mkdir(parents=True, exist_ok=True)
     draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=source_dir))
     is_published = False
@@ -88,7 +88,7 @@ def publish_up_to(chain: Chain, version: int, source_dir: Path, *, is_full: bool
     After versions that are missing in the chain, the next one is published in full: a reader starts again from there.
     Safe to repeat.
     """
-    chain.manifest(version)
+    chain.header(version)
     newest = newest_published(source_dir)
     for number in chain.versions(0 if newest is None else newest + 1, version):
         yield publish_version(chain, number, source_dir, is_full=is_full)
@@ -104,14 +104,14 @@ def _can_be_patched(chain: Chain, base: int, version: int, source_dir: Path) -> 
     """Returns whether the base is published and has the same tensors and small files as the version."""
     if not version_folder(source_dir, base).exists() or not chain.versions(base, base):
         return False
-    has_same_tensors = chain.manifest(base).specs == chain.manifest(version).specs
+    has_same_tensors = chain.layout(base) == chain.layout(version)
     return has_same_tensors and have_same_meaning(chain.store, assets_of(chain, base), assets_of(chain, version))
 
 
 def _write_delta(chain: Chain, version: int, folder: Path) -> None:
     weight_map: dict[str, str] = {}
     with fetching(chain.store) as fetcher:
-        groups = tensor_groups(chain.manifest(version).specs.values())
+        groups = tensor_groups(chain.layout(version).specs)
         for number, names in enumerate(groups):
             differences, checksums = _differences(chain, version, names, fetcher)
             if not differences:

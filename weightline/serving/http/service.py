@@ -164,7 +164,7 @@ class ReplicaService:
         if version >= tip:
             return 0.0
         try:
-            created_at = parse_time(self.replica.chain.manifest(version + 1).created_at)
+            created_at = parse_time(self.replica.chain.header(version + 1).created_at)
         except WeightlineError as error:
             _log.info("the lag of replica %s is unknown: %s", self.replica.name, error)
         except Exception:  # noqa: BLE001 - logged with its traceback

@@ -21,8 +21,10 @@ from weightline.chain.replay.state import OverlaidState, ReplayState, check_dige
 from weightline.codec.capture import capture_tensors
 from weightline.codec.digest import add_digests
 from weightline.errors import BaseMismatchError, DigestMismatchError, VersionNotFoundError
-from weightline.format.manifest import Manifest
+from weightline.format.manifest import Header
 from weightline.format.payload import Payload
+from weightline.format.state_digests import StateDigests
+from weightline.format.tensor_layout import Layout
 from weightline.serving.engines.base import Decoding, Engine
 from weightline.types import BitsArray, Changes, Segment, TensorSpec
 
@@ -33,7 +35,7 @@ class Held:
 
     version: int
     commit_id: str
-    digests: dict[str, int]
+    digests: StateDigests
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,15 +49,15 @@ class PrepareSeconds:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PreparedDelta:
-    """Decoded changes from `held` to the version. The digests after them were checked against the manifest.
+    """Decoded changes from `held` to the version. The digests after them were checked against the header.
 
     changes: those of each tensor, or the engine's own decoding, which it keeps. Call `discard` after use.
     """
 
     held: Held
-    manifest: Manifest
+    header: Header
     changes: tuple[Changes, ...] | Decoding
-    digests: dict[str, int]
+    digests: StateDigests
     payload_nbytes: int
     seconds: PrepareSeconds = PrepareSeconds()
 
@@ -84,14 +86,14 @@ class PreparedLoad:
     """
 
     held: Held | None
-    manifest: Manifest
+    header: Header
     folder: Path
     payload_nbytes: int
     seconds: PrepareSeconds = PrepareSeconds()
 
     @property
     def num_changed(self) -> int:
-        return self.manifest.num_elements
+        return self.header.num_elements
 
     def discard(self) -> None:
         """Removes the folder. Safe to repeat."""
@@ -113,7 +115,7 @@ def prepare_load(chain: Chain, version: int, state_dir: Path, held: Held | None 
     """Writes the version as a checkpoint below `state_dir`. A crash leaves a folder for `remove_leftovers`."""
     plan = plan_between(chain, None, version)
     folder = Path(tempfile.mkdtemp(prefix=_LOADING, dir=state_dir))
-    prepared = PreparedLoad(held, chain.manifest(version), folder, plan.payload_nbytes)
+    prepared = PreparedLoad(held, chain.header(version), folder, plan.payload_nbytes)
     is_written = False
     try:
         write_checkpoint(chain, version, folder)
@@ -130,7 +132,7 @@ class EngineState(ReplayState):
 
     version: int
     specs: dict[str, TensorSpec]
-    digests: dict[str, int]
+    digests: StateDigests
     decoding: Decoding
 
     def apply_payloads(
@@ -152,22 +154,22 @@ def prepare_delta(chain: Chain, version: int, held: Held, engine: Engine) -> Pre
     when an object, or the resulting state, differs from the manifests.
     """
     check_base(chain, held)
-    manifest = chain.manifest(version)
+    header, layout = chain.header(version), chain.layout(version)
     started, base = time.perf_counter(), _TimedBase(engine)
     with fetching(chain.store) as fetcher, ExitStack() as after_error:
 
         def begin() -> EngineState | OverlaidState:
             decoding = engine.begin_decoding()
             if decoding is None:
-                return OverlaidState(held.version, manifest.specs, dict(held.digests), base.read_segment)
+                return OverlaidState(held.version, layout.by_name, held.digests.copy(), base.read_segment)
             after_error.callback(decoding.discard)
-            return EngineState(held.version, manifest.specs, dict(held.digests), decoding)
+            return EngineState(held.version, layout.by_name, held.digests.copy(), decoding)
 
         changes: tuple[Changes, ...] | Decoding
         pending, plan = replay(chain, begin, version, fetcher)
-        digests = pending.digests
+        digests = StateDigests.of(layout, pending.digests)
         if plan.hops and plan.hops[0].base_version is None:
-            changes, digests = _from_anchor(chain, manifest, base.read, fetcher)
+            changes, digests = _from_anchor(chain, version, layout, base.read, fetcher)
         elif isinstance(pending, EngineState):
             changes = pending.decoding
             after_error.pop_all()
@@ -175,7 +177,7 @@ def prepare_delta(chain: Chain, version: int, held: Held, engine: Engine) -> Pre
             changes = tuple(one for one in pending.changes.values() if one.num_changed)
         spent = time.perf_counter() - started
         seconds = PrepareSeconds(fetcher.seconds, base.seconds, max(0.0, spent - fetcher.seconds - base.seconds))
-    return PreparedDelta(held, manifest, changes, digests, plan.payload_nbytes, seconds)
+    return PreparedDelta(held, header, changes, digests, plan.payload_nbytes, seconds)
 
 
 class _TimedBase:
@@ -198,21 +200,22 @@ class _TimedBase:
 
 def fits_in_place(chain: Chain, version: int, held: Held) -> bool:
     """Returns whether the version has the same tensors and small files (config, tokenizer) as the held one."""
-    if chain.manifest(held.version).specs != chain.manifest(version).specs:
+    if chain.layout(held.version) != chain.layout(version):
         return False
     return have_same_meaning(chain.store, assets_of(chain, held.version), assets_of(chain, version))
 
 
 def check_base(chain: Chain, held: Held) -> None:
     """Compares the held version with the bucket's, by commit and by every digest. Reads the bucket, not the cache."""
+    present = chain.reopened()
     try:
-        base = Chain(chain.store, chain.trusted).manifest(held.version)
+        base = present.header(held.version)
     except VersionNotFoundError as error:
         raise _base_mismatch(chain, held, "that version is gone") from error
     if base.commit_id != held.commit_id:
         raise _base_mismatch(chain, held, f"the chain has commit {base.commit_id}, the replica {held.commit_id}")
     try:
-        check_digests(held.digests, base)
+        check_digests(held.digests, present, held.version)
     except DigestMismatchError as error:
         raise _base_mismatch(chain, held, f"the digest of tensor {error.facts['what']} differs") from error
 
@@ -226,17 +229,18 @@ def _base_mismatch(chain: Chain, held: Held, why: str) -> BaseMismatchError:
 
 
 def _from_anchor(
-    chain: Chain, manifest: Manifest, read_bits: Callable[[str], BitsArray], fetcher: Fetcher
-) -> tuple[tuple[Changes, ...], dict[str, int]]:
+    chain: Chain, version: int, layout: Layout, read_bits: Callable[[str], BitsArray], fetcher: Fetcher
+) -> tuple[tuple[Changes, ...], StateDigests]:
     """Returns the changes that lead to the version, and its digests.
 
     Builds the version from an anchor, a group of tensors at a time, and compares it with the engine's weights.
     """
     changes: list[Changes] = []
-    digests: dict[str, int] = {}
-    for names in tensor_groups(manifest.specs.values()):
-        state = read_state(chain, manifest.version, names.__contains__, fetcher)
+    digests = StateDigests.zeros(layout)
+    for names in tensor_groups(layout.specs):
+        state = read_state(chain, version, names.__contains__, fetcher)
         held_bits = {name: read_bits(name) for name in state.specs}
         changes += capture_tensors(state.specs.values(), held_bits, state.bits)
-        digests |= state.digests
+        for name in state.digests:
+            digests[name] = state.digests[name]
     return tuple(changes), digests

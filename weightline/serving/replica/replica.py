@@ -20,7 +20,8 @@ from weightline.chain.files.meaning import meaning_of_asset
 from weightline.chain.replay.state import check_digests
 from weightline.errors import ApplyError, BaseMismatchError, InputError, WeightlineError
 from weightline.format.keys import checked_name
-from weightline.format.manifest import Manifest, utc_now
+from weightline.format.manifest import utc_now
+from weightline.format.state_digests import StateDigests
 from weightline.serving.engines.base import Engine
 from weightline.serving.replica.prepare import (
     Held,
@@ -119,7 +120,7 @@ class Replica:
         """
         with self._refreshing, self._remembering_errors():
             started = time.perf_counter()
-            wanted = self.chain.tip().version if version is None else self.chain.manifest(version).version
+            wanted = self.chain.tip_header().version if version is None else self.chain.header(version).version
             held = self._held
             if held is not None and (wanted == held.version or (wanted < held.version and not allow_backward)):
                 check_base(self.chain, held)
@@ -182,8 +183,8 @@ class Replica:
         is_kept = isinstance(prepared, PreparedLoad) or prepared.is_kept
         if prepared.held is not self._held or not is_kept:
             raise BaseMismatchError(
-                f"version {prepared.manifest.version} was prepared for another state of the engine: prepare it again",
-                version=prepared.manifest.version,
+                f"version {prepared.header.version} was prepared for another state of the engine: prepare it again",
+                version=prepared.header.version,
             )
 
     def _stage(self, prepared: Prepared) -> None:
@@ -222,12 +223,12 @@ class Replica:
                     self._hold(prepared.held, served_at)
 
     def _write(self, prepared: Prepared) -> Held:
-        manifest = prepared.manifest
+        header = prepared.header
         if isinstance(prepared, PreparedLoad):
             self.engine.load(prepared.folder)
-            return Held(manifest.version, manifest.commit_id, prove_weights(self.engine, manifest))
+            return Held(header.version, header.commit_id, prove_weights(self.engine, self.chain, header.version))
         self.engine.write_staged()
-        return Held(manifest.version, manifest.commit_id, prepared.digests)
+        return Held(header.version, header.commit_id, prepared.digests)
 
     def _load_again(self, lost: Held) -> None:
         """Loads the previous version into a torn engine again, from the chain. ApplyError when that fails as well."""
@@ -246,7 +247,7 @@ class Replica:
 
     def _withdraw(self, prepared: Prepared) -> None:
         held = prepared.held
-        self._put_mark("moving", held, moving_to=prepared.manifest.version)
+        self._put_mark("moving", held, moving_to=prepared.header.version)
         self.engine.set_version(None)
 
     def _hold(self, held: Held, served_at: str | None) -> None:
@@ -307,20 +308,19 @@ class Replica:
         self._last_error = None
 
 
-def prove_weights(engine: Engine, manifest: Manifest) -> dict[str, int]:
-    """Compares the digests of the engine's memory with the manifest's; returns them. Time grows with the model.
+def prove_weights(engine: Engine, chain: Chain, version: int) -> StateDigests:
+    """Compares the digests of the engine's memory with the version's; returns them. Time grows with the model.
 
-    ApplyError when the engine does not hold the manifest's tensors as they are; DigestMismatchError when bits differ.
+    ApplyError when the engine does not hold the version's tensors as they are; DigestMismatchError when bits differ.
     """
-    specs = engine.specs()
-    for name, spec in manifest.specs.items():
-        if specs.get(name) != spec:
+    specs, layout = engine.specs(), chain.layout(version)
+    for spec in layout.specs:
+        if specs.get(spec.name) != spec:
             raise ApplyError(
-                f"{engine.name} holds {specs.get(name)} where version {manifest.version} has {spec}: an engine that "
+                f"{engine.name} holds {specs.get(spec.name)} where version {version} has {spec}: an engine that "
                 "renames, casts or fuses the model's tensors cannot be refreshed in place",
-                version=manifest.version, engine=engine.name, tensor=name,
+                version=version, engine=engine.name, tensor=spec.name,
             )  # fmt: skip
-    read = engine.read_digests()
-    digests = {name: read[name] for name in manifest.specs}
-    check_digests(digests, manifest)
+    digests = StateDigests.of(layout, engine.read_digests())
+    check_digests(digests, chain, version)
     return digests

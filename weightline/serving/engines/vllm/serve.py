@@ -27,7 +27,7 @@ from weightline.chain.replay.fetch import fetching
 from weightline.dtypes import DTYPES
 from weightline.errors import InputError, UnsupportedFeatureError
 from weightline.files import copy_file
-from weightline.format.manifest import Manifest
+from weightline.format.tensor_layout import Layout
 from weightline.serving.engines.vllm.features import SERVER, require
 from weightline.serving.engines.vllm.wire import WORKER_EXTENSION
 from weightline.serving.http.auth import load_token
@@ -77,18 +77,18 @@ def serve_vllm(model: str, settings: ServerSettings, vllm_args: Sequence[str] = 
         # vLLM takes a minute to start, so a name in use is refused before that.
         require_free_name(chain, settings.name, settings.state_dir)
         first = _first_version(chain, settings.state_dir)
-        folder = fetch_model_folder(chain, first.version, settings.state_dir / "model", fallback=Path(model))
+        folder = fetch_model_folder(chain, first, settings.state_dir / "model", fallback=Path(model))
         given = VllmSettings(server=replace(settings, port=port), model_folder=str(folder))
         os.environ[SETTINGS_VARIABLE] = given.model_dump_json()
         write_address(settings, port)
         try:
-            run_vllm(vllm_argv(model, folder, first, given.server, vllm_args))
+            run_vllm(vllm_argv(model, folder, chain.layout(first), given.server, vllm_args))
         finally:
             (settings.state_dir / ADDRESS_FILE).unlink(missing_ok=True)
 
 
 def vllm_argv(
-    model: str, folder: Path, first: Manifest, settings: ServerSettings, vllm_args: Sequence[str]
+    model: str, folder: Path, layout: Layout, settings: ServerSettings, vllm_args: Sequence[str]
 ) -> list[str]:
     """Returns the arguments of `vllm`. Pure.
 
@@ -96,7 +96,7 @@ def vllm_argv(
     """
     argv = ["serve", str(folder), "--served-model-name", model, "--host", settings.host, "--port", str(settings.port)]
     argv += ["--load-format", "dummy", "--worker-extension-cls", WORKER_EXTENSION, "--middleware", MIDDLEWARE]
-    dtypes = {spec.dtype for spec in first.specs.values() if spec.dtype in _DTYPES}
+    dtypes = {spec.dtype for spec in layout.specs if spec.dtype in _DTYPES}
     if len(dtypes) == 1 and not _is_given("--dtype", vllm_args):
         argv += ["--dtype", DTYPES[dtypes.pop()].torch_name]
     # For rollouts: the route that names the version of each token, and logprobs of the distribution that is drawn from.
@@ -186,15 +186,15 @@ def _let_vllm_find_its_version() -> None:
         sys.meta_path.append(_CpuBuildFinder(_CpuBuild(importlib.metadata.distribution(names[0]))))
 
 
-def _first_version(chain: Chain, state_dir: Path, poll_seconds: float = 1.0) -> Manifest:
+def _first_version(chain: Chain, state_dir: Path, poll_seconds: float = 1.0) -> int:
     """Returns the version whose config vLLM is started with: the mark's, or the tip, once there is one."""
     mark = read_mark(state_dir)
     if mark is not None and mark.chain == chain.url and mark.return_to in chain.versions():
-        return chain.manifest(mark.return_to)
+        return mark.return_to
     warn_if_empty(chain)
     while (tip := chain.tip_version()) is None:
         time.sleep(poll_seconds)
-    return chain.manifest(tip)
+    return tip
 
 
 def _free_port(host: str) -> int:
