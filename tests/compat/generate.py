@@ -10,6 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 
@@ -23,7 +25,10 @@ from weightline.chain.read.refs import move_ref
 from weightline.chain.replay.state import HostState, read_state
 from weightline.chain.upkeep.compact import CompactionPlan, write_compaction
 from weightline.chain.upkeep.retention import expire_before
+from weightline.chain.write import version as version_module
 from weightline.chain.write.standalone import commit_folder, commit_revert
+from weightline.chain.write.version import mark_upgraded
+from weightline.format.manifest import FORMAT_1, FORMAT_2
 from weightline.store.local import LocalStore
 from weightline.types import BitsArray
 
@@ -63,6 +68,41 @@ def mx_tensors(number: int) -> dict[str, tuple[str, tuple[int, int], bytes]]:
         "mlp.scales": ("F8_E8M0", (32, 1), scales.tobytes()),
         "norm.weight": ("BF16", (4, 8), weight.tobytes()),
     }
+
+
+@contextmanager
+def _new_chains_in(written_as: str) -> Iterator[None]:
+    before = version_module.NEW_CHAINS
+    version_module.NEW_CHAINS = written_as  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        version_module.NEW_CHAINS = before
+
+
+def written_in(written_as: str, write: Callable[[Path], Chain]) -> Callable[[Path], Chain]:
+    """Writes a chain in one of the formats."""
+
+    def write_in(folder: Path) -> Chain:
+        with _new_chains_in(written_as):
+            return write(folder)
+
+    return write_in
+
+
+def write_upgraded_chain(folder: Path) -> Chain:
+    """A chain that began in format 1 and went on in format 2 from version 2 on."""
+    chain = Chain(LocalStore(folder))
+    first, *others = states()
+    with _new_chains_in(FORMAT_1):
+        commit_state(chain, first, is_milestone=True)
+    before = first
+    for number, state in enumerate(others):
+        if number == 1:
+            mark_upgraded(chain)
+        commit_state(chain, state, before, stage="grpo" if number > 1 else "sft", provenance={"host": "h"})
+        before = state
+    return _with_refs(chain)
 
 
 def write_chain(folder: Path) -> Chain:
@@ -115,7 +155,13 @@ def _with_refs(chain: Chain) -> Chain:
 
 
 #: Name of a fixture's folder -> what writes it.
-GENERATORS = {"chain-v1-by-0.1.0": write_chain, "chain-v1-mx": write_mx_chain}
+GENERATORS = {
+    "chain-v1-by-0.1.0": written_in(FORMAT_1, write_chain),
+    "chain-v1-mx": written_in(FORMAT_1, write_mx_chain),
+    "chain-v2": written_in(FORMAT_2, write_chain),
+    "chain-v2-mx": written_in(FORMAT_2, write_mx_chain),
+    "chain-v2-upgraded": write_upgraded_chain,
+}
 
 
 def expected(chain: Chain) -> dict[str, object]:
