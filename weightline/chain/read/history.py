@@ -11,7 +11,7 @@ from pathlib import PurePosixPath
 from urllib.parse import unquote, urlsplit
 
 from weightline.chain.read.contents import Contents
-from weightline.chain.read.version_reader import VersionReader
+from weightline.chain.read.version_reader import MAX_HEADERS_NBYTES, VersionReader
 from weightline.errors import (
     ChainEmptyError,
     CorruptError,
@@ -42,8 +42,15 @@ class Chain(VersionReader):
     or shortcut that none of those keys signed is refused (SignatureError) before it is parsed.
     """
 
-    def __init__(self, store: Store, trusted: TrustedKeys | None = None, contents: Contents | None = None) -> None:
-        super().__init__(store, trusted, contents)
+    def __init__(
+        self,
+        store: Store,
+        trusted: TrustedKeys | None = None,
+        contents: Contents | None = None,
+        *,
+        max_headers_nbytes: int = MAX_HEADERS_NBYTES,
+    ) -> None:
+        super().__init__(store, trusted, contents, max_headers_nbytes=max_headers_nbytes)
         self.horizons: dict[str, int] = {}
         """The horizon that each record of it states, by key: records are immutable, so each is fetched once."""
         self.assets: dict[int, tuple[AssetRef, ...]] = {}

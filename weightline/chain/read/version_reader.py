@@ -33,7 +33,7 @@ from weightline.format.tensor_layout import Layout
 from weightline.store import Store
 
 #: Bytes of memory of all headers that a chain keeps, and about how many one takes beside its texts.
-_MAX_HEADERS_NBYTES = 1 << 23
+MAX_HEADERS_NBYTES = 1 << 23
 _HEADER_NBYTES = 6144
 _PAYLOAD_NBYTES = 1024
 _METRIC_NBYTES = 128
@@ -46,12 +46,20 @@ class VersionReader(ABC):
     (SignatureError) before it is parsed.
     """
 
-    def __init__(self, store: Store, trusted: TrustedKeys | None = None, contents: Contents | None = None) -> None:
+    def __init__(
+        self,
+        store: Store,
+        trusted: TrustedKeys | None = None,
+        contents: Contents | None = None,
+        *,
+        max_headers_nbytes: int = MAX_HEADERS_NBYTES,
+    ) -> None:
+        """`max_headers_nbytes`: bound of the cache of headers, for an operation that holds all of them anyway."""
         self.store = store
         self.trusted = trusted
         self.contents = contents or Contents(store)
         """The shared objects that headers name."""
-        self._headers = BoundedCache(_MAX_HEADERS_NBYTES)
+        self._headers = BoundedCache(max_headers_nbytes)
         self._newest_layout: Layout | None = None
         """Of the manifest of format 1 that was read last: the next one mostly has an equal layout, and shares it."""
 

@@ -35,6 +35,10 @@ from weightline.format.shortcut import Shortcut
 __all__ = ["Finding", "VerifyReport", "verify_chain"]
 
 
+#: No bound: a verification holds all headers from its beginning to its end.
+_ALL_HEADERS_NBYTES = 1 << 40
+
+
 @dataclass(frozen=True, slots=True)
 class VerifyReport:
     """The extent and the findings of a verification."""
@@ -61,6 +65,8 @@ def verify_chain(
     Nothing is replayed when headers, objects or refs already have findings.
     """
     findings: list[Finding] = []
+    # It reads what the bucket holds now, not what this process has read before, and each header once.
+    chain = Chain(chain.store, chain.trusted, max_headers_nbytes=_ALL_HEADERS_NBYTES)
     seen = _look(chain, findings)
     num_versions = num_shortcuts = num_objects = 0
     if seen is not None:
