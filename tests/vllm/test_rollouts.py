@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -166,6 +167,19 @@ def test_each_token_of_an_answer_that_straddles_a_refresh_has_the_weights_of_its
             assert end - start < 8 or all(_furthest(logprobs[start:end], other) > 1e-3 for other in others)
 
 
+def _wait_until_it_generates(server: Serving) -> None:
+    """A refresh of a small model takes less time than the way of a request into vLLM."""
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while time.monotonic() < deadline:
+        shown = httpx.get(f"{server.url}/metrics", timeout=PATIENCE_SECONDS, trust_env=False).text
+        if any(
+            float(found) > 0 for found in re.findall(r"^vllm:num_requests_running\{.*\} (.*)$", shown, re.MULTILINE)
+        ):
+            return
+        time.sleep(0.02)
+    pytest.fail("no request began")
+
+
 def _straddling_choices(server: Serving) -> list[dict[str, Any]]:
     """Choices of requests that allow mixing, with tokens of two versions."""
     now = client.status(server.url).version
@@ -183,7 +197,7 @@ def _straddling_choices(server: Serving) -> list[dict[str, Any]]:
 
         asker = threading.Thread(target=ask)
         asker.start()
-        time.sleep(0.05)
+        _wait_until_it_generates(server)
         client.refresh(server.url, server.token, target)
         is_over.set()
         asker.join(PATIENCE_SECONDS)
