@@ -21,7 +21,8 @@ from weightline.chain.upkeep.gc import collect, plan_gc, view_chain
 from weightline.chain.upkeep.retention import expire_before
 from weightline.chain.upkeep.verify import verify_chain
 from weightline.chain.write import version as version_module
-from weightline.chain.write.standalone import commit_folder, commit_fork, commit_revert
+from weightline.chain.write.revert import commit_revert
+from weightline.chain.write.standalone import commit_folder, commit_fork
 from weightline.chain.write.version import mark_upgraded
 from weightline.errors import CommitConflictError, TransientStorageError
 from weightline.format.manifest import FORMAT_1, FORMAT_2

@@ -15,7 +15,8 @@ from weightline.chain.read.records import EVALUATIONS, REFRESHES, write_record
 from weightline.chain.read.refs import move_ref
 from weightline.chain.upkeep.compact import plan_compaction, write_compaction
 from weightline.chain.write.commit import commit_manifest, new_commit_id
-from weightline.chain.write.standalone import commit_fork, commit_revert
+from weightline.chain.write.revert import commit_revert
+from weightline.chain.write.standalone import commit_fork
 from weightline.codec.capture import capture
 from weightline.format import keys
 from weightline.format.manifest import Manifest, PayloadRef
