@@ -55,7 +55,7 @@ def _revert(chain: Chain) -> None:
 
 def _compact(chain: Chain) -> None:
     policy = AnchorPolicy(delta_elements_per_second=1e-9)
-    write_compaction(chain, plan_compaction(chain, coding="gap", policy=policy), coding="gap")
+    write_compaction(chain, plan_compaction(chain, coding="gap", policy=policy, least_saving_nbytes=0), coding="gap")
 
 
 def _collect(chain: Chain) -> None:

@@ -116,7 +116,7 @@ class ChainMachine(RuleBasedStateMachine):
         rate = 1e-9 if anchors else 1e9
         policy = AnchorPolicy(delta_elements_per_second=rate)
         plan = plan_compaction(
-            self.chain, coding=coding, policy=policy, group_nbytes=SMALL_GROUP
+            self.chain, coding=coding, policy=policy, group_nbytes=SMALL_GROUP, least_saving_nbytes=0
         )
         write_compaction(self.chain, plan, coding=coding, group_nbytes=SMALL_GROUP)
 

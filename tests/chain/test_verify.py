@@ -56,7 +56,7 @@ def grown(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     expire_before(chain, 6)
     few_anchors = AnchorPolicy(anchor_elements_per_second=1e-9)
     write_compaction(
-        chain, plan_compaction(chain, coding="gap", policy=few_anchors), coding="gap"
+        chain, plan_compaction(chain, coding="gap", policy=few_anchors, least_saving_nbytes=0), coding="gap"
     )
     collect(chain, plan_gc(view_chain(chain, later(days=2))))
     assert chain.versions() == (0, 1, 2, 6, 7, 8)

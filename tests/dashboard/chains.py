@@ -126,9 +126,9 @@ def demo_chains(bucket: str) -> tuple[Chain, Chain]:
             is_scored = version % 5 != 3 or step == number
             record_life(chain, version, _score(stage, step) if is_scored else None, ago)
         if stage == "sft":
-            write_compaction(chain, plan_compaction(chain, coding="gap"), coding="gap")
+            write_compaction(chain, plan_compaction(chain, coding="gap", least_saving_nbytes=0), coding="gap")
     commit_revert(chain, 25)
-    write_compaction(chain, plan_compaction(chain, coding="gap"), coding="gap")
+    write_compaction(chain, plan_compaction(chain, coding="gap", least_saving_nbytes=0), coding="gap")
     move_ref(chain, "best", 25)
     move_ref(chain, "v1.0", 15, is_tag=True)
     fork = open_chain(f"{bucket}/qwen3-math-long")
