@@ -16,8 +16,7 @@ if TYPE_CHECKING:
     from weightline.chain.replay.diff import diff_versions
     from weightline.chain.replay.state import read_state
     from weightline.chain.upkeep.verify import verify_chain
-    from weightline.chain.write.revert import commit_revert
-    from weightline.chain.write.standalone import commit_folder, commit_fork
+    from weightline.chain.write.standalone import commit_folder, commit_fork, commit_revert
     from weightline.errors import (
         ApplyError,
         ConflictError,
@@ -73,8 +72,7 @@ _HOMES = {
     "weightline.chain.replay.diff": ("diff_versions",),
     "weightline.chain.replay.state": ("read_state",),
     "weightline.chain.upkeep.verify": ("verify_chain",),
-    "weightline.chain.write.revert": ("commit_revert",),
-    "weightline.chain.write.standalone": ("commit_folder", "commit_fork"),
+    "weightline.chain.write.standalone": ("commit_folder", "commit_fork", "commit_revert"),
     "weightline.errors": (
         *("ApplyError", "ConflictError", "CorruptError", "InputError", "NotFoundError"),
         *("PublishError", "StorageError", "WeightlineError"),

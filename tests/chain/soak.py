@@ -33,7 +33,7 @@ from weightline.chain.upkeep.compact import AnchorPolicy, plan_compaction, write
 from weightline.chain.upkeep.gc import collect, plan_gc, view_chain
 from weightline.chain.upkeep.retention import expire_before
 from weightline.chain.upkeep.verify import verify_chain
-from weightline.chain.write.revert import commit_revert
+from weightline.chain.write.standalone import commit_revert
 from weightline.errors import ConflictError, InputError, NotFoundError, WeightlineError
 from weightline.store.local import LocalStore
 
@@ -87,9 +87,7 @@ class Soak:
     def compact(self) -> None:
         chain = self.chain()
         if (chain.tip_version() or 0) > 3:
-            write_compaction(
-                chain, plan_compaction(chain, coding="gap", policy=_ANCHORS, least_saving_nbytes=0), coding="gap"
-            )
+            write_compaction(chain, plan_compaction(chain, coding="gap", policy=_ANCHORS), coding="gap")
         time.sleep(0.2)
 
     def expire(self) -> None:

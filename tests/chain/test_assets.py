@@ -17,8 +17,7 @@ from weightline.chain.read.history import Chain
 from weightline.chain.upkeep.gc import collect, plan_gc, view_chain
 from weightline.chain.upkeep.retention import expire_before
 from weightline.chain.upkeep.verify import verify_chain
-from weightline.chain.write.revert import commit_revert
-from weightline.chain.write.standalone import commit_folder, commit_fork
+from weightline.chain.write.standalone import commit_folder, commit_fork, commit_revert
 from weightline.errors import InputError
 from weightline.format import keys
 from weightline.format.manifest import FORMAT_1

@@ -43,7 +43,7 @@ def chain(states: list[State]) -> Chain:
     for old, new in zip([None, *states], states, strict=False):
         commit_state(made, new, old)
     policy = AnchorPolicy(delta_elements_per_second=1e-9)
-    write_compaction(made, plan_compaction(made, coding="gap", policy=policy, least_saving_nbytes=0), coding="gap")
+    write_compaction(made, plan_compaction(made, coding="gap", policy=policy), coding="gap")
     return made
 
 

@@ -21,8 +21,7 @@ from weightline.chain.upkeep.gc import collect, plan_gc, view_chain
 from weightline.chain.upkeep.retention import expire_before
 from weightline.chain.upkeep.verify import verify_chain
 from weightline.chain.write import version as version_module
-from weightline.chain.write.revert import commit_revert
-from weightline.chain.write.standalone import commit_folder, commit_fork
+from weightline.chain.write.standalone import commit_folder, commit_fork, commit_revert
 from weightline.chain.write.version import mark_upgraded
 from weightline.errors import CommitConflictError, TransientStorageError
 from weightline.format.manifest import FORMAT_1, FORMAT_2
@@ -55,7 +54,7 @@ def _revert(chain: Chain) -> None:
 
 def _compact(chain: Chain) -> None:
     policy = AnchorPolicy(delta_elements_per_second=1e-9)
-    write_compaction(chain, plan_compaction(chain, coding="gap", policy=policy, least_saving_nbytes=0), coding="gap")
+    write_compaction(chain, plan_compaction(chain, coding="gap", policy=policy), coding="gap")
 
 
 def _collect(chain: Chain) -> None:

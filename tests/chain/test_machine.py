@@ -21,8 +21,7 @@ from weightline.chain.upkeep.compact import AnchorPolicy, plan_compaction, write
 from weightline.chain.upkeep.gc import collect, plan_gc, view_chain
 from weightline.chain.upkeep.retention import expire_before
 from weightline.chain.upkeep.verify import verify_chain
-from weightline.chain.write.revert import commit_revert
-from weightline.chain.write.standalone import commit_fork
+from weightline.chain.write.standalone import commit_fork, commit_revert
 from weightline.chain.write.version import mark_upgraded
 from weightline.errors import UnsupportedFeatureError
 from weightline.format import keys
@@ -115,9 +114,7 @@ class ChainMachine(RuleBasedStateMachine):
     def compact(self, anchors: bool, coding: str) -> None:
         rate = 1e-9 if anchors else 1e9
         policy = AnchorPolicy(delta_elements_per_second=rate)
-        plan = plan_compaction(
-            self.chain, coding=coding, policy=policy, group_nbytes=SMALL_GROUP, least_saving_nbytes=0
-        )
+        plan = plan_compaction(self.chain, coding=coding, policy=policy, group_nbytes=SMALL_GROUP)
         write_compaction(self.chain, plan, coding=coding, group_nbytes=SMALL_GROUP)
 
     @rule(data=st.data())

@@ -20,7 +20,7 @@ from weightline.chain.upkeep.gc import collect, plan_gc, view_chain
 from weightline.chain.upkeep.retention import expire_before
 from weightline.chain.upkeep.verify import verify_chain
 from weightline.chain.write.commit import commit_manifest, sign_existing
-from weightline.chain.write.revert import commit_revert
+from weightline.chain.write.standalone import commit_revert
 from weightline.errors import InputError, SignatureError, TransientStorageError
 from weightline.format import keys
 from weightline.format.signature import (

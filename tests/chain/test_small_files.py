@@ -16,8 +16,7 @@ from weightline.chain.files.checkpoint import write_checkpoint
 from weightline.chain.files.meaning import have_same_meaning, meaning_of, without_local_keys
 from weightline.chain.files.small_files import find_small_files, foreign_patterns
 from weightline.chain.read.history import Chain
-from weightline.chain.write.revert import commit_revert
-from weightline.chain.write.standalone import commit_folder, commit_fork
+from weightline.chain.write.standalone import commit_folder, commit_fork, commit_revert
 from weightline.chain.write.version import NewVersion
 from weightline.errors import InputError
 from weightline.store.memory import MemoryStore

@@ -23,8 +23,7 @@ from weightline.chain.upkeep.gc import collect, plan_gc, view_chain
 from weightline.chain.upkeep.retention import expire_before
 from weightline.chain.upkeep.verify import verify_chain
 from weightline.chain.write.draft import Authorship
-from weightline.chain.write.revert import commit_revert
-from weightline.chain.write.standalone import commit_source
+from weightline.chain.write.standalone import commit_revert, commit_source
 from weightline.errors import CorruptError, DigestMismatchError, NotFoundError
 from weightline.format import keys
 from weightline.format.header import HeaderV2
@@ -55,9 +54,7 @@ def grown(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     write_record(chain, EVALUATIONS, 7, "arithmetic", {"status": "done"})
     expire_before(chain, 6)
     few_anchors = AnchorPolicy(anchor_elements_per_second=1e-9)
-    write_compaction(
-        chain, plan_compaction(chain, coding="gap", policy=few_anchors, least_saving_nbytes=0), coding="gap"
-    )
+    write_compaction(chain, plan_compaction(chain, coding="gap", policy=few_anchors), coding="gap")
     collect(chain, plan_gc(view_chain(chain, later(days=2))))
     assert chain.versions() == (0, 1, 2, 6, 7, 8)
     return store

@@ -14,12 +14,11 @@ from hypothesis import strategies as st
 from tests.codec.states import DTYPES, RUNS, Pair, changed, pairs, random_bits, real_pairs, whole
 from weightline.codec.capture import capture
 from weightline.codec.coding import codings
-from weightline.codec.digest import add_digests, tensor_digest
-from weightline.codec.pieces import TILE, tiles_of
+from weightline.codec.pieces import TILE
 from weightline.errors import InputError, PayloadError, UnsupportedFeatureError
 from weightline.format import layout
 from weightline.format.payload import Payload, open_payload
-from weightline.format.write_payload import PayloadInfo, write_anchor, write_anchor_tiles, write_delta
+from weightline.format.write_payload import PayloadInfo, write_anchor, write_delta
 from weightline.types import BitsArray, Changes, Segment, TensorSpec
 
 CODINGS = sorted(codings())
@@ -80,37 +79,6 @@ def test_any_anchor_comes_back(states: list[Pair]) -> None:
             assert read_segment == segment
             assert read_N.dtype == bits_N.dtype
             assert np.array_equal(read_N, bits_N)
-
-
-@pytest.mark.parametrize("num_threads", [1, 3])
-def test_an_anchor_is_placed_with_the_digests_of_its_tensors(tmp_path: Path, num_threads: int) -> None:
-    rng = np.random.default_rng(1)
-    states = {whole(f"t{n}", "BF16", n): random_bits(rng, "BF16", n) for n in (0, 5, TILE + 9, 700, 2 * TILE)}
-    write_anchor(tmp_path / "p", states.items(), num_threads=num_threads)
-    placed = {segment: np.zeros_like(bits_N) for segment, bits_N in states.items()}
-    digests: dict[str, int] = {}
-    payload = open_payload(tmp_path / "p")
-    for tile, digest in payload.place_anchor(lambda segment: segment.length != 700, placed.__getitem__, num_threads=3):
-        digests[tile.tensor.name] = add_digests(digests.get(tile.tensor.name, 0), digest)
-    for segment, bits_N in states.items():
-        if segment.length == 700:
-            assert not placed[segment].any()
-        else:
-            assert np.array_equal(placed[segment], bits_N)
-            assert digests.get(segment.tensor.name, 0) == tensor_digest(segment, bits_N)
-
-
-def test_an_anchor_from_tiles_has_the_same_bytes(tmp_path: Path) -> None:
-    rng = np.random.default_rng(2)
-    states = [(whole(f"t{n}", "F32", n), random_bits(rng, "F32", n)) for n in (3, TILE + 1, 70)]
-    tiles = [
-        (segment, [(tile, bits_N[tile.start : tile.stop]) for tile in tiles_of(segment)]) for segment, bits_N in states
-    ]
-    infos = [write_anchor(tmp_path / "a", states), write_anchor_tiles(tmp_path / "b", tiles, num_threads=2)]
-    assert infos[0] == infos[1]
-    for broken in (tiles[1][1][:1], tiles[1][1][1:], tiles[0][1]):
-        with pytest.raises(InputError, match=r"next tile|last tiles"):
-            write_anchor_tiles(tmp_path / "c", [(states[1][0], broken)])
 
 
 @pytest.mark.parametrize("run", RUNS)

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 
 from tests.codec.states import DTYPES, Pair, pairs, random_bits
-from weightline.codec.steps import apply_steps, from_ordered, ordering, steps, to_ordered
+from weightline.codec.steps import apply_steps, from_ordered, steps, to_ordered
 from weightline.dtypes import bits_dtype, signed_dtype
 
 
@@ -51,19 +51,3 @@ def test_steps_wrap_around() -> None:
     lowest, highest = np.array([0xFFFF], np.uint16), np.array([0x7FFF], np.uint16)
     assert steps(lowest, highest, "BF16").tolist() == [-1]
     assert apply_steps(lowest, np.array([-1], np.int16), "BF16").tolist() == [0x7FFF]
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("is_writable", [True, False])
-def test_the_kernels_are_the_ordered_map(dtype: str, is_writable: bool) -> None:
-    from weightline.codec.kernels import ordering as kernel
-
-    bits_N = random_bits(np.random.default_rng(7), dtype, 3001)
-    bits_N.setflags(write=is_writable)
-    sign, flip, _ = ordering(dtype)
-    ordered_N = np.zeros(bits_N.size, np.uint64)
-    kernel.to_ordered(bits_N, sign, flip, ordered_N)
-    assert np.array_equal(ordered_N, to_ordered(bits_N, dtype))
-    back_N = np.zeros_like(bits_N)
-    assert kernel.from_ordered(ordered_N, sign, flip, back_N) == np.bitwise_or.reduce(ordered_N)
-    assert np.array_equal(back_N, bits_N)

@@ -26,8 +26,7 @@ from weightline.chain.replay.state import HostState, read_state
 from weightline.chain.upkeep.compact import CompactionPlan, write_compaction
 from weightline.chain.upkeep.retention import expire_before
 from weightline.chain.write import version as version_module
-from weightline.chain.write.revert import commit_revert
-from weightline.chain.write.standalone import commit_folder
+from weightline.chain.write.standalone import commit_folder, commit_revert
 from weightline.chain.write.version import mark_upgraded
 from weightline.format.manifest import FORMAT_1, FORMAT_2
 from weightline.store.local import LocalStore
@@ -143,7 +142,7 @@ def _write_mx_folder(folder: Path, number: int) -> None:
 
 
 def _with_refs(chain: Chain) -> Chain:
-    commit_revert(chain, 2, coding="gap-by-magnitude")
+    commit_revert(chain, 2)
     direct = dict.fromkeys(range(5), 0.0)
     write_compaction(chain, CompactionPlan(5, (0, 3), direct, writes_anchor=True), coding="gap-by-magnitude")
     write_compaction(chain, CompactionPlan(4, (1,), direct, writes_anchor=False), coding="gap")

@@ -15,8 +15,7 @@ from weightline.chain.read.records import EVALUATIONS, REFRESHES, write_record
 from weightline.chain.read.refs import move_ref
 from weightline.chain.upkeep.compact import plan_compaction, write_compaction
 from weightline.chain.write.commit import commit_manifest, new_commit_id
-from weightline.chain.write.revert import commit_revert
-from weightline.chain.write.standalone import commit_fork
+from weightline.chain.write.standalone import commit_fork, commit_revert
 from weightline.codec.capture import capture
 from weightline.format import keys
 from weightline.format.manifest import Manifest, PayloadRef
@@ -126,9 +125,9 @@ def demo_chains(bucket: str) -> tuple[Chain, Chain]:
             is_scored = version % 5 != 3 or step == number
             record_life(chain, version, _score(stage, step) if is_scored else None, ago)
         if stage == "sft":
-            write_compaction(chain, plan_compaction(chain, coding="gap", least_saving_nbytes=0), coding="gap")
+            write_compaction(chain, plan_compaction(chain, coding="gap"), coding="gap")
     commit_revert(chain, 25)
-    write_compaction(chain, plan_compaction(chain, coding="gap", least_saving_nbytes=0), coding="gap")
+    write_compaction(chain, plan_compaction(chain, coding="gap"), coding="gap")
     move_ref(chain, "best", 25)
     move_ref(chain, "v1.0", 15, is_tag=True)
     fork = open_chain(f"{bucket}/qwen3-math-long")

@@ -16,8 +16,7 @@ from tests.dashboard.chains import broken_chain, commit_step, record_life, stamp
 from weightline.chain import Chain, open_chain
 from weightline.chain.read.leases import Lease, write_lease
 from weightline.chain.read.refs import move_horizon, move_ref
-from weightline.chain.write.revert import commit_revert
-from weightline.chain.write.standalone import commit_fork
+from weightline.chain.write.standalone import commit_fork, commit_revert
 from weightline.dashboard import buckets as buckets_module
 from weightline.dashboard import index as index_module
 from weightline.dashboard.buckets import chain_id, find_chains

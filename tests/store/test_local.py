@@ -97,25 +97,3 @@ def test_what_is_deleted_while_a_listing_runs_is_left_out(store: LocalStore) -> 
     assert next(infos).key == "payloads/0"
     store.delete("payloads/2")
     assert [info.key for info in infos] == ["payloads/1", "payloads/3"]
-
-
-@pytest.mark.parametrize("has_links", [True, False])
-def test_a_fetched_file_is_no_way_to_the_object(
-    store: LocalStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_links: bool
-) -> None:
-    """It may be a second name of the object, so that fetching it again must not write through that name."""
-
-    def no_link(old: Path, new: Path) -> None:
-        raise OSError(errno.EXDEV, "another file system")
-
-    store.put_if_absent("payloads/a", b"first")
-    store.put_if_absent("payloads/b", b"second")
-    if not has_links:
-        monkeypatch.setattr(os, "link", no_link)
-    path = tmp_path / "fetched"
-    for key, body in (("payloads/a", b"first"), ("payloads/b", b"second"), ("payloads/a", b"first")):
-        store.get_file(key, path, len(body))
-        assert path.read_bytes() == body
-    assert (store.get("payloads/a"), store.get("payloads/b")) == (b"first", b"second")
-    store.delete("payloads/a")
-    assert path.read_bytes() == b"first", "gc does not take it from its reader"

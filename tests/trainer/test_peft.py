@@ -29,8 +29,7 @@ from weightline.chain.files.checkpoint import write_checkpoint
 from weightline.chain.read.history import Chain, open_chain
 from weightline.chain.replay.state import read_state
 from weightline.chain.upkeep.verify import verify_chain
-from weightline.chain.write.revert import commit_revert
-from weightline.chain.write.standalone import commit_folder, commit_fork
+from weightline.chain.write.standalone import commit_folder, commit_fork, commit_revert
 from weightline.codec.torch_ops import bits_of
 from weightline.errors import BaseMismatchError, InputError
 from weightline.format.manifest import Manifest

@@ -76,7 +76,7 @@ def revert(
 ) -> None:
     """Commit a new version whose bits equal those of an earlier one."""
     from weightline.chain.read.refs import resolve
-    from weightline.chain.write.revert import commit_revert
+    from weightline.chain.write.standalone import commit_revert
 
     named = one_version(version, version_option)
     chain = open_existing(bucket)

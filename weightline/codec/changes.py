@@ -9,9 +9,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from weightline.codec.pieces import RankedChanges
 from weightline.codec.steps import apply_steps, steps
-from weightline.types import Changes, Segment, whole
+from weightline.types import Changes, whole
 
 
 def join_parts(parts: Sequence[Changes]) -> Changes:
@@ -25,17 +24,6 @@ def join_parts(parts: Sequence[Changes]) -> Changes:
         np.concatenate([part.old_K for part in ordered]),
         np.concatenate([part.new_K for part in ordered]),
     )
-
-
-def join_tiles(segment: Segment, parts: Sequence[Changes]) -> Changes:
-    """Returns the changes of a segment from those of some of its tiles, in order; RankedChanges from ranked ones."""
-    positions_K = np.concatenate([part.positions_K + (part.segment.start - segment.start) for part in parts])
-    old_K = np.concatenate([part.old_K for part in parts])
-    new_K = np.concatenate([part.new_K for part in parts])
-    ranked = [part for part in parts if isinstance(part, RankedChanges)]
-    if len(ranked) < len(parts):
-        return Changes(segment, positions_K, old_K, new_K)
-    return RankedChanges(segment, positions_K, old_K, new_K, np.concatenate([part.ranks_K for part in ranked]))
 
 
 def compose(first: Changes, second: Changes) -> Changes:
@@ -71,26 +59,3 @@ def undo_decoded(forward_from_new: Changes) -> Changes:
     steps_K = steps(new_K, forward_from_new.new_K, dtype)
     old_K = apply_steps(new_K, -steps_K, dtype)
     return Changes(forward_from_new.segment, forward_from_new.positions_K, new_K, old_K)
-
-
-def add_moves(first: Changes, second: Changes) -> Changes:
-    """Returns the steps of two successive deltas added up: both are changes from zeros, and so is the result.
-
-    The steps of a coding that needs no base can be decoded against any bits, such as zeros. The new bits say nothing
-    then, but the way from zero to them is the step. Both cover the same whole tensor.
-    """
-    dtype = first.segment.tensor.dtype
-    positions_K = np.union1d(first.positions_K, second.positions_K)
-    new_K = np.zeros(positions_K.size, first.new_K.dtype)
-    new_K[np.searchsorted(positions_K, first.positions_K)] = first.new_K
-    at_second = np.searchsorted(positions_K, second.positions_K)
-    new_K[at_second] = apply_steps(new_K[at_second], steps(second.old_K, second.new_K, dtype), dtype)
-    is_moved = new_K != 0
-    return Changes(first.segment, positions_K[is_moved], np.zeros(int(is_moved.sum()), new_K.dtype), new_K[is_moved])
-
-
-def negate_moves(moves: Changes) -> Changes:
-    """Returns changes from zeros with the steps of `moves`, which are changes from zeros, in the opposite direction."""
-    dtype = moves.segment.tensor.dtype
-    steps_K = steps(moves.old_K, moves.new_K, dtype)
-    return Changes(moves.segment, moves.positions_K, moves.old_K, apply_steps(moves.old_K, -steps_K, dtype))

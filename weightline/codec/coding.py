@@ -16,9 +16,6 @@ from typing import Protocol, TypeVar
 from weightline.errors import UnsupportedFeatureError
 from weightline.types import BitsArray, Changes, Segment
 
-#: Elements of a batch that one thread takes at a time: about a millisecond of work.
-BATCH_ELEMENTS = 1 << 20
-
 Streams = tuple[bytes, bytes]
 
 #: For fewer changes, to start threads takes longer than the work on them.
@@ -101,32 +98,3 @@ def ordered_map(work: Callable[[Item], Result], items: Iterable[Item], num_threa
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()
-
-
-def ordered_map_in_batches(
-    work: Callable[[Item], Result], items: Iterable[Item], num_threads: int, *, size_of: Callable[[Item], int]
-) -> Iterator[Result]:
-    """Yields `map(work, items)` in order, computed on threads, for items of any size.
-
-    A thread gets consecutive items of BATCH_ELEMENTS together, since handing over a small item takes longer than the
-    work on it. `size_of` returns an item's number of elements. At most two batches per thread are held at a time.
-    """
-
-    def work_on(batch: list[Item]) -> list[Result]:
-        return [work(item) for item in batch]
-
-    for results in ordered_map(work_on, _batches(items, size_of), num_threads):
-        yield from results
-
-
-def _batches(items: Iterable[Item], size_of: Callable[[Item], int]) -> Iterator[list[Item]]:
-    batch: list[Item] = []
-    num_elements = 0
-    for item in items:
-        batch.append(item)
-        num_elements += size_of(item)
-        if num_elements >= BATCH_ELEMENTS:
-            yield batch
-            batch, num_elements = [], 0
-    if batch:
-        yield batch

@@ -20,8 +20,7 @@ import numpy as np
 
 from weightline.codec.anchor import ANCHOR_CODING, decode_anchor
 from weightline.codec.capture import check_bits
-from weightline.codec.coding import ChunkBase, DeltaCoding, coding_named, ordered_map, ordered_map_in_batches
-from weightline.codec.digest import tensor_digest
+from weightline.codec.coding import ChunkBase, DeltaCoding, coding_named, ordered_map
 from weightline.codec.pieces import num_tiles
 from weightline.dtypes import bits_dtype
 from weightline.errors import PayloadError, UnsupportedFeatureError
@@ -36,9 +35,6 @@ from weightline.types import BitsArray, Changes, Segment
 Select = Callable[[Segment], bool]
 
 Base = Callable[[Segment], BitsArray]
-
-#: A tile of an anchor, the array that takes its bits, and its stream.
-_CodedTile = tuple[Segment, BitsArray, bytes]
 
 PAYLOAD_FORMAT = "1"
 
@@ -78,39 +74,11 @@ class Payload:
         """Yields the bits of every selected segment (None: all), in the table's order. PayloadError."""
         self._require("anchor")
         with self.path.open("rb") as file:
-            for segment, chunks in self._anchor_segments(select):
-                bits_N = np.empty(segment.length, bits_dtype(segment.tensor.dtype))
-                tiles = _coded_tiles(file, segment, chunks, bits_N)
-                for _ in ordered_map(_decode_tile, tiles, min(num_threads, len(chunks))):
-                    pass
-                yield segment, bits_N
-
-    def place_anchor(
-        self, select: Select | None, into: Callable[[Segment], BitsArray], *, num_threads: int = 1
-    ) -> Iterator[tuple[Segment, int]]:
-        """Decodes every selected segment (None: all) into an array of the caller, a tile at a time.
-
-        Yields each tile once its bits are there, in the table's order, with its part of the tensor's digest. `into`
-        returns a segment's elements, contiguous and writable; it is called once for each segment that is not empty, one
-        call at a time. After PayloadError some tiles are filled and others are not.
-        """
-        self._require("anchor")
-        with self.path.open("rb") as file:
-            tiles = (
-                tile
-                for segment, chunks in self._anchor_segments(select)
-                if chunks
-                for tile in _coded_tiles(file, segment, chunks, into(segment))
-            )
-            yield from ordered_map_in_batches(_place_tile, tiles, num_threads, size_of=lambda tile: tile[0].length)
-
-    def _anchor_segments(self, select: Select | None) -> Iterator[tuple[Segment, list[PlacedChunk]]]:
-        """Yields every selected segment with its chunks, each of which is one tile."""
-        lines = {dtype: iter(chunks) for dtype, chunks in self._lines.items()}
-        for segment in self.segments:
-            chunks = list(islice(lines.get(segment.tensor.dtype, iter(())), num_tiles(segment)))
-            if (select or _everything)(segment):
-                yield segment, chunks
+            lines = {dtype: iter(chunks) for dtype, chunks in self._lines.items()}
+            for segment in self.segments:
+                chunks = list(islice(lines.get(segment.tensor.dtype, iter(())), num_tiles(segment)))
+                if (select or _everything)(segment):
+                    yield segment, _join_tiles(file, segment, chunks, num_threads)
 
     def _require(self, kind: str) -> None:
         if self.kind != kind:
@@ -217,24 +185,18 @@ def _join_changes(segment: Segment, pieces: list[Changes]) -> Changes:
     )
 
 
-def _coded_tiles(
-    file: BinaryIO, segment: Segment, chunks: Sequence[PlacedChunk], bits_N: BitsArray
-) -> Iterator[_CodedTile]:
-    """Yields the tiles of an anchor's segment with their places in `bits_N` and their streams."""
-    for chunk in chunks:
-        tile = chunk.pieces[0]
+def _join_tiles(file: BinaryIO, segment: Segment, chunks: list[PlacedChunk], num_threads: int) -> BitsArray:
+    bits_N = np.empty(segment.length, bits_dtype(segment.tensor.dtype))
+
+    def decode(item: tuple[Segment, bytes]) -> None:
+        tile, stream = item
         at = tile.start - segment.start
-        yield tile, bits_N[at : at + tile.length], _read_streams(file, chunk)[0]
+        bits_N[at : at + tile.length] = decode_anchor(stream, tile.length, tile.tensor.dtype)
 
-
-def _decode_tile(coded: _CodedTile) -> None:
-    tile, bits_N, stream = coded
-    decode_anchor(stream, tile.tensor.dtype, bits_N)
-
-
-def _place_tile(coded: _CodedTile) -> tuple[Segment, int]:
-    _decode_tile(coded)
-    return coded[0], tensor_digest(coded[0], coded[1])
+    streams = ((chunk.pieces[0], _read_streams(file, chunk)[0]) for chunk in chunks)
+    for _ in ordered_map(decode, streams, num_threads):
+        pass
+    return bits_N
 
 
 def _everything(_: Segment) -> bool:

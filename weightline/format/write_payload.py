@@ -15,7 +15,7 @@ from typing import BinaryIO
 
 from weightline.codec.anchor import ANCHOR_CODING, encode_anchor
 from weightline.codec.capture import check_bits
-from weightline.codec.coding import DeltaCoding, coding_named, ordered_map, ordered_map_in_batches
+from weightline.codec.coding import DeltaCoding, coding_named, ordered_map
 from weightline.codec.pieces import cut, tiles_of
 from weightline.errors import InputError, PayloadError
 from weightline.format.envelope import ECHO_NBYTES, Echo, reserve_header, write_header
@@ -68,27 +68,10 @@ def write_anchor(
     A payload of at most `echo_nbytes` is hashed from memory, a larger one from the file. InputError when an array does
     not have its segment's length and width.
     """
-    parts = ((segment, _tiles_in(segment, check_bits(segment, bits_N))) for segment, bits_N in segments)
-    return write_anchor_tiles(path, parts, num_threads=num_threads, echo_nbytes=echo_nbytes)
-
-
-def write_anchor_tiles(
-    path: Path,
-    segments: Iterable[tuple[Segment, Iterable[tuple[Segment, BitsArray]]]],
-    *,
-    num_threads: int = 1,
-    echo_nbytes: int = ECHO_NBYTES,
-) -> PayloadInfo:
-    """Writes an anchor's payload as `write_anchor` does, from segments that are given a tile at a time.
-
-    Each segment comes with its tiles, in order, and their bits. At most two tiles per thread are held at a time, so
-    memory does not grow with a tensor. InputError when the tiles are not the segment's.
-    """
     with path.open("wb") as file:
         writer = _Writer(file, "anchor", ANCHOR_CODING, echo=Echo(echo_nbytes))
         tiles = _anchor_tiles(writer, segments)
-        coded = ordered_map_in_batches(_encode_tile, tiles, num_threads, size_of=lambda tile: tile[0].length)
-        for stream, entry in coded:
+        for stream, entry in ordered_map(_encode_tile, tiles, num_threads):
             writer.put_chunk(entry, stream)
         return writer.finish(path)
 
@@ -136,23 +119,14 @@ def _encode_chunk(encoder: DeltaCoding, chunk: _OpenChunk) -> tuple[tuple[bytes,
 
 
 def _anchor_tiles(
-    writer: _Writer, segments: Iterable[tuple[Segment, Iterable[tuple[Segment, BitsArray]]]]
+    writer: _Writer, segments: Iterable[tuple[Segment, BitsArray]]
 ) -> Iterator[tuple[Segment, BitsArray]]:
-    for segment, tiles in segments:
+    for segment, bits_N in segments:
         writer.segments.append(segment)
-        expected = tiles_of(segment)
-        for tile, bits_N in tiles:
-            if tile != next(expected, None):
-                raise InputError(f"{tile} is not the next tile of {segment.tensor.name!r}", tensor=segment.tensor.name)
-            yield tile, check_bits(tile, bits_N)
-        if next(expected, None) is not None:
-            raise InputError(f"{segment.tensor.name!r} lacks its last tiles", tensor=segment.tensor.name)
-
-
-def _tiles_in(segment: Segment, bits_N: BitsArray) -> Iterator[tuple[Segment, BitsArray]]:
-    for tile in tiles_of(segment):
-        at = tile.start - segment.start
-        yield tile, bits_N[at : at + tile.length]
+        check_bits(segment, bits_N)
+        for tile in tiles_of(segment):
+            at = tile.start - segment.start
+            yield tile, bits_N[at : at + tile.length]
 
 
 def _encode_tile(tile_bits: tuple[Segment, BitsArray]) -> tuple[bytes, ChunkEntry]:

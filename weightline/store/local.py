@@ -19,7 +19,7 @@ from typing import BinaryIO
 
 from weightline.errors import NotFoundError, ObjectExistsError, StorageError, TransientStorageError
 from weightline.store.base import MAX_GET_NBYTES, DecisiveStore, ObjectInfo, checked_key, require_nbytes
-from weightline.store.transfers import copy_counted, moved
+from weightline.store.transfers import copy_counted
 
 _STAGING = ".staging"
 _TRANSIENT_ERRNOS = frozenset({errno.EINTR, errno.EAGAIN, errno.ESTALE, errno.ETIMEDOUT, errno.EIO, errno.EBUSY})
@@ -47,21 +47,10 @@ class LocalStore(DecisiveStore):
             return file.read()
 
     def get_file(self, key: str, path: Path, nbytes: int | None = None) -> None:
-        """The file is a second name of the object where the file system allows one, and a copy of it otherwise.
-
-        Objects are never written to in place, and no reader writes to a fetched file.
-        """
         with self._storage_errors(key), self._path(key).open("rb") as source:
-            found = os.fstat(source.fileno())
-            require_nbytes(self.url, key, found.st_size, exactly=nbytes)
-            path.unlink(missing_ok=True)  # opened for writing, a second name of an object would empty the object
-            try:
-                os.link(self._path(key), path)
-            except OSError:
-                with path.open("wb") as target:
-                    copy_counted(source, target)
-            else:
-                moved(found.st_size)
+            require_nbytes(self.url, key, os.fstat(source.fileno()).st_size, exactly=nbytes)
+            with path.open("wb") as target:
+                copy_counted(source, target)
 
     def put_if_absent(self, key: str, body: bytes) -> None:
         with self._storage_errors(key), self._staged(lambda file: file.write(body)) as staged:

@@ -17,14 +17,16 @@ from weightline.chain.files.small_files import find_small_files
 from weightline.chain.files.source import FolderSource
 from weightline.chain.files.weight_files import ADAPTER_CONFIG, is_file_there
 from weightline.chain.read.history import Chain
-from weightline.chain.replay.fetch import Fetcher, fetch_object
-from weightline.codec.digest import format_digest
+from weightline.chain.replay.diff import tensor_groups
+from weightline.chain.replay.fetch import Fetcher
+from weightline.codec.digest import format_digest, tensor_digest
 from weightline.errors import BaseMismatchError, DigestMismatchError, InputError, NotFoundError
 from weightline.files import copy_file, sha256_of, user_path
 from weightline.format import keys
 from weightline.format.header import HeaderV2
 from weightline.format.manifest import AdapterBase, AssetRef, Header, HeaderV1
 from weightline.store import Store
+from weightline.types import Segment
 
 #: In format 1, a trainer names the assets again in every so-many-th version, so that no reader looks further back.
 ASSETS_EVERY = 64
@@ -155,18 +157,6 @@ def _backwards(chain: Chain, version: int) -> Iterator[int]:
         last, num_versions = first - 1, 8 * num_versions
 
 
-def carry_assets(source: Chain, version: int, new: Chain, *, held: tuple[AssetRef, ...]) -> tuple[AssetRef, ...]:
-    """Returns the version's assets, and uploads those to `new` that `held` lacks."""
-    assets = assets_of(source, version)
-    if set(assets) <= set(held):
-        return assets
-    with tempfile.TemporaryDirectory(prefix="weightline-") as scratch:
-        paths = [fetch_object(source.store, asset, Path(scratch) / asset.sha256) for asset in assets]
-        return tuple(
-            upload_file(new.store, path, held, name=asset.name) for path, asset in zip(paths, assets, strict=True)
-        )
-
-
 def write_assets(assets: Sequence[AssetRef], folder: Path, fetcher: Fetcher) -> None:
     """Writes the assets into a folder, each at its path. Replaces files that are there."""
     fetcher.prefetch(assets)
@@ -196,10 +186,13 @@ def base_of_folder(folder: Path, base: Path | None = None) -> AdapterBase | None
     found = base or _base_at(folder, named)
     if found is None:
         return None
-    source = FolderSource(found)
-    digests = {name: format_digest(digest) for name, digest in source.digests(list(source.specs.values())).items()}
-    num_elements = sum(spec.num_elements for spec in source.specs.values())
-    return AdapterBase.of(named or str(base), digests, num_elements)
+    target = FolderSource(found)
+    specs, digests = target.specs, {}
+    for names in tensor_groups(specs.values()):
+        for name, bits_N in target.read(names).items():
+            segment = Segment(specs[name], 0, specs[name].num_elements)
+            digests[name] = format_digest(tensor_digest(segment, bits_N))
+    return AdapterBase.of(named or str(base), digests, sum(spec.num_elements for spec in specs.values()))
 
 
 def _named_base(config: Path) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -10,16 +11,18 @@ from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Self
 
+import safetensors
+
 from weightline.chain.files.assets import assets_of, write_assets
-from weightline.chain.files.safetensors_file import write_safetensors
 from weightline.chain.files.source import VersionSource, WeightSource
 from weightline.chain.files.weight_files import ADAPTER_CONFIG
 from weightline.chain.read.history import Chain
 from weightline.chain.replay.fetch import fetching
+from weightline.dtypes import DTYPES
 from weightline.errors import InputError
 from weightline.format import keys
 from weightline.format.manifest import Header
-from weightline.types import TensorSpec
+from weightline.types import BitsArray, TensorSpec
 
 #: The fields of `VersionMark`, as a JSON object.
 MARKER = keys.VERSION_MARK
@@ -75,10 +78,9 @@ class VersionMark:
 def write_checkpoint(chain: Chain, version: int, out_dir: Path, max_shard_nbytes: int = MAX_SHARD_NBYTES) -> None:
     """Writes a version into a new folder: weights as safetensors, and the small files that transformers needs.
 
-    Memory holds a bounded group of tensors at a time. All files are written to a hidden folder inside `out_dir` and
-    moved up at the end, the marker `weightline.json` last: a folder without it is incomplete. InputError when `out_dir`
-    holds another version or foreign files, or cannot be written. Safe to repeat otherwise: remains of a crash are
-    removed.
+    Memory holds the tensors of one file at a time. All files are written to a hidden folder inside `out_dir` and moved
+    up at the end, the marker `weightline.json` last: a folder without it is incomplete. InputError when `out_dir` holds
+    another version or foreign files, or cannot be written. Safe to repeat otherwise: remains of a crash are removed.
     """
     mark = VersionMark.of(chain, chain.header(version))
     assets = assets_of(chain, version)
@@ -108,7 +110,7 @@ def write_checkpoint(chain: Chain, version: int, out_dir: Path, max_shard_nbytes
 def _errors_of(out_dir: Path) -> Iterator[None]:
     try:
         yield
-    except OSError as error:
+    except (OSError, safetensors.SafetensorError) as error:
         raise InputError(
             f"{out_dir} cannot be written: {error}. Name a folder with room for the model", path=str(out_dir)
         ) from error
@@ -165,12 +167,23 @@ def _shards(specs: Mapping[str, TensorSpec], max_nbytes: int) -> Iterator[list[s
     yield names
 
 
-def _write_files(source: WeightSource, files: Mapping[str, list[str]], folder: Path) -> None:
-    specs = source.specs
+def _write_files(target: WeightSource, files: Mapping[str, list[str]], folder: Path) -> None:
+    specs = target.specs
     for file_name, names in files.items():
-        write_safetensors(folder / file_name, [specs[name] for name in names], source.tiles)
+        _write_file(specs, target.read(names), folder / file_name)
+        shutil.copymode(folder / MARKER, folder / file_name)  # safetensors creates files that only their owner can read
     if len(files) > 1:
         total_size = sum(spec.nbytes for spec in specs.values())
         weight_map = {name: file_name for file_name, names in files.items() for name in names}
         index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
         (folder / _INDEX).write_text(json.dumps(index, indent=2))
+
+
+def _write_file(specs: Mapping[str, TensorSpec], bits: Mapping[str, BitsArray], path: Path) -> None:
+    tensors = {}
+    for name, bits_N in bits.items():
+        spec = specs[name]
+        tensors[name] = safetensors.TensorSpec(
+            dtype=DTYPES[spec.dtype].torch_name, shape=spec.shape, data_ptr=bits_N.ctypes.data, data_len=bits_N.nbytes
+        )
+    safetensors.serialize_file(tensors, os.fspath(path), {"format": "pt"})

@@ -13,10 +13,8 @@ from weightline.errors import InputError
 from weightline.format.table import MAX_TABLE_NBYTES
 from weightline.types import TensorSpec
 
-#: Bytes of the state of the tensors in one payload.
+#: Bytes of one group's state. Operations hold two states of a group at most.
 GROUP_NBYTES = 1024**3
-#: Bytes of one state that an operation holds at a time; it holds two at most. A payload is written from several.
-STATE_NBYTES = 1 << 27
 #: Of one group, which is one payload: half of what readers accept.
 _MAX_GROUP_TABLE_NBYTES = MAX_TABLE_NBYTES // 2
 #: At most, of a number in a table.
@@ -28,29 +26,23 @@ GROUP_TENSORS = 1 << 15
 
 
 def tensor_groups(specs: Iterable[TensorSpec], group_nbytes: int = GROUP_NBYTES) -> Iterator[frozenset[str]]:
-    """Yields the names of the tensors in each of `spec_groups`."""
-    for group in spec_groups(specs, group_nbytes):
-        yield frozenset(spec.name for spec in group)
-
-
-def spec_groups(specs: Iterable[TensorSpec], group_nbytes: int = GROUP_NBYTES) -> Iterator[list[TensorSpec]]:
-    """Yields consecutive tensors that together take at most `group_nbytes`.
+    """Yields the names of consecutive tensors that together take at most `group_nbytes`.
 
     A larger tensor is a group by itself. A group is also small enough to be one payload, because readers bound the
     segments and the table of a payload.
     """
-    group: list[TensorSpec] = []
+    names: list[str] = []
     nbytes = table_nbytes = 0
     for spec in specs:
-        is_full = len(group) == GROUP_TENSORS or table_nbytes > _MAX_GROUP_TABLE_NBYTES
-        if group and (is_full or nbytes + spec.nbytes > group_nbytes):
-            yield group
-            group, nbytes, table_nbytes = [], 0, 0
-        group.append(spec)
+        is_full = len(names) == GROUP_TENSORS or table_nbytes > _MAX_GROUP_TABLE_NBYTES
+        if names and (is_full or nbytes + spec.nbytes > group_nbytes):
+            yield frozenset(names)
+            names, nbytes, table_nbytes = [], 0, 0
+        names.append(spec.name)
         nbytes += spec.nbytes
         table_nbytes += len(spec.name.encode(errors="replace")) + _NUMBER_NBYTES * (2 + len(spec.shape))
-    if group:
-        yield group
+    if names:
+        yield frozenset(names)
 
 
 @dataclass(frozen=True, slots=True)

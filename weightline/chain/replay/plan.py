@@ -9,9 +9,9 @@ from __future__ import annotations
 import heapq
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Protocol
 
 from weightline.chain.read.history import Chain
 from weightline.chain.read.refs import oldest_kept
@@ -30,9 +30,6 @@ from weightline.format.manifest import Header, PayloadRef
 from weightline.format.shortcut import Shortcut
 
 _logger = logging.getLogger(__name__)
-
-#: Versions whose shortcuts are listed first.
-_FIRST_BLOCK = 64
 
 #: Codings whose positions can be decoded without the base, so that a delta can be applied backwards.
 REVERSIBLE_CODINGS = frozenset({"gap"})
@@ -141,16 +138,8 @@ def _follow(next_hop: Mapping[int, Hop | None], start: int, want: int) -> Iterab
         at = hop.target
 
 
-class Planner(Protocol):
-    """Plans paths between versions."""
-
-    def plan(self, have: int | None, want: int) -> ReplayPlan:
-        """Returns the path from `have` (None: nothing) to `want`. VersionNotFoundError when there is none."""
-        ...
-
-
 class Ways:
-    """Lists the hops into a version. Each object is read once, on demand.
+    """Lists the hops into a version. Keys are listed once, when this is made; each object is read once, on demand.
 
     A shortcut that cannot be used is passed over: every version can be reached without shortcuts.
     """
@@ -164,33 +153,23 @@ class Ways:
         first_base: int = 0,
         backward_below: int | None = None,
         avoiding: Collection[str] = (),
-        anchored_at: int | None = None,
-        listed: ShortcutKeys | None = None,
     ) -> None:
-        """Offers the shortcuts into versions first..last, but those from a base before `first_base`.
-
-        With `last`, keys are listed from there backwards, as far as they are asked for; without it, all at once.
+        """Lists the shortcuts into versions first..last, but those from a base before `first_base`.
 
         `backward_below`: also offer deltas applied backwards, into versions below this one. `avoiding`: keys of
-        shortcuts that are known to be broken. `anchored_at`: a version that paths start at, by its anchor; nothing
-        before it is read. `listed`: the keys of versions 0..last, if another object has begun to list them.
+        shortcuts that are known to be broken.
         """
         self._chain = chain
-        self.horizon = oldest_kept(chain)
+        self._horizon = oldest_kept(chain)
         self._backward_below = backward_below
-        self._anchored_at = anchored_at
         self.passed_over: dict[str, WeightlineError] = {}
         """Shortcuts that cannot be used, with the error, by key."""
         self._shortcuts: dict[str, Shortcut] = {}
-        self._keys = listed or ShortcutKeys(chain, first, last)
-        self._first_base, self._avoiding = first_base, avoiding
-        self._plans: dict[tuple[int | None, int], ReplayPlan] = {}
-
-    def plan(self, have: int | None, want: int) -> ReplayPlan:
-        """Returns the cheapest path, which is planned once. VersionNotFoundError when there is none."""
-        if (have, want) not in self._plans:
-            self._plans[have, want] = plan_replay(self, have, want, self.stands)
-        return self._plans[have, want]
+        self._keys: dict[int, list[str]] = defaultdict(list)
+        for key in _shortcut_keys(chain, first, last):
+            base, version = keys.ends_of_shortcut(key) or (None, 0)
+            if key not in avoiding and (base is None or base >= first_base):
+                self._keys[version].append(key)
 
     def __call__(self, version: int) -> Iterator[Hop]:
         """Yields the hops into a version, without a look at the bases of shortcuts: see `stands`."""
@@ -200,11 +179,9 @@ class Ways:
             header = self._chain.header(version)
         except VersionNotFoundError:
             return  # collected since the horizon was read
-        is_start = version == self._anchored_at
-        if header.base_version is None or not is_start:
-            yield hop_of(header)
+        yield hop_of(header)
         for shortcut in self.shortcuts_into(version):
-            if shortcut.commit_id == header.commit_id and (shortcut.base_version is None or not is_start):
+            if shortcut.commit_id == header.commit_id:
                 yield hop_of_shortcut(shortcut)
         if self._backward_below is not None and version < self._backward_below and not self._is_gone(version + 1):
             above = self._chain.header(version + 1)
@@ -213,25 +190,19 @@ class Ways:
 
     def shortcuts_into(self, version: int) -> Iterator[Shortcut]:
         """Yields the version's shortcuts, but those in `passed_over` and those that are gone by now."""
-        for key in self._keys.into(version):
-            base, _ = keys.ends_of_shortcut(key) or (None, 0)
-            is_offered = key not in self._avoiding and (base is None or base >= self._first_base)
-            if is_offered and (shortcut := self.shortcut(key)) is not None:
-                yield shortcut
-
-    def shortcut(self, key: str) -> Shortcut | None:
-        """Returns the shortcut; None for one that is gone by now, and for one that cannot be used: `passed_over`."""
-        if key not in self._shortcuts and key not in self.passed_over:
-            try:
-                self._shortcuts[key] = read_shortcut(self._chain, key)
-            except TransientStorageError:
-                raise
-            except NotFoundError:
-                return None
-            except (CorruptError, UnsupportedFeatureError, StorageError) as error:
-                self.passed_over[key] = error
-                _logger.warning("the shortcut %s of %s is passed over: %s", key, self._chain.url, error)
-        return self._shortcuts.get(key)
+        for key in self._keys.get(version, ()):
+            if key not in self._shortcuts and key not in self.passed_over:
+                try:
+                    self._shortcuts[key] = read_shortcut(self._chain, key)
+                except TransientStorageError:
+                    raise
+                except NotFoundError:
+                    continue
+                except (CorruptError, UnsupportedFeatureError, StorageError) as error:
+                    self.passed_over[key] = error
+                    _logger.warning("the shortcut %s of %s is passed over: %s", key, self._chain.url, error)
+            if key in self._shortcuts:
+                yield self._shortcuts[key]
 
     def stands(self, hop: Hop) -> bool:
         """Returns whether the base of a shortcut is still in the chain. Without it the shortcut cannot be used."""
@@ -249,65 +220,15 @@ class Ways:
 
         Behind the horizon the bucket is read and not the cache of headers, since gc may have run.
         """
-        return version < self.horizon and self._chain.store.head(keys.commit(version)) is None
+        return version < self._horizon and self._chain.store.head(keys.commit(version)) is None
 
 
-class ShortcutKeys:
-    """The keys of the shortcuts into versions first..last, by version.
-
-    They are listed from `last` backwards in blocks, each eight times as large as the one before, so that a reader near
-    the tip of a long chain lists few. Without `last` they are listed at once.
-    """
-
-    def __init__(self, chain: Chain, first: int, last: int | None) -> None:
-        self._chain = chain
-        self._first = first
-        self._keys: dict[int, list[str]] = defaultdict(list)
-        self._listed_from = first if last is None else last + 1
-        self._num_versions = _FIRST_BLOCK
-        if last is None:
-            self._list(first, None)
-
-    def into(self, version: int) -> Sequence[str]:
-        while self._first <= version < self._listed_from:
-            self._list_block()
-        return self._keys.get(version, ())
-
-    def bases_of(self, version: int) -> list[int | None]:
-        """Returns the bases of the shortcuts into a version; None for an anchor."""
-        ends = (keys.ends_of_shortcut(key) for key in self.into(version))
-        return [one[0] for one in ends if one is not None]
-
-    def newest_anchor(self, avoiding: Collection[str]) -> int | None:
-        """Returns the newest version that an anchor's shortcut leads to; None without one."""
-        return self._newest(lambda key: _is_anchor(key) and key not in avoiding)
-
-    def newest_target(self) -> int | None:
-        """Returns the newest version that a shortcut from another version leads to; None without one."""
-        return self._newest(lambda key: not _is_anchor(key))
-
-    def _newest(self, counts: Callable[[str], bool]) -> int | None:
-        while True:
-            found = [version for version, listed in self._keys.items() if any(map(counts, listed))]
-            if found or self._listed_from <= self._first:
-                return max(found, default=None)
-            self._list_block()
-
-    def _list_block(self) -> None:
-        start = max(self._first, self._listed_from - self._num_versions)
-        self._list(start, self._listed_from - 1)
-        self._listed_from, self._num_versions = start, 8 * self._num_versions
-
-    def _list(self, first: int, last: int | None) -> None:
-        for info in self._chain.store.list(keys.SHORTCUTS, f"{keys.SHORTCUTS}{keys.padded(first)}"):
-            if ends := keys.ends_of_shortcut(info.key):
-                if last is not None and ends[1] > last:
-                    return
-                self._keys[ends[1]].append(info.key)
-
-
-def _is_anchor(key: str) -> bool:
-    return (keys.ends_of_shortcut(key) or (0, 0))[0] is None
+def _shortcut_keys(chain: Chain, first: int, last: int | None) -> Iterator[str]:
+    for info in chain.store.list(keys.SHORTCUTS, f"{keys.SHORTCUTS}{keys.padded(first)}"):
+        if ends := keys.ends_of_shortcut(info.key):
+            if last is not None and ends[1] > last:
+                return
+            yield info.key
 
 
 def read_shortcut(chain: Chain, key: str) -> Shortcut:
@@ -331,53 +252,38 @@ def hop_of_shortcut(shortcut: Shortcut) -> Hop:
     )  # fmt: skip
 
 
-class Routes:
-    """Plans paths as `plan_between` does, each once: for a verb that moves many groups of tensors along one path."""
-
-    def __init__(self, chain: Chain) -> None:
-        self._chain = chain
-        self._plans: dict[tuple[int | None, int], ReplayPlan] = {}
-
-    def plan(self, have: int | None, want: int) -> ReplayPlan:
-        """Returns the cheapest path. VersionNotFoundError when there is none."""
-        if (have, want) not in self._plans:
-            self._plans[have, want] = plan_between(self._chain, have, want)
-        return self._plans[have, want]
-
-
-def plan_between(
-    chain: Chain, have: int | None, want: int, avoiding: Collection[str] = (), *, is_next_direct: bool = True
-) -> ReplayPlan:
+def plan_between(chain: Chain, have: int | None, want: int, avoiding: Collection[str] = ()) -> ReplayPlan:
     """Returns the cheapest path in the bucket's present state. Reads headers near the path, and no payload.
 
-    A reader that can move forward from what it has does so: shortcuts from before that version are not read. One that
-    has nothing starts at the newest anchor before the wanted version, and nothing before that anchor is read. One that
-    is a step behind takes the version's own delta without a look at shortcuts, unless `is_next_direct` is false.
+    A reader that can move forward from what it has does so: shortcuts from before that version are not read.
     `avoiding`: keys of shortcuts that are known to be broken.
     """
-    header = chain.header(want)
-    if is_next_direct and have is not None and have + 1 == want and header.base_version == have:
-        return ReplayPlan(have, want, (hop_of(header),))
-    for ways in _ways_between(chain, have, want, avoiding):
-        try:
-            return ways.plan(have, want)
-        except VersionNotFoundError as error:
-            failed, horizon = error, ways.horizon
-    if oldest_kept(chain) == horizon:
-        raise failed
+    chain.header(want)
+    horizon = oldest_kept(chain)
+    try:
+        return _plan(chain, have, want, avoiding)
+    except VersionNotFoundError:
+        if oldest_kept(chain) == horizon:
+            raise
     # History was collected while it was read: its new first version has an anchor.
-    *_, ways = _ways_between(chain, have, want, avoiding)
-    return ways.plan(have, want)
+    return _plan(chain, have, want, avoiding)
 
 
-def _ways_between(chain: Chain, have: int | None, want: int, avoiding: Collection[str]) -> Iterator[Ways]:
-    """Yields what to plan with: the hops that a path most likely has, and, when there is no such path, all hops."""
+def direct_plan(chain: Chain, have: int | None, want: int) -> ReplayPlan | None:
+    """Returns the path by the version's own delta, when it leads there from what the reader has; None otherwise.
+
+    A reader that is one step behind takes it without a look at shortcuts: it costs no listing.
+    """
+    header = chain.header(want)
+    is_next = have is not None and want == have + 1 and header.base_version == have
+    return ReplayPlan(have, want, (hop_of(header),)) if is_next else None
+
+
+def _plan(chain: Chain, have: int | None, want: int, avoiding: Collection[str]) -> ReplayPlan:
     if have is not None and have <= want:
-        yield Ways(chain, first=have + 1, last=want, first_base=have, avoiding=avoiding)
-    last = max(want, have or 0)
-    listed = ShortcutKeys(chain, 0, last)
-    anchor = listed.newest_anchor(avoiding) if have is None else None
-    if anchor is not None:
-        yield Ways(chain, last=want, first_base=anchor, avoiding=avoiding, anchored_at=anchor, listed=listed)
+        ways = Ways(chain, first=have + 1, last=want, first_base=have, avoiding=avoiding)
+        with suppress(VersionNotFoundError):
+            return plan_replay(ways, have, want, ways.stands)
     below = have if have is not None and have > want else None
-    yield Ways(chain, last=last, backward_below=below, avoiding=avoiding, listed=listed)
+    ways = Ways(chain, last=max(want, have or 0), backward_below=below, avoiding=avoiding)
+    return plan_replay(ways, have, want, ways.stands)

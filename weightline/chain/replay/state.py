@@ -18,10 +18,10 @@ import numpy as np
 from weightline.chain.read.history import Chain
 from weightline.chain.read.refs import oldest_kept
 from weightline.chain.replay.fetch import Fetcher, fetching
-from weightline.chain.replay.plan import Hop, Planner, ReplayPlan, plan_between
+from weightline.chain.replay.plan import Hop, ReplayPlan, Ways, direct_plan, plan_between, plan_replay
 from weightline.codec.changes import compose, join_parts, undo_decoded
 from weightline.codec.coding import num_cpus, num_threads_for, ordered_map
-from weightline.codec.digest import add_digests, digest_change, format_digest
+from weightline.codec.digest import add_digests, digest_change, format_digest, tensor_digest
 from weightline.dtypes import bits_dtype
 from weightline.errors import (
     CorruptError,
@@ -140,15 +140,11 @@ class HostState(DecodingState):
         self.bits = {name: _zeros(spec) for name, spec in self.specs.items()}
         self.digests = StateDigests.zeros(layout)
 
-    def place(self, payload: Payload) -> None:
-        """Fills the tensors' parts that an anchor's payload holds, on all CPUs. They hold zeros before."""
-        tiles = payload.place_anchor(
-            lambda segment: self.specs.get(segment.tensor.name) == segment.tensor,
-            self.segment_bits,
-            num_threads=num_cpus(),
-        )
-        for tile, digest in tiles:
-            self.digests[tile.tensor.name] = add_digests(self.digests[tile.tensor.name], digest)
+    def place(self, segment: Segment, bits_N: BitsArray) -> None:
+        """Fills one part of a tensor that holds zeros there."""
+        self.segment_bits(segment)[:] = bits_N
+        name = segment.tensor.name
+        self.digests[name] = add_digests(self.digests[name], tensor_digest(segment, bits_N))
 
 
 @dataclass(slots=True)
@@ -232,19 +228,13 @@ def _have_root(digests: StateDigests, chain: Chain, version: int) -> bool:
     return digests.root(header.layout.sha256) == header.root
 
 
-def read_state(
-    chain: Chain,
-    version: int,
-    select: Select | None = None,
-    fetcher: Fetcher | None = None,
-    ways: Planner | None = None,
-) -> HostState:
+def read_state(chain: Chain, version: int, select: Select | None = None, fetcher: Fetcher | None = None) -> HostState:
     """Reads a version, or the tensors that `select` names, by the cheapest path. Safe to repeat.
 
-    Pass a `fetcher` to read several groups of tensors without fetching payloads again, and `ways` to plan once.
+    Pass a `fetcher` to read several groups of tensors without fetching payloads again.
     """
     state = HostState()
-    advance_state(chain, state, version, select, fetcher, ways)
+    advance_state(chain, state, version, select, fetcher)
     return state
 
 
@@ -254,11 +244,11 @@ def advance_state(
     version: int,
     select: Select | None = None,
     fetcher: Fetcher | None = None,
-    ways: Planner | None = None,
+    ways: Ways | None = None,
 ) -> None:
     """Moves the state to `version` by the cheapest path. After an error the state is torn: discard it.
 
-    Pass `ways` to plan several paths by one look at the bucket: each is planned once.
+    Pass `ways` to plan several paths by one look at the bucket.
     """
     is_begun = False
 
@@ -279,7 +269,7 @@ def replay(
     version: int,
     fetcher: Fetcher,
     select: Select | None = None,
-    ways: Planner | None = None,
+    ways: Ways | None = None,
 ) -> tuple[State, ReplayPlan]:
     """Moves a state from `begin()` to `version` by the cheapest path, and returns it with the path.
 
@@ -290,10 +280,12 @@ def replay(
     lost: set[int] = set()
     while True:
         state = begin()
-        if ways is not None and not fetcher.broken_shortcuts and not lost:
-            plan = ways.plan(state.version, version)
+        if ways is not None and not fetcher.broken_shortcuts:
+            plan = plan_replay(ways, state.version, version, ways.stands)
         else:
-            plan = plan_between(chain, state.version, version, fetcher.broken_shortcuts, is_next_direct=not lost)
+            plan = (None if lost else direct_plan(chain, state.version, version)) or plan_between(
+                chain, state.version, version, fetcher.broken_shortcuts
+            )
         if plan.hops and plan.hops[0].base_version is None and not isinstance(state, HostState):
             return state, plan
         fetcher.prefetch(ref for hop in plan.hops for ref in hop.payloads)
@@ -351,7 +343,8 @@ def _place_anchor(state: HostState, layout: Layout, payloads: Sequence[Payload])
     _require_cover(layout.by_name, payloads)
     state.allocate(layout)
     for payload in payloads:
-        state.place(payload)
+        for segment, bits_N in payload.read_anchor(lambda s: s.tensor.name in layout.index):
+            state.place(segment, bits_N)
 
 
 def _require_cover(specs: Mapping[str, TensorSpec], payloads: Iterable[Payload]) -> None:

@@ -1,28 +1,31 @@
-"""Commits versions without a trainer: from a checkpoint folder, or as the first of a fork."""
+"""Commits versions without a trainer: from a checkpoint folder, from an earlier version, or as the first of a fork.
+
+One process works through a bounded group of tensors at a time; each group is a payload of its own.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
-from itertools import groupby
+import tempfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Literal
 
-from weightline.chain.files.assets import assets_of, base_of_folder, carry_assets, require_base, upload_files
-from weightline.chain.files.source import FolderSource, Tile, VersionSource, WeightSource
+from weightline.chain.files.assets import assets_of, base_of_folder, require_base, upload_file, upload_files
+from weightline.chain.files.source import FolderSource, VersionSource, WeightSource
 from weightline.chain.read.history import Chain
-from weightline.chain.replay.diff import spec_groups
-from weightline.chain.replay.fetch import fetching
-from weightline.chain.write.commit import check_signing_key
-from weightline.chain.write.draft import Authorship, require_elements
-from weightline.chain.write.version_writer import VersionWriter
-from weightline.codec.coding import coding_named, num_cpus
-from weightline.codec.digest import add_digests, format_digest, tensor_digest
+from weightline.chain.replay.diff import tensor_groups
+from weightline.chain.replay.fetch import fetch_object, fetching
+from weightline.chain.replay.state import HostState, read_state
+from weightline.chain.write.commit import check_signing_key, commit_manifest
+from weightline.chain.write.draft import Authorship, Draft, require_elements, uploading
+from weightline.codec.capture import capture_tensors
+from weightline.codec.coding import coding_named
+from weightline.codec.digest import add_digests, digest_change, tensor_digest
 from weightline.errors import BaseMismatchError, DigestMismatchError, InputError
-from weightline.format.manifest import Manifest, Origin
-from weightline.format.write_payload import write_anchor_tiles
+from weightline.format.manifest import AssetRef, Manifest, Origin
+from weightline.format.write_payload import write_anchor, write_delta
 from weightline.store.open import check_writable
-from weightline.types import TensorSpec, whole
+from weightline.types import BitsArray, Changes, Segment, whole
 
 DEFAULT_CODING = "gap-by-magnitude"
 
@@ -56,6 +59,23 @@ def commit_folder(
     return commit_source(chain, source, author)
 
 
+def commit_revert(chain: Chain, version: int, *, coding: str = DEFAULT_CODING) -> Manifest:
+    """Commits a new version whose state equals that of `version`. History stays linear.
+
+    InputError when `version` is the tip. A repeated call commits another version without changes.
+    """
+    tip, wanted = chain.tip(), chain.manifest(version)
+    if wanted.version == tip.version:
+        raise InputError(f"version {version} is the tip of {chain.url}: there is nothing to revert", version=version)
+    with fetching(chain.store) as fetcher:
+        author = Authorship(
+            stage=wanted.stage, run_id=wanted.run_id, global_step=wanted.global_step, kind="revert", coding=coding,
+            reverts_to=version, base_model=tip.base_model, is_milestone=True,
+            assets=_carry_assets(chain, version, chain, held=assets_of(chain, tip.version)),
+        )  # fmt: skip
+        return commit_source(chain, VersionSource(chain, version, fetcher), author)
+
+
 def commit_fork(source: Chain, version: int, new: Chain) -> Manifest:
     """Starts a new chain whose version 0 is another chain's version. InputError when `new` has versions already."""
     if new.tip_version() is not None:
@@ -67,77 +87,105 @@ def commit_fork(source: Chain, version: int, new: Chain) -> Manifest:
         author = Authorship(
             stage=wanted.stage, run_id=wanted.run_id, global_step=wanted.global_step, kind="anchor",
             coding=DEFAULT_CODING, forked_from=origin, base_model=wanted.base_model, is_milestone=True,
-            assets=carry_assets(source, version, new, held=()),
+            assets=_carry_assets(source, version, new, held=()),
         )  # fmt: skip
         return commit_source(new, VersionSource(source, version, fetcher), author)
+
+
+def _carry_assets(source: Chain, version: int, new: Chain, *, held: tuple[AssetRef, ...]) -> tuple[AssetRef, ...]:
+    """Returns the version's assets, and uploads those to `new` that `held` lacks."""
+    assets = assets_of(source, version)
+    if set(assets) <= set(held):
+        return assets
+    with tempfile.TemporaryDirectory(prefix="weightline-") as scratch:
+        paths = [fetch_object(source.store, asset, Path(scratch) / asset.sha256) for asset in assets]
+        return tuple(
+            upload_file(new.store, path, held, name=asset.name) for path, asset in zip(paths, assets, strict=True)
+        )
 
 
 def commit_source(chain: Chain, source: WeightSource, author: Authorship) -> Manifest:
     """Commits the state of a source as the chain's next version. An anchor is the chain's first.
 
-    Tensors that are known to have the tip's digests are not compared with it. DigestMismatchError,
-    before the commit, when the state of a revert differs from the version that it reverts to.
+    DigestMismatchError, before the commit, when the state of a revert differs from the version that it reverts to.
     """
     check_signing_key()
     require_elements(source.specs.values(), "the state")
-    if author.kind == "anchor":
-        with VersionWriter(chain, 0) as writer:
-            digests = _write_anchors(writer, source)
-        return writer.commit(author, source.specs, digests)
-    tip = chain.tip_header()
-    _require_same_tensors(chain, tip.version, source)
-    before = chain.digests(tip.version)
-    with VersionWriter(chain, tip.version + 1) as writer:
-        old = VersionSource(chain, tip.version, writer.fetcher)
-        known = partial(source.known_digests, before=before)
-        specs = list(source.specs.values())
-        digests = writer.put_deltas(specs, before, known, partial(_pairs, old, source), author.coding)
-    require_reverted(chain, author, digests)
-    return writer.commit(author, source.specs, digests)
+    tip = None if author.kind == "anchor" else chain.tip()
+    if tip is not None:
+        _require_same_tensors(chain, tip, source)
+    draft, digests = Draft(0 if tip is None else tip.version + 1), dict[str, int]()
+    with (
+        tempfile.TemporaryDirectory(prefix="weightline-") as name,
+        fetching(chain.store) as fetcher,
+        uploading(chain.store) as uploads,
+    ):
+        for names in tensor_groups(source.specs.values()):
+            rank = len(draft.payloads)
+            path = Path(name) / f"payload-{rank}.safetensors"
+            if tip is None:
+                info = write_anchor(path, _anchor_parts(source, names, digests))
+            else:
+                old = read_state(chain, tip.version, names.__contains__, fetcher)
+                changes = _changes_to(source, old, coding_named(author.coding).ranked)
+                digests |= _digests_after(old.digests, changes)
+                if not changes:
+                    continue
+                info = write_delta(path, changes, author.coding)
+            uploads.start(draft.key(rank), path)
+            draft.add(rank, info.nbytes, info.sha256, info.num_changed)
+    manifest = draft.manifest(author, source.specs, digests, world_size=max(1, len(draft.payloads)))
+    _check_revert(chain, manifest)
+    return commit_manifest(chain, manifest)
 
 
-def _write_anchors(writer: VersionWriter, source: WeightSource) -> dict[str, int]:
-    """Writes the source's state, and returns the digests of its tensors."""
-    digests = dict.fromkeys(source.specs, 0)
-
-    def added(tiles: Iterator[Tile]) -> Iterator[Tile]:
-        for tile, bits_N in tiles:
-            digests[tile.tensor.name] = add_digests(digests[tile.tensor.name], tensor_digest(tile, bits_N))
-            yield tile, bits_N
-
-    for group in spec_groups(source.specs.values()):
-        tiles = groupby(added(source.tiles(group)), key=lambda tile: whole(tile[0].tensor))
-        writer.put(partial(write_anchor_tiles, segments=tiles, num_threads=num_cpus()))
-    return digests
+def _anchor_parts(
+    source: WeightSource, names: frozenset[str], digests: dict[str, int]
+) -> Iterator[tuple[Segment, BitsArray]]:
+    """Yields the group's tensors, except empty ones. Adds the digests of all of them to `digests`."""
+    bits = source.read(names)
+    for segment in (whole(spec) for name, spec in source.specs.items() if name in names):
+        bits_N = bits[segment.tensor.name]
+        digests[segment.tensor.name] = tensor_digest(segment, bits_N)
+        if segment.length:
+            yield segment, bits_N
 
 
-def _pairs(old: VersionSource, new: WeightSource, group: Sequence[TensorSpec]) -> Iterator[tuple[Tile, Tile]]:
-    """Yields the old and the new tile of these tensors, which the memory can hold at a time."""
-    return zip(old.tiles(group), new.tiles(group), strict=True)
+def _changes_to(source: WeightSource, old: HostState, ranked: bool) -> list[Changes]:
+    """Returns the changes from the state of a group of tensors to the source's, in the source's order."""
+    specs = [spec for name, spec in source.specs.items() if name in old.specs]
+    return list(capture_tensors(specs, old.bits, source.read(old.specs), ranked=ranked))
 
 
-def _require_same_tensors(chain: Chain, tip: int, source: WeightSource) -> None:
-    held, given = chain.layout(tip).by_name, source.specs
-    differing = set(held.items()) ^ set(given.items())
+def _digests_after(before: Mapping[str, int], changes: list[Changes]) -> dict[str, int]:
+    after = dict(before)
+    for change in changes:
+        name = change.segment.tensor.name
+        after[name] = add_digests(after[name], digest_change(change))
+    return after
+
+
+def _require_same_tensors(chain: Chain, tip: Manifest, source: WeightSource) -> None:
+    differing = set(tip.specs.items()) ^ set(source.specs.items())
     if differing:
         name = min(name for name, _ in differing)
-        there, here = str(held.get(name)), str(given.get(name))
+        there, here = str(tip.specs.get(name)), str(source.specs.get(name))
         raise BaseMismatchError(
             f"{chain.url} holds another model: tensor {name} is {there} in the chain, {here} in the new weights",
             tensor=name,
-            version=tip,
+            version=tip.version,
             expected=there,
             actual=here,
         )
 
 
-def require_reverted(chain: Chain, author: Authorship, digests: Mapping[str, int]) -> None:
+def _check_revert(chain: Chain, manifest: Manifest) -> None:
     """Raises DigestMismatchError for a revert whose digests differ from those of the version that it reverts to."""
-    if author.reverts_to is None:
+    if manifest.reverts_to is None:
         return
-    for name, expected in chain.digests(author.reverts_to).items():
-        if digests[name] != expected:
+    for name, expected in chain.manifest(manifest.reverts_to).digests.items():
+        if manifest.digests[name] != expected:
             raise DigestMismatchError(
-                f"tensor {name} would differ from that of version {author.reverts_to}: run weightline verify",
-                what=name, expected=format_digest(expected), actual=format_digest(digests[name]),
+                f"tensor {name} would differ from that of version {manifest.reverts_to}: run weightline verify",
+                what=name, expected=expected, actual=manifest.digests[name],
             )  # fmt: skip
