@@ -23,14 +23,12 @@ from weightline.format.manifest import (
     FORMAT_1,
     FORMAT_2,
     MAX_ASSETS,
-    AdapterBase,
     AssetName,
     AssetRef,
+    Facts,
     Frozen,
     Header,
-    Hex128,
     Manifest,
-    Origin,
     PayloadRef,
     Sha256,
     files_of_one_folder,
@@ -67,36 +65,17 @@ class LayoutRef(Frozen):
 
 
 class DigestsRef(Frozen):
-    """The list of digests that the version's state is told from, and all changes since that list."""
+    """The list of digests that the version's state starts from, and all changes since that list."""
 
     sha256: Sha256
     changes: Annotated[str, Field(pattern=r"^[A-Za-z0-9+/]*$", max_length=_MAX_CHANGES_LENGTH)] = ""
     """Base64 without padding of `state_digests.pack_changes`."""
 
 
-class WireHeader(Frozen):
+class WireHeader(Facts):
     """The JSON of a header. Field order is the order in the file."""
 
     format: Literal["weightline/2"] = "weightline/2"
-    features: Annotated[tuple[Label, ...], Field(strict=False)] = ()
-    version: Count
-    base_version: Count | None
-    kind: Literal["anchor", "delta", "revert"]
-    reverts_to: Count | None = None
-    forked_from: Origin | None = None
-    base_model: AdapterBase | None = None
-    commit_id: Hex128
-    created_at: Label
-    run_id: Label
-    stage: Label
-    global_step: Count
-    is_milestone: bool = False
-    coding: Label
-    world_size: Annotated[Count, Field(ge=1)]
-    num_changed: Count
-    num_elements: Count
-    payload_nbytes: Count
-    full_nbytes: Count
     payloads: Annotated[
         tuple[Annotated[tuple[PayloadHash, Count], Field(strict=False)] | None, ...],
         Field(strict=False, max_length=MAX_PAYLOADS),

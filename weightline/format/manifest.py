@@ -157,8 +157,8 @@ class AdapterBase(Frozen):
         return cls(name_or_path=name_or_path, digest=digest, num_elements=num_elements)
 
 
-class Header(Frozen):
-    """The facts of one committed version but its tensors, small files and provenance."""
+class Facts(Frozen):
+    """The fields that manifests and headers spell alike. Field order is the order in the file."""
 
     format: str
     features: Annotated[tuple[Label, ...], Field(strict=False)] = ()
@@ -187,6 +187,11 @@ class Header(Frozen):
     payload_nbytes: Count
     full_nbytes: Count
     """Bytes of the whole state, uncoded."""
+
+
+class Header(Facts):
+    """The facts of one committed version but its tensors, small files and provenance."""
+
     payloads: Annotated[tuple[PayloadRef, ...], Field(strict=False)]
     metrics: Annotated[dict[Label, float], AfterValidator(_finite_only)] = Field(default_factory=dict)
     """Numbers that the trainer logged at this step: loss, reward, ... Numbers that are not finite are left out."""

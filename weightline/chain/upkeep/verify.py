@@ -87,7 +87,7 @@ def _deep_findings(chain: Chain, seen: _Seen, group_nbytes: int, progress: Progr
     found = list(content_findings(chain, seen.kept_headers()))
     yield from found
     if any(finding.rule == CONTENTS for finding in found):
-        return  # without layouts and digests no state can be told from another
+        return  # without layouts and digests states cannot be compared
     yield from replay_findings(chain, replayed, shortcuts, seen.ways, group_nbytes=group_nbytes, progress=progress)
 
 
