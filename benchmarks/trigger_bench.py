@@ -219,7 +219,8 @@ def _wait_for_end(client: Any, deployment: str, chain: str, version: int, commit
         time.sleep(0.5)
         latest = client.read_flow_runs(deployment_filter=named, sort=FlowRunSort.EXPECTED_START_TIME_DESC, limit=20)
         for run in latest:
-            if run.parameters == {"chain": chain, "version": version} and run.state and run.state.is_final():
+            is_asked = (run.parameters.get("chain"), run.parameters.get("version")) == (chain, version)
+            if is_asked and run.state and run.state.is_final():
                 latest_first = sorted(
                     client.read_flow_run_states(run.id), key=lambda state: state.timestamp, reverse=True
                 )
