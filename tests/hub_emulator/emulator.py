@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -12,6 +13,7 @@ from pathlib import Path
 from tests.hub_emulator.buckets import Bucket, Clock
 from tests.hub_emulator.content import ContentStore
 from tests.hub_emulator.faults import Fault, FaultPlan
+from tests.hub_emulator.wire import Request
 
 Role = str  # "write", "read" or "none"
 
@@ -34,6 +36,8 @@ class HubEmulator:
     """Batch operations on these paths are reported in `failed`, that many times."""
     page_nitems: int = 1000
     fault_plan: FaultPlan | None = None
+    hold: Callable[[Request], None] | None = None
+    """Called before a request is answered. It may wait, while other requests are answered."""
     requests: list[tuple[str, str]] = field(default_factory=list)
     """Method and path of every request, in order of arrival."""
     lock: threading.Lock = field(default_factory=threading.Lock)

@@ -28,6 +28,8 @@ class _Handler(QuietHandler):
     def _handle(self) -> None:
         request = self._request()
         fault = self.emulator.admit(request.method, self.path)
+        if self.emulator.hold is not None:
+            self.emulator.hold(request)
         if isinstance(fault, Status):
             return self._send(error(fault.code, "planned"))
         if isinstance(fault, Cut | Late):

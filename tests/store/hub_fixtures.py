@@ -40,7 +40,7 @@ def hub(hub_server: HubEmulator, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hu
     for name in ("HF_S3_ACCESS_KEY_ID", "HF_S3_SECRET_ACCESS_KEY", "HF_S3_ENDPOINT"):
         monkeypatch.delenv(name, raising=False)
     yield hub_server
-    hub_server.fault_plan = None
+    hub_server.fault_plan = hub_server.hold = None
     hub_server.list_lag_seconds = hub_server.info_lag_seconds = 0.0
     hub_server.failing_paths, hub_server.page_nitems = Counter(), 1000
     hub_server.roles.clear()

@@ -15,6 +15,7 @@ import hf_xet
 import pytest
 
 from tests.hub_emulator import HubEmulator, Truncate
+from tests.hub_emulator.wire import Request
 from tests.waiting import PATIENCE_SECONDS
 from weightline.errors import CorruptError, DigestMismatchError, StorageError, TransientStorageError
 from weightline.store import transfers
@@ -354,7 +355,7 @@ def test_whoever_watches_sees_a_download_move(hub: HubEmulator, hub_url: str, tm
     source, store, pieces = tmp_path / "source", open_hub(hub_url), []
     source.write_bytes(os.urandom(64_000_000))  # four blocks
     store.put_file("payloads/x", source)
-    asked: list[str] = []
+    held: list[int] = []
     has_moved = threading.Event()
 
     def watch(nbytes: int) -> None:
@@ -362,16 +363,16 @@ def test_whoever_watches_sees_a_download_move(hub: HubEmulator, hub_url: str, tm
         if nbytes > 0:
             has_moved.set()
 
-    def hold_later_blocks(number: int, method: str, path: str) -> None:
-        """Answer from the third block on only when the watcher has heard of the first."""
-        if path.startswith("/xorb/"):
-            asked.append(path)
-            if len(asked) > 2:
-                has_moved.wait(PATIENCE_SECONDS)
+    def hold_second_half(request: Request) -> None:
+        """Answers for the second half of the file only when the watcher has heard of the first."""
+        wanted = request.byte_range(64_000_000) if request.path.startswith("/xorb/") else None
+        if wanted is not None and wanted[0] > 32_000_000:
+            held.append(wanted[0])
+            has_moved.wait(PATIENCE_SECONDS)
 
-    hub.fault_plan = hold_later_blocks
+    hub.hold = hold_second_half
     with watching(watch):
         store.get_file("payloads/x", tmp_path / "out")
-    assert len(asked) > 2
+    assert held
     assert sum(pieces) == 64_000_000
     assert sum(nbytes > 0 for nbytes in pieces) > 1
