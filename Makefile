@@ -9,6 +9,8 @@ PYTEST_ARGS ?=
 # Tests that share a server or a training stay in one worker (tests/conftest.py).
 NUM_CORES := $(shell nproc 2>/dev/null || echo 2)
 PYTEST_WORKERS ?= -n $(shell echo $$(( $(NUM_CORES) < 3 ? $(NUM_CORES) + 1 : 4 ))) --dist loadgroup --no-loadscope-reorder
+# Python compiles the modules that are used when they are first imported, which are few of those that are installed.
+PIP_ARGS := --quiet --disable-pip-version-check --no-compile
 FUZZ_SECONDS ?= 60
 VLLM_VENV := .venv-vllm
 LATEST_VENV := .venv-latest
@@ -16,7 +18,7 @@ LOWEST_VENV := .venv-lowest
 AZURITE := 3.35.0
 
 .DEFAULT_GOAL := help
-.PHONY: help run up down deploy test test-fast test-nightly test-unconstrained test-lowest test-vllm lint bench fuzz clean
+.PHONY: help run up down deploy test test-fast test-nightly test-unconstrained test-lowest test-vllm vllm-environment lint bench fuzz clean
 
 help:  ## This list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -53,7 +55,7 @@ test-unconstrained: $(VENV)/.test-ready  ## The fast tests with what a plain `pi
 	rm -rf $(LATEST_VENV)
 	$(PYTHON) -m venv --without-pip $(LATEST_VENV)
 	realpath $(VENV)/lib/python*/site-packages > $$(echo $(LATEST_VENV)/lib/python*/site-packages)/tested.pth
-	$(LATEST_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile \
+	$(LATEST_VENV)/bin/python -m pip install $(PIP_ARGS) \
 		--upgrade --upgrade-strategy eager torch==2.13.0 -e '.[all,dev]'
 	$(LATEST_VENV)/bin/python -m pip list --disable-pip-version-check --path $(LATEST_VENV)/lib/python*/site-packages
 	touch $(LATEST_VENV)/.run-ready $(LATEST_VENV)/.test-ready
@@ -65,7 +67,7 @@ test-lowest: $(VENV)/.test-ready  ## The fast tests with the oldest releases tha
 	$(PYTHON) -m venv --without-pip $(LOWEST_VENV)
 	realpath $(VENV)/lib/python*/site-packages > $$(echo $(LOWEST_VENV)/lib/python*/site-packages)/tested.pth
 	$(BIN)/python infra/lowest_constraints.py pyproject.toml > $(LOWEST_VENV)/lowest.txt
-	$(LOWEST_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile \
+	$(LOWEST_VENV)/bin/python -m pip install $(PIP_ARGS) \
 		-c $(LOWEST_VENV)/lowest.txt torch==2.13.0 -e '.[all,dev]'
 	touch $(LOWEST_VENV)/.run-ready $(LOWEST_VENV)/.test-ready
 	$(MAKE) test-fast VENV=$(LOWEST_VENV) PYTEST_ARGS='-W default $(PYTEST_ARGS)'
@@ -83,7 +85,7 @@ bench: $(VENV)/.test-ready  ## Sizes and speeds, as ratios measured in one run
 	$(BIN)/python -m benchmarks
 
 fuzz: $(VENV)/.test-ready  ## Hostile payloads, manifests and chains, FUZZ_SECONDS each (60)
-	$(BIN)/python -c "import atheris" 2>/dev/null || $(BIN)/python -m pip install --quiet --disable-pip-version-check 'atheris>=3,<4'
+	$(BIN)/python -c "import atheris" 2>/dev/null || $(BIN)/python -m pip install $(PIP_ARGS) 'atheris>=3,<4'
 	$(BIN)/python -m fuzz.payload -max_total_time=$(FUZZ_SECONDS)
 	$(BIN)/python -m fuzz.manifest -max_total_time=$(FUZZ_SECONDS)
 	$(BIN)/python -m fuzz.chain -max_total_time=$(FUZZ_SECONDS)
@@ -95,21 +97,37 @@ clean:  ## Remove the environment and caches; runs/ stays
 # compiled here, so that the first training, or the first tests, need not do it in several processes at once.
 $(VENV)/.run-ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[all]'
+	$(BIN)/python -m pip install $(PIP_ARGS) -c constraints.txt -e '.[all]'
 	$(BIN)/python -m weightline.codec.warm
 	touch $@
 
-$(VENV)/.test-ready: $(VENV)/.run-ready
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[all,dev]'
+# Two of the tests' servers come from other package managers, which work while pip does.
+$(VENV)/.test-ready: pyproject.toml constraints.txt
+	$(MAKE) --no-print-directory -j3 $(VENV)/.dev-ready $(VENV)/.chromium-ready $(VENV)/.azurite-ready
+	touch $(VENV)/.run-ready $@
+
+$(VENV)/.dev-ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install $(PIP_ARGS) -c constraints.txt -e '.[all,dev]'
 	$(BIN)/python -m weightline.codec.warm --all
+	touch $@
+
+$(VENV)/.chromium-ready:
+	mkdir -p $(VENV)
 	command -v chromium >/dev/null || { apt-get -qq update && apt-get -qq install -y --no-install-recommends chromium; } >/dev/null 2>&1 \
 		|| echo 'no Chromium could be installed: tests in a browser will be skipped'
+	touch $@
+
+$(VENV)/.azurite-ready:
+	mkdir -p $(VENV)
 	npm install --silent --no-audit --no-fund --prefix $(VENV)/azurite azurite@$(AZURITE) >/dev/null 2>&1 \
 		|| echo 'no npm: tests against an emulator of Azure will be skipped'
 	touch $@
 
+vllm-environment: $(VLLM_VENV)/.ready  ## What `make test-vllm` installs
+
 $(VLLM_VENV)/.ready: infra/vllm/requirements.lock pyproject.toml
 	$(PYTHON) -m venv $(VLLM_VENV)
-	$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r infra/vllm/requirements.lock
-	$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	$(VLLM_VENV)/bin/python -m pip install $(PIP_ARGS) --no-deps -r infra/vllm/requirements.lock
+	$(VLLM_VENV)/bin/python -m pip install $(PIP_ARGS) --no-deps --no-build-isolation -e .
 	touch $@
